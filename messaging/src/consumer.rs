@@ -1,0 +1,504 @@
+//! Takes messages from a durable consumer into the database: as many as are ready go into one transaction with their
+//! inbox rows and their effects; then they are acknowledged. No business word in it.
+
+use std::collections::{HashMap, HashSet};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use async_nats::jetstream::consumer::PullConsumer;
+use async_nats::jetstream::consumer::pull::{MessagesErrorKind, Stream};
+use async_nats::jetstream::{AckKind, Message};
+use futures_util::StreamExt as _;
+use sea_orm::{DatabaseConnection, DatabaseTransaction, DbErr, TransactionTrait};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, info, warn};
+use uuid::Uuid;
+
+use shared_contracts::{Event, EventId, SPEC_VERSION, header};
+
+use crate::broker::{Broker, jitter};
+use crate::db;
+use crate::dead_letter::{self, DeadMessage, Verdict};
+use crate::inbox::{self, Delivery};
+use crate::topology::{self, Subscription, TopologySettings};
+use crate::vital::Vital;
+
+/// Messages in one transaction. Larger ones only add latency.
+const BATCH_MAX: usize = 200;
+const PULL_EXPIRES: Duration = Duration::from_secs(10);
+/// Without heartbeats a stream that vanished on the server would look like a quiet one, for ever.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+const MISSING_HEARTBEATS_MAX: u32 = 2;
+const RETRY_DELAY_MIN: Duration = Duration::from_millis(50);
+const RETRY_DELAY_MAX: Duration = Duration::from_secs(3);
+/// A transaction that hangs (a connection into nothing) is given up and tried again on another connection.
+const DELIVERY_TIMEOUT: Duration = Duration::from_secs(20);
+const LAST_ACK_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A message that was understood.
+#[derive(Clone, Debug)]
+pub struct Received<E> {
+    /// What it says.
+    pub event: E,
+    /// Which fact it is; the same over every re-send.
+    pub event_id: EventId,
+    /// 0 for the first request, n for the n-th re-ask.
+    pub ask: u32,
+    /// Whether this consumer's inbox had not seen the fact. A hint: effects are guarded by business rows.
+    pub first: bool,
+    /// W3C trace context of whoever made the fact.
+    pub traceparent: Option<String>,
+}
+
+/// A message that the handler understood and must not apply: it contradicts what is decided.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Quarantined {
+    /// Which one: its place in the slice that the handler was given.
+    pub index: usize,
+    /// What contradicts what.
+    pub cause: String,
+}
+
+/// What a handler did with a batch.
+#[derive(Debug)]
+pub struct Handled<T> {
+    /// Messages not applied.
+    pub quarantined: Vec<Quarantined>,
+    /// Handed to `committed` once the transaction has committed.
+    pub effect: T,
+}
+
+/// A row of somebody else's making was in the way: run the whole batch again, and it will be seen.
+#[derive(Debug, thiserror::Error)]
+#[error("lost a race for {0}; the batch runs again")]
+pub struct LostRace(pub &'static str);
+
+/// Reads one subscription into one database.
+pub struct Consumer {
+    /// Pool of the flow, not of the HTTP side.
+    pub db: DatabaseConnection,
+    /// Where to read.
+    pub broker: Broker,
+    /// What to read.
+    pub subscription: Subscription,
+    /// Options of the durable, if it has to be made.
+    pub settings: TopologySettings,
+    /// How it goes.
+    pub vital: Vital,
+}
+
+/// Why pulling ended.
+enum Ended {
+    Shutdown,
+    /// The durable or its stream is gone, or was made anew.
+    Vanished(String),
+}
+
+impl Consumer {
+    /// Consumes until `shutdown`. A batch that was begun is finished; only waits are cut short.
+    ///
+    /// `handle` applies a batch inside the transaction it is given; it may run again after a rollback and must take
+    /// effect once. `committed` runs after the commit.
+    pub async fn run<E, T>(
+        self,
+        handle: impl AsyncFn(&DatabaseTransaction, &[Received<E>]) -> anyhow::Result<Handled<T>>,
+        committed: impl Fn(T),
+        shutdown: CancellationToken,
+    ) -> anyhow::Result<()>
+    where
+        E: Event + Clone + PartialEq,
+    {
+        let mut retry_delay = RETRY_DELAY_MIN;
+        while !shutdown.is_cancelled() {
+            if !self.broker.is_connected() {
+                self.vital.bad("the broker is away");
+                shutdown.run_until_cancelled(self.broker.until_connected()).await;
+                continue;
+            }
+            match self.open().await {
+                Ok(messages) => {
+                    self.vital.good();
+                    retry_delay = RETRY_DELAY_MIN;
+                    match self.pull(messages, &handle, &committed, &shutdown).await {
+                        Ended::Shutdown => break,
+                        Ended::Vanished(why) => {
+                            self.vital.bad(&why);
+                            warn!(consumer = self.subscription.consumer, why, "Looking for the consumer again");
+                        }
+                    }
+                }
+                Err(error) => {
+                    self.vital.bad(format!("{error:#}"));
+                    info!(consumer = self.subscription.consumer, error = format!("{error:#}"), "Not consuming yet; trying again");
+                }
+            }
+            shutdown.run_until_cancelled(tokio::time::sleep(retry_delay.mul_f64(jitter()))).await;
+            retry_delay = (retry_delay * 2).min(RETRY_DELAY_MAX);
+        }
+        Ok(())
+    }
+
+    async fn open(&self) -> anyhow::Result<Stream> {
+        let (consumer, _): (PullConsumer, _) =
+            topology::ensure_consumer(self.broker.jetstream(), &self.subscription, &self.settings).await?;
+        consumer
+            .stream()
+            .max_messages_per_batch(BATCH_MAX)
+            .expires(PULL_EXPIRES)
+            .heartbeat(HEARTBEAT)
+            .messages()
+            .await
+            .context("pulling cannot begin")
+    }
+
+    async fn pull<E, T>(
+        &self,
+        messages: Stream,
+        handle: &impl AsyncFn(&DatabaseTransaction, &[Received<E>]) -> anyhow::Result<Handled<T>>,
+        committed: &impl Fn(T),
+        shutdown: &CancellationToken,
+    ) -> Ended
+    where
+        E: Event + Clone + PartialEq,
+    {
+        // Whatever is ready, never waiting for more. The client asks the broker for the next messages meanwhile.
+        let mut batches = messages.ready_chunks(BATCH_MAX);
+        let mut missing_heartbeats = 0;
+        while let Some(Some(chunk)) = shutdown.run_until_cancelled(batches.next()).await {
+            let mut batch = Vec::with_capacity(chunk.len());
+            let mut vanished = None;
+            for item in chunk {
+                match item {
+                    Ok(message) => batch.push(message),
+                    Err(error) => match error.kind() {
+                        MessagesErrorKind::MissingHeartbeat => missing_heartbeats += 1,
+                        _ => vanished = Some(error.to_string()),
+                    },
+                }
+            }
+            if !batch.is_empty() {
+                missing_heartbeats = 0;
+                if !self.take(&batch, handle, committed, shutdown).await {
+                    return Ended::Shutdown;
+                }
+            }
+            if missing_heartbeats >= MISSING_HEARTBEATS_MAX {
+                vanished.get_or_insert_with(|| "no heartbeat from the consumer; it may be gone".to_owned());
+            }
+            if let Some(why) = vanished {
+                return Ended::Vanished(why);
+            }
+        }
+        if shutdown.is_cancelled() { Ended::Shutdown } else { Ended::Vanished("the stream of messages ended".to_owned()) }
+    }
+
+    /// Takes a batch, however often that has to be tried. Says false if a shutdown came first; the messages, never
+    /// acknowledged, are delivered again.
+    async fn take<E, T>(
+        &self,
+        batch: &[Message],
+        handle: &impl AsyncFn(&DatabaseTransaction, &[Received<E>]) -> anyhow::Result<Handled<T>>,
+        committed: &impl Fn(T),
+        shutdown: &CancellationToken,
+    ) -> bool
+    where
+        E: Event + Clone + PartialEq,
+    {
+        let decoded: Vec<Incoming<'_, E>> = batch.iter().map(Incoming::decode).collect();
+        let error = match self.deliver_until_settled(&decoded, handle, committed, shutdown).await {
+            Settled::Committed => return true,
+            Settled::Shutdown => return false,
+            Settled::Refused(error) => error,
+        };
+        if let [single] = decoded.as_slice() {
+            return self.give_up(single, &error, shutdown).await;
+        }
+        // One message spoils the batch: one by one, only the guilty one is held back.
+        warn!(
+            consumer = self.subscription.consumer,
+            messages = batch.len(),
+            error = format!("{error:#}"),
+            "A batch failed; one by one"
+        );
+        for single in &decoded {
+            let one = std::slice::from_ref(single);
+            let goes_on = match self.deliver_until_settled(one, handle, committed, shutdown).await {
+                Settled::Committed => true,
+                Settled::Shutdown => false,
+                Settled::Refused(error) => self.give_up(single, &error, shutdown).await,
+            };
+            if !goes_on {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// The handler can never apply this message: a dead letter.
+    async fn give_up<E: Event + Clone + PartialEq>(
+        &self,
+        single: &Incoming<'_, E>,
+        error: &anyhow::Error,
+        shutdown: &CancellationToken,
+    ) -> bool {
+        let poison = [Incoming { content: Err(Verdict::Poison(format!("{error:#}"))), ..single.clone() }];
+        let nothing = async |_: &DatabaseTransaction, _: &[Received<E>]| Ok(Handled { quarantined: Vec::new(), effect: () });
+        match self.deliver_until_settled(&poison, &nothing, &|()| {}, shutdown).await {
+            Settled::Committed => true,
+            Settled::Shutdown => false,
+            Settled::Refused(error) => {
+                // Not even the dead letter can be stored. Left alone, it comes again after ack_wait.
+                error!(consumer = self.subscription.consumer, error = format!("{error:#}"), "A dead letter cannot be stored");
+                true
+            }
+        }
+    }
+
+    async fn deliver_until_settled<E, T>(
+        &self,
+        batch: &[Incoming<'_, E>],
+        handle: &impl AsyncFn(&DatabaseTransaction, &[Received<E>]) -> anyhow::Result<Handled<T>>,
+        committed: &impl Fn(T),
+        shutdown: &CancellationToken,
+    ) -> Settled
+    where
+        E: Event + Clone + PartialEq,
+    {
+        let mut retry_delay = RETRY_DELAY_MIN;
+        loop {
+            let delivered = tokio::time::timeout(DELIVERY_TIMEOUT, self.deliver(batch, handle))
+                .await
+                .unwrap_or_else(|_| Err(anyhow::Error::new(TookTooLong)));
+            match delivered {
+                Ok((effect, dead)) => {
+                    self.vital.good();
+                    committed(effect);
+                    self.acknowledge(batch, &dead).await;
+                    return Settled::Committed;
+                }
+                Err(error) if !is_transient(&error) => return Settled::Refused(error),
+                Err(error) => {
+                    self.vital.bad(format!("{error:#}"));
+                    warn!(
+                        consumer = self.subscription.consumer,
+                        messages = batch.len(),
+                        error = format!("{error:#}"),
+                        "A batch could not be stored; trying again"
+                    );
+                }
+            }
+            self.keep_waiting(batch).await;
+            shutdown.run_until_cancelled(tokio::time::sleep(retry_delay.mul_f64(jitter()))).await;
+            if shutdown.is_cancelled() {
+                return Settled::Shutdown;
+            }
+            retry_delay = (retry_delay * 2).min(RETRY_DELAY_MAX);
+        }
+    }
+
+    /// One transaction: inbox rows, effects, dead letters. An error drops it, and nothing has happened.
+    async fn deliver<E, T>(
+        &self,
+        batch: &[Incoming<'_, E>],
+        handle: &impl AsyncFn(&DatabaseTransaction, &[Received<E>]) -> anyhow::Result<Handled<T>>,
+    ) -> anyhow::Result<(T, HashMap<u64, Verdict>)>
+    where
+        E: Event + Clone + PartialEq,
+    {
+        let txn = self.db.begin().await?;
+        let deliveries: Vec<Delivery> = batch.iter().filter_map(Incoming::delivery).collect();
+        let first = inbox::record(&txn, self.subscription.consumer, &deliveries).await?;
+        let (events, places) = distinct(batch, &first);
+        let Handled { quarantined, effect } = handle(&txn, &events).await?;
+
+        let quarantined: HashMap<usize, String> = quarantined.into_iter().map(|one| (one.index, one.cause)).collect();
+        let dead: Vec<DeadMessage<'_>> = batch
+            .iter()
+            .zip(places)
+            .filter_map(|(incoming, place)| incoming.dead(place.and_then(|place| quarantined.get(&place))))
+            .collect();
+        dead_letter::bury(&txn, &self.subscription, &dead).await?;
+        txn.commit().await?;
+
+        for letter in &dead {
+            error!(
+                consumer = self.subscription.consumer,
+                event.id = letter.event_id.map(tracing::field::display),
+                order.id = letter.order_id.map(tracing::field::display),
+                cause = letter.verdict.cause(),
+                "Dead letter: a message was not applied"
+            );
+        }
+        let verdicts =
+            dead.into_iter().filter_map(|letter| Some((u64::try_from(letter.stream_sequence).ok()?, letter.verdict))).collect();
+        Ok((effect, verdicts))
+    }
+
+    /// Only ever called after the commit: a crash before it leaves the messages to be delivered again, a crash
+    /// after it makes them repetitions. All acks of a connection are taken in order, so the answer to the last one
+    /// says that the others have been taken too; waiting for each would cost a round trip a message.
+    async fn acknowledge<E>(&self, batch: &[Incoming<'_, E>], dead: &HashMap<u64, Verdict>) {
+        let Some((last, others)) = batch.split_last() else { return };
+        for incoming in others {
+            let result = match dead.get(&incoming.stream_sequence) {
+                Some(verdict) => self.terminate(incoming.message, verdict).await,
+                None => incoming.message.ack().await.map_err(anyhow::Error::from_boxed),
+            };
+            if let Err(error) = result {
+                // It comes again and is recognised.
+                debug!(error = format!("{error:#}"), "An ack could not be sent");
+            }
+        }
+        let result = match dead.get(&last.stream_sequence) {
+            Some(verdict) => self.terminate(last.message, verdict).await,
+            None => match tokio::time::timeout(LAST_ACK_TIMEOUT, last.message.double_ack()).await {
+                Ok(result) => result.map_err(anyhow::Error::from_boxed),
+                Err(_) => Err(anyhow::anyhow!("no answer within {LAST_ACK_TIMEOUT:?}")),
+            },
+        };
+        if let Err(error) = result {
+            debug!(error = format!("{error:#}"), "The last ack of a batch was not confirmed");
+        }
+    }
+
+    /// Ends delivery for good and says why. By hand, since the client's `Term` carries no reason.
+    async fn terminate(&self, message: &Message, verdict: &Verdict) -> anyhow::Result<()> {
+        let reply = message.reply.clone().context("a JetStream message has a reply subject")?;
+        let reason: String = verdict.cause().chars().filter(|c| !c.is_control()).take(200).collect();
+        self.broker.client().publish(reply, format!("+TERM {reason}").into()).await?;
+        Ok(())
+    }
+
+    /// While a batch is tried again, tells the broker not to deliver it to somebody else yet.
+    async fn keep_waiting<E>(&self, batch: &[Incoming<'_, E>]) {
+        for incoming in batch {
+            if let Err(error) = incoming.message.ack_with(AckKind::Progress).await {
+                debug!(error = %error, "The broker could not be told to wait");
+                return;
+            }
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("the database did not get done within {DELIVERY_TIMEOUT:?}")]
+struct TookTooLong;
+
+enum Settled {
+    Committed,
+    Shutdown,
+    Refused(anyhow::Error),
+}
+
+/// Whether the same batch can succeed later. What is neither a database error nor a lost race is a bug or bad data,
+/// and would fail every time.
+fn is_transient(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause.is::<LostRace>() || cause.is::<TookTooLong>() || cause.downcast_ref::<DbErr>().is_some_and(db::is_transient)
+    })
+}
+
+/// A message with what became of reading it.
+#[derive(Clone)]
+struct Incoming<'a, E> {
+    message: &'a Message,
+    stream_sequence: u64,
+    delivered: i64,
+    event_id: Option<Uuid>,
+    content: Result<Received<E>, Verdict>,
+}
+
+impl<'a, E: Event + Clone + PartialEq> Incoming<'a, E> {
+    fn decode(message: &'a Message) -> Self {
+        let (stream_sequence, delivered) = message.info().map_or((0, 0), |info| (info.stream_sequence, info.delivered));
+        let event_id = text_header(message, header::ID).and_then(|id| id.parse::<EventId>().ok());
+        let content = read(message, event_id).map_err(Verdict::Poison);
+        Self { message, stream_sequence, delivered, event_id: event_id.map(EventId::as_uuid), content }
+    }
+
+    /// Its inbox row. A message that cannot be read gets none: the re-ask that heals it must not look repeated.
+    fn delivery(&self) -> Option<Delivery> {
+        let received = self.content.as_ref().ok()?;
+        Some(Delivery {
+            event_id: received.event_id.as_uuid(),
+            stream_sequence: i64::try_from(self.stream_sequence).unwrap_or(i64::MAX),
+            delivered: i32::try_from(self.delivered).unwrap_or(i32::MAX),
+        })
+    }
+
+    fn dead(&self, quarantined: Option<&String>) -> Option<DeadMessage<'a>> {
+        let (verdict, order_id) = match &self.content {
+            Err(verdict) => (verdict.clone(), None),
+            Ok(received) => (Verdict::Quarantine(quarantined?.clone()), Some(received.event.order_id().as_uuid())),
+        };
+        Some(DeadMessage {
+            verdict,
+            message: &self.message.message,
+            event_id: self.event_id,
+            order_id,
+            stream_sequence: i64::try_from(self.stream_sequence).unwrap_or(i64::MAX),
+            delivered: i32::try_from(self.delivered).unwrap_or(i32::MAX),
+        })
+    }
+}
+
+fn text_header<'a>(message: &'a Message, name: &str) -> Option<&'a str> {
+    Some(message.headers.as_ref()?.get(name)?.as_str())
+}
+
+fn read<E: Event>(message: &Message, event_id: Option<EventId>) -> Result<Received<E>, String> {
+    let required = |name: &str| text_header(message, name).ok_or_else(|| format!("header {name} is missing"));
+    required(header::ID)?;
+    let event_id = event_id.ok_or_else(|| format!("header {} is no UUID", header::ID))?;
+    let version = required(header::SPEC_VERSION)?;
+    if version != SPEC_VERSION {
+        return Err(format!("CloudEvents version {version:?} is not known, only {SPEC_VERSION}"));
+    }
+    let kind = required(header::TYPE)?;
+    if kind != E::TYPE {
+        return Err(format!("type {kind:?} is not known here, only {}", E::TYPE));
+    }
+    let ask = match text_header(message, header::ASK) {
+        None => 0,
+        Some(text) => text.parse().map_err(|_| format!("header {} is no number: {text:?}", header::ASK))?,
+    };
+    let event: E = serde_json::from_slice(&message.payload).map_err(|error| format!("the body is no {}: {error}", E::TYPE))?;
+    let order_id = required(header::SUBJECT)?;
+    if order_id != event.order_id().to_string() {
+        return Err(format!("header {} names order {order_id:?}, the body order {}", header::SUBJECT, event.order_id()));
+    }
+    let traceparent = text_header(message, header::TRACEPARENT).map(str::to_owned);
+    Ok(Received { event, event_id, ask, first: false, traceparent })
+}
+
+/// One entry per event, in stream order, and for each message its place among them. Of several deliveries of one
+/// event, the highest ask counts. Two messages with one id and other content stay two entries: the handler must see
+/// that they contradict each other.
+fn distinct<E: Event + Clone + PartialEq>(
+    batch: &[Incoming<'_, E>],
+    first: &HashSet<Uuid>,
+) -> (Vec<Received<E>>, Vec<Option<usize>>) {
+    let mut events: Vec<Received<E>> = Vec::with_capacity(batch.len());
+    let mut by_id: HashMap<EventId, Vec<usize>> = HashMap::with_capacity(batch.len());
+    let mut places = Vec::with_capacity(batch.len());
+    for incoming in batch {
+        let Ok(received) = &incoming.content else {
+            places.push(None);
+            continue;
+        };
+        let same_id = by_id.entry(received.event_id).or_default();
+        let place = match same_id.iter().copied().find(|place| events[*place].event == received.event) {
+            Some(place) => {
+                events[place].ask = events[place].ask.max(received.ask);
+                place
+            }
+            None => {
+                events.push(Received { first: first.contains(&received.event_id.as_uuid()), ..received.clone() });
+                same_id.push(events.len() - 1);
+                events.len() - 1
+            }
+        };
+        places.push(Some(place));
+    }
+    (events, places)
+}

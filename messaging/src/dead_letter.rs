@@ -1,0 +1,181 @@
+//! Messages that were not applied and wait for a person, with the real cause.
+//!
+//! *Poison* could not be handled: undecodable, unknown version, data that the database refuses. *Quarantine* could,
+//! but contradicts what is already decided, and must never be applied by itself.
+
+use async_nats::HeaderMap;
+use sea_orm::entity::prelude::*;
+use sea_orm::{DatabaseTransaction, DbErr, FromQueryResult};
+use serde_json::json;
+use sha2::{Digest, Sha256};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use shared_contracts::DLQ_STREAM;
+
+use crate::db::sql;
+use crate::outbox::{self, Message};
+use crate::topology::{self, Subscription};
+
+/// A dead letter.
+#[sea_orm::model]
+#[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+#[sea_orm(table_name = "dead_letters")]
+pub struct Model {
+    /// Its own id.
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub id: Uuid,
+    /// Who could not take it.
+    pub consumer: String,
+    /// The event id, or a hash of the message where it has none: the same message is one dead letter.
+    pub message_key: String,
+    /// `poison` or `quarantine`.
+    pub kind: String,
+    /// Why, in words.
+    pub cause: String,
+    /// The fact, if the message says which.
+    pub event_id: Option<Uuid>,
+    /// The order, if the message says which.
+    pub order_id: Option<Uuid>,
+    /// Where it was published.
+    pub subject: String,
+    /// Stream it came from.
+    pub stream: String,
+    /// Its place there.
+    pub stream_sequence: i64,
+    /// Which delivery of the message this was.
+    pub delivered: i32,
+    /// The headers as received, `Name: value` lines.
+    pub headers: Vec<u8>,
+    /// The body as received.
+    pub payload: Vec<u8>,
+    /// How often it came.
+    pub times: i32,
+    /// When it first came.
+    pub created_at: TimeDateTimeWithTimeZone,
+    /// When it last came.
+    pub last_seen_at: TimeDateTimeWithTimeZone,
+}
+
+impl ActiveModelBehavior for ActiveModel {}
+
+/// Why a message is a dead letter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// It cannot be handled.
+    Poison(String),
+    /// It contradicts what is decided.
+    Quarantine(String),
+}
+
+impl Verdict {
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Poison(_) => "poison",
+            Self::Quarantine(_) => "quarantine",
+        }
+    }
+
+    pub(crate) fn cause(&self) -> &str {
+        match self {
+            Self::Poison(cause) | Self::Quarantine(cause) => cause,
+        }
+    }
+}
+
+/// A message on its way to the table.
+pub(crate) struct DeadMessage<'a> {
+    pub(crate) verdict: Verdict,
+    pub(crate) message: &'a async_nats::Message,
+    pub(crate) event_id: Option<Uuid>,
+    pub(crate) order_id: Option<Uuid>,
+    pub(crate) stream_sequence: i64,
+    pub(crate) delivered: i32,
+}
+
+impl DeadMessage<'_> {
+    fn key(&self) -> String {
+        match self.event_id {
+            Some(event_id) => event_id.to_string(),
+            None => {
+                let mut hash = Sha256::new();
+                for part in [self.message.subject.as_bytes(), &header_lines(self.message.headers.as_ref()), &self.message.payload]
+                {
+                    hash.update(u64::try_from(part.len()).unwrap_or(u64::MAX).to_be_bytes());
+                    hash.update(part);
+                }
+                hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+            }
+        }
+    }
+}
+
+fn header_lines(headers: Option<&HeaderMap>) -> Vec<u8> {
+    let mut lines: Vec<String> = headers
+        .into_iter()
+        .flat_map(HeaderMap::iter)
+        .flat_map(|(name, values)| values.iter().map(move |value| format!("{name}: {value}\n")))
+        .collect();
+    lines.sort();
+    lines.concat().into_bytes()
+}
+
+#[derive(FromQueryResult)]
+struct Stored {
+    id: Uuid,
+    is_new: bool,
+}
+
+/// Stores dead letters, and for each new one a copy to be published for tools.
+pub(crate) async fn bury(txn: &DatabaseTransaction, subscription: &Subscription, dead: &[DeadMessage<'_>]) -> Result<(), DbErr> {
+    let mut copies = Vec::new();
+    // A query per message: there are none on a healthy day, and a flood of them is slow on purpose of nobody.
+    for letter in dead {
+        let stored = Stored::find_by_statement(sql(
+            "INSERT INTO dead_letters (id, consumer, message_key, kind, cause, event_id, order_id, subject, stream,
+                                       stream_sequence, delivered, headers, payload)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)
+             ON CONFLICT (consumer, message_key) DO UPDATE SET times = dead_letters.times + 1, last_seen_at = now()
+             RETURNING id, times = 1 AS is_new",
+            [
+                Uuid::now_v7().into(),
+                subscription.consumer.into(),
+                letter.key().into(),
+                letter.verdict.kind().into(),
+                letter.verdict.cause().into(),
+                letter.event_id.into(),
+                letter.order_id.into(),
+                letter.message.subject.as_str().into(),
+                subscription.stream.into(),
+                letter.stream_sequence.into(),
+                letter.delivered.into(),
+                header_lines(letter.message.headers.as_ref()).into(),
+                letter.message.payload.to_vec().into(),
+            ],
+        ))
+        .one(txn)
+        .await?
+        .ok_or_else(|| DbErr::RecordNotFound("a dead letter that was just stored".to_owned()))?;
+        if stored.is_new {
+            let body = json!({
+                "dead_letter_id": stored.id,
+                "consumer": subscription.consumer,
+                "kind": letter.verdict.kind(),
+                "cause": letter.verdict.cause(),
+                "event_id": letter.event_id,
+                "order_id": letter.order_id,
+                "stream": subscription.stream,
+                "stream_sequence": letter.stream_sequence,
+            });
+            copies.push(Message::notice(
+                topology::dlq_subject(subscription.service),
+                DLQ_STREAM,
+                "gozon.dead_letter.v1",
+                subscription.service,
+                OffsetDateTime::now_utc(),
+                &body,
+            ));
+        }
+    }
+    outbox::enqueue(txn, copies).await
+}

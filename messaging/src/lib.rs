@@ -1,0 +1,15 @@
+#![doc = include_str!("../README.md")]
+#![warn(missing_docs)]
+
+pub mod broker;
+pub mod consumer;
+pub mod db;
+pub mod dead_letter;
+pub mod inbox;
+pub mod migration;
+pub mod outbox;
+pub mod relay;
+pub mod topology;
+mod vital;
+
+pub use vital::Vital;

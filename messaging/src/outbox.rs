@@ -1,0 +1,242 @@
+//! Facts that wait to be published. [`enqueue`] is the only writer of new rows and needs a transaction: a fact is
+//! stored together with what it tells about, or not at all.
+
+use sea_orm::entity::prelude::*;
+use sea_orm::{DatabaseTransaction, DbErr, FromQueryResult};
+use serde_json::{Map, Value as Json};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use uuid::Uuid;
+
+use shared_contracts::{Event, EventId, header};
+
+use crate::db::{self, sql};
+
+/// An outbox row.
+#[sea_orm::model]
+#[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+#[sea_orm(table_name = "outbox")]
+pub struct Model {
+    /// The fact.
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub event_id: Uuid,
+    /// 0 for the first sending, then 1, 2, ... for each time it is said again on purpose.
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub n: i32,
+    /// Where it is published.
+    pub subject: String,
+    /// Message headers, a JSON object of strings.
+    pub headers: String,
+    /// Message body, JSON.
+    pub payload: String,
+    /// How often publishing it was tried.
+    pub attempts: i32,
+    /// When the transaction that made it began.
+    pub created_at: TimeDateTimeWithTimeZone,
+    /// When its PubAck was recorded; none while it waits.
+    pub published_at: Option<TimeDateTimeWithTimeZone>,
+    /// Where the broker stored it, by the newest PubAck.
+    pub stream_sequence: Option<i64>,
+}
+
+impl ActiveModelBehavior for ActiveModel {}
+
+/// A fact ready to be enqueued.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Message {
+    event_id: EventId,
+    n: i32,
+    subject: String,
+    headers: String,
+    payload: String,
+}
+
+impl Message {
+    /// `event` said for the first time. `traceparent` ties it to the request or message that caused it.
+    pub fn first<E: Event>(event_id: EventId, event: &E, at: OffsetDateTime, traceparent: Option<&str>) -> Self {
+        Self::nth(event_id, 0, event, at, traceparent)
+    }
+
+    /// `event` said again: the n-th re-ask, with a de-duplication id of its own and the header `Gozon-Ask`.
+    pub fn nth<E: Event>(event_id: EventId, n: u32, event: &E, at: OffsetDateTime, traceparent: Option<&str>) -> Self {
+        let mut headers = Headers::new(E::TYPE, E::SOURCE, E::STREAM, at);
+        headers.set(header::SUBJECT, event.order_id().to_string());
+        if n > 0 {
+            headers.set(header::ASK, n.to_string());
+        }
+        if let Some(traceparent) = traceparent {
+            headers.set(header::TRACEPARENT, traceparent);
+        }
+        Self {
+            event_id,
+            n: i32::try_from(n).unwrap_or(i32::MAX),
+            subject: E::SUBJECT.to_owned(),
+            headers: headers.into_json(),
+            payload: serde_json::to_string(event).expect("an event is plain data, which always serializes"),
+        }
+    }
+
+    /// Something that is no [`Event`] of the contracts: copies of dead letters, for tools.
+    pub(crate) fn notice(subject: String, stream: &str, kind: &str, source: &str, at: OffsetDateTime, body: &Json) -> Self {
+        Self {
+            event_id: EventId::mint(),
+            n: 0,
+            subject,
+            headers: Headers::new(kind, source, stream, at).into_json(),
+            payload: body.to_string(),
+        }
+    }
+}
+
+struct Headers(Map<String, Json>);
+
+impl Headers {
+    fn new(kind: &str, source: &str, stream: &str, at: OffsetDateTime) -> Self {
+        let mut headers = Self(Map::new());
+        headers.set(header::TYPE, kind);
+        headers.set(header::SOURCE, source);
+        headers.set(header::TIME, at.format(&Rfc3339).expect("a time of this millennium has an RFC 3339 form"));
+        headers.set(header::EXPECTED_STREAM, stream);
+        headers
+    }
+
+    fn set(&mut self, name: &str, value: impl Into<String>) {
+        self.0.insert(name.to_owned(), Json::String(value.into()));
+    }
+
+    fn into_json(self) -> String {
+        Json::Object(self.0).to_string()
+    }
+}
+
+/// Stores facts together with what they tell about. After the commit, wake the relay.
+pub async fn enqueue(txn: &DatabaseTransaction, mut messages: Vec<Message>) -> Result<(), DbErr> {
+    if messages.is_empty() {
+        return Ok(());
+    }
+    messages.sort_by_key(|message| (message.event_id, message.n));
+    let mut event_ids = Vec::with_capacity(messages.len());
+    let mut ns = Vec::with_capacity(messages.len());
+    let mut subjects = Vec::with_capacity(messages.len());
+    let mut headers = Vec::with_capacity(messages.len());
+    let mut payloads = Vec::with_capacity(messages.len());
+    for message in messages {
+        event_ids.push(message.event_id.as_uuid());
+        ns.push(message.n);
+        subjects.push(message.subject);
+        headers.push(message.headers);
+        payloads.push(message.payload);
+    }
+    // One statement text for any number of rows, so that it is prepared once per connection.
+    db::execute(
+        txn,
+        sql(
+            "INSERT INTO outbox (event_id, n, subject, headers, payload)
+             SELECT * FROM unnest($1::uuid[], $2::integer[], $3::text[], $4::text[], $5::text[])",
+            [event_ids.into(), ns.into(), subjects.into(), headers.into(), payloads.into()],
+        ),
+    )
+    .await?;
+    Ok(())
+}
+
+/// What the relay needs of a row.
+#[derive(Clone, Debug, FromQueryResult)]
+pub(crate) struct Pending {
+    pub(crate) event_id: Uuid,
+    pub(crate) n: i32,
+    pub(crate) subject: String,
+    pub(crate) headers: String,
+    pub(crate) payload: String,
+}
+
+impl Pending {
+    /// The broker swallows a repeated id, so what is said again on purpose gets a new one.
+    pub(crate) fn message_id(&self) -> String {
+        match self.n {
+            0 => self.event_id.to_string(),
+            n => format!("{}.r{n}", self.event_id),
+        }
+    }
+}
+
+/// Locks up to `limit` waiting rows, the oldest first, passing over those that another relay holds.
+pub(crate) async fn lock_pending(txn: &DatabaseTransaction, limit: u32) -> Result<Vec<Pending>, DbErr> {
+    Pending::find_by_statement(sql(
+        "SELECT event_id, n, subject, headers, payload FROM outbox WHERE published_at IS NULL
+         ORDER BY event_id, n LIMIT $1 FOR UPDATE SKIP LOCKED",
+        [i64::from(limit).into()],
+    ))
+    .all(txn)
+    .await
+}
+
+/// A row whose PubAck came.
+pub(crate) struct Acknowledged {
+    pub(crate) event_id: Uuid,
+    pub(crate) n: i32,
+    pub(crate) stream_sequence: i64,
+}
+
+/// Marks exactly these rows, which the transaction has locked.
+pub(crate) async fn mark_published(txn: &DatabaseTransaction, rows: &[Acknowledged]) -> Result<(), DbErr> {
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let event_ids: Vec<Uuid> = rows.iter().map(|row| row.event_id).collect();
+    let ns: Vec<i32> = rows.iter().map(|row| row.n).collect();
+    let sequences: Vec<i64> = rows.iter().map(|row| row.stream_sequence).collect();
+    db::execute(
+        txn,
+        sql(
+            "UPDATE outbox o SET published_at = clock_timestamp(), stream_sequence = v.stream_sequence, attempts = o.attempts + 1
+             FROM unnest($1::uuid[], $2::integer[], $3::bigint[]) AS v (event_id, n, stream_sequence)
+             WHERE o.event_id = v.event_id AND o.n = v.n",
+            [event_ids.into(), ns.into(), sequences.into()],
+        ),
+    )
+    .await?;
+    Ok(())
+}
+
+/// Counts an attempt for rows, which the transaction has locked, whose PubAck did not come.
+pub(crate) async fn count_attempt(txn: &DatabaseTransaction, rows: &[(Uuid, i32)]) -> Result<(), DbErr> {
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let (event_ids, ns): (Vec<Uuid>, Vec<i32>) = rows.iter().copied().unzip();
+    db::execute(
+        txn,
+        sql(
+            "UPDATE outbox o SET attempts = o.attempts + 1 FROM unnest($1::uuid[], $2::integer[]) AS v (event_id, n)
+             WHERE o.event_id = v.event_id AND o.n = v.n",
+            [event_ids.into(), ns.into()],
+        ),
+    )
+    .await?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use shared_contracts::{Amount, OrderId, OrderPlaced, UserId};
+
+    use super::*;
+
+    fn pending(n: u32) -> Pending {
+        let order_id: OrderId = "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11".parse().unwrap();
+        let event = OrderPlaced { order_id, user_id: UserId::parse("alice").unwrap(), amount: Amount::new(5).unwrap() };
+        let event_id = "01933f3c-7d5a-7b60-9d6f-000000000001".parse().unwrap();
+        let message = Message::nth(event_id, n, &event, OffsetDateTime::UNIX_EPOCH, None);
+        let Message { event_id, n, subject, headers, payload } = message;
+        Pending { event_id: event_id.as_uuid(), n, subject, headers, payload }
+    }
+
+    #[test]
+    fn a_re_ask_has_a_message_id_of_its_own_and_says_its_number() {
+        assert_eq!(pending(0).message_id(), "01933f3c-7d5a-7b60-9d6f-000000000001");
+        assert!(!pending(0).headers.contains(header::ASK));
+        assert_eq!(pending(3).message_id(), "01933f3c-7d5a-7b60-9d6f-000000000001.r3");
+        assert!(pending(3).headers.contains(r#""Gozon-Ask":"3""#));
+    }
+}

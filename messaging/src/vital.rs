@@ -1,0 +1,34 @@
+//! How a supervised loop is doing, for `/readyz?verbose`.
+
+use std::fmt;
+use std::sync::{Arc, RwLock};
+
+/// A sign of life that a loop keeps up to date and a health page reads.
+#[derive(Clone, Debug)]
+pub struct Vital(Arc<RwLock<Result<(), String>>>);
+
+impl Vital {
+    /// Starts out bad, with `why`.
+    pub fn starting(why: &str) -> Self {
+        Self(Arc::new(RwLock::new(Err(why.to_owned()))))
+    }
+
+    /// All is well.
+    pub fn good(&self) {
+        self.set(Ok(()));
+    }
+
+    /// Something is away; the loop goes on trying.
+    pub fn bad(&self, why: impl fmt::Display) {
+        self.set(Err(why.to_string()));
+    }
+
+    /// The newest word.
+    pub fn read(&self) -> Result<(), String> {
+        self.0.read().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
+    }
+
+    fn set(&self, state: Result<(), String>) {
+        *self.0.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = state;
+    }
+}

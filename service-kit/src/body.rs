@@ -1,0 +1,227 @@
+//! Reading a JSON body strictly, naming everything that is wrong with it at once.
+
+use std::fmt;
+
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{FromRequest, Request};
+use axum::http::{StatusCode, header};
+use bytes::Bytes;
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+use serde_json::Value;
+
+use crate::problem::{FieldError, Problem};
+
+/// The fields of a JSON object. Each is taken once; [`Fields::finish`] refuses what is left over.
+#[derive(Debug)]
+pub struct Fields {
+    fields: Vec<(String, Value)>,
+    errors: Vec<FieldError>,
+}
+
+impl Fields {
+    /// Reads a body. Text that is no JSON is a 400, JSON that is no object a 422.
+    pub fn parse(body: &[u8]) -> Result<Self, Problem> {
+        let value: Body = serde_json::from_slice(body).map_err(|error| {
+            Problem::new(
+                StatusCode::BAD_REQUEST,
+                "malformed_json",
+                format!("The body is not JSON: {error}. Send one JSON object."),
+            )
+        })?;
+        let Body::Object(fields) = value else {
+            return Err(Problem::validation(vec![field_error("", "must be a JSON object")]));
+        };
+        let mut errors = Vec::new();
+        for (index, (name, _)) in fields.iter().enumerate() {
+            if fields[..index].iter().any(|(earlier, _)| earlier == name) {
+                errors.push(field_error(name, "stands twice"));
+            }
+        }
+        Ok(Self { fields, errors })
+    }
+
+    /// A field that must be there.
+    pub fn required<T>(&mut self, name: &str, read: impl FnOnce(&Value) -> Result<T, String>) -> Option<T> {
+        match self.take(name) {
+            Some(value) => self.read(name, &value, read),
+            None => {
+                self.errors.push(field_error(name, "is missing"));
+                None
+            }
+        }
+    }
+
+    /// A field that may be absent.
+    pub fn optional<T>(&mut self, name: &str, absent: T, read: impl FnOnce(&Value) -> Result<T, String>) -> Option<T> {
+        match self.take(name) {
+            Some(value) => self.read(name, &value, read),
+            None => Some(absent),
+        }
+    }
+
+    /// Refuses fields that nobody took, and tells everything that was wrong.
+    pub fn finish(mut self) -> Result<(), Problem> {
+        for (name, _) in &self.fields {
+            self.errors.push(field_error(name, "is not known here"));
+        }
+        if self.errors.is_empty() { Ok(()) } else { Err(Problem::validation(self.errors)) }
+    }
+
+    fn take(&mut self, name: &str) -> Option<Value> {
+        let place = self.fields.iter().position(|(field, _)| field == name)?;
+        let (_, value) = self.fields.swap_remove(place);
+        // A field that stands twice was noted while parsing; do not also call the second one unknown.
+        self.fields.retain(|(field, _)| field != name);
+        Some(value)
+    }
+
+    fn read<T>(&mut self, name: &str, value: &Value, read: impl FnOnce(&Value) -> Result<T, String>) -> Option<T> {
+        read(value).map_err(|detail| self.errors.push(field_error(name, &detail))).ok()
+    }
+}
+
+/// The wrong part of a body, as a JSON pointer (RFC 6901).
+fn field_error(name: &str, detail: &str) -> FieldError {
+    let pointer = if name.is_empty() { String::new() } else { format!("/{}", name.replace('~', "~0").replace('/', "~1")) };
+    FieldError { pointer, detail: detail.to_owned() }
+}
+
+/// The value must be a string.
+pub fn text(value: &Value) -> Result<&str, String> {
+    value.as_str().ok_or_else(|| "must be a string".to_owned())
+}
+
+/// The value must be written as an integer: no fraction, no exponent, no quotes.
+pub fn integer(value: &Value, otherwise: &str) -> Result<i64, String> {
+    value.as_i64().ok_or_else(|| otherwise.to_owned())
+}
+
+impl<S: Send + Sync> FromRequest<S> for Fields {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        let content_type = request.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let essence = content_type.split(';').next().unwrap_or_default().trim();
+        if !essence.eq_ignore_ascii_case("application/json") {
+            return Err(Problem::new(
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                "unsupported_media_type",
+                "Send the body as JSON, with the header Content-Type: application/json.",
+            ));
+        }
+        let body = Bytes::from_request(request, state).await.map_err(unreadable)?;
+        Self::parse(&body)
+    }
+}
+
+fn unreadable(rejection: BytesRejection) -> Problem {
+    match rejection.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", "The body is too large."),
+        _ => Problem::new(StatusCode::BAD_REQUEST, "unreadable_body", "The body ended before it was complete. Send it again."),
+    }
+}
+
+/// JSON whose outermost object keeps repeated names, so that they can be refused.
+enum Body {
+    Object(Vec<(String, Value)>),
+    Other,
+}
+
+impl<'de> Deserialize<'de> for Body {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct BodyVisitor;
+
+        impl<'de> Visitor<'de> for BodyVisitor {
+            type Value = Body;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a JSON value")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Body, A::Error> {
+                let mut fields = Vec::new();
+                while let Some(field) = map.next_entry()? {
+                    fields.push(field);
+                }
+                Ok(Body::Object(fields))
+            }
+
+            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut seq: A) -> Result<Body, A::Error> {
+                while seq.next_element::<serde::de::IgnoredAny>()?.is_some() {}
+                Ok(Body::Other)
+            }
+
+            fn visit_bool<E>(self, _: bool) -> Result<Body, E> {
+                Ok(Body::Other)
+            }
+
+            fn visit_i64<E>(self, _: i64) -> Result<Body, E> {
+                Ok(Body::Other)
+            }
+
+            fn visit_u64<E>(self, _: u64) -> Result<Body, E> {
+                Ok(Body::Other)
+            }
+
+            fn visit_f64<E>(self, _: f64) -> Result<Body, E> {
+                Ok(Body::Other)
+            }
+
+            fn visit_str<E>(self, _: &str) -> Result<Body, E> {
+                Ok(Body::Other)
+            }
+
+            fn visit_unit<E>(self) -> Result<Body, E> {
+                Ok(Body::Other)
+            }
+        }
+
+        deserializer.deserialize_any(BodyVisitor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pointers(problem: Problem) -> Vec<String> {
+        problem.into_document("id").errors.into_iter().map(|error| error.pointer).collect()
+    }
+
+    #[test]
+    fn everything_that_is_wrong_is_named_at_once() {
+        let mut fields = Fields::parse(br#"{"amount": 1.5, "surprise": 1, "user_id": 7, "a/b": 1}"#).unwrap();
+        assert_eq!(fields.required("user_id", |value| text(value).map(str::to_owned)), None);
+        assert_eq!(fields.required("amount", |value| integer(value, "must be an integer")), None);
+        assert_eq!(fields.required("missing", |value| text(value).map(str::to_owned)), None);
+        assert_eq!(fields.optional("description", "none", |_| Ok("some")), Some("none"));
+        let mut wrong = pointers(fields.finish().unwrap_err());
+        wrong.sort();
+        assert_eq!(wrong, ["/amount", "/a~1b", "/missing", "/surprise", "/user_id"]);
+    }
+
+    #[test]
+    fn a_field_that_stands_twice_is_refused() {
+        let mut fields = Fields::parse(br#"{"amount": 1, "amount": 2}"#).unwrap();
+        assert!(fields.required("amount", |value| integer(value, "")).is_some());
+        assert_eq!(pointers(fields.finish().unwrap_err()), ["/amount"]);
+    }
+
+    #[test]
+    fn what_is_no_json_is_a_400_and_what_is_no_object_a_422() {
+        for malformed in ["", "{", "{\"a\":}", "nope", "{} {}"] {
+            assert_eq!(Fields::parse(malformed.as_bytes()).unwrap_err().status(), StatusCode::BAD_REQUEST, "{malformed}");
+        }
+        for other in ["[]", "[1,[2]]", "1", "-1", "1.5", "\"text\"", "null", "true"] {
+            assert_eq!(Fields::parse(other.as_bytes()).unwrap_err().status(), StatusCode::UNPROCESSABLE_ENTITY, "{other}");
+        }
+    }
+
+    #[test]
+    fn only_a_plain_integer_is_an_integer() {
+        for bad in ["1.5", "1e3", "1.0", "\"1\"", "null", "99999999999999999999", "true"] {
+            assert!(integer(&serde_json::from_str(bad).unwrap(), "no").is_err(), "{bad}");
+        }
+        assert_eq!(integer(&Value::from(-5), "no"), Ok(-5));
+    }
+}

@@ -1,0 +1,200 @@
+//! The outermost layer of every HTTP server: request ids, problem documents, panics, access log, graceful end.
+
+use std::any::Any;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{DefaultBodyLimit, MatchedPath, Request};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::middleware::{Next, from_fn};
+use axum::response::{IntoResponse as _, Response};
+use axum::serve::ListenerExt as _;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tower_http::catch_panic::CatchPanicLayer;
+use tracing::{Instrument as _, debug, error, info_span, warn};
+
+use crate::problem::{self, Problem};
+
+/// Names a request in logs and problem documents; taken over from the caller if it is reasonable.
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Largest request body.
+pub const BODY_BYTES_MAX: usize = 16 * 1024;
+const REQUEST_ID_LENGTH_MAX: usize = 64;
+/// After a shutdown begins, open requests get this long.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Wraps `router` in what every server has.
+pub fn edge(router: Router) -> Router {
+    router
+        .fallback(async || Problem::new(StatusCode::NOT_FOUND, "not_found", "There is nothing at this path. See /openapi.json."))
+        .method_not_allowed_fallback(async || {
+            Problem::new(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "method_not_allowed",
+                "This path has no such method; the header Allow names those it has.",
+            )
+        })
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(from_fn(finish))
+}
+
+/// Serves until `shutdown`, then lets open requests end, for a bounded time.
+pub async fn serve(listener: TcpListener, router: Router, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let listener = listener.tap_io(|stream| {
+        if let Err(error) = stream.set_nodelay(true) {
+            debug!(error = %error, "A connection goes on without TCP_NODELAY");
+        }
+    });
+    let server = axum::serve(listener, router).with_graceful_shutdown(shutdown.clone().cancelled_owned());
+    let overdue = async {
+        shutdown.cancelled().await;
+        tokio::time::sleep(DRAIN_TIMEOUT).await;
+    };
+    tokio::select! {
+        result = server.into_future() => result?,
+        () = overdue => warn!("Some requests did not end within {DRAIN_TIMEOUT:?} and are cut off"),
+    }
+    Ok(())
+}
+
+/// Gives the request an id and turns whatever error came out, from whichever layer, into a problem document.
+async fn finish(mut request: Request, next: Next) -> Response {
+    let request_id = request_id(request.headers());
+    request.headers_mut().insert(REQUEST_ID, request_id.clone());
+    let method = request.method().clone();
+    let route = request.extensions().get::<MatchedPath>().map_or_else(|| "(none)".to_owned(), |path| path.as_str().to_owned());
+    let id_text = request_id.to_str().unwrap_or_default().to_owned();
+    let span = info_span!("request", request.id = id_text, http.method = %method, http.route = route);
+
+    async move {
+        let begun = Instant::now();
+        let response = next.run(request).await;
+        let mut response = as_problem_document(response, &id_text, &method);
+        response.headers_mut().insert(REQUEST_ID, request_id);
+        debug!(http.status = response.status().as_u16(), duration_ms = begun.elapsed().as_millis() as u64, "Request answered");
+        response
+    }
+    .instrument(span)
+    .await
+}
+
+fn request_id(headers: &HeaderMap) -> HeaderValue {
+    let reasonable = |value: &&HeaderValue| {
+        let bytes = value.as_bytes();
+        (1..=REQUEST_ID_LENGTH_MAX).contains(&bytes.len())
+            && bytes.iter().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-'))
+    };
+    match headers.get(REQUEST_ID).filter(reasonable) {
+        Some(value) => value.clone(),
+        None => HeaderValue::from_str(&uuid::Uuid::now_v7().to_string()).expect("a UUID is a header value"),
+    }
+}
+
+fn as_problem_document(mut response: Response, request_id: &str, method: &Method) -> Response {
+    let status = response.status();
+    let problem = match response.extensions_mut().remove::<Problem>() {
+        Some(problem) => problem,
+        None if status.is_success() || status.is_redirection() || status.is_informational() => return response,
+        None if has_problem_document(response.headers()) => return response,
+        None => foreign(status),
+    };
+    let document = problem.into_document(request_id);
+    let bytes = serde_json::to_vec(&document).expect("a problem document is plain data");
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(problem::CONTENT_TYPE));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(header::CONTENT_LENGTH, HeaderValue::from(bytes.len()));
+    *response.body_mut() = if method == Method::HEAD { Body::empty() } else { Body::from(bytes) };
+    response
+}
+
+fn has_problem_document(headers: &HeaderMap) -> bool {
+    headers.get(header::CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(problem::CONTENT_TYPE.as_bytes()))
+}
+
+/// An error that a layer below made without knowing of problem documents.
+fn foreign(status: StatusCode) -> Problem {
+    match status {
+        StatusCode::PAYLOAD_TOO_LARGE => {
+            Problem::new(status, "body_too_large", format!("The body is larger than {BODY_BYTES_MAX} bytes. Send less."))
+        }
+        StatusCode::BAD_REQUEST => {
+            Problem::new(status, "bad_request", "The request is not understood. Compare it with /openapi.json.")
+        }
+        _ if status.is_server_error() => Problem::new(status, "internal_error", "Something went wrong on our side. Try again."),
+        _ => Problem::new(status, "request_refused", status.canonical_reason().unwrap_or("The request was refused.")),
+    }
+}
+
+fn panicked(panic: Box<dyn Any + Send + 'static>) -> Response {
+    let words = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    error!(panic = words.unwrap_or("(no message)"), "A request handler panicked");
+    Problem::new(
+        StatusCode::INTERNAL_SERVER_ERROR,
+        "internal_error",
+        "Something went wrong on our side. Try again with the same key.",
+    )
+    .into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::routing::{get, post};
+    use http_body_util::BodyExt as _;
+    use serde_json::Value;
+    use tower::ServiceExt as _;
+
+    use super::*;
+    use crate::body::Fields;
+
+    async fn answer(request: Request) -> (StatusCode, HeaderMap, Value) {
+        let router = Router::new()
+            .route("/panic", get(async || -> StatusCode { panic!("secret innards") }))
+            .route("/bare", get(async || StatusCode::IM_A_TEAPOT))
+            .route("/echo", post(async |fields: Fields| format!("{}", fields.finish().is_ok())));
+        let response = edge(router).oneshot(request).await.unwrap();
+        let (parts, body) = response.into_parts();
+        let bytes = body.collect().await.unwrap().to_bytes();
+        (parts.status, parts.headers, serde_json::from_slice(&bytes).unwrap_or_default())
+    }
+
+    fn post_json(content_type: &str, body: impl Into<Body>) -> Request {
+        Request::post("/echo").header("content-type", content_type).body(body.into()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn every_layer_answers_errors_as_problem_documents() {
+        let get = |path: &str| Request::get(path).body(Body::empty()).unwrap();
+        for (request, status, code) in [
+            (get("/nowhere"), 404, "not_found"),
+            (get("/echo"), 405, "method_not_allowed"),
+            (get("/panic"), 500, "internal_error"),
+            (get("/bare"), 418, "request_refused"),
+            (post_json("text/plain", "{}"), 415, "unsupported_media_type"),
+            (post_json("application/json", "{"), 400, "malformed_json"),
+            (post_json("application/json", "[]"), 422, "validation_failed"),
+            (post_json("application/json", vec![b' '; BODY_BYTES_MAX + 1]), 413, "body_too_large"),
+        ] {
+            let what = format!("{} {}", request.method(), request.uri());
+            let (answered, headers, document) = answer(request).await;
+            assert_eq!(answered.as_u16(), status, "{what}");
+            assert_eq!(headers[header::CONTENT_TYPE], problem::CONTENT_TYPE, "{what}");
+            assert_eq!(document["code"], code, "{what}");
+            assert_eq!(document["status"], status, "{what}");
+            assert_eq!(document["request_id"], headers[REQUEST_ID].to_str().unwrap(), "{what}");
+            assert!(!document.to_string().contains("innards"), "{what}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_reasonable_request_id_is_kept_and_another_is_replaced() {
+        let with_id = |id: &str| Request::get("/nowhere").header(REQUEST_ID, id).body(Body::empty()).unwrap();
+        assert_eq!(answer(with_id("abc-1.2_3")).await.2["request_id"], "abc-1.2_3");
+        for unreasonable in ["a b", "x".repeat(65).as_str(), "", "<script>"] {
+            assert_ne!(answer(with_id(unreasonable)).await.2["request_id"], unreasonable);
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! What every binary of the system needs and that knows no domain word: logging, shutdown, health, configuration
+//! pieces, and an HTTP edge that answers every error as a problem document (RFC 9457).
+
+pub mod body;
+pub mod config;
+pub mod health;
+pub mod http;
+pub mod problem;
+pub mod shutdown;
+pub mod telemetry;
+
+pub use problem::Problem;

@@ -1,0 +1,31 @@
+//! Logs: one readable line per event, with the same facts as fields to search.
+
+use std::io::IsTerminal as _;
+
+use clap::ValueEnum;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{Layer as _, fmt};
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// For machines: one JSON object a line.
+    Json,
+}
+
+/// Starts logging to standard error. `filter` is a level or a list such as `info,orders=debug`.
+pub fn init(format: LogFormat, filter: &str) -> anyhow::Result<()> {
+    let filter: Targets = filter.parse().map_err(|error| anyhow::anyhow!("RUST_LOG is not understood: {error}"))?;
+    // The client library logs every reconnect attempt; our own lines say the same once.
+    let filter = filter.with_target("async_nats", tracing::Level::ERROR);
+    let layer = match format {
+        LogFormat::Text => fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal()).boxed(),
+        LogFormat::Json => fmt::layer().json().flatten_event(true).with_writer(std::io::stderr).boxed(),
+    };
+    tracing_subscriber::registry().with(layer.with_filter(filter)).try_init()?;
+    Ok(())
+}

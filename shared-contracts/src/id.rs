@@ -1,0 +1,129 @@
+//! Ids as types of their own, so that one cannot stand where another is meant.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+macro_rules! uuid_id {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct $name(Uuid);
+
+        impl $name {
+            /// Mints a new one: UUIDv7, so ids made later sort later and indexes grow at their end.
+            pub fn mint() -> Self {
+                Self(Uuid::now_v7())
+            }
+
+            /// The bare UUID, for databases.
+            pub fn as_uuid(self) -> Uuid {
+                self.0
+            }
+        }
+
+        impl From<Uuid> for $name {
+            fn from(id: Uuid) -> Self {
+                Self(id)
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = uuid::Error;
+
+            fn from_str(text: &str) -> Result<Self, Self::Err> {
+                Uuid::parse_str(text).map(Self)
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+    };
+}
+
+uuid_id! {
+    /// An order.
+    OrderId
+}
+uuid_id! {
+    /// A fact: minted in the transaction that makes it, constant over re-sends.
+    EventId
+}
+
+/// A customer, named by the shop: 1 to 64 characters of `A-Z a-z 0-9 . _ -`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct UserId(String);
+
+/// The text is no user id.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("must be 1 to 64 characters of A-Z, a-z, 0-9, '.', '_' or '-'")]
+pub struct InvalidUserId;
+
+impl UserId {
+    /// Most characters it may have.
+    pub const LENGTH_MAX: usize = 64;
+
+    /// Checks and wraps `text`.
+    pub fn parse(text: impl Into<String>) -> Result<Self, InvalidUserId> {
+        let text = text.into();
+        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+        if (1..=Self::LENGTH_MAX).contains(&text.len()) && text.bytes().all(allowed) {
+            Ok(Self(text))
+        } else {
+            Err(InvalidUserId)
+        }
+    }
+
+    /// The text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for UserId {
+    type Error = InvalidUserId;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        Self::parse(text)
+    }
+}
+
+impl From<UserId> for String {
+    fn from(id: UserId) -> Self {
+        id.0
+    }
+}
+
+impl fmt::Display for UserId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_user_id_has_1_to_64_plain_characters() {
+        for good in ["a", "alice", "a.b_c-D9", &"x".repeat(64)] {
+            assert_eq!(UserId::parse(good).unwrap().as_str(), good);
+        }
+        for bad in ["", "a b", "a/b", "ä", "a\0b", "a\n", &"x".repeat(65)] {
+            assert_eq!(UserId::parse(bad), Err(InvalidUserId), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn later_ids_sort_later() {
+        let ids: Vec<_> = (0..1000).map(|_| OrderId::mint()).collect();
+        assert!(ids.is_sorted());
+    }
+}
