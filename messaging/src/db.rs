@@ -1,5 +1,6 @@
 //! The connection to PostgreSQL, and what its errors mean.
 
+use std::ops::ControlFlow;
 use std::time::Duration;
 
 use sea_orm::{
@@ -7,6 +8,13 @@ use sea_orm::{
     Statement, TransactionTrait, Value,
 };
 use sea_orm_migration::MigratorTrait;
+use time::OffsetDateTime;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use crate::broker::jitter;
+use crate::vital::Vital;
 
 /// Waiting for a free connection longer than this means the pool is too small or the database is away.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -18,6 +26,8 @@ const LOCK_TIMEOUT_MS: &str = "5000";
 const IDLE_IN_TRANSACTION_TIMEOUT_MS: &str = "15000";
 /// A connection that was idle this long is pinged before use; the server may have gone meanwhile.
 const PING_WHEN_IDLE_FOR: Duration = Duration::from_secs(1);
+/// How often the tables are looked for while the database is away at start.
+const MIGRATION_RETRY_DELAY: Duration = Duration::from_millis(500);
 /// Any number: who migrates holds this advisory lock.
 const MIGRATION_LOCK: i64 = 7_011_987;
 
@@ -53,6 +63,34 @@ pub async fn migrate<M: MigratorTrait>(db: &DatabaseConnection) -> Result<(), Db
     let migrated = M::up(db, None).await;
     lock.commit().await?;
     migrated
+}
+
+/// Brings the tables up to date, however long the database is away. Says false if a shutdown came first.
+pub async fn migrate_when_possible<M: MigratorTrait>(
+    db: &DatabaseConnection,
+    vital: &Vital,
+    shutdown: &CancellationToken,
+) -> bool {
+    while !shutdown.is_cancelled() {
+        match migrate::<M>(db).await {
+            Ok(()) => {
+                vital.good();
+                return true;
+            }
+            Err(error) => {
+                vital.bad(&error);
+                warn!(error = %error, "The tables cannot be looked at; trying again");
+                shutdown.run_until_cancelled(tokio::time::sleep(MIGRATION_RETRY_DELAY)).await;
+            }
+        }
+    }
+    false
+}
+
+/// The time as PostgreSQL keeps it: to the microsecond.
+pub fn now() -> OffsetDateTime {
+    let now = OffsetDateTime::now_utc();
+    now.replace_nanosecond(now.microsecond() * 1000).unwrap_or(now)
 }
 
 /// A PostgreSQL statement with bound values.
@@ -101,4 +139,73 @@ fn sqlstate(error: &DbErr) -> Option<String> {
 /// Runs `statement` inside a transaction and says how many rows it touched.
 pub async fn execute(txn: &DatabaseTransaction, statement: Statement) -> Result<u64, DbErr> {
     Ok(txn.execute_raw(statement).await?.rows_affected())
+}
+
+/// Requests are tried again this long before the caller is told that the outcome is unknown or that nothing was done.
+const RETRY_DEADLINE: Duration = Duration::from_secs(5);
+const RETRY_DELAY_MIN: Duration = Duration::from_millis(20);
+
+/// A transaction that did not get done.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// Nothing was stored.
+    #[error("the database did not do it")]
+    NotDone(#[from] DbErr),
+    /// The connection was lost while committing, and it could not be found out which way it went.
+    #[error("the database did not say whether it did it")]
+    Unknown(#[source] DbErr),
+}
+
+/// Commits. With an SQLSTATE the server itself says that it rolled back; without one nobody knows.
+pub async fn commit(txn: DatabaseTransaction) -> Result<(), Failure> {
+    txn.commit().await.map_err(|error| match sqlstate(&error) {
+        Some(_) => Failure::NotDone(error),
+        None => Failure::Unknown(error),
+    })
+}
+
+/// Tries a transaction again while its errors are transient, for a bounded time.
+///
+/// ```ignore
+/// let mut retry = Retry::begin();
+/// loop {
+///     if let ControlFlow::Break(settled) = retry.settle(store_once(db, new).await).await {
+///         return settled;
+///     }
+/// }
+/// ```
+///
+/// The transaction may thus run several times, also after a commit whose answer was lost: it must use ids that were
+/// minted before and recognise its own rows. Running the same rows again is how an unknown commit becomes a known
+/// one: the unique index waits for the doubtful transaction and shows which way it went.
+#[derive(Debug)]
+pub struct Retry {
+    deadline: Instant,
+    delay: Duration,
+    unknown: bool,
+}
+
+impl Retry {
+    /// Starts the clock.
+    pub fn begin() -> Self {
+        Self { deadline: Instant::now() + RETRY_DEADLINE, delay: RETRY_DELAY_MIN, unknown: false }
+    }
+
+    /// Says `Break` with the end of it, or waits a little and says `Continue`.
+    pub async fn settle<T>(&mut self, tried: Result<T, Failure>) -> ControlFlow<Result<T, Failure>> {
+        let error = match tried {
+            Ok(value) => return ControlFlow::Break(Ok(value)),
+            Err(Failure::NotDone(error)) => error,
+            Err(Failure::Unknown(error)) => {
+                self.unknown = true;
+                error
+            }
+        };
+        if !is_transient(&error) || Instant::now() + self.delay > self.deadline {
+            return ControlFlow::Break(Err(if self.unknown { Failure::Unknown(error) } else { Failure::NotDone(error) }));
+        }
+        tokio::time::sleep(self.delay.mul_f64(jitter())).await;
+        self.delay *= 2;
+        ControlFlow::Continue(())
+    }
 }

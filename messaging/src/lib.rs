@@ -2,6 +2,7 @@
 #![warn(missing_docs)]
 
 pub mod broker;
+pub mod config;
 pub mod consumer;
 pub mod db;
 pub mod dead_letter;

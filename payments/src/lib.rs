@@ -1,1 +1,120 @@
-//! x
+//! The payments service: keeps accounts and decides, exactly once for every order, whether it is paid.
+//!
+//! [`App`] is what the process consists of. Orders come in through the consumer ([`charge`]), answers go out through
+//! the relay, accounts and deposits are kept over HTTP ([`account`]).
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use sea_orm::DatabaseConnection;
+use tokio::net::TcpListener;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+use messaging::broker::Broker;
+use messaging::consumer::Consumer;
+use messaging::relay::Relay;
+use messaging::{Vital, db, topology};
+use service_kit::health::Health;
+
+mod account;
+mod charge;
+mod config;
+pub mod entity;
+mod error;
+mod http;
+mod migration;
+
+pub use config::Config;
+pub use http::openapi;
+
+/// Everything the process consists of.
+pub struct App {
+    listener: TcpListener,
+    http: http::State,
+    /// Pool of relay and consumer; the HTTP side has its own.
+    flow: DatabaseConnection,
+    relay: Relay,
+    consumer: Consumer,
+    /// Wakes the relay after a commit that enqueued something.
+    wake: Arc<Notify>,
+    schema: Vital,
+}
+
+impl App {
+    /// Opens the port. Database and broker are not waited for: they may come later.
+    pub async fn build(config: Config) -> anyhow::Result<Self> {
+        let listener = service_kit::config::listen(config.listen, config.listen_unprotected).await?;
+        let flow = db::connect(&config.flow.database_url, "payments flow", config.flow.flow_connections).await?;
+        let http_db = db::connect(&config.flow.database_url, "payments http", config.flow.http_connections).await?;
+        let broker = Broker::connect(config.flow.broker("payments")).await?;
+        let settings = config.flow.topology();
+        let wake = Arc::new(Notify::new());
+        Ok(Self {
+            listener,
+            http: http::State { db: http_db, currency: config.currency.into() },
+            relay: Relay {
+                db: flow.clone(),
+                broker: broker.clone(),
+                streams: vec![topology::payments_stream(&settings), topology::dlq_stream(&settings)],
+                wake: wake.clone(),
+                vital: Vital::starting("starting"),
+            },
+            consumer: Consumer {
+                db: flow.clone(),
+                broker,
+                subscription: topology::PAYMENTS_ORDER_PLACED,
+                settings,
+                vital: Vital::starting("starting"),
+            },
+            flow,
+            wake,
+            schema: Vital::starting("the tables are not there yet"),
+        })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> std::io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Runs until `shutdown`. All parts are futures of one task; if one fails for good, the process ends.
+    pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
+        info!(address = %self.listener.local_addr()?, "payments listens");
+        let router = http::router(self.http.clone(), self.health(), shutdown.clone());
+        let Self { listener, flow, relay, consumer, wake, schema, .. } = self;
+        let flow = async {
+            if !db::migrate_when_possible::<migration::Migrator>(&flow, &schema, &shutdown).await {
+                return Ok(());
+            }
+            tokio::try_join!(
+                relay.run(shutdown.clone()),
+                consumer.run(charge::charge, |enqueued| wake_if(enqueued, &wake), shutdown.clone()),
+            )?;
+            Ok(())
+        };
+        tokio::try_join!(service_kit::http::serve(listener, router, shutdown.clone()), flow)?;
+        Ok(())
+    }
+
+    /// Ready means that HTTP can do its work. The broker is the business of relay and consumer: shown, not required.
+    fn health(&self) -> Health {
+        let db = self.http.db.clone();
+        let (schema, relay, consumer) = (self.schema.clone(), self.relay.vital.clone(), self.consumer.vital.clone());
+        Health::default()
+            .required("database", move || {
+                let db = db.clone();
+                async move { db.ping().await.map_err(|error| error.to_string()) }
+            })
+            .required("tables", move || std::future::ready(schema.read()))
+            .informative("relay", move || std::future::ready(relay.read()))
+            .informative("consumer", move || std::future::ready(consumer.read()))
+    }
+}
+
+fn wake_if(enqueued: bool, wake: &Notify) {
+    if enqueued {
+        wake.notify_one();
+    }
+}

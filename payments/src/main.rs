@@ -1,1 +1,12 @@
-fn main() {}
+//! The payments service: `payments --help`.
+
+use clap::Parser as _;
+use payments::{App, Config};
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let config = Config::parse();
+    service_kit::telemetry::init(config.log_format, &config.log_filter)?;
+    let shutdown = service_kit::shutdown::on_signal()?;
+    App::build(config).await?.run(shutdown).await
+}

@@ -16,6 +16,13 @@ use crate::problem::{FieldError, Problem};
 pub struct Fields {
     fields: Vec<(String, Value)>,
     errors: Vec<FieldError>,
+    source: Source,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Source {
+    Body,
+    Query,
 }
 
 impl Fields {
@@ -29,15 +36,24 @@ impl Fields {
             )
         })?;
         let Body::Object(fields) = value else {
-            return Err(Problem::validation(vec![field_error("", "must be a JSON object")]));
+            return Err(Problem::validation(vec![Source::Body.error("", "must be a JSON object")]));
         };
-        let mut errors = Vec::new();
-        for (index, (name, _)) in fields.iter().enumerate() {
-            if fields[..index].iter().any(|(earlier, _)| earlier == name) {
-                errors.push(field_error(name, "stands twice"));
+        Ok(Self::new(fields, Source::Body))
+    }
+
+    /// The parameters of a URL, all of them strings. A mistyped filter must not look like no filter.
+    pub fn from_query(query: &[(String, String)]) -> Self {
+        Self::new(query.iter().map(|(name, value)| (name.clone(), Value::from(value.as_str()))).collect(), Source::Query)
+    }
+
+    fn new(fields: Vec<(String, Value)>, source: Source) -> Self {
+        let mut read = Self { fields, errors: Vec::new(), source };
+        for (index, (name, _)) in read.fields.iter().enumerate() {
+            if read.fields[..index].iter().any(|(earlier, _)| earlier == name) {
+                read.errors.push(source.error(name, "stands twice"));
             }
         }
-        Ok(Self { fields, errors })
+        read
     }
 
     /// A field that must be there.
@@ -45,7 +61,7 @@ impl Fields {
         match self.take(name) {
             Some(value) => self.read(name, &value, read),
             None => {
-                self.errors.push(field_error(name, "is missing"));
+                self.errors.push(self.source.error(name, "is missing"));
                 None
             }
         }
@@ -62,7 +78,7 @@ impl Fields {
     /// Refuses fields that nobody took, and tells everything that was wrong.
     pub fn finish(mut self) -> Result<(), Problem> {
         for (name, _) in &self.fields {
-            self.errors.push(field_error(name, "is not known here"));
+            self.errors.push(self.source.error(name, "is not known here"));
         }
         if self.errors.is_empty() { Ok(()) } else { Err(Problem::validation(self.errors)) }
     }
@@ -76,14 +92,20 @@ impl Fields {
     }
 
     fn read<T>(&mut self, name: &str, value: &Value, read: impl FnOnce(&Value) -> Result<T, String>) -> Option<T> {
-        read(value).map_err(|detail| self.errors.push(field_error(name, &detail))).ok()
+        read(value).map_err(|detail| self.errors.push(self.source.error(name, &detail))).ok()
     }
 }
 
-/// The wrong part of a body, as a JSON pointer (RFC 6901).
-fn field_error(name: &str, detail: &str) -> FieldError {
-    let pointer = if name.is_empty() { String::new() } else { format!("/{}", name.replace('~', "~0").replace('/', "~1")) };
-    FieldError { pointer, detail: detail.to_owned() }
+impl Source {
+    /// The wrong part: a JSON pointer (RFC 6901) into a body, the name of a parameter of a query.
+    fn error(self, name: &str, detail: &str) -> FieldError {
+        let pointer = match self {
+            Self::Body if name.is_empty() => String::new(),
+            Self::Body => format!("/{}", name.replace('~', "~0").replace('/', "~1")),
+            Self::Query => name.to_owned(),
+        };
+        FieldError { pointer, detail: detail.to_owned() }
+    }
 }
 
 /// The value must be a string.

@@ -5,6 +5,7 @@ pub mod body;
 pub mod config;
 pub mod health;
 pub mod http;
+pub mod idempotency;
 pub mod problem;
 pub mod shutdown;
 pub mod telemetry;

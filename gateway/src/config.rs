@@ -1,0 +1,30 @@
+//! Everything the process can be told.
+
+use std::net::SocketAddr;
+
+use axum::http::Uri;
+use service_kit::telemetry::LogFormat;
+
+/// The one address that clients need: forwards to orders and payments, shows the API.
+#[derive(Clone, Debug, clap::Parser)]
+#[command(name = "gateway", version)]
+pub struct Config {
+    /// Address of the HTTP API.
+    #[arg(long, env = "GOZON_LISTEN", default_value = "127.0.0.1:8080")]
+    pub listen: SocketAddr,
+    /// Allows an address that other machines can reach, although there is no login.
+    #[arg(long, env = "GOZON_LISTEN_UNPROTECTED", default_value_t = false)]
+    pub listen_unprotected: bool,
+    /// Where the orders service is.
+    #[arg(long, env = "GOZON_ORDERS_URL", default_value = "http://127.0.0.1:8081")]
+    pub orders_url: Uri,
+    /// Where the payments service is.
+    #[arg(long, env = "GOZON_PAYMENTS_URL", default_value = "http://127.0.0.1:8082")]
+    pub payments_url: Uri,
+    /// How log lines look.
+    #[arg(long, env = "GOZON_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+    /// What is logged: a level, or a list such as `info,gateway=debug`.
+    #[arg(long, env = "RUST_LOG", default_value = "info")]
+    pub log_filter: String,
+}

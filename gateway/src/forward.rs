@@ -1,0 +1,245 @@
+//! Forwards a request to the service that it is for, and answers for a service that is away.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use axum::body::Body;
+use axum::extract::Request;
+use axum::http::uri::{Authority, PathAndQuery, Scheme};
+use axum::http::{HeaderMap, HeaderName, Method, Response, StatusCode, Uri, header};
+use axum::response::IntoResponse as _;
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use tracing::warn;
+
+use service_kit::Problem;
+use service_kit::http::{BODY_BYTES_MAX, REQUEST_ID};
+use service_kit::idempotency::{IDEMPOTENCY_KEY, IDEMPOTENCY_REPLAYED, IdempotencyKey};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// Services answer within 5 seconds even while their database is away; this leaves them time to say so.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(8);
+/// As for `?wait=` of an order.
+const WAIT_SECONDS_MAX: u64 = 30;
+const IDLE_CONNECTION_TIMEOUT: Duration = Duration::from_secs(20);
+/// The largest answer is a page of 100 orders, a few kilobytes each.
+const ANSWER_BYTES_MAX: usize = 1024 * 1024;
+
+/// Nothing else is handed on: no cookie, no credential, no header that a proxy in front might have trusted.
+const REQUEST_HEADERS: [HeaderName; 7] = [
+    header::ACCEPT,
+    header::CONTENT_TYPE,
+    IDEMPOTENCY_KEY,
+    REQUEST_ID,
+    HeaderName::from_static("traceparent"),
+    HeaderName::from_static("tracestate"),
+    header::IF_NONE_MATCH,
+];
+const ANSWER_HEADERS: [HeaderName; 7] = [
+    header::ALLOW,
+    header::CACHE_CONTROL,
+    header::CONTENT_TYPE,
+    header::ETAG,
+    header::LOCATION,
+    header::RETRY_AFTER,
+    IDEMPOTENCY_REPLAYED,
+];
+
+/// Which service a request is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Service {
+    Orders,
+    Payments,
+}
+
+impl Service {
+    fn unavailable(self) -> Problem {
+        Problem::unavailable(match self {
+            Self::Orders => "Orders Service temporarily unavailable.",
+            Self::Payments => "Payments Service temporarily unavailable.",
+        })
+    }
+}
+
+/// Connections to the services, cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Forwarder {
+    client: Client<HttpConnector, Full<Bytes>>,
+    orders: Authority,
+    payments: Authority,
+}
+
+impl Forwarder {
+    pub(crate) fn new(orders: &Uri, payments: &Uri) -> anyhow::Result<Self> {
+        let mut connector = HttpConnector::new();
+        connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
+        connector.set_nodelay(true);
+        let client = Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(IDLE_CONNECTION_TIMEOUT)
+            .build(connector);
+        Ok(Self {
+            client,
+            orders: authority(orders).context("GOZON_ORDERS_URL")?,
+            payments: authority(payments).context("GOZON_PAYMENTS_URL")?,
+        })
+    }
+
+    /// Forwards a request and hands back the answer, whatever it is.
+    pub(crate) async fn forward(self, service: Service, request: Request) -> axum::response::Response {
+        match self.answer(service, request).await {
+            Ok(answer) => answer.into_response(),
+            Err(problem) => problem.into_response(),
+        }
+    }
+
+    async fn answer(&self, service: Service, request: Request) -> Result<Response<Body>, Problem> {
+        let (mut parts, body) = request.into_parts();
+        let body = Limited::new(body, BODY_BYTES_MAX).collect().await.map_err(|error| unreadable(error.as_ref()))?.to_bytes();
+        // A key of our own where the client sent none: if the outcome stays unknown, there is a key to ask again with.
+        let mut key = None;
+        if parts.method == Method::POST {
+            let found = IdempotencyKey::find(&parts.headers)?;
+            if found.is_none() {
+                let minted = IdempotencyKey::mint();
+                let value = minted.as_str().parse().expect("a UUID is a header value");
+                parts.headers.insert(IDEMPOTENCY_KEY, value);
+                key = Some(minted);
+            } else {
+                key = found;
+            }
+        }
+        let deadline = ANSWER_TIMEOUT + wait_asked_for(&parts.uri);
+        let mut outgoing = axum::http::Request::new(Full::new(body));
+        *outgoing.method_mut() = parts.method;
+        *outgoing.uri_mut() = self.uri(service, parts.uri.path_and_query().cloned());
+        *outgoing.headers_mut() = only(&REQUEST_HEADERS, &parts.headers);
+
+        let exchange = async {
+            let (parts, body) = self.client.request(outgoing).await.map_err(Failed::from)?.into_parts();
+            let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await.map_err(|error| Failed::Midway(error.to_string()))?;
+            Ok((parts, body.to_bytes()))
+        };
+        let failed = match tokio::time::timeout(deadline, exchange).await {
+            Ok(Ok((parts, body))) => {
+                let mut answer = Response::new(Body::from(body));
+                *answer.status_mut() = parts.status;
+                *answer.headers_mut() = only(&ANSWER_HEADERS, &parts.headers);
+                return Ok(answer);
+            }
+            Ok(Err(failed)) => failed,
+            Err(_) => Failed::Midway(format!("no answer within {deadline:?}")),
+        };
+        match failed {
+            Failed::NotReached(error) => {
+                warn!(service = ?service, error, "A service is not reached");
+                Err(service.unavailable())
+            }
+            Failed::Midway(error) => {
+                warn!(service = ?service, error, "A service did not answer to the end");
+                Err(match key {
+                    Some(key) => service.unavailable().outcome_unknown(key.as_str()),
+                    None => service.unavailable(),
+                })
+            }
+        }
+    }
+
+    /// Whether a service says that it is ready.
+    pub(crate) async fn probe(self, service: Service) -> Result<(), String> {
+        let mut request = axum::http::Request::new(Full::default());
+        *request.uri_mut() = self.uri(service, Some(PathAndQuery::from_static("/readyz")));
+        let answer = self.client.request(request).await.map_err(|error| format!("not reached: {error}"))?;
+        if answer.status() == StatusCode::OK { Ok(()) } else { Err(format!("answers {}", answer.status())) }
+    }
+
+    fn uri(&self, service: Service, path_and_query: Option<PathAndQuery>) -> Uri {
+        let authority = match service {
+            Service::Orders => &self.orders,
+            Service::Payments => &self.payments,
+        };
+        let path_and_query = path_and_query.unwrap_or_else(|| PathAndQuery::from_static("/"));
+        Uri::builder()
+            .scheme(Scheme::HTTP)
+            .authority(authority.clone())
+            .path_and_query(path_and_query)
+            .build()
+            .expect("scheme, authority and path make a URI")
+    }
+}
+
+/// How an exchange failed: whether the service can have begun to work on it.
+enum Failed {
+    NotReached(String),
+    Midway(String),
+}
+
+impl From<hyper_util::client::legacy::Error> for Failed {
+    fn from(error: hyper_util::client::legacy::Error) -> Self {
+        let connecting = error.is_connect();
+        let words = format!("{:#}", anyhow::Error::from(error));
+        if connecting { Self::NotReached(words) } else { Self::Midway(words) }
+    }
+}
+
+fn authority(url: &Uri) -> anyhow::Result<Authority> {
+    anyhow::ensure!(
+        url.scheme() == Some(&Scheme::HTTP) && url.path() == "/" && url.query().is_none(),
+        "{url} must look like http://host:port"
+    );
+    url.authority().cloned().with_context(|| format!("{url} names no host"))
+}
+
+fn only(names: &[HeaderName], from: &HeaderMap) -> HeaderMap {
+    let mut to = HeaderMap::with_capacity(names.len());
+    for name in names {
+        for value in from.get_all(name) {
+            to.append(name.clone(), value.clone());
+        }
+    }
+    to
+}
+
+/// A client that asks to wait must be waited for.
+fn wait_asked_for(uri: &Uri) -> Duration {
+    let seconds = uri
+        .query()
+        .into_iter()
+        .flat_map(|query| query.split('&'))
+        .find_map(|parameter| parameter.strip_prefix("wait=")?.parse::<u64>().ok())
+        .unwrap_or(0);
+    Duration::from_secs(seconds.min(WAIT_SECONDS_MAX))
+}
+
+fn unreadable(error: &(dyn std::error::Error + 'static)) -> Problem {
+    if error.is::<LengthLimitError>() {
+        let detail = format!("The body is larger than {BODY_BYTES_MAX} bytes. Send less.");
+        Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", detail)
+    } else {
+        Problem::new(StatusCode::BAD_REQUEST, "unreadable_body", "The body ended before it was complete. Send it again.")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_service_url_is_checked() {
+        for good in ["http://127.0.0.1:8081", "http://orders:8081/"] {
+            assert!(authority(&good.parse().unwrap()).is_ok(), "{good}");
+        }
+        for bad in ["https://orders", "/orders", "http://orders/base", "orders:8081"] {
+            assert!(authority(&bad.parse().unwrap()).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_wait_is_waited_for_and_bounded() {
+        let wait = |text: &str| wait_asked_for(&text.parse().unwrap()).as_secs();
+        assert_eq!([wait("/v1/orders/1?wait=7"), wait("/v1/orders/1?a=b&wait=99999"), wait("/v1/orders/1?wait=x")], [7, 30, 0]);
+    }
+}

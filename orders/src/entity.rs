@@ -1,0 +1,3 @@
+//! The tables and their named queries. No rules here.
+
+pub mod order;

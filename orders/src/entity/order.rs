@@ -1,0 +1,188 @@
+//! Orders: one row each, for ever.
+
+use messaging::db::{self, sql};
+use sea_orm::entity::prelude::*;
+use sea_orm::sea_query::LockType;
+use sea_orm::{DatabaseConnection, DatabaseTransaction, FromQueryResult, QueryOrder, QuerySelect};
+
+#[sea_orm::model]
+#[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+#[sea_orm(table_name = "orders")]
+pub struct Model {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub id: Uuid,
+    pub user_id: String,
+    /// Minor units.
+    pub amount: i64,
+    pub description: String,
+    pub status: Status,
+    /// Why it was cancelled.
+    pub reason: Option<String>,
+    /// The client's name for the request that made it.
+    pub idempotency_key: String,
+    /// Hash of what was ordered: the same key with another hash is another request.
+    pub request_hash: Vec<u8>,
+    pub placed_event_id: Uuid,
+    /// How often its payment was asked for again.
+    pub asks: i32,
+    pub asked_at: Option<TimeDateTimeWithTimeZone>,
+    /// The answer that ended it.
+    pub settlement_event_id: Option<Uuid>,
+    /// The fact that it ended.
+    pub final_event_id: Option<Uuid>,
+    pub created_at: TimeDateTimeWithTimeZone,
+    pub updated_at: TimeDateTimeWithTimeZone,
+}
+
+impl ActiveModelBehavior for ActiveModel {}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, EnumIter, DeriveActiveEnum)]
+#[sea_orm(rs_type = "String", db_type = "Text")]
+pub enum Status {
+    #[sea_orm(string_value = "NEW")]
+    New,
+    #[sea_orm(string_value = "FINISHED")]
+    Finished,
+    #[sea_orm(string_value = "CANCELLED")]
+    Cancelled,
+}
+
+#[derive(FromQueryResult)]
+struct IdRow {
+    id: Uuid,
+}
+
+/// Stores orders whose (user, key) is new and says which those are. Sorted, so that two transactions with overlapping
+/// keys wait for each other instead of deadlocking.
+pub(crate) async fn insert_new(txn: &DatabaseTransaction, mut orders: Vec<Model>) -> Result<Vec<Uuid>, DbErr> {
+    orders.sort_by(|a, b| (&a.user_id, &a.idempotency_key).cmp(&(&b.user_id, &b.idempotency_key)));
+    let mut ids = Vec::with_capacity(orders.len());
+    let mut user_ids = Vec::with_capacity(orders.len());
+    let mut amounts = Vec::with_capacity(orders.len());
+    let mut descriptions = Vec::with_capacity(orders.len());
+    let mut keys = Vec::with_capacity(orders.len());
+    let mut hashes = Vec::with_capacity(orders.len());
+    let mut event_ids = Vec::with_capacity(orders.len());
+    let mut times = Vec::with_capacity(orders.len());
+    for order in orders {
+        ids.push(order.id);
+        user_ids.push(order.user_id);
+        amounts.push(order.amount);
+        descriptions.push(order.description);
+        keys.push(order.idempotency_key);
+        hashes.push(order.request_hash);
+        event_ids.push(order.placed_event_id);
+        times.push(order.created_at);
+    }
+    let inserted = IdRow::find_by_statement(sql(
+        "INSERT INTO orders (id, user_id, amount, description, idempotency_key, request_hash, placed_event_id, created_at, updated_at)
+         SELECT id, user_id, amount, description, key, hash, event_id, at, at
+         FROM unnest($1::uuid[], $2::text[], $3::bigint[], $4::text[], $5::text[], $6::bytea[], $7::uuid[], $8::timestamptz[])
+              AS v (id, user_id, amount, description, key, hash, event_id, at)
+         ON CONFLICT (user_id, idempotency_key) DO NOTHING RETURNING id",
+        [
+            ids.into(),
+            user_ids.into(),
+            amounts.into(),
+            descriptions.into(),
+            keys.into(),
+            hashes.into(),
+            event_ids.into(),
+            times.into(),
+        ],
+    ))
+    .all(txn)
+    .await?;
+    Ok(inserted.into_iter().map(|row| row.id).collect())
+}
+
+/// The orders that these users made with these keys.
+pub(crate) async fn find_by_keys(
+    txn: &DatabaseTransaction,
+    user_ids: Vec<String>,
+    keys: Vec<String>,
+) -> Result<Vec<Model>, DbErr> {
+    Entity::find()
+        .from_raw_sql(sql(
+            "SELECT o.* FROM unnest($1::text[], $2::text[]) AS v (user_id, key)
+             JOIN orders o ON o.user_id = v.user_id AND o.idempotency_key = v.key",
+            [user_ids.into(), keys.into()],
+        ))
+        .all(txn)
+        .await
+}
+
+/// Locks orders, in the order of their ids.
+pub(crate) async fn lock(txn: &DatabaseTransaction, mut ids: Vec<Uuid>) -> Result<Vec<Model>, DbErr> {
+    ids.sort_unstable();
+    ids.dedup();
+    Entity::find().filter(Column::Id.eq_any(ids)).order_by_asc(Column::Id).lock(LockType::NoKeyUpdate).all(txn).await
+}
+
+/// How an order ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Ending {
+    pub(crate) id: Uuid,
+    pub(crate) status: Status,
+    pub(crate) reason: Option<&'static str>,
+    pub(crate) settlement_event_id: Uuid,
+    pub(crate) final_event_id: Uuid,
+}
+
+/// Ends orders that the transaction has locked and that are NEW; says how many there were.
+pub(crate) async fn end(txn: &DatabaseTransaction, endings: &[Ending], at: TimeDateTimeWithTimeZone) -> Result<u64, DbErr> {
+    let ids: Vec<Uuid> = endings.iter().map(|one| one.id).collect();
+    let statuses: Vec<String> = endings.iter().map(|one| one.status.to_value()).collect();
+    // The driver's arrays hold no NULL: an empty reason stands for none.
+    let reasons: Vec<String> = endings.iter().map(|one| one.reason.unwrap_or_default().to_owned()).collect();
+    let settlements: Vec<Uuid> = endings.iter().map(|one| one.settlement_event_id).collect();
+    let finals: Vec<Uuid> = endings.iter().map(|one| one.final_event_id).collect();
+    db::execute(
+        txn,
+        sql(
+            "UPDATE orders o SET status = v.status, reason = NULLIF(v.reason, ''), settlement_event_id = v.settlement_event_id,
+                                 final_event_id = v.final_event_id, updated_at = $6
+             FROM unnest($1::uuid[], $2::text[], $3::text[], $4::uuid[], $5::uuid[])
+                  AS v (id, status, reason, settlement_event_id, final_event_id)
+             WHERE o.id = v.id AND o.status = 'NEW'",
+            [ids.into(), statuses.into(), reasons.into(), settlements.into(), finals.into(), at.into()],
+        ),
+    )
+    .await
+}
+
+/// Which of these orders are final.
+pub(crate) async fn final_among(db: &DatabaseConnection, ids: Vec<Uuid>) -> Result<Vec<Uuid>, DbErr> {
+    Entity::find()
+        .select_only()
+        .column(Column::Id)
+        .filter(Column::Id.eq_any(ids))
+        .filter(Column::Status.ne(Status::New))
+        .into_tuple()
+        .all(db)
+        .await
+}
+
+/// What a list shows.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Filter {
+    pub(crate) user_id: Option<String>,
+    pub(crate) status: Option<Status>,
+    /// Only orders older than this one.
+    pub(crate) before: Option<Uuid>,
+}
+
+/// Up to `limit` orders, newest first. Ids are made in time order, so they are the order too.
+pub(crate) async fn list(db: &DatabaseConnection, filter: Filter, limit: u64) -> Result<Vec<Model>, DbErr> {
+    let mut query = Entity::find().order_by_desc(Column::Id).limit(limit);
+    if let Some(user_id) = filter.user_id {
+        query = query.filter(Column::UserId.eq(user_id));
+    }
+    if let Some(status) = filter.status {
+        query = query.filter(Column::Status.eq(status));
+    }
+    if let Some(before) = filter.before {
+        query = query.filter(Column::Id.lt(before));
+    }
+    query.all(db).await
+}

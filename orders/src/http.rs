@@ -1,0 +1,59 @@
+//! The HTTP API: extract, call, map. No SQL here.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::routing::get;
+use sea_orm::DatabaseConnection;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+use utoipa_swagger_ui::SwaggerUi;
+
+use service_kit::health::Health;
+
+use crate::waiting::Waiting;
+
+mod error;
+mod order;
+
+/// What handlers need.
+#[derive(Clone)]
+pub(crate) struct State {
+    pub(crate) db: DatabaseConnection,
+    /// Wakes the relay after a commit that enqueued something.
+    pub(crate) wake: Arc<Notify>,
+    pub(crate) waiting: Waiting,
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(title = "Gozon orders", description = "Orders and how they ended. Amounts are integers of minor units."),
+    tags((name = "orders", description = "Orders: NEW until their payment is decided, then FINISHED or CANCELLED for ever"))
+)]
+struct Document;
+
+fn api() -> OpenApiRouter<State> {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(order::create_order, order::list_orders))
+        .routes(routes!(order::get_order))
+}
+
+/// The OpenAPI document of this service.
+pub fn openapi() -> utoipa::openapi::OpenApi {
+    let mut document = api().split_for_parts().1;
+    document.info.version = env!("CARGO_PKG_VERSION").to_owned();
+    document
+}
+
+pub(crate) fn router(state: State, health: Health, shutdown: CancellationToken) -> Router {
+    let (api, _) = api().split_for_parts();
+    let router = api
+        .with_state(state)
+        .merge(health.routes(shutdown))
+        .merge(SwaggerUi::new("/swagger").url("/openapi.json", openapi()))
+        .route("/", get(async || axum::response::Redirect::temporary("/swagger/")));
+    service_kit::http::edge(router)
+}

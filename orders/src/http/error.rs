@@ -1,0 +1,42 @@
+//! The only file of this service that knows status codes.
+
+use axum::http::StatusCode;
+use service_kit::Problem;
+use service_kit::idempotency::IdempotencyKey;
+use tracing::error;
+
+use crate::error::Error;
+
+const UNAVAILABLE: &str = "Orders Service temporarily unavailable.";
+
+/// The answer to a request that was refused or failed. `key` is what the client repeats it with.
+pub(super) fn problem(error: Error, key: Option<&IdempotencyKey>) -> Problem {
+    match error {
+        Error::OrderNotFound => Problem::new(StatusCode::NOT_FOUND, "order_not_found", "There is no order with this id."),
+        Error::KeyReused => Problem::new(
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "idempotency_key_reused",
+            "This Idempotency-Key was used for a request with other content, which is not repeated. Use a new key for a new request.",
+        ),
+        Error::Database(cause) if messaging::db::is_transient(&cause) => {
+            error!(error = %cause, "The database did not do it in time");
+            Problem::unavailable(UNAVAILABLE)
+        }
+        Error::Database(cause) => {
+            error!(error = %cause, "A database query failed");
+            Problem::new(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "internal_error",
+                "Something went wrong on our side. Nothing was done.",
+            )
+        }
+        Error::OutcomeUnknown(cause) => {
+            error!(error = %cause, "The outcome of a transaction is not known");
+            let problem = Problem::unavailable(UNAVAILABLE);
+            match key {
+                Some(key) => problem.outcome_unknown(key.as_str()),
+                None => problem,
+            }
+        }
+    }
+}

@@ -1,0 +1,288 @@
+//! Orders.
+
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::{Path, Query, State};
+use axum::http::{HeaderMap, HeaderValue, header};
+use axum::response::Response;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use time::OffsetDateTime;
+use tokio::time::timeout;
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use messaging::db;
+use service_kit::Problem;
+use service_kit::body::{self, Fields};
+use service_kit::idempotency::{IdempotencyKey, created};
+use service_kit::problem::ProblemDocument;
+use shared_contracts::{Amount, EventId, InvalidAmount, OrderId, UserId};
+
+use super::error::problem;
+use crate::entity::order::{Filter, Model, Status};
+use crate::error::Error;
+use crate::order::{self, NewOrder};
+
+const DESCRIPTION_CHARACTERS_MAX: usize = 500;
+const LIMIT_DEFAULT: usize = 20;
+const LIMIT_MAX: usize = 100;
+const WAIT_SECONDS_MAX: u64 = 30;
+
+/// An order.
+#[derive(Serialize, ToSchema)]
+#[schema(as = Order, example = json!({"id": "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11", "user_id": "alice", "amount": 1299, "description": "A book", "status": "NEW", "reason": null, "created_at": "2026-11-21T10:00:00.123456Z", "updated_at": "2026-11-21T10:00:00.123456Z"}))]
+pub(super) struct OrderBody {
+    id: Uuid,
+    user_id: String,
+    /// Minor units.
+    amount: i64,
+    description: String,
+    status: OrderStatus,
+    /// Why it was cancelled.
+    #[schema(required = true)]
+    reason: Option<String>,
+    #[serde(with = "time::serde::rfc3339")]
+    #[schema(value_type = String, format = DateTime)]
+    created_at: OffsetDateTime,
+    #[serde(with = "time::serde::rfc3339")]
+    #[schema(value_type = String, format = DateTime)]
+    updated_at: OffsetDateTime,
+}
+
+/// NEW until the payment is decided; then FINISHED (debited, once) or CANCELLED (not debited, and never will be), for
+/// ever.
+#[derive(Clone, Copy, Serialize, ToSchema)]
+#[serde(rename_all = "UPPERCASE")]
+pub(super) enum OrderStatus {
+    New,
+    Finished,
+    Cancelled,
+}
+
+impl From<Status> for OrderStatus {
+    fn from(status: Status) -> Self {
+        match status {
+            Status::New => Self::New,
+            Status::Finished => Self::Finished,
+            Status::Cancelled => Self::Cancelled,
+        }
+    }
+}
+
+impl From<Model> for OrderBody {
+    fn from(order: Model) -> Self {
+        Self {
+            id: order.id,
+            user_id: order.user_id,
+            amount: order.amount,
+            description: order.description,
+            status: order.status.into(),
+            reason: order.reason,
+            created_at: order.created_at,
+            updated_at: order.updated_at,
+        }
+    }
+}
+
+/// An order to place.
+#[derive(Deserialize, ToSchema)]
+#[schema(as = NewOrder, example = json!({"user_id": "alice", "amount": 1299, "description": "A book"}))]
+#[serde(deny_unknown_fields)]
+#[expect(dead_code, reason = "describes the body for OpenAPI; Fields reads it and names everything that is wrong")]
+pub(super) struct NewOrderBody {
+    /// Who pays.
+    #[schema(pattern = "^[A-Za-z0-9._-]{1,64}$")]
+    user_id: String,
+    /// Minor units.
+    #[schema(minimum = 1, maximum = 1000000000000_i64)]
+    amount: i64,
+    /// For people. Empty if absent.
+    #[schema(max_length = 500, required = false)]
+    description: String,
+}
+
+/// Some orders, newest first.
+#[derive(Serialize, ToSchema)]
+#[schema(as = OrderList)]
+pub(super) struct OrderListBody {
+    items: Vec<OrderBody>,
+    /// Ask with it for the next page; null on the last one.
+    #[schema(required = true)]
+    next_cursor: Option<String>,
+}
+
+/// Place an order
+///
+/// It is stored at once and paid soon after: watch its status, or ask for it with `wait`. Sent again with the same
+/// Idempotency-Key, it answers the same again and orders nothing.
+#[utoipa::path(
+    post,
+    path = "/v1/orders",
+    operation_id = "createOrder",
+    tag = "orders",
+    params(("Idempotency-Key" = Option<String>, Header, description = "Names this request: sent again with the same key, it is done once", max_length = 255)),
+    request_body = NewOrderBody,
+    responses(
+        (status = 201, description = "Placed, now or earlier with this key", body = OrderBody,
+         headers(("Location" = String, description = "Path of the order"), ("Idempotency-Replayed" = bool, description = "true if it had been placed earlier"))),
+        (status = 400, description = "The body is not JSON, or the key is malformed", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 413, description = "The body is too large", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 415, description = "The body is not application/json", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 422, description = "A field is not acceptable, or the key was used for another request", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Away; try again with the same key", body = ProblemDocument, content_type = "application/problem+json"),
+    )
+)]
+pub(super) async fn create_order(
+    State(state): State<super::State>,
+    key: IdempotencyKey,
+    headers: HeaderMap,
+    mut fields: Fields,
+) -> Result<Response, Problem> {
+    let user_id = fields.required("user_id", user_id);
+    let amount = fields.required("amount", |value| {
+        let rule = InvalidAmount.to_string();
+        Amount::new(body::integer(value, &rule)?).map_err(|_| rule)
+    });
+    let description = fields.optional("description", String::new(), description);
+    fields.finish()?;
+    let (Some(user_id), Some(amount), Some(description)) = (user_id, amount, description) else {
+        return Err(Problem::validation(Vec::new()));
+    };
+    let new = NewOrder {
+        id: OrderId::mint(),
+        placed_event_id: EventId::mint(),
+        user_id,
+        amount,
+        description,
+        idempotency_key: key.as_str().to_owned(),
+        created_at: db::now(),
+        traceparent: headers.get("traceparent").and_then(|value| value.to_str().ok()).map(str::to_owned),
+    };
+    let placed = order::place(&state.db, std::slice::from_ref(&new)).await.map_err(|error| problem(error, Some(&key)))?;
+    state.wake.notify_one();
+    let placed = placed.into_iter().next().unwrap_or(Err(Error::OrderNotFound)).map_err(|error| problem(error, Some(&key)))?;
+
+    // As it was when it was placed: the first answer, byte for byte.
+    let location = format!("/v1/orders/{}", placed.order.id);
+    let updated_at = placed.order.created_at;
+    let body = OrderBody { status: OrderStatus::New, reason: None, updated_at, ..OrderBody::from(placed.order) };
+    let mut response = created(placed.delivery, body);
+    response.headers_mut().insert(header::LOCATION, HeaderValue::from_str(&location).expect("a UUID is a header value"));
+    Ok(response)
+}
+
+/// An order
+///
+/// With `wait` it answers when the order is final or the seconds are over, whichever comes first.
+#[utoipa::path(
+    get,
+    path = "/v1/orders/{id}",
+    operation_id = "getOrder",
+    tag = "orders",
+    params(
+        ("id" = Uuid, Path, description = "Which order"),
+        ("wait" = Option<u64>, Query, description = "Wait up to this many seconds for it to become final", minimum = 0, maximum = 30),
+    ),
+    responses(
+        (status = 200, description = "The order", body = OrderBody),
+        (status = 404, description = "There is no such order", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
+    )
+)]
+pub(super) async fn get_order(
+    State(state): State<super::State>,
+    Path(id): Path<String>,
+    Query(query): Query<Vec<(String, String)>>,
+) -> Result<Json<OrderBody>, Problem> {
+    let mut parameters = Fields::from_query(&query);
+    let wait = parameters.optional("wait", 0, |value| number(value, 0..=WAIT_SECONDS_MAX));
+    parameters.finish()?;
+    let id: OrderId = id.parse().map_err(|_| problem(Error::OrderNotFound, None))?;
+
+    let waiter = state.waiting.register(id.as_uuid());
+    let find = async || order::find(&state.db, id).await.map_err(|error| problem(error, None));
+    let order = find().await?;
+    let seconds = wait.unwrap_or_default();
+    if order.status != Status::New || seconds == 0 {
+        return Ok(Json(order.into()));
+    }
+    // Woken or timed out, what the database says is what is answered.
+    let _ = timeout(Duration::from_secs(seconds), waiter.woken()).await;
+    Ok(Json(find().await?.into()))
+}
+
+/// Orders, newest first
+#[utoipa::path(
+    get,
+    path = "/v1/orders",
+    operation_id = "listOrders",
+    tag = "orders",
+    params(
+        ("user_id" = Option<String>, Query, description = "Only this user's; without it, all users'"),
+        ("status" = Option<OrderStatus>, Query, description = "Only in this status"),
+        ("limit" = Option<u64>, Query, description = "At most so many; 20 if absent", minimum = 1, maximum = 100),
+        ("cursor" = Option<String>, Query, description = "next_cursor of the page before"),
+    ),
+    responses(
+        (status = 200, description = "A page", body = OrderListBody),
+        (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
+    )
+)]
+pub(super) async fn list_orders(
+    State(state): State<super::State>,
+    Query(query): Query<Vec<(String, String)>>,
+) -> Result<Json<OrderListBody>, Problem> {
+    let mut parameters = Fields::from_query(&query);
+    let user_id = parameters.optional("user_id", None, |value| user_id(value).map(Some));
+    let status = parameters.optional("status", None, |value| status(value).map(Some));
+    let limit = parameters.optional("limit", LIMIT_DEFAULT as u64, |value| number(value, 1..=LIMIT_MAX as u64));
+    let before = parameters.optional("cursor", None, |value| cursor(value).map(Some));
+    parameters.finish()?;
+    let filter = Filter {
+        user_id: user_id.flatten().map(|user_id| user_id.to_string()),
+        status: status.flatten(),
+        before: before.flatten(),
+    };
+    let limit = usize::try_from(limit.unwrap_or_default()).unwrap_or(LIMIT_MAX);
+    let (orders, more) = order::list(&state.db, filter, limit).await.map_err(|error| problem(error, None))?;
+    let next_cursor = orders.last().filter(|_| more).map(|order| order.id.simple().to_string());
+    Ok(Json(OrderListBody { items: orders.into_iter().map(OrderBody::from).collect(), next_cursor }))
+}
+
+fn user_id(value: &Value) -> Result<UserId, String> {
+    UserId::parse(body::text(value)?).map_err(|error| error.to_string())
+}
+
+fn description(value: &Value) -> Result<String, String> {
+    let text = body::text(value)?;
+    if text.chars().count() > DESCRIPTION_CHARACTERS_MAX {
+        return Err(format!("must have at most {DESCRIPTION_CHARACTERS_MAX} characters"));
+    }
+    // PostgreSQL cannot store it.
+    if text.contains('\0') {
+        return Err("must not contain the NUL character".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
+fn status(value: &Value) -> Result<Status, String> {
+    match body::text(value)? {
+        "NEW" => Ok(Status::New),
+        "FINISHED" => Ok(Status::Finished),
+        "CANCELLED" => Ok(Status::Cancelled),
+        _ => Err("must be NEW, FINISHED or CANCELLED".to_owned()),
+    }
+}
+
+fn number(value: &Value, range: std::ops::RangeInclusive<u64>) -> Result<u64, String> {
+    let rule = || format!("must be an integer from {} to {}", range.start(), range.end());
+    body::text(value)?.parse().ok().filter(|number| range.contains(number)).ok_or_else(rule)
+}
+
+fn cursor(value: &Value) -> Result<Uuid, String> {
+    Uuid::parse_str(body::text(value)?).map_err(|_| "must be the next_cursor of a page".to_owned())
+}

@@ -1,0 +1,3 @@
+//! Tests of the orders service against a real PostgreSQL and a real NATS.
+
+mod openapi;

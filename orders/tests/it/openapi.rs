@@ -1,0 +1,12 @@
+//! The document in the repository is the one that the code makes.
+
+#[test]
+fn the_openapi_document_in_the_repository_is_current() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/openapi.json");
+    let current = orders::openapi().to_pretty_json().unwrap() + "\n";
+    if std::env::var_os("GOZON_UPDATE_SNAPSHOTS").is_some() {
+        std::fs::write(path, &current).unwrap();
+    }
+    let stored = std::fs::read_to_string(path).unwrap_or_default();
+    assert!(stored == current, "orders/openapi.json is not what the code makes: run `just openapi` and look at the difference");
+}

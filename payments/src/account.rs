@@ -1,0 +1,126 @@
+//! Accounts and deposits, as their owners ask for them over HTTP.
+
+use std::ops::ControlFlow;
+
+use messaging::db::{self, Failure, Retry};
+use sea_orm::{ActiveValue::Set, DatabaseConnection, DbErr, EntityTrait as _, TransactionTrait as _, TryInsertResult};
+use sha2::{Digest, Sha256};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use service_kit::idempotency::Delivery;
+use shared_contracts::{Amount, BALANCE_MAX, UserId};
+
+use crate::entity::{account, transfer};
+use crate::error::Error;
+
+/// An account to open.
+pub(crate) struct NewAccount {
+    pub(crate) user_id: UserId,
+    pub(crate) idempotency_key: String,
+    pub(crate) created_at: OffsetDateTime,
+}
+
+/// A deposit to make. `id` is minted before the first try, so that a retry recognises its own row.
+pub(crate) struct NewDeposit {
+    pub(crate) id: Uuid,
+    pub(crate) user_id: UserId,
+    pub(crate) amount: Amount,
+    pub(crate) idempotency_key: String,
+    pub(crate) created_at: OffsetDateTime,
+}
+
+/// Opens the account, or finds that this key opened it before.
+pub(crate) async fn open(db: &DatabaseConnection, new: &NewAccount) -> Result<(account::Model, Delivery), Error> {
+    let mut retry = Retry::begin();
+    loop {
+        if let ControlFlow::Break(settled) = retry.settle(open_once(db, new).await).await {
+            return settled?;
+        }
+    }
+}
+
+async fn open_once(db: &DatabaseConnection, new: &NewAccount) -> Result<Result<(account::Model, Delivery), Error>, Failure> {
+    let txn = db.begin().await?;
+    let row = account::ActiveModel {
+        user_id: Set(new.user_id.to_string()),
+        balance: Set(0),
+        entry_no: Set(0),
+        idempotency_key: Set(new.idempotency_key.clone()),
+        created_at: Set(new.created_at),
+    };
+    // A conflict looks like `Inserted(0)` here, so the number is what counts.
+    let inserted =
+        account::Entity::insert(row).on_conflict_do_nothing_on([account::Column::UserId]).exec_without_returning(&txn).await?;
+    let stored = account::Entity::find_by_id(new.user_id.to_string()).one(&txn).await?;
+    let stored = stored.ok_or_else(|| DbErr::RecordNotFound(format!("account {} that was just stored", new.user_id)))?;
+    let same_key = stored.idempotency_key == new.idempotency_key;
+    let delivery = match inserted {
+        TryInsertResult::Inserted(1) => Delivery::First,
+        // Our own row, from a try whose commit was not answered.
+        _ if same_key && stored.created_at == new.created_at => Delivery::First,
+        _ if same_key => Delivery::Replayed,
+        _ => return Ok(Err(Error::AccountExists)),
+    };
+    db::commit(txn).await?;
+    Ok(Ok((stored, delivery)))
+}
+
+pub(crate) async fn find(db: &DatabaseConnection, user_id: &UserId) -> Result<account::Model, Error> {
+    account::Entity::find_by_id(user_id.to_string()).one(db).await?.ok_or(Error::AccountNotFound)
+}
+
+/// Adds money, or finds that this key added it before.
+pub(crate) async fn top_up(db: &DatabaseConnection, new: &NewDeposit) -> Result<(transfer::Model, Delivery), Error> {
+    let mut retry = Retry::begin();
+    loop {
+        if let ControlFlow::Break(settled) = retry.settle(top_up_once(db, new).await).await {
+            return settled?;
+        }
+    }
+}
+
+/// The account's lock makes twins with one key wait for each other, so the second finds the first's row.
+async fn top_up_once(db: &DatabaseConnection, new: &NewDeposit) -> Result<Result<(transfer::Model, Delivery), Error>, Failure> {
+    let request_hash = request_hash(new);
+    let user_id = new.user_id.as_str();
+    let txn = db.begin().await?;
+    let Some(funds) = account::lock(&txn, vec![user_id.to_owned()]).await?.pop() else {
+        return Ok(Err(Error::AccountNotFound));
+    };
+    if let Some(earlier) = transfer::find_deposit(&txn, user_id, &new.idempotency_key).await? {
+        return Ok(match earlier.request_hash.as_deref() {
+            // Our own row, from a try whose commit was not answered.
+            Some(hash) if hash == request_hash && earlier.id == new.id => Ok((earlier, Delivery::First)),
+            Some(hash) if hash == request_hash => Ok((earlier, Delivery::Replayed)),
+            _ => Err(Error::KeyReused),
+        });
+    }
+    let amount = new.amount.minor_units();
+    let Some(balance_after) = funds.balance.checked_add(amount).filter(|balance| *balance <= BALANCE_MAX) else {
+        return Ok(Err(Error::BalanceLimit));
+    };
+    account::add(&txn, user_id, amount).await?;
+    let deposit = transfer::Deposit {
+        id: new.id,
+        user_id,
+        entry_no: funds.entry_no + 1,
+        amount,
+        balance_after,
+        idempotency_key: &new.idempotency_key,
+        request_hash,
+        created_at: new.created_at,
+    };
+    let stored = transfer::insert_deposit(&txn, deposit).await?;
+    db::commit(txn).await?;
+    Ok(Ok((stored, Delivery::First)))
+}
+
+/// What makes two deposits with one key the same request.
+fn request_hash(new: &NewDeposit) -> Vec<u8> {
+    let mut hash = Sha256::new();
+    hash.update(transfer::KIND_DEPOSIT);
+    hash.update(new.amount.minor_units().to_be_bytes());
+    hash.update(new.user_id.as_str());
+    hash.finalize().to_vec()
+}

@@ -1,0 +1,355 @@
+//! Decides which orders are paid. [`decide`] is the pure decision over data; [`charge`] is the SQL around it.
+//!
+//! The decision row is what counts, not the inbox: an order that has one is never decided again, whatever the broker
+//! repeats, reorders or replays, and whether or not an inbox row is left.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use sea_orm::DatabaseTransaction;
+use sha2::{Digest, Sha256};
+use time::OffsetDateTime;
+use tracing::debug;
+use uuid::Uuid;
+
+use messaging::consumer::{Handled, LostRace, Quarantined, Received};
+use messaging::outbox::{self, Message};
+use shared_contracts::{Amount, DeclineReason, EventId, OrderId, OrderPlaced, PaymentOutcome, PaymentSettled, UserId};
+
+use crate::entity::account::{self, Withdrawal};
+use crate::entity::payment::{self, NewDecision};
+use crate::entity::transfer::{self, NewPayment};
+
+/// Event handler: the consumer began `txn` and commits it, together with the inbox rows. May run again after a
+/// rollback; takes effect once. The effect says whether something was enqueued.
+pub(crate) async fn charge(txn: &DatabaseTransaction, batch: &[Received<OrderPlaced>]) -> anyhow::Result<Handled<bool>> {
+    // Accounts are locked first, so that of two workers with the same order the second reads what the first decided.
+    let funds = account::lock(txn, batch.iter().map(|one| one.event.user_id.to_string()).collect()).await?;
+    let decided = payment::find_all(txn, batch.iter().map(|one| one.event.order_id.as_uuid()).collect()).await?;
+    let plan = decide(
+        batch,
+        funds.into_iter().map(|one| (one.user_id, Purse { balance: one.balance, entry_no: one.entry_no })).collect(),
+        decided.iter().map(|row| (row.order_id, Decided::from(row))).collect(),
+    );
+
+    let mut answers: Vec<Message> = Vec::with_capacity(plan.decisions.len());
+    let now = OffsetDateTime::now_utc();
+    if !plan.decisions.is_empty() {
+        for made in &plan.decisions {
+            debug!(order.id = %made.request.order_id, outcome = made.outcome.as_str(), "Order decided");
+            answers.push(Message::first(made.event_id, &answer(&made.request, made.outcome), now, made.traceparent.as_deref()));
+        }
+        let rows: Vec<NewDecision> = plan.decisions.iter().map(NewDecision::from).collect();
+        // Only orders without a decision move money. If another worker decided one meanwhile (possible only where no
+        // account is there to be locked), nothing of this plan is to be trusted: run again and see its row.
+        if payment::insert_new(txn, rows).await? != plan.decisions.len() as u64 {
+            return Err(LostRace("a payment decision").into());
+        }
+        let payments = plan.payments();
+        if !payments.is_empty() {
+            let withdrawals = plan.withdrawals();
+            let accounts = withdrawals.len() as u64;
+            let withdrawn = account::withdraw(txn, withdrawals).await?;
+            anyhow::ensure!(
+                withdrawn == accounts,
+                "an account that was locked with enough money has none: {withdrawn} of {accounts}"
+            );
+            transfer::insert_payments(txn, &payments).await?;
+        }
+    }
+    if !plan.asked_again.is_empty() {
+        let raised: HashSet<Uuid> =
+            payment::raise_asks(txn, plan.asked_again.iter().map(|one| (one.order_id, one.ask)).collect())
+                .await?
+                .into_iter()
+                .collect();
+        for row in decided.iter().filter(|row| raised.contains(&row.order_id)) {
+            let Some(again) = plan.asked_again.iter().find(|one| one.order_id == row.order_id) else { continue };
+            let settled = stored_answer(row)?;
+            answers.push(Message::nth(
+                EventId::from(row.event_id),
+                again.ask.unsigned_abs(),
+                &settled,
+                now,
+                again.traceparent.as_deref(),
+            ));
+        }
+    }
+    let enqueued = !answers.is_empty();
+    outbox::enqueue(txn, answers).await?;
+    Ok(Handled { quarantined: plan.quarantined, effect: enqueued })
+}
+
+/// The part of an account that a decision needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Purse {
+    balance: i64,
+    entry_no: i64,
+}
+
+/// A decision that exists.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Decided {
+    request_hash: Vec<u8>,
+    last_ask: i32,
+}
+
+impl From<&payment::Model> for Decided {
+    fn from(row: &payment::Model) -> Self {
+        Self { request_hash: row.request_hash.clone(), last_ask: row.last_ask }
+    }
+}
+
+/// What is to be stored.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Plan {
+    decisions: Vec<Made>,
+    asked_again: Vec<AskedAgain>,
+    quarantined: Vec<Quarantined>,
+}
+
+/// A decision just made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Made {
+    request: OrderPlaced,
+    request_event_id: EventId,
+    ask: i32,
+    outcome: PaymentOutcome,
+    /// Set if the order is paid.
+    payment: Option<NewPayment>,
+    event_id: EventId,
+    traceparent: Option<String>,
+}
+
+/// A decision that exists and whose answer may have been lost.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct AskedAgain {
+    order_id: Uuid,
+    ask: i32,
+    traceparent: Option<String>,
+}
+
+/// Decides orders one after the other, in stream order, over the money that the ones before have left.
+fn decide(batch: &[Received<OrderPlaced>], mut purses: BTreeMap<String, Purse>, mut decided: HashMap<Uuid, Decided>) -> Plan {
+    let mut plan = Plan::default();
+    for (index, received) in batch.iter().enumerate() {
+        let request = &received.event;
+        let order_id = request.order_id.as_uuid();
+        let request_hash = request_hash(request);
+        let ask = i32::try_from(received.ask).unwrap_or(i32::MAX);
+        match decided.get_mut(&order_id) {
+            Some(earlier) if earlier.request_hash != request_hash => {
+                let cause = format!("order {order_id} is decided with another user or amount; this request is not applied");
+                plan.quarantined.push(Quarantined { index, cause });
+            }
+            Some(earlier) => {
+                // A plain repetition writes nothing. Only a re-ask with a number not yet answered says that the
+                // answer was lost; a decision of this very batch is being answered anyway.
+                if ask > earlier.last_ask {
+                    earlier.last_ask = ask;
+                    if let Some(made) = plan.decisions.iter_mut().find(|made| made.request.order_id == request.order_id) {
+                        made.ask = ask;
+                    } else {
+                        plan.asked_again.retain(|again| again.order_id != order_id);
+                        plan.asked_again.push(AskedAgain { order_id, ask, traceparent: received.traceparent.clone() });
+                    }
+                }
+            }
+            None => {
+                let (outcome, payment) = pay(request, purses.get_mut(request.user_id.as_str()));
+                decided.insert(order_id, Decided { request_hash, last_ask: ask });
+                plan.decisions.push(Made {
+                    request: request.clone(),
+                    request_event_id: received.event_id,
+                    ask,
+                    outcome,
+                    payment,
+                    event_id: EventId::mint(),
+                    traceparent: received.traceparent.clone(),
+                });
+            }
+        }
+    }
+    plan
+}
+
+fn pay(request: &OrderPlaced, purse: Option<&mut Purse>) -> (PaymentOutcome, Option<NewPayment>) {
+    let declined = |reason| (PaymentOutcome::Declined { reason }, None);
+    let Some(purse) = purse else {
+        return declined(DeclineReason::NoAccount);
+    };
+    let Some(balance_after) = purse.balance.checked_sub(request.amount.minor_units()).filter(|left| *left >= 0) else {
+        return declined(DeclineReason::InsufficientFunds);
+    };
+    purse.balance = balance_after;
+    purse.entry_no += 1;
+    let payment = NewPayment {
+        id: Uuid::now_v7(),
+        user_id: request.user_id.to_string(),
+        entry_no: purse.entry_no,
+        amount: request.amount.minor_units(),
+        balance_after,
+        order_id: request.order_id.as_uuid(),
+    };
+    (PaymentOutcome::Paid, Some(payment))
+}
+
+impl Plan {
+    fn payments(&self) -> Vec<NewPayment> {
+        self.decisions.iter().filter_map(|made| made.payment.clone()).collect()
+    }
+
+    /// Per account, in the order of their ids, what its payments take together.
+    fn withdrawals(&self) -> Vec<Withdrawal> {
+        let mut by_user: BTreeMap<&str, Withdrawal> = BTreeMap::new();
+        for payment in self.decisions.iter().filter_map(|made| made.payment.as_ref()) {
+            let withdrawal = by_user.entry(&payment.user_id).or_insert_with(|| Withdrawal {
+                user_id: payment.user_id.clone(),
+                total: 0,
+                entries: 0,
+            });
+            // Cannot overflow: the sum is covered by a balance.
+            withdrawal.total += payment.amount;
+            withdrawal.entries += 1;
+        }
+        by_user.into_values().collect()
+    }
+}
+
+impl From<&Made> for NewDecision {
+    fn from(made: &Made) -> Self {
+        Self {
+            order_id: made.request.order_id.as_uuid(),
+            user_id: made.request.user_id.to_string(),
+            amount: made.request.amount.minor_units(),
+            request_hash: request_hash(&made.request),
+            outcome: made.outcome.as_str(),
+            reason: made.outcome.reason().map(DeclineReason::as_str),
+            transfer_id: made.payment.as_ref().map(|payment| payment.id),
+            request_event_id: made.request_event_id.as_uuid(),
+            event_id: made.event_id.as_uuid(),
+            last_ask: made.ask,
+        }
+    }
+}
+
+/// What makes two requests for one order the same.
+fn request_hash(request: &OrderPlaced) -> Vec<u8> {
+    let mut hash = Sha256::new();
+    hash.update(request.order_id.as_uuid().as_bytes());
+    hash.update(request.amount.minor_units().to_be_bytes());
+    hash.update(request.user_id.as_str());
+    hash.finalize().to_vec()
+}
+
+fn answer(request: &OrderPlaced, outcome: PaymentOutcome) -> PaymentSettled {
+    PaymentSettled { order_id: request.order_id, user_id: request.user_id.clone(), amount: request.amount, outcome }
+}
+
+/// The answer as it was given first, from the stored decision.
+fn stored_answer(row: &payment::Model) -> anyhow::Result<PaymentSettled> {
+    let outcome = PaymentOutcome::parse(&row.outcome, row.reason.as_deref()).ok_or_else(|| {
+        anyhow::anyhow!("decision of order {} has outcome {:?}, reason {:?}", row.order_id, row.outcome, row.reason)
+    })?;
+    Ok(PaymentSettled {
+        order_id: OrderId::from(row.order_id),
+        user_id: UserId::parse(row.user_id.as_str())?,
+        amount: Amount::new(row.amount)?,
+        outcome,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(user: &str, amount: i64) -> Received<OrderPlaced> {
+        let event = OrderPlaced {
+            order_id: OrderId::mint(),
+            user_id: UserId::parse(user).unwrap(),
+            amount: Amount::new(amount).unwrap(),
+        };
+        Received { event, event_id: EventId::mint(), ask: 0, first: true, traceparent: None }
+    }
+
+    fn purses(list: &[(&str, i64)]) -> BTreeMap<String, Purse> {
+        list.iter().map(|(user, balance)| ((*user).to_owned(), Purse { balance: *balance, entry_no: 1 })).collect()
+    }
+
+    fn outcomes(plan: &Plan) -> Vec<&'static str> {
+        plan.decisions.iter().map(|made| made.outcome.reason().map_or("paid", DeclineReason::as_str)).collect()
+    }
+
+    #[test]
+    fn orders_are_decided_in_stream_order_over_what_is_left() {
+        let batch = [request("alice", 70), request("alice", 50), request("alice", 30), request("bob", 1), request("carol", 5)];
+        let plan = decide(&batch, purses(&[("alice", 100), ("bob", 0)]), HashMap::new());
+        assert_eq!(outcomes(&plan), ["paid", "insufficient_funds", "paid", "insufficient_funds", "no_account"]);
+        assert_eq!(plan.withdrawals(), [Withdrawal { user_id: "alice".to_owned(), total: 100, entries: 2 }]);
+        let statement: Vec<_> = plan.payments().iter().map(|payment| (payment.entry_no, payment.balance_after)).collect();
+        assert_eq!(statement, [(2, 30), (3, 0)]);
+    }
+
+    #[test]
+    fn two_events_of_one_order_in_a_batch_are_one_decision() {
+        let one = request("alice", 10);
+        let two = Received { event_id: EventId::mint(), ask: 2, ..one.clone() };
+        let plan = decide(&[one, two], purses(&[("alice", 100)]), HashMap::new());
+        assert_eq!(outcomes(&plan), ["paid"]);
+        assert_eq!(plan.decisions[0].ask, 2, "the re-ask in the same batch is answered by the first answer");
+        assert_eq!(plan.asked_again, []);
+    }
+
+    #[test]
+    fn only_a_re_ask_with_a_new_number_is_answered_again() {
+        let one = request("alice", 10);
+        let decided = |last_ask| {
+            HashMap::from([(one.event.order_id.as_uuid(), Decided { request_hash: request_hash(&one.event), last_ask })])
+        };
+        let answered = |ask, last_ask| {
+            let plan = decide(&[Received { ask, ..one.clone() }], purses(&[("alice", 100)]), decided(last_ask));
+            assert_eq!(plan.decisions, []);
+            plan.asked_again.iter().map(|again| again.ask).collect::<Vec<_>>()
+        };
+        let none: [i32; 0] = [];
+        assert_eq!(answered(0, 0), none);
+        assert_eq!(answered(1, 0), [1]);
+        assert_eq!(answered(1, 1), none);
+        assert_eq!(answered(1, 2), none);
+        assert_eq!(answered(3, 2), [3]);
+    }
+
+    #[test]
+    fn other_content_for_a_decided_order_is_quarantined() {
+        let one = request("alice", 10);
+        let mut dearer = one.clone();
+        dearer.event.amount = Amount::new(11).unwrap();
+        let mut another = one.clone();
+        another.event.user_id = UserId::parse("bob").unwrap();
+        let plan = decide(&[one, dearer, another], purses(&[("alice", 100), ("bob", 100)]), HashMap::new());
+        assert_eq!(outcomes(&plan), ["paid"]);
+        assert_eq!(plan.quarantined.iter().map(|one| one.index).collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(plan.withdrawals().len(), 1);
+    }
+
+    #[test]
+    fn money_is_conserved_whatever_comes() {
+        // Not random: every mix of 4 orders of 3 sizes by 2 users, each with a repetition of its first order.
+        for mix in 0..1296_u32 {
+            let mut batch = Vec::new();
+            for place in 0..4 {
+                let kind = mix / 6_u32.pow(place) % 6;
+                batch.push(request(["alice", "bob"][(kind % 2) as usize], [1, 60, 200][(kind / 2) as usize]));
+            }
+            batch.push(batch[0].clone());
+            let before = purses(&[("alice", 100), ("bob", 0)]);
+            let plan = decide(&batch, before.clone(), HashMap::new());
+            assert_eq!(plan.decisions.len(), 4);
+            for withdrawal in plan.withdrawals() {
+                assert!(withdrawal.total <= before[&withdrawal.user_id].balance, "{mix}");
+            }
+            let withdrawn: i64 = plan.withdrawals().iter().map(|one| one.total).sum();
+            let paid: i64 = plan.payments().iter().map(|one| one.amount).sum();
+            assert_eq!(withdrawn, paid, "{mix}");
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! Accounts: one row per user, with its balance.
+
+use messaging::db::{self, sql};
+use sea_orm::entity::prelude::*;
+use sea_orm::{DatabaseTransaction, FromQueryResult, QueryOrder, QuerySelect};
+
+#[sea_orm::model]
+#[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+#[sea_orm(table_name = "accounts")]
+pub struct Model {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub user_id: String,
+    /// Minor units.
+    pub balance: i64,
+    /// Number of the newest entry in the statement.
+    pub entry_no: i64,
+    pub idempotency_key: String,
+    pub created_at: TimeDateTimeWithTimeZone,
+}
+
+impl ActiveModelBehavior for ActiveModel {}
+
+/// The part of an account that changes.
+#[derive(Clone, Debug, PartialEq, Eq, FromQueryResult)]
+pub(crate) struct Funds {
+    pub(crate) user_id: String,
+    pub(crate) balance: i64,
+    pub(crate) entry_no: i64,
+}
+
+/// Locks the accounts of these users, as far as they exist, in the order of their ids: transactions with overlapping
+/// users wait for each other instead of deadlocking.
+pub(crate) async fn lock(txn: &DatabaseTransaction, mut user_ids: Vec<String>) -> Result<Vec<Funds>, DbErr> {
+    user_ids.sort_unstable();
+    user_ids.dedup();
+    Entity::find()
+        .select_only()
+        .columns([Column::UserId, Column::Balance, Column::EntryNo])
+        .filter(Column::UserId.eq_any(user_ids))
+        .order_by_asc(Column::UserId)
+        .lock(sea_orm::sea_query::LockType::NoKeyUpdate)
+        .into_model()
+        .all(txn)
+        .await
+}
+
+/// Money that leaves one account.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Withdrawal {
+    pub(crate) user_id: String,
+    pub(crate) total: i64,
+    pub(crate) entries: i64,
+}
+
+/// Takes money from accounts that the transaction has locked; says how many had enough.
+///
+/// The balance is lowered by the database itself, and only where it suffices, although the caller holds the lock and
+/// has computed the same: if either guard were wrong, the other would still hold.
+pub(crate) async fn withdraw(txn: &DatabaseTransaction, withdrawals: Vec<Withdrawal>) -> Result<u64, DbErr> {
+    let user_ids: Vec<String> = withdrawals.iter().map(|one| one.user_id.clone()).collect();
+    let totals: Vec<i64> = withdrawals.iter().map(|one| one.total).collect();
+    let entries: Vec<i64> = withdrawals.iter().map(|one| one.entries).collect();
+    db::execute(
+        txn,
+        sql(
+            "UPDATE accounts a SET balance = a.balance - v.total, entry_no = a.entry_no + v.entries
+             FROM unnest($1::text[], $2::bigint[], $3::bigint[]) AS v (user_id, total, entries)
+             WHERE a.user_id = v.user_id AND a.balance >= v.total",
+            [user_ids.into(), totals.into(), entries.into()],
+        ),
+    )
+    .await
+}
+
+/// Adds money to an account that the transaction has locked.
+pub(crate) async fn add(txn: &DatabaseTransaction, user_id: &str, amount: i64) -> Result<u64, DbErr> {
+    db::execute(
+        txn,
+        sql(
+            "UPDATE accounts SET balance = balance + $2, entry_no = entry_no + 1 WHERE user_id = $1",
+            [user_id.into(), amount.into()],
+        ),
+    )
+    .await
+}

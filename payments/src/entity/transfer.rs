@@ -1,0 +1,117 @@
+//! Transfers: every movement of money, append-only.
+
+use messaging::db::{self, sql};
+use sea_orm::entity::prelude::*;
+use sea_orm::{ActiveValue::Set, DatabaseTransaction};
+
+pub(crate) const KIND_DEPOSIT: &str = "deposit";
+const KIND_PAYMENT: &str = "payment";
+/// Where paid money goes and where deposited money comes from.
+const SHOP: &str = "shop";
+const WORLD: &str = "world";
+
+#[sea_orm::model]
+#[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+#[sea_orm(table_name = "transfers")]
+pub struct Model {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub id: Uuid,
+    /// `deposit` or `payment`.
+    pub kind: String,
+    pub user_id: String,
+    /// Place in the user's statement.
+    pub entry_no: i64,
+    pub debit_account: String,
+    pub credit_account: String,
+    pub amount: i64,
+    pub balance_after: i64,
+    /// The order that a payment pays.
+    pub order_id: Option<Uuid>,
+    /// The client's name for a deposit.
+    pub idempotency_key: Option<String>,
+    pub request_hash: Option<Vec<u8>>,
+    pub created_at: TimeDateTimeWithTimeZone,
+}
+
+impl ActiveModelBehavior for ActiveModel {}
+
+/// The deposit that this user made with this key.
+pub(crate) async fn find_deposit(txn: &DatabaseTransaction, user_id: &str, key: &str) -> Result<Option<Model>, DbErr> {
+    Entity::find().filter(Column::UserId.eq(user_id)).filter(Column::IdempotencyKey.eq(key)).one(txn).await
+}
+
+/// A deposit to store.
+pub(crate) struct Deposit<'a> {
+    pub(crate) id: Uuid,
+    pub(crate) user_id: &'a str,
+    pub(crate) entry_no: i64,
+    pub(crate) amount: i64,
+    pub(crate) balance_after: i64,
+    pub(crate) idempotency_key: &'a str,
+    pub(crate) request_hash: Vec<u8>,
+    pub(crate) created_at: TimeDateTimeWithTimeZone,
+}
+
+pub(crate) async fn insert_deposit(txn: &DatabaseTransaction, deposit: Deposit<'_>) -> Result<Model, DbErr> {
+    Entity::insert(ActiveModel {
+        id: Set(deposit.id),
+        kind: Set(KIND_DEPOSIT.to_owned()),
+        user_id: Set(deposit.user_id.to_owned()),
+        entry_no: Set(deposit.entry_no),
+        debit_account: Set(WORLD.to_owned()),
+        credit_account: Set(user_account(deposit.user_id)),
+        amount: Set(deposit.amount),
+        balance_after: Set(deposit.balance_after),
+        order_id: Set(None),
+        idempotency_key: Set(Some(deposit.idempotency_key.to_owned())),
+        request_hash: Set(Some(deposit.request_hash)),
+        created_at: Set(deposit.created_at),
+    })
+    .exec_with_returning(txn)
+    .await
+}
+
+/// A payment to store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct NewPayment {
+    pub(crate) id: Uuid,
+    pub(crate) user_id: String,
+    pub(crate) entry_no: i64,
+    pub(crate) amount: i64,
+    pub(crate) balance_after: i64,
+    pub(crate) order_id: Uuid,
+}
+
+pub(crate) async fn insert_payments(txn: &DatabaseTransaction, payments: &[NewPayment]) -> Result<(), DbErr> {
+    let ids: Vec<Uuid> = payments.iter().map(|one| one.id).collect();
+    let user_ids: Vec<String> = payments.iter().map(|one| one.user_id.clone()).collect();
+    let entry_nos: Vec<i64> = payments.iter().map(|one| one.entry_no).collect();
+    let amounts: Vec<i64> = payments.iter().map(|one| one.amount).collect();
+    let balances: Vec<i64> = payments.iter().map(|one| one.balance_after).collect();
+    let order_ids: Vec<Uuid> = payments.iter().map(|one| one.order_id).collect();
+    db::execute(
+        txn,
+        sql(
+            "INSERT INTO transfers (id, kind, user_id, entry_no, debit_account, credit_account, amount, balance_after, order_id)
+             SELECT id, $7, user_id, entry_no, 'user:' || user_id, $8, amount, balance_after, order_id
+             FROM unnest($1::uuid[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::uuid[])
+                  AS v (id, user_id, entry_no, amount, balance_after, order_id)",
+            [
+                ids.into(),
+                user_ids.into(),
+                entry_nos.into(),
+                amounts.into(),
+                balances.into(),
+                order_ids.into(),
+                KIND_PAYMENT.into(),
+                SHOP.into(),
+            ],
+        ),
+    )
+    .await?;
+    Ok(())
+}
+
+fn user_account(user_id: &str) -> String {
+    format!("user:{user_id}")
+}

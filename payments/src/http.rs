@@ -1,0 +1,57 @@
+//! The HTTP API: extract, call, map. No SQL here.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::routing::get;
+use sea_orm::DatabaseConnection;
+use tokio_util::sync::CancellationToken;
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+use utoipa_swagger_ui::SwaggerUi;
+
+use service_kit::health::Health;
+
+mod account;
+mod deposit;
+mod error;
+
+/// What handlers need.
+#[derive(Clone)]
+pub(crate) struct State {
+    pub(crate) db: DatabaseConnection,
+    pub(crate) currency: Arc<str>,
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(title = "Gozon payments", description = "Accounts, deposits and balances. Amounts are integers of minor units."),
+    tags((name = "accounts", description = "Accounts and the money in them"))
+)]
+struct Document;
+
+fn api() -> OpenApiRouter<State> {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(account::create_account))
+        .routes(routes!(account::get_account))
+        .routes(routes!(deposit::create_deposit))
+}
+
+/// The OpenAPI document of this service.
+pub fn openapi() -> utoipa::openapi::OpenApi {
+    let mut document = api().split_for_parts().1;
+    document.info.version = env!("CARGO_PKG_VERSION").to_owned();
+    document
+}
+
+pub(crate) fn router(state: State, health: Health, shutdown: CancellationToken) -> Router {
+    let (api, _) = api().split_for_parts();
+    let document = openapi();
+    let router = api
+        .with_state(state)
+        .merge(health.routes(shutdown))
+        .merge(SwaggerUi::new("/swagger").url("/openapi.json", document))
+        .route("/", get(async || axum::response::Redirect::temporary("/swagger/")));
+    service_kit::http::edge(router)
+}

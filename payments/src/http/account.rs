@@ -1,0 +1,119 @@
+//! Accounts.
+
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::response::Response;
+use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+use utoipa::ToSchema;
+
+use messaging::db;
+use service_kit::Problem;
+use service_kit::body::{self, Fields};
+use service_kit::idempotency::{IdempotencyKey, created};
+use service_kit::problem::ProblemDocument;
+use shared_contracts::UserId;
+
+use super::error::problem;
+use crate::account::{self, NewAccount};
+use crate::error::Error;
+
+/// An account.
+#[derive(Serialize, ToSchema)]
+#[schema(as = Account, example = json!({"user_id": "alice", "balance": 0, "currency": "RUB", "created_at": "2026-11-21T10:00:00.123456Z"}))]
+pub(super) struct AccountBody {
+    user_id: String,
+    /// Minor units.
+    #[schema(minimum = 0, maximum = 9000000000000000_i64)]
+    balance: i64,
+    /// ISO 4217.
+    currency: String,
+    #[serde(with = "time::serde::rfc3339")]
+    #[schema(value_type = String, format = DateTime)]
+    created_at: OffsetDateTime,
+}
+
+/// An account to open.
+#[derive(Deserialize, ToSchema)]
+#[schema(as = NewAccount, example = json!({"user_id": "alice"}))]
+#[serde(deny_unknown_fields)]
+#[expect(dead_code, reason = "describes the body for OpenAPI; Fields reads it and names everything that is wrong")]
+pub(super) struct NewAccountBody {
+    /// The shop's name for the customer.
+    #[schema(pattern = "^[A-Za-z0-9._-]{1,64}$")]
+    user_id: String,
+}
+
+/// Open an account
+///
+/// With balance 0. A user has one account at most. Sent again with the same Idempotency-Key, it answers the same
+/// again.
+#[utoipa::path(
+    post,
+    path = "/v1/accounts",
+    operation_id = "createAccount",
+    tag = "accounts",
+    params(("Idempotency-Key" = Option<String>, Header, description = "Names this request: sent again with the same key, it is done once", max_length = 255)),
+    request_body = NewAccountBody,
+    responses(
+        (status = 201, description = "Opened, now or earlier with this key", body = AccountBody,
+         headers(("Idempotency-Replayed" = bool, description = "true if it had been opened earlier"))),
+        (status = 400, description = "The body is not JSON, or the key is malformed", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 409, description = "The user has an account", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 413, description = "The body is too large", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 415, description = "The body is not application/json", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 422, description = "A field is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Away; try again with the same key", body = ProblemDocument, content_type = "application/problem+json"),
+    )
+)]
+pub(super) async fn create_account(
+    State(state): State<super::State>,
+    key: IdempotencyKey,
+    mut fields: Fields,
+) -> Result<Response, Problem> {
+    let user_id = fields.required("user_id", user_id);
+    fields.finish()?;
+    let Some(user_id) = user_id else { return Err(Problem::validation(Vec::new())) };
+    let new = NewAccount { user_id, idempotency_key: key.as_str().to_owned(), created_at: db::now() };
+    let (opened, delivery) = account::open(&state.db, &new).await.map_err(|error| problem(error, Some(&key)))?;
+    // As it was when it was opened: the first answer, byte for byte.
+    let body =
+        AccountBody { user_id: opened.user_id, balance: 0, currency: state.currency.to_string(), created_at: opened.created_at };
+    Ok(created(delivery, body))
+}
+
+/// An account and its balance
+#[utoipa::path(
+    get,
+    path = "/v1/accounts/{user_id}",
+    operation_id = "getAccount",
+    tag = "accounts",
+    params(("user_id" = String, Path, description = "Whose account", example = "alice")),
+    responses(
+        (status = 200, description = "The account", body = AccountBody),
+        (status = 404, description = "The user has no account", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
+    )
+)]
+pub(super) async fn get_account(
+    State(state): State<super::State>,
+    Path(user_id): Path<String>,
+) -> Result<Json<AccountBody>, Problem> {
+    let user_id = path_user_id(user_id)?;
+    let found = account::find(&state.db, &user_id).await.map_err(|error| problem(error, None))?;
+    Ok(Json(AccountBody {
+        user_id: found.user_id,
+        balance: found.balance,
+        currency: state.currency.to_string(),
+        created_at: found.created_at,
+    }))
+}
+
+fn user_id(value: &serde_json::Value) -> Result<UserId, String> {
+    UserId::parse(body::text(value)?).map_err(|error| error.to_string())
+}
+
+/// What is no user id names no account.
+pub(super) fn path_user_id(text: String) -> Result<UserId, Problem> {
+    UserId::parse(text).map_err(|_| problem(Error::AccountNotFound, None))
+}
