@@ -1,1 +1,22 @@
-//! x
+//! The whole system on one machine, as real processes: PostgreSQL, NATS, orders, payments and gateway, each to be
+//! started, stopped, killed, paused and wiped. `stack up` is one use of it; tests, chaos and benchmarks are others.
+//!
+//! Depends on what it starts, and on nothing's insides.
+
+mod control;
+pub mod http;
+pub mod nats;
+pub mod place;
+pub mod ports;
+pub mod postgres;
+pub mod process;
+mod supervisor;
+mod system;
+pub mod testing;
+pub mod tools;
+
+pub use control::{Request, ask};
+pub use place::Place;
+pub use supervisor::{PartStatus, supervise};
+pub use system::{NAMES, Options, Service, System};
+pub use tools::Tools;

@@ -1,0 +1,91 @@
+# Recipes for running, looking into and checking Gozon on one machine. `./dev RECIPE` runs them with the tools found.
+
+set minimum-version := "1.40.0"
+
+offset := env("GOZON_PORT_OFFSET", "0")
+gateway := "http://127.0.0.1:" + shell('echo $((8080 + $1))', offset)
+monitor := "http://127.0.0.1:" + shell('echo $((8222 + $1))', offset)
+nats := "nats://viewer:viewer@127.0.0.1:" + shell('echo $((4222 + $1))', offset)
+
+# Show the recipes
+[private]
+default:
+    @{{ just_executable() }} --list --unsorted
+
+# Start everything; -d returns when ready, --release for speed
+[group('run')]
+up *arguments:
+    ./dev up {{ arguments }}
+
+# Stop everything; the data stays
+[group('run')]
+down:
+    ./dev down
+
+# Show how everything is
+[group('run')]
+status *arguments:
+    ./dev status {{ arguments }}
+
+# Follow the logs of all parts, or of one
+[group('run')]
+logs name='*':
+    tail -n 20 -F ${GOZON_DIR:-.gozon}/logs/{{ name }}.log
+
+# Delete all local data; stop everything first
+[confirm("Delete all local data? [y/N]")]
+[group('run')]
+reset:
+    ./dev down
+    rm -rf ${GOZON_DIR:-.gozon}
+
+# Place an order, with an account and money for it, and watch it end
+[group('use')]
+order amount='1299' user='alice':
+    @nats/order.sh {{ gateway }} {{ user }} {{ amount }}
+
+# Open psql on the database of orders or payments
+[group('look')]
+psql database='orders':
+    ./dev env nats/psql.sh {{ database }}
+
+# List the streams
+[group('look')]
+streams:
+    @nats/look.sh streams {{ nats }} {{ monitor }}
+
+# List the consumers of a stream, with their lag
+[group('look')]
+consumers stream='ORDERS':
+    @nats/look.sh consumers {{ nats }} {{ monitor }} {{ stream }}
+
+# Show the newest messages of a stream
+[group('look')]
+peek stream='ORDERS' count='10':
+    @nats/look.sh peek {{ nats }} {{ monitor }} {{ stream }} {{ count }}
+
+# Formatting, lints and all tests
+[group('check')]
+test: check
+    cargo test --locked --workspace
+
+# Formatting and lints, without running anything
+[group('check')]
+check:
+    cargo fmt --all --check
+    cargo clippy --locked --workspace --all-targets -- -D warnings
+
+# Format the code
+[group('check')]
+fmt:
+    cargo fmt --all
+
+# Make the OpenAPI documents anew after a change of the API
+[group('check')]
+openapi:
+    GOZON_UPDATE_SNAPSHOTS=1 cargo test --locked -q -p orders -p payments openapi
+
+# The newest code documentation, in the browser
+[group('check')]
+doc:
+    cargo doc --locked --workspace --no-deps --open

@@ -1,0 +1,74 @@
+//! A nats-server of our own, with the shipped configuration.
+
+use std::path::PathBuf;
+
+use rustix::process::Signal;
+
+use crate::http::Http;
+use crate::place::Secrets;
+use crate::process::Program;
+use crate::tools::Tools;
+
+/// The shipped configuration.
+const CONFIGURATION: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../nats/single.conf");
+
+/// Where a server is and who may enter.
+#[derive(Clone, Debug)]
+pub struct Nats {
+    /// The server program.
+    pub executable: PathBuf,
+    /// Its data.
+    pub data: PathBuf,
+    /// Its log.
+    pub log: PathBuf,
+    /// Its port on 127.0.0.1.
+    pub port: u16,
+    /// The port of its monitor.
+    pub monitor_port: u16,
+    /// Its users' passwords.
+    pub secrets: Secrets,
+}
+
+impl Nats {
+    /// The server for a data folder.
+    pub fn new(tools: &Tools, data: PathBuf, log: PathBuf, port: u16, monitor_port: u16, secrets: Secrets) -> Self {
+        Self { executable: tools.nats_server.clone(), data, log, port, monitor_port, secrets }
+    }
+
+    /// The server program.
+    pub fn program(&self) -> Program {
+        let secrets = &self.secrets;
+        let environment = [
+            ("NATS_STORE_DIR", self.data.display().to_string()),
+            ("NATS_SYS_PASSWORD", secrets.nats_sys.clone()),
+            ("NATS_ORDERS_PASSWORD", secrets.nats_orders.clone()),
+            ("NATS_PAYMENTS_PASSWORD", secrets.nats_payments.clone()),
+            ("NATS_GATEWAY_PASSWORD", secrets.nats_gateway.clone()),
+            ("NATS_OPS_PASSWORD", secrets.nats_ops.clone()),
+            ("NATS_VIEWER_PASSWORD", secrets.nats_viewer.clone()),
+        ];
+        let port = self.port.to_string();
+        let monitor_port = self.monitor_port.to_string();
+        let arguments = ["--config", CONFIGURATION, "--addr", "127.0.0.1", "--port", &port, "--http_port", &monitor_port];
+        Program {
+            name: "nats".to_owned(),
+            executable: self.executable.clone(),
+            arguments: arguments.map(str::to_owned).to_vec(),
+            environment: environment.map(|(name, value)| (name.to_owned(), value)).to_vec(),
+            log: self.log.clone(),
+            stop_signal: Signal::TERM,
+            unprivileged: false,
+        }
+    }
+
+    /// Whether JetStream works.
+    pub async fn is_ready(&self) -> bool {
+        let monitor = Http::new(format!("http://127.0.0.1:{}", self.monitor_port));
+        monitor.get("/healthz?js-enabled-only=true").await.is_ok_and(|answer| answer.status == 200)
+    }
+
+    /// Where clients connect.
+    pub fn url(&self) -> String {
+        format!("nats://127.0.0.1:{}", self.port)
+    }
+}

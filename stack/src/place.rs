@@ -1,0 +1,137 @@
+//! Where a stack keeps its things: data, logs, passwords.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{PermissionsExt as _, chown};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, ensure};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// PostgreSQL refuses to run as root; then it runs as this user (`nobody` everywhere).
+pub(crate) const UNPRIVILEGED_ID: u32 = 65534;
+
+/// The folder of one stack.
+#[derive(Clone, Debug)]
+pub struct Place {
+    folder: PathBuf,
+    /// Passwords of this stack, made at random when the folder is.
+    pub secrets: Secrets,
+}
+
+/// Passwords. Only `viewer`, who can read streams and nothing else, has one that people can remember.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct Secrets {
+    /// PostgreSQL: superuser, role of orders, role of payments.
+    pub postgres_superuser: String,
+    pub postgres_orders: String,
+    pub postgres_payments: String,
+    /// NATS users.
+    pub nats_sys: String,
+    pub nats_orders: String,
+    pub nats_payments: String,
+    pub nats_gateway: String,
+    pub nats_ops: String,
+    pub nats_viewer: String,
+}
+
+impl std::fmt::Debug for Secrets {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secrets(***)")
+    }
+}
+
+impl Secrets {
+    fn random() -> Self {
+        // A letter first: nats-server reads a value of digits as a number.
+        let random = || format!("p{}", Uuid::new_v4().simple());
+        Self {
+            postgres_superuser: random(),
+            postgres_orders: random(),
+            postgres_payments: random(),
+            nats_sys: random(),
+            nats_orders: random(),
+            nats_payments: random(),
+            nats_gateway: random(),
+            nats_ops: random(),
+            nats_viewer: "viewer".to_owned(),
+        }
+    }
+}
+
+impl Place {
+    /// Opens the folder, or makes it.
+    pub fn open(folder: &Path) -> anyhow::Result<Self> {
+        fs::create_dir_all(folder.join("logs")).with_context(|| format!("the folder {} cannot be made", folder.display()))?;
+        let folder = folder.canonicalize().with_context(|| format!("the folder {} cannot be found", folder.display()))?;
+        if is_root() {
+            fs::set_permissions(&folder, Permissions::from_mode(0o755))?;
+            ensure!(
+                reachable_by_nobody(&folder),
+                "PostgreSQL does not run as root but as `nobody`, who cannot enter {}: set GOZON_DIR to a folder that every user can reach, \
+                 such as /var/tmp/gozon",
+                folder.display()
+            );
+        }
+        let secrets = read_or_make_secrets(&folder.join("secrets.json"))?;
+        Ok(Self { folder, secrets })
+    }
+
+    /// The folder itself.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The log of a part.
+    pub fn log(&self, name: &str) -> PathBuf {
+        self.folder.join("logs").join(format!("{name}.log"))
+    }
+
+    /// PostgreSQL's data, and nothing else.
+    pub fn postgres_data(&self) -> PathBuf {
+        self.folder.join("postgres")
+    }
+
+    /// NATS' data, and nothing else.
+    pub fn nats_data(&self) -> PathBuf {
+        self.folder.join("nats")
+    }
+}
+
+/// Whether this process is root.
+pub(crate) fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// Gives a file or folder to the user who runs PostgreSQL.
+pub(crate) fn give_to_postgres(path: &Path) -> std::io::Result<()> {
+    if is_root() { chown(path, Some(UNPRIVILEGED_ID), Some(UNPRIVILEGED_ID)) } else { Ok(()) }
+}
+
+fn reachable_by_nobody(folder: &Path) -> bool {
+    Command::new("setpriv")
+        .args([format!("--reuid={UNPRIVILEGED_ID}"), format!("--regid={UNPRIVILEGED_ID}")])
+        .args(["--clear-groups", "test", "-x"])
+        .arg(folder)
+        .stdin(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
+fn read_or_make_secrets(path: &Path) -> anyhow::Result<Secrets> {
+    match fs::read_to_string(path) {
+        Ok(text) => serde_json::from_str(&text).with_context(|| format!("{} is damaged", path.display())),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let secrets = Secrets::random();
+            // Renamed into place, so that an interruption leaves no half file.
+            let draft = path.with_extension("new");
+            fs::write(&draft, "")?;
+            fs::set_permissions(&draft, Permissions::from_mode(0o600))?;
+            fs::write(&draft, serde_json::to_string_pretty(&secrets)?)?;
+            fs::rename(&draft, path)?;
+            Ok(secrets)
+        }
+        Err(error) => Err(error).with_context(|| format!("{} cannot be read", path.display())),
+    }
+}

@@ -1,0 +1,159 @@
+//! A PostgreSQL server of our own.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::PathBuf;
+use std::process::Stdio;
+
+use anyhow::{Context as _, ensure};
+use rustix::process::Signal;
+use sea_orm::{ConnectOptions, ConnectionTrait as _, Database, DatabaseConnection, DbBackend, Statement};
+use tokio::process::Command;
+
+use crate::place::{UNPRIVILEGED_ID, give_to_postgres, is_root};
+use crate::process::{Program, tail};
+use crate::tools::Tools;
+
+const SUPERUSER: &str = "postgres";
+
+/// Where a server is and how to get in.
+#[derive(Clone)]
+pub struct Postgres {
+    /// Folder with its programs.
+    pub programs: PathBuf,
+    /// Its data.
+    pub data: PathBuf,
+    /// Its log.
+    pub log: PathBuf,
+    /// Its port on 127.0.0.1.
+    pub port: u16,
+    /// Password of the superuser.
+    pub password: String,
+    /// More settings, `name=value`.
+    pub settings: Vec<String>,
+}
+
+impl Postgres {
+    /// The server for a data folder.
+    pub fn new(tools: &Tools, data: PathBuf, log: PathBuf, port: u16, password: String) -> anyhow::Result<Self> {
+        Ok(Self { programs: tools.postgres_for(&data)?.to_owned(), data, log, port, password, settings: Vec::new() })
+    }
+
+    /// Makes the data folder if there is none.
+    pub async fn initialize(&self) -> anyhow::Result<()> {
+        if self.data.join("PG_VERSION").exists() {
+            return Ok(());
+        }
+        // Made aside and renamed, so that an interruption leaves no half data folder.
+        let draft = self.data.with_extension("new");
+        if draft.exists() {
+            fs::remove_dir_all(&draft)?;
+        }
+        fs::create_dir(&draft).with_context(|| format!("{} cannot be made", draft.display()))?;
+        fs::set_permissions(&draft, Permissions::from_mode(0o700))?;
+        give_to_postgres(&draft)?;
+        let password_file = self.data.with_extension("password");
+        fs::write(&password_file, "")?;
+        fs::set_permissions(&password_file, Permissions::from_mode(0o600))?;
+        fs::write(&password_file, &self.password)?;
+        give_to_postgres(&password_file)?;
+        let log = fs::File::options().create(true).append(true).open(&self.log)?;
+
+        let mut command = if is_root() {
+            let mut command = Command::new("setpriv");
+            command.args([format!("--reuid={UNPRIVILEGED_ID}"), format!("--regid={UNPRIVILEGED_ID}")]);
+            command.args(["--clear-groups", "--"]).arg(self.programs.join("initdb"));
+            command
+        } else {
+            Command::new(self.programs.join("initdb"))
+        };
+        // C locale: text sorts by its bytes, in the database as in the services.
+        let status = command
+            .args([
+                "--username",
+                SUPERUSER,
+                "--auth",
+                "scram-sha-256",
+                "--encoding",
+                "UTF8",
+                "--locale",
+                "C",
+                "--no-instructions",
+            ])
+            .arg("--pwfile")
+            .arg(&password_file)
+            .arg("--pgdata")
+            .arg(&draft)
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .status()
+            .await
+            .context("initdb cannot be started")?;
+        fs::remove_file(&password_file)?;
+        ensure!(status.success(), "initdb failed ({status}). The end of {}:\n{}", self.log.display(), tail(&self.log, 15));
+        fs::rename(&draft, &self.data)?;
+        Ok(())
+    }
+
+    /// The server program.
+    pub fn program(&self) -> Program {
+        let mut arguments = vec!["-D".to_owned(), self.data.display().to_string(), "-p".to_owned(), self.port.to_string()];
+        let settings = ["listen_addresses=127.0.0.1", "unix_socket_directories=", "log_line_prefix=%m [%p] %q%u@%d "];
+        for setting in settings.into_iter().map(str::to_owned).chain(self.settings.iter().cloned()) {
+            arguments.extend(["-c".to_owned(), setting]);
+        }
+        Program {
+            name: "postgres".to_owned(),
+            executable: self.programs.join("postgres"),
+            arguments,
+            environment: Vec::new(),
+            log: self.log.clone(),
+            // Fast shutdown: ends sessions, writes everything.
+            stop_signal: Signal::INT,
+            unprivileged: true,
+        }
+    }
+
+    /// Whether it takes connections.
+    pub async fn is_ready(&self) -> bool {
+        self.connect(SUPERUSER).await.is_ok()
+    }
+
+    /// A connection as superuser.
+    pub async fn connect(&self, database: &str) -> anyhow::Result<DatabaseConnection> {
+        let mut options = ConnectOptions::new(self.url(SUPERUSER, &self.password, database));
+        options.max_connections(1).connect_timeout(std::time::Duration::from_secs(2)).sqlx_logging(false);
+        Database::connect(options).await.context("PostgreSQL does not take connections")
+    }
+
+    /// A connection URL.
+    pub fn url(&self, role: &str, password: &str, database: &str) -> String {
+        format!("postgres://{role}:{password}@127.0.0.1:{}/{database}", self.port)
+    }
+
+    /// A role and a database of the same name, which no other role may enter. Does nothing if they are there.
+    pub async fn ensure_database(&self, name: &str, password: &str) -> anyhow::Result<()> {
+        ensure!(
+            name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_'),
+            "{name:?} is no database name"
+        );
+        ensure!(password.bytes().all(|byte| byte.is_ascii_alphanumeric()), "a generated password is letters and digits");
+        let db = self.connect("postgres").await?;
+        let exists = async |query: &str| {
+            let found = db.query_one_raw(Statement::from_sql_and_values(DbBackend::Postgres, query, [name.into()])).await;
+            found.map(|row| row.is_some())
+        };
+        if !exists("SELECT 1 FROM pg_roles WHERE rolname = $1").await? {
+            db.execute_unprepared(&format!("CREATE ROLE {name} LOGIN PASSWORD '{password}'")).await?;
+        }
+        if !exists("SELECT 1 FROM pg_database WHERE datname = $1").await? {
+            db.execute_unprepared(&format!("CREATE DATABASE {name} OWNER {name}")).await?;
+        }
+        db.execute_unprepared(&format!("REVOKE ALL ON DATABASE {name} FROM PUBLIC")).await?;
+        db.execute_unprepared("REVOKE CONNECT ON DATABASE postgres FROM PUBLIC").await?;
+        db.close().await?;
+        Ok(())
+    }
+}

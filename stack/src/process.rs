@@ -1,0 +1,140 @@
+//! One process: the program itself, no wrapper, with its output in a log file, gone when we are gone.
+
+use std::fs::{self, File};
+use std::io::{Read as _, Seek as _, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::process::{Child, Command};
+
+use crate::place::{UNPRIVILEGED_ID, is_root};
+
+/// A program to run.
+#[derive(Clone, Debug)]
+pub struct Program {
+    /// What it is called in messages.
+    pub name: String,
+    /// The executable.
+    pub executable: PathBuf,
+    /// Its arguments.
+    pub arguments: Vec<String>,
+    /// Its environment, beside PATH and HOME.
+    pub environment: Vec<(String, String)>,
+    /// Where its output goes.
+    pub log: PathBuf,
+    /// The polite way to end it.
+    pub stop_signal: Signal,
+    /// Not as root, even if we are.
+    pub unprivileged: bool,
+}
+
+/// A running program.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+    pid: Pid,
+    stop_signal: Signal,
+}
+
+/// After the polite signal; then it is killed.
+const STOP_TIMEOUT: Duration = Duration::from_secs(15);
+
+impl Process {
+    /// Starts it. `setpriv` arranges that it ends when we do, however we end, and becomes the program: the process is
+    /// the program itself.
+    pub fn start(program: &Program) -> anyhow::Result<Self> {
+        let log = File::options().create(true).append(true).open(&program.log);
+        let log = log.with_context(|| format!("the log {} cannot be written", program.log.display()))?;
+        let mut command = Command::new("setpriv");
+        command.arg("--pdeathsig").arg(signal_name(program.stop_signal));
+        if program.unprivileged && is_root() {
+            command.args([format!("--reuid={UNPRIVILEGED_ID}"), format!("--regid={UNPRIVILEGED_ID}")]).arg("--clear-groups");
+        }
+        command.arg("--").arg(&program.executable).args(&program.arguments).env_clear();
+        for inherited in ["PATH", "HOME", "LANG", "RUST_LOG", "RUST_BACKTRACE"] {
+            if let Some(value) = std::env::var_os(inherited) {
+                command.env(inherited, value);
+            }
+        }
+        let child = command
+            .envs(program.environment.iter().map(|(name, value)| (name, value)))
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            // A group of its own: Ctrl-C in the terminal is for us, who then stop everything in order.
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()
+            .with_context(|| format!("{} cannot be started", program.name))?;
+        let pid = child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?)).context("a started process has an id")?;
+        Ok(Self { name: program.name.clone(), child, pid, stop_signal: program.stop_signal })
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.pid.as_raw_nonzero().get().unsigned_abs()
+    }
+
+    /// How it ended, if it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().ok().flatten()
+    }
+
+    /// Ends it politely, and after a while less so.
+    pub async fn stop(mut self) -> anyhow::Result<()> {
+        if self.ended().is_some() {
+            return Ok(());
+        }
+        self.signal(self.stop_signal)?;
+        // One that is paused could not react.
+        self.signal(Signal::CONT)?;
+        if tokio::time::timeout(STOP_TIMEOUT, self.child.wait()).await.is_err() {
+            self.kill().await?;
+            anyhow::bail!("{} did not stop within {STOP_TIMEOUT:?} and was killed", self.name);
+        }
+        Ok(())
+    }
+
+    /// kill -9.
+    pub async fn kill(&mut self) -> anyhow::Result<()> {
+        self.child.kill().await.with_context(|| format!("{} cannot be killed", self.name))
+    }
+
+    /// Sends a signal: `Signal::STOP` pauses it, `Signal::CONT` lets it go on.
+    pub fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        match kill_process(self.pid, signal) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+            Err(error) => Err(error).with_context(|| format!("{} cannot be sent a signal", self.name)),
+        }
+    }
+}
+
+/// The name that setpriv knows.
+fn signal_name(signal: Signal) -> &'static str {
+    match signal {
+        Signal::INT => "INT",
+        Signal::KILL => "KILL",
+        _ => "TERM",
+    }
+}
+
+/// The last lines of a log.
+pub fn tail(log: &Path, lines: usize) -> String {
+    const BYTES_MAX: u64 = 16 * 1024;
+    let read = || -> std::io::Result<Vec<u8>> {
+        let length = fs::metadata(log)?.len();
+        let mut file = File::open(log)?;
+        file.seek(SeekFrom::Start(length.saturating_sub(BYTES_MAX)))?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    let text = String::from_utf8_lossy(&read().unwrap_or_default()).into_owned();
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}

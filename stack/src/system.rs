@@ -1,0 +1,306 @@
+//! The five parts of a stack: what each is, and how to start, stop, kill and pause it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use rustix::process::Signal;
+use tokio::time::Instant;
+
+use crate::http::Http;
+use crate::nats::Nats;
+use crate::place::Place;
+use crate::ports::Ports;
+use crate::postgres::Postgres;
+use crate::process::{Process, Program, tail};
+use crate::tools::Tools;
+
+/// The parts, in the order in which they are started. (They may start in any order; this one is the quickest.)
+pub const NAMES: [&str; 5] = ["postgres", "nats", "orders", "payments", "gateway"];
+
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
+const READY_INTERVAL: Duration = Duration::from_millis(30);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// One of our own programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Service {
+    /// orders
+    Orders,
+    /// payments
+    Payments,
+    /// gateway
+    Gateway,
+}
+
+impl Service {
+    /// Its name, also of its program.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Orders => "orders",
+            Self::Payments => "payments",
+            Self::Gateway => "gateway",
+        }
+    }
+}
+
+/// What may differ between stacks.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where it listens.
+    pub ports: Ports,
+    /// Folder with our own programs.
+    pub binaries: PathBuf,
+    /// More environment for our own programs: shorter timers, failpoints.
+    pub environment: Vec<(String, String)>,
+}
+
+/// A stack.
+#[derive(Debug)]
+pub struct System {
+    place: Place,
+    ports: Ports,
+    postgres: PostgresPart,
+    nats: Nats,
+    binaries: PathBuf,
+    environment: Vec<(String, String)>,
+    processes: BTreeMap<&'static str, Process>,
+}
+
+struct PostgresPart(Postgres);
+
+impl std::fmt::Debug for PostgresPart {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "PostgreSQL on port {}", self.0.port)
+    }
+}
+
+impl System {
+    /// Makes data folders; starts nothing.
+    pub async fn prepare(tools: &Tools, place: Place, options: Options) -> anyhow::Result<Self> {
+        let Options { ports, binaries, environment } = options;
+        for service in [Service::Orders, Service::Payments, Service::Gateway] {
+            let program = binaries.join(service.name());
+            ensure!(program.exists(), "{} is not built: run ./dev build", program.display());
+        }
+        let secrets = place.secrets.clone();
+        let password = secrets.postgres_superuser.clone();
+        let postgres = Postgres::new(tools, place.postgres_data(), place.log("postgres"), ports.postgres, password)?;
+        postgres.initialize().await?;
+        let nats = Nats::new(tools, place.nats_data(), place.log("nats"), ports.nats, ports.nats_monitor, secrets);
+        fs::create_dir_all(&nats.data)?;
+        Ok(Self { place, ports, postgres: PostgresPart(postgres), nats, binaries, environment, processes: BTreeMap::new() })
+    }
+
+    /// Where it keeps its things.
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// Where it listens.
+    pub fn ports(&self) -> &Ports {
+        &self.ports
+    }
+
+    /// Its database server.
+    pub fn postgres(&self) -> &Postgres {
+        &self.postgres.0
+    }
+
+    /// Its broker.
+    pub fn nats(&self) -> &Nats {
+        &self.nats
+    }
+
+    /// Starts a part and waits until it is ready.
+    pub async fn start(&mut self, name: &str) -> anyhow::Result<()> {
+        self.spawn(name)?;
+        self.until_ready(name).await
+    }
+
+    /// Starts a part.
+    pub fn spawn(&mut self, name: &str) -> anyhow::Result<()> {
+        let name = known(name)?;
+        ensure!(self.processes.get_mut(name).is_none_or(|process| process.ended().is_some()), "{name} runs already");
+        self.processes.insert(name, Process::start(&self.program(name))?);
+        Ok(())
+    }
+
+    /// Waits until a part that was started is ready; says why it ended if it did.
+    pub async fn until_ready(&mut self, name: &str) -> anyhow::Result<()> {
+        let name = known(name)?;
+        let deadline = Instant::now() + READY_TIMEOUT;
+        loop {
+            let log = self.place.log(name);
+            let ended = self.processes.get_mut(name).with_context(|| format!("{name} was not started"))?.ended();
+            if let Some(status) = ended {
+                bail!("{name} ended before it was ready ({status}). The end of {}:\n{}", log.display(), tail(&log, 15));
+            }
+            if self.is_ready(name).await {
+                break;
+            }
+            if Instant::now() > deadline {
+                bail!("{name} is not ready after {READY_TIMEOUT:?}. The end of {}:\n{}", log.display(), tail(&log, 15));
+            }
+            tokio::time::sleep(READY_INTERVAL).await;
+        }
+        if name == "postgres" {
+            let secrets = &self.place.secrets;
+            self.postgres().ensure_database("orders", &secrets.postgres_orders).await?;
+            self.postgres().ensure_database("payments", &secrets.postgres_payments).await?;
+        }
+        Ok(())
+    }
+
+    /// Whether a part does its work right now.
+    pub async fn is_ready(&self, name: &str) -> bool {
+        let probe = async {
+            match name {
+                "postgres" => self.postgres().is_ready().await,
+                "nats" => self.nats.is_ready().await,
+                _ => Http::new(self.address(name)).get("/readyz").await.is_ok_and(|answer| answer.status == 200),
+            }
+        };
+        tokio::time::timeout(PROBE_TIMEOUT, probe).await.unwrap_or(false)
+    }
+
+    /// Ends a part politely.
+    pub async fn stop(&mut self, name: &str) -> anyhow::Result<()> {
+        match self.processes.remove(known(name)?) {
+            Some(process) => process.stop().await,
+            None => Ok(()),
+        }
+    }
+
+    /// kill -9.
+    pub async fn kill(&mut self, name: &str) -> anyhow::Result<()> {
+        match self.processes.remove(known(name)?) {
+            Some(mut process) => process.kill().await,
+            None => Ok(()),
+        }
+    }
+
+    /// Pauses a part (SIGSTOP).
+    pub fn pause(&self, name: &str) -> anyhow::Result<()> {
+        self.running(name)?.signal(Signal::STOP)
+    }
+
+    /// Lets a paused part go on (SIGCONT).
+    pub fn resume(&self, name: &str) -> anyhow::Result<()> {
+        self.running(name)?.signal(Signal::CONT)
+    }
+
+    /// Starts everything, telling `progress` what is ready.
+    pub async fn start_all(&mut self, mut progress: impl FnMut(&str, Duration)) -> anyhow::Result<()> {
+        for name in NAMES {
+            let begun = Instant::now();
+            self.start(name).await?;
+            progress(name, begun.elapsed());
+        }
+        Ok(())
+    }
+
+    /// Stops everything, the doors first.
+    pub async fn stop_all(&mut self) -> anyhow::Result<()> {
+        let mut result = Ok(());
+        for name in NAMES.into_iter().rev() {
+            let stopped = self.stop(name).await;
+            result = result.and(stopped);
+        }
+        result
+    }
+
+    /// Takes away everything that the broker has stored. It must not run.
+    pub fn wipe_nats(&mut self) -> anyhow::Result<()> {
+        ensure!(
+            self.processes.get_mut("nats").is_none_or(|process| process.ended().is_some()),
+            "stop nats before wiping its data"
+        );
+        fs::remove_dir_all(&self.nats.data)?;
+        fs::create_dir_all(&self.nats.data)?;
+        Ok(())
+    }
+
+    /// The process id of a part that runs.
+    pub fn pid(&mut self, name: &str) -> Option<u32> {
+        let process = self.processes.get_mut(known(name).ok()?)?;
+        if process.ended().is_some() { None } else { Some(process.pid()) }
+    }
+
+    /// How a part that was started ended, if it did.
+    pub(crate) fn ended(&mut self, name: &str) -> Option<std::process::ExitStatus> {
+        self.processes.get_mut(known(name).ok()?)?.ended()
+    }
+
+    /// Where a part listens.
+    pub fn address(&self, name: &str) -> String {
+        address(&self.ports, name)
+    }
+
+    fn running(&self, name: &str) -> anyhow::Result<&Process> {
+        self.processes.get(known(name)?).with_context(|| format!("{name} does not run"))
+    }
+
+    fn program(&self, name: &'static str) -> Program {
+        match name {
+            "postgres" => self.postgres().program(),
+            "nats" => self.nats.program(),
+            _ => Program {
+                name: name.to_owned(),
+                executable: self.binaries.join(name),
+                arguments: Vec::new(),
+                environment: self.service_environment(name),
+                log: self.place.log(name),
+                stop_signal: Signal::TERM,
+                unprivileged: false,
+            },
+        }
+    }
+
+    fn service_environment(&self, name: &str) -> Vec<(String, String)> {
+        let secrets = &self.place.secrets;
+        let local = |port: u16| format!("127.0.0.1:{port}");
+        let mut environment: Vec<(&str, String)> = match name {
+            "orders" => vec![
+                ("GOZON_LISTEN", local(self.ports.orders)),
+                ("DATABASE_URL", self.postgres().url("orders", &secrets.postgres_orders, "orders")),
+                ("NATS_URL", self.nats.url()),
+                ("NATS_PASSWORD", secrets.nats_orders.clone()),
+            ],
+            "payments" => vec![
+                ("GOZON_LISTEN", local(self.ports.payments)),
+                ("DATABASE_URL", self.postgres().url("payments", &secrets.postgres_payments, "payments")),
+                ("NATS_URL", self.nats.url()),
+                ("NATS_PASSWORD", secrets.nats_payments.clone()),
+            ],
+            _ => vec![
+                ("GOZON_LISTEN", local(self.ports.gateway)),
+                ("GOZON_ORDERS_URL", format!("http://{}", local(self.ports.orders))),
+                ("GOZON_PAYMENTS_URL", format!("http://{}", local(self.ports.payments))),
+            ],
+        };
+        environment.extend(self.environment.iter().map(|(name, value)| (name.as_str(), value.clone())));
+        environment.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+    }
+}
+
+/// Where a part of a stack with these ports listens.
+pub(crate) fn address(ports: &Ports, name: &str) -> String {
+    match name {
+        "postgres" => format!("postgres://127.0.0.1:{}", ports.postgres),
+        "nats" => format!("nats://127.0.0.1:{}", ports.nats),
+        "orders" => format!("http://127.0.0.1:{}", ports.orders),
+        "payments" => format!("http://127.0.0.1:{}", ports.payments),
+        _ => format!("http://127.0.0.1:{}", ports.gateway),
+    }
+}
+
+/// The part of this name.
+pub(crate) fn known(name: &str) -> anyhow::Result<&'static str> {
+    NAMES
+        .into_iter()
+        .find(|known| *known == name)
+        .with_context(|| format!("there is no part {name:?}, only {}", NAMES.join(", ")))
+}

@@ -1,0 +1,237 @@
+//! What tests need: a database server for the whole run, a fresh database and a fresh broker for each test, and
+//! waiting for a condition instead of sleeping.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use sea_orm::DatabaseConnection;
+use tokio::sync::OnceCell;
+use tokio::time::Instant;
+
+use crate::nats::Nats;
+use crate::place::{Place, Secrets};
+use crate::ports::{Ports, free_port};
+use crate::postgres::Postgres;
+use crate::process::{Process, tail};
+use crate::system::{Options, System};
+use crate::tools::Tools;
+
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
+const LOOK_INTERVAL: Duration = Duration::from_millis(10);
+
+/// Waits until `check` gives a value; panics with `what` after `within`.
+pub async fn eventually<T>(what: &str, within: Duration, mut check: impl AsyncFnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + within;
+    loop {
+        if let Some(value) = check().await {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "not within {within:?}: {what}");
+        tokio::time::sleep(LOOK_INTERVAL).await;
+    }
+}
+
+/// A folder that is gone after the test. Under the system's folder for such things, which every user can reach.
+#[derive(Debug)]
+pub struct TemporaryFolder(PathBuf);
+
+impl TemporaryFolder {
+    /// Makes one. Also takes away what killed test runs have left.
+    pub fn new() -> anyhow::Result<Self> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        if number == 0 {
+            remove_leftovers();
+        }
+        let folder = std::env::temp_dir().join(format!("gozon-test-{}-{number}", std::process::id()));
+        fs::create_dir(&folder).with_context(|| format!("{} cannot be made", folder.display()))?;
+        Ok(Self(folder))
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for TemporaryFolder {
+    fn drop(&mut self) {
+        // What cannot be removed is removed by a later run.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn remove_leftovers() {
+    for entry in fs::read_dir(std::env::temp_dir()).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let Some(pid) = name.strip_prefix("gozon-test-").and_then(|rest| rest.split('-').next()?.parse::<u32>().ok()) else {
+            continue;
+        };
+        if !Path::new(&format!("/proc/{pid}")).exists() {
+            // Another run may be removing it too.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+/// A database of a test's own.
+#[derive(Clone)]
+pub struct TestDatabase {
+    /// Connection URL of its owner.
+    pub url: String,
+    name: String,
+    server: Postgres,
+}
+
+impl TestDatabase {
+    /// A fresh, empty database on the server that all tests of this process share.
+    pub async fn fresh() -> anyhow::Result<Self> {
+        static SERVER: OnceCell<Postgres> = OnceCell::const_new();
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let server = SERVER.get_or_try_init(shared_postgres).await?.clone();
+        let name = format!("test_{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+        server.ensure_database(&name, "password").await?;
+        Ok(Self { url: server.url(&name, "password", &name), name, server })
+    }
+
+    /// A connection as superuser, for looking and for spoiling.
+    pub async fn connect(&self) -> anyhow::Result<DatabaseConnection> {
+        self.server.connect(&self.name).await
+    }
+}
+
+/// Started once per test process. It ends with the process: the thread that started it lives as long.
+async fn shared_postgres() -> anyhow::Result<Postgres> {
+    let tools = Tools::find()?;
+    let folder = TemporaryFolder::new()?;
+    let mut server =
+        Postgres::new(&tools, folder.path().join("data"), folder.path().join("log"), free_port()?, "password".to_owned())?;
+    // Nothing here tests what a power cut takes; tests of that start a server of their own.
+    server.settings = ["fsync=off", "max_connections=500", "shared_buffers=64MB"].map(str::to_owned).to_vec();
+    server.initialize().await?;
+    let program = server.program();
+    let (sender, started) = mpsc::channel();
+    std::thread::Builder::new().name("postgres".to_owned()).spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let process = runtime.map_err(anyhow::Error::from).and_then(|runtime| {
+            let _entered = runtime.enter();
+            let process = Process::start(&program)?;
+            // Kept, with the runtime that watches the process, until this process ends.
+            Ok((process, runtime, folder))
+        });
+        let failed = process.as_ref().err().map(|error| format!("{error:#}"));
+        if sender.send(failed).is_ok() && process.is_ok() {
+            loop {
+                std::thread::park();
+            }
+        }
+    })?;
+    if let Some(error) = tokio::task::spawn_blocking(move || started.recv()).await?? {
+        anyhow::bail!(error);
+    }
+    let log = server.log.clone();
+    let deadline = Instant::now() + READY_TIMEOUT;
+    while !server.is_ready().await {
+        anyhow::ensure!(Instant::now() < deadline, "PostgreSQL for tests is not ready. The end of its log:\n{}", tail(&log, 15));
+        tokio::time::sleep(LOOK_INTERVAL).await;
+    }
+    Ok(server)
+}
+
+/// A broker of a test's own, with the shipped configuration and users.
+#[derive(Debug)]
+pub struct TestBroker {
+    nats: Nats,
+    process: Option<Process>,
+    _folder: TemporaryFolder,
+}
+
+impl TestBroker {
+    /// Starts one.
+    pub async fn start() -> anyhow::Result<Self> {
+        let mut broker = Self::stopped()?;
+        broker.up().await?;
+        Ok(broker)
+    }
+
+    /// One that does not run yet, with its address known.
+    pub fn stopped() -> anyhow::Result<Self> {
+        let folder = TemporaryFolder::new()?;
+        let place = Place::open(folder.path())?;
+        let (data, log) = (place.nats_data(), place.log("nats"));
+        fs::create_dir_all(&data)?;
+        let nats = Nats::new(&Tools::find()?, data, log, free_port()?, free_port()?, place.secrets);
+        Ok(Self { nats, process: None, _folder: folder })
+    }
+
+    /// Starts it and waits until it works.
+    pub async fn up(&mut self) -> anyhow::Result<()> {
+        self.process = Some(Process::start(&self.nats.program())?);
+        let deadline = Instant::now() + READY_TIMEOUT;
+        while !self.nats.is_ready().await {
+            anyhow::ensure!(
+                Instant::now() < deadline,
+                "NATS for tests is not ready. The end of its log:\n{}",
+                tail(&self.nats.log, 15)
+            );
+            tokio::time::sleep(LOOK_INTERVAL).await;
+        }
+        Ok(())
+    }
+
+    /// kill -9.
+    pub async fn kill(&mut self) -> anyhow::Result<()> {
+        match self.process.take() {
+            Some(mut process) => process.kill().await,
+            None => Ok(()),
+        }
+    }
+
+    /// Takes away everything it has stored. It must not run.
+    pub fn wipe(&mut self) -> anyhow::Result<()> {
+        anyhow::ensure!(self.process.is_none(), "kill the broker before wiping it");
+        fs::remove_dir_all(&self.nats.data)?;
+        Ok(fs::create_dir_all(&self.nats.data)?)
+    }
+
+    /// Where clients connect.
+    pub fn url(&self) -> String {
+        self.nats.url()
+    }
+
+    /// The passwords of its users.
+    pub fn secrets(&self) -> &Secrets {
+        &self.nats.secrets
+    }
+}
+
+/// A whole stack of a test's own, with real processes.
+pub struct TestStack {
+    /// The stack.
+    pub system: System,
+    _folder: TemporaryFolder,
+}
+
+impl TestStack {
+    /// Starts everything. Our own programs are taken from where cargo has built them.
+    pub async fn start() -> anyhow::Result<Self> {
+        Self::start_with(Vec::new()).await
+    }
+
+    /// Starts everything, with more environment for our own programs.
+    pub async fn start_with(environment: Vec<(String, String)>) -> anyhow::Result<Self> {
+        let folder = TemporaryFolder::new()?;
+        let place = Place::open(folder.path())?;
+        // Tests live in target/PROFILE/deps, programs in target/PROFILE.
+        let test = std::env::current_exe()?;
+        let binaries = test.ancestors().nth(2).context("a test is in target/PROFILE/deps")?.to_owned();
+        let options = Options { ports: Ports::free()?, binaries, environment };
+        let mut system = System::prepare(&Tools::find()?, place, options).await?;
+        system.start_all(|_, _| {}).await?;
+        Ok(Self { system, _folder: folder })
+    }
+}
