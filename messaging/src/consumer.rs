@@ -128,8 +128,13 @@ impl Consumer {
                     }
                 }
                 Err(error) => {
-                    self.vital.bad(format!("{error:#}"));
-                    info!(consumer = self.subscription.consumer, error = format!("{error:#}"), "Not consuming yet; trying again");
+                    if self.vital.bad(format!("{error:#}")) {
+                        info!(
+                            consumer = self.subscription.consumer,
+                            error = format!("{error:#}"),
+                            "Not consuming yet; trying again"
+                        );
+                    }
                 }
             }
             shutdown.run_until_cancelled(tokio::time::sleep(retry_delay.mul_f64(jitter()))).await;
@@ -278,13 +283,14 @@ impl Consumer {
                 }
                 Err(error) if !is_transient(&error) => return Settled::Refused(error),
                 Err(error) => {
-                    self.vital.bad(format!("{error:#}"));
-                    warn!(
-                        consumer = self.subscription.consumer,
-                        messages = batch.len(),
-                        error = format!("{error:#}"),
-                        "A batch could not be stored; trying again"
-                    );
+                    if self.vital.bad(format!("{error:#}")) {
+                        warn!(
+                            consumer = self.subscription.consumer,
+                            messages = batch.len(),
+                            error = format!("{error:#}"),
+                            "A batch could not be stored; trying again"
+                        );
+                    }
                 }
             }
             self.keep_waiting(batch).await;

@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use shared_contracts::DLQ_STREAM;
+use shared_contracts::{DLQ_STREAM, header};
 
 use crate::db::sql;
 use crate::outbox::{self, Message};
@@ -99,8 +99,9 @@ impl DeadMessage<'_> {
             Some(event_id) => event_id.to_string(),
             None => {
                 let mut hash = Sha256::new();
-                for part in [self.message.subject.as_bytes(), &header_lines(self.message.headers.as_ref()), &self.message.payload]
-                {
+                // Without the broker's id, which is new each time the same thing is sent again.
+                let headers = header_lines(self.message.headers.as_ref(), |name| name != header::MESSAGE_ID);
+                for part in [self.message.subject.as_bytes(), &headers, &self.message.payload] {
                     hash.update(u64::try_from(part.len()).unwrap_or(u64::MAX).to_be_bytes());
                     hash.update(part);
                 }
@@ -110,10 +111,11 @@ impl DeadMessage<'_> {
     }
 }
 
-fn header_lines(headers: Option<&HeaderMap>) -> Vec<u8> {
+fn header_lines(headers: Option<&HeaderMap>, wanted: impl Fn(&str) -> bool) -> Vec<u8> {
     let mut lines: Vec<String> = headers
         .into_iter()
         .flat_map(HeaderMap::iter)
+        .filter(|(name, _)| wanted(name.as_ref()))
         .flat_map(|(name, values)| values.iter().map(move |value| format!("{name}: {value}\n")))
         .collect();
     lines.sort();
@@ -149,7 +151,7 @@ pub(crate) async fn bury(txn: &DatabaseTransaction, subscription: &Subscription,
                 subscription.stream.into(),
                 letter.stream_sequence.into(),
                 letter.delivered.into(),
-                header_lines(letter.message.headers.as_ref()).into(),
+                header_lines(letter.message.headers.as_ref(), |_| true).into(),
                 letter.message.payload.to_vec().into(),
             ],
         ))

@@ -13,7 +13,7 @@ use sea_orm::{DatabaseConnection, TransactionTrait};
 use serde_json::{Map, Value as Json};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, error, warn};
 
 use shared_contracts::{SPEC_VERSION, header};
 
@@ -86,8 +86,9 @@ impl Relay {
                     streams_known = !step.stream_missing;
                 }
                 Err(error) => {
-                    self.vital.bad(format!("{error:#}"));
-                    warn!(error = format!("{error:#}"), "Publishing does not work; trying again");
+                    if self.vital.bad(format!("{error:#}")) {
+                        warn!(error = format!("{error:#}"), "Publishing does not work; trying again");
+                    }
                 }
             }
             shutdown.run_until_cancelled(tokio::time::sleep(retry_delay.mul_f64(jitter()))).await;
@@ -162,10 +163,8 @@ impl Relay {
 
     async fn ensure_streams(&self) -> anyhow::Result<()> {
         for stream in &self.streams {
-            match topology::ensure_stream(self.broker.jetstream(), stream).await? {
-                Ensured::Found => {}
-                Ensured::Made => info!(stream = stream.name, "The stream was absent and has been made"),
-            }
+            // Found or made, it is there.
+            let _: Ensured = topology::ensure_stream(self.broker.jetstream(), stream).await?;
         }
         Ok(())
     }

@@ -18,9 +18,12 @@ impl Vital {
         self.set(Ok(()));
     }
 
-    /// Something is away; the loop goes on trying.
-    pub fn bad(&self, why: impl fmt::Display) {
-        self.set(Err(why.to_string()));
+    /// Something is away; the loop goes on trying. Says whether that is news, so that a log does not repeat itself.
+    pub fn bad(&self, why: impl fmt::Display) -> bool {
+        let why = Err(why.to_string());
+        let news = self.read() != why;
+        self.set(why);
+        news
     }
 
     /// The newest word.

@@ -3,6 +3,7 @@
 use std::io::IsTerminal as _;
 
 use clap::ValueEnum;
+use tracing::Level;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
@@ -20,8 +21,9 @@ pub enum LogFormat {
 /// Starts logging to standard error. `filter` is a level or a list such as `info,orders=debug`.
 pub fn init(format: LogFormat, filter: &str) -> anyhow::Result<()> {
     let filter: Targets = filter.parse().map_err(|error| anyhow::anyhow!("RUST_LOG is not understood: {error}"))?;
-    // The client library logs every reconnect attempt; our own lines say the same once.
-    let filter = filter.with_target("async_nats", tracing::Level::ERROR);
+    // Libraries that narrate: the first logs every reconnect attempt, the others every start.
+    let quiet = [("async_nats", Level::ERROR), ("sea_orm_migration", Level::WARN), ("sqlx", Level::WARN)];
+    let filter = filter.with_targets(quiet);
     let layer = match format {
         LogFormat::Text => fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal()).boxed(),
         LogFormat::Json => fmt::layer().json().flatten_event(true).with_writer(std::io::stderr).boxed(),

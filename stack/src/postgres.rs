@@ -152,7 +152,15 @@ impl Postgres {
             db.execute_unprepared(&format!("CREATE DATABASE {name} OWNER {name}")).await?;
         }
         db.execute_unprepared(&format!("REVOKE ALL ON DATABASE {name} FROM PUBLIC")).await?;
-        db.execute_unprepared("REVOKE CONNECT ON DATABASE postgres FROM PUBLIC").await?;
+        db.close().await?;
+        Ok(())
+    }
+
+    /// Keeps the services' roles out of the superuser's database.
+    pub async fn close_superuser_database(&self) -> anyhow::Result<()> {
+        let db = self.connect("postgres").await?;
+        db.execute_unprepared("REVOKE ALL ON DATABASE postgres FROM PUBLIC").await?;
+        db.execute_unprepared("REVOKE ALL ON DATABASE template1 FROM PUBLIC").await?;
         db.close().await?;
         Ok(())
     }

@@ -150,6 +150,7 @@ impl System {
             let secrets = &self.place.secrets;
             self.postgres().ensure_database("orders", &secrets.postgres_orders).await?;
             self.postgres().ensure_database("payments", &secrets.postgres_payments).await?;
+            self.postgres().close_superuser_database().await?;
         }
         Ok(())
     }

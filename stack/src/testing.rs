@@ -2,16 +2,20 @@
 //! waiting for a condition instead of sleeping.
 
 use std::fs;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use sea_orm::DatabaseConnection;
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, oneshot};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
+use crate::http::Http;
 use crate::nats::Nats;
 use crate::place::{Place, Secrets};
 use crate::ports::{Ports, free_port};
@@ -75,6 +79,67 @@ fn remove_leftovers() {
             // Another run may be removing it too.
             let _ = fs::remove_dir_all(entry.path());
         }
+    }
+}
+
+/// A service that runs in this process, on a thread and a runtime of its own, so that it can end like a process.
+#[derive(Debug)]
+pub struct Apart {
+    /// Where it listens.
+    pub address: SocketAddr,
+    shutdown: CancellationToken,
+    crash: CancellationToken,
+    thread: Option<JoinHandle<anyhow::Result<()>>>,
+}
+
+impl Apart {
+    /// Runs `service`, which must send its address once it listens and end when the token is cancelled.
+    pub async fn start<F>(
+        service: impl FnOnce(oneshot::Sender<SocketAddr>, CancellationToken) -> F + Send + 'static,
+    ) -> anyhow::Result<Self>
+    where
+        F: Future<Output = anyhow::Result<()>>,
+    {
+        let (shutdown, crash) = (CancellationToken::new(), CancellationToken::new());
+        let (stop, crashed) = (shutdown.clone(), crash.clone());
+        let (sender, listening) = oneshot::channel();
+        let thread = std::thread::Builder::new().name("service".to_owned()).spawn(move || {
+            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+            let ended = runtime.block_on(async {
+                tokio::select! {
+                    ended = service(sender, stop) => ended,
+                    () = crashed.cancelled() => Ok(()),
+                }
+            });
+            runtime.shutdown_background();
+            ended
+        })?;
+        let address = listening.await.context("the service ended before it listened")?;
+        Ok(Self { address, shutdown, crash, thread: Some(thread) })
+    }
+
+    /// Stops it politely and says how it ended.
+    pub async fn stop(mut self) -> anyhow::Result<()> {
+        self.shutdown.cancel();
+        self.join().await
+    }
+
+    /// Drops everything it does, wherever it is: nothing is finished, nothing is told to anybody.
+    pub async fn crash(mut self) -> anyhow::Result<()> {
+        self.crash.cancel();
+        self.join().await
+    }
+
+    async fn join(&mut self) -> anyhow::Result<()> {
+        let thread = self.thread.take().context("a service ends once")?;
+        tokio::task::spawn_blocking(move || thread.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the service panicked"))))
+            .await?
+    }
+}
+
+impl Drop for Apart {
+    fn drop(&mut self) {
+        self.crash.cancel();
     }
 }
 
@@ -196,6 +261,17 @@ impl TestBroker {
         anyhow::ensure!(self.process.is_none(), "kill the broker before wiping it");
         fs::remove_dir_all(&self.nats.data)?;
         Ok(fs::create_dir_all(&self.nats.data)?)
+    }
+
+    /// How many messages a durable consumer has not delivered yet, and how many it has delivered without an ack.
+    pub async fn lag(&self, consumer: &str) -> Option<(u64, u64)> {
+        let monitor = Http::new(format!("http://127.0.0.1:{}", self.nats.monitor_port));
+        let answer = monitor.get("/jsz?streams=true&consumers=true").await.ok()?.json();
+        let accounts = answer["account_details"].as_array()?.iter();
+        let streams = accounts.flat_map(|account| account["stream_detail"].as_array().into_iter().flatten());
+        let mut consumers = streams.flat_map(|stream| stream["consumer_detail"].as_array().into_iter().flatten());
+        let found = consumers.find(|other| other["name"] == consumer)?;
+        Some((found["num_pending"].as_u64()?, found["num_ack_pending"].as_u64()?))
     }
 
     /// Where clients connect.

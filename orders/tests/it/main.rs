@@ -1,3 +1,5 @@
 //! Tests of the orders service against a real PostgreSQL and a real NATS.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
+
 mod openapi;

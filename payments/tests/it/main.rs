@@ -1,3 +1,9 @@
 //! Tests of the payments service against a real PostgreSQL and a real NATS.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
+
+mod accounts;
+mod charging;
+mod harness;
 mod openapi;
+mod poison;

@@ -1,5 +1,7 @@
 //! The events as they look on the wire. A golden file per event and version: a change here is a change of contract.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
+
 use std::fmt::Debug;
 
 use serde_json::Value;

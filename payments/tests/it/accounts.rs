@@ -1,0 +1,101 @@
+//! Accounts and deposits over HTTP.
+
+use futures_util::future::join_all;
+use serde_json::{Value, json};
+use stack::http::Answer;
+
+use crate::harness::Payments;
+
+async fn deposit(payments: &Payments, key: &str, amount: i64) -> Answer {
+    payments.http.post("/v1/accounts/alice/deposits", Some(key), &json!({ "amount": amount })).await.unwrap()
+}
+
+#[tokio::test]
+async fn an_account_is_opened_once_and_the_same_key_gets_the_same_answer() {
+    let payments = Payments::start().await;
+    let open = async |key| payments.http.post("/v1/accounts", Some(key), &json!({ "user_id": "alice" })).await.unwrap();
+    let first = open("a").await;
+    assert_eq!((first.status, first.header("idempotency-replayed")), (201, None));
+    assert_eq!((&first.json()["user_id"], &first.json()["balance"]), (&json!("alice"), &json!(0)));
+    payments.deposit("alice", 5).await;
+
+    let again = open("a").await;
+    assert_eq!((again.status, again.header("idempotency-replayed")), (201, Some("true")));
+    assert_eq!(again.body, first.body, "byte for byte, although there is money now");
+    let other = open("b").await;
+    assert_eq!((other.status, &other.json()["code"]), (409, &json!("account_already_exists")));
+    assert_eq!(payments.http.get("/v1/accounts/alice").await.unwrap().json()["balance"], 5);
+}
+
+#[tokio::test]
+async fn a_retried_deposit_adds_once() {
+    let payments = Payments::start().await;
+    payments.open_account("alice", 0).await;
+    let first = deposit(&payments, "d", 100).await;
+    assert_eq!((first.status, &first.json()["balance"]), (201, &json!(100)));
+    deposit(&payments, "e", 50).await;
+
+    let again = deposit(&payments, "\"d\"", 100).await;
+    assert_eq!((again.status, again.header("idempotency-replayed")), (201, Some("true")));
+    assert_eq!(again.body, first.body, "byte for byte, although there is more money now");
+    let other = deposit(&payments, "d", 101).await;
+    assert_eq!((other.status, &other.json()["code"]), (422, &json!("idempotency_key_reused")));
+    assert_eq!(payments.balance("alice").await, 150);
+    payments.assert_books_balance().await;
+}
+
+#[tokio::test]
+async fn fifty_parallel_deposits_with_one_key_add_once() {
+    let payments = Payments::start().await;
+    payments.open_account("alice", 0).await;
+    let answers = join_all((0..50).map(|_| deposit(&payments, "one", 100))).await;
+    assert!(answers.iter().all(|answer| answer.status == 201 && answer.body == answers[0].body));
+    assert_eq!(answers.iter().filter(|answer| answer.header("idempotency-replayed").is_none()).count(), 1);
+    assert_eq!(payments.balance("alice").await, 100);
+    payments.assert_books_balance().await;
+}
+
+#[tokio::test]
+async fn bad_input_is_refused_with_what_to_do_and_nothing_is_stored() {
+    let payments = Payments::start().await;
+    payments.open_account("alice", 0).await;
+    let mut cases: Vec<(&str, Value, u16, &str)> = vec![
+        ("/v1/accounts", json!({}), 422, "/user_id"),
+        ("/v1/accounts", json!({ "user_id": 7 }), 422, "/user_id"),
+        ("/v1/accounts", json!({ "user_id": "a b" }), 422, "/user_id"),
+        ("/v1/accounts", json!({ "user_id": "x".repeat(65) }), 422, "/user_id"),
+        ("/v1/accounts", json!({ "user_id": "bob", "balance": 1000 }), 422, "/balance"),
+        ("/v1/accounts/nobody/deposits", json!({ "amount": 1 }), 404, ""),
+        ("/v1/accounts/a%20b/deposits", json!({ "amount": 1 }), 404, ""),
+        ("/v1/accounts/alice/deposits", json!([1]), 422, ""),
+    ];
+    for amount in [json!(0), json!(-1), json!(1.5), json!("1"), json!(1_000_000_000_001_i64), json!(null), json!(true)] {
+        cases.push(("/v1/accounts/alice/deposits", json!({ "amount": amount }), 422, "/amount"));
+    }
+    for (path, body, status, pointer) in cases {
+        let answer = payments.http.post(path, None, &body).await.unwrap();
+        assert_eq!(answer.status, status, "{path} {body}: {}", answer.text());
+        assert_eq!(answer.header("content-type"), Some("application/problem+json"));
+        if !pointer.is_empty() {
+            assert_eq!(answer.json()["errors"][0]["pointer"], pointer, "{path} {body}");
+        }
+    }
+    let raw = [("content-type", "application/json")];
+    for (body, status) in [(r#"{"amount": 1e3}"#, 422), (r#"{"amount": 1, "amount": 2}"#, 422), ("{", 400), ("", 400)] {
+        let answer = payments.http.request("POST", "/v1/accounts/alice/deposits", &raw, body.into()).await.unwrap();
+        assert_eq!(answer.status, status, "{body}");
+    }
+    assert_eq!(payments.http.get("/v1/accounts/nobody").await.unwrap().status, 404);
+    assert_eq!(payments.count("SELECT count(*) FROM transfers").await, 0);
+    assert_eq!(payments.count("SELECT count(*) FROM accounts").await, 1);
+}
+
+#[tokio::test]
+async fn a_balance_has_a_limit_that_a_deposit_cannot_pass() {
+    let payments = Payments::start().await;
+    payments.open_account("alice", 0).await;
+    payments.execute("UPDATE accounts SET balance = 9000000000000000 - 10").await;
+    let refused = deposit(&payments, "d", 11).await;
+    assert_eq!((refused.status, &refused.json()["code"]), (422, &json!("balance_limit_exceeded")));
+    assert_eq!(deposit(&payments, "d", 10).await.status, 201, "a refusal binds no key");
+}

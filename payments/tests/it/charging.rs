@@ -1,0 +1,216 @@
+//! An order is debited once, whatever is delivered.
+
+use futures_util::future::join_all;
+
+use crate::harness::{Payments, Request, SOON, count, request};
+use stack::testing::eventually;
+
+#[tokio::test]
+async fn an_order_is_debited_and_answered() {
+    let payments = Payments::start().await;
+    payments.open_account("alice", 1000).await;
+    let order = request("alice", 700);
+    payments.publish(&order).await;
+
+    let decision = payments.decision(&order).await;
+    assert_eq!((decision.outcome.as_str(), decision.reason.as_deref()), ("paid", None));
+    assert_eq!(payments.balance("alice").await, 300);
+    payments.until_quiet().await;
+    assert_eq!(payments.answers(&order).await, 1);
+    assert_eq!(payments.count("SELECT count(*) FROM inbox WHERE consumer = 'payments-order-placed'").await, 1);
+    payments.assert_books_balance().await;
+}
+
+#[tokio::test]
+async fn a_refusal_stands_even_after_a_top_up() {
+    // Otherwise an order that was cancelled would be debited by a late repetition (I2).
+    let payments = Payments::start().await;
+    payments.open_account("alice", 10).await;
+    let (dear, unknown) = (request("alice", 11), request("bob", 1));
+    payments.publish(&dear).await;
+    payments.publish(&unknown).await;
+    assert_eq!(payments.decision(&dear).await.reason.as_deref(), Some("insufficient_funds"));
+    assert_eq!(payments.decision(&unknown).await.reason.as_deref(), Some("no_account"));
+
+    payments.deposit("alice", 1000).await;
+    payments.open_account("bob", 1000).await;
+    payments.publish(&dear).await;
+    payments.publish(&unknown).await;
+    payments.until_repeats(2).await;
+
+    assert_eq!(payments.decision(&dear).await.outcome, "declined");
+    assert_eq!((payments.balance("alice").await, payments.balance("bob").await), (1010, 1000));
+    payments.assert_books_balance().await;
+}
+
+#[tokio::test]
+async fn a_redelivered_order_writes_nothing_but_its_counter() {
+    let payments = Payments::start().await;
+    payments.open_account("alice", 1000).await;
+    let order = request("alice", 700);
+    payments.publish(&order).await;
+    payments.decision(&order).await;
+    payments.publish(&order).await;
+    payments.publish(&order).await;
+    payments.until_repeats(2).await;
+
+    assert_eq!(payments.balance("alice").await, 300);
+    assert_eq!(payments.answers(&order).await, 1);
+    payments.assert_books_balance().await;
+}
+
+#[tokio::test]
+async fn the_same_event_twice_and_two_asks_of_one_order_in_one_batch_are_one_debit() {
+    let payments = Payments::start().await;
+    payments.open_account("alice", 500).await;
+    let order = request("alice", 100);
+    let other_event = Request { event_id: shared_contracts::EventId::mint(), ..order.clone() };
+    let messages = [order.clone(), order.clone(), order.asked(1), order.asked(2), other_event, request("alice", 1)];
+    payments
+        .as_one_batch(6, async || {
+            for message in &messages {
+                payments.publish(message).await;
+            }
+        })
+        .await;
+
+    payments.until_repeats(3).await;
+    let batches = "SELECT count(DISTINCT received_at) FROM inbox";
+    assert_eq!(payments.count(batches).await, 2, "the plug, and all messages in one batch");
+    assert_eq!(payments.decisions().await, 3);
+    assert_eq!(payments.balance("alice").await, 399);
+    assert_eq!(payments.answers(&order).await, 1, "the one answer serves both asks");
+    assert_eq!(payments.decision(&order).await.last_ask, 2);
+    payments.assert_books_balance().await;
+}
+
+#[tokio::test]
+async fn a_re_ask_is_answered_again_once() {
+    let payments = Payments::start().await;
+    payments.open_account("alice", 1000).await;
+    let order = request("alice", 700);
+    payments.publish(&order).await;
+    payments.decision(&order).await;
+
+    payments.publish(&order.asked(1)).await;
+    payments.until_repeats(1).await;
+    assert_eq!(payments.answers(&order).await, 2, "a lost answer is given again");
+    payments.publish(&order.asked(1)).await;
+    payments.publish(&order.asked(0)).await;
+    payments.until_repeats(3).await;
+    assert_eq!(payments.answers(&order).await, 2, "an ask that was answered is not answered again");
+    payments.publish(&order.asked(3)).await;
+    payments.until_repeats(4).await;
+    assert_eq!(payments.answers(&order).await, 3);
+
+    let same_event = format!("SELECT count(DISTINCT event_id) FROM outbox WHERE payload LIKE '%{}%'", order.order_id());
+    assert_eq!(payments.count(&same_event).await, 1, "the answer is one fact, however often it is said");
+    payments.until_quiet().await;
+    assert_eq!(payments.balance("alice").await, 300);
+    payments.assert_books_balance().await;
+}
+
+#[tokio::test]
+async fn the_decision_guards_even_without_an_inbox_row() {
+    let payments = Payments::start().await;
+    payments.open_account("alice", 1000).await;
+    let order = request("alice", 700);
+    payments.publish(&order).await;
+    payments.decision(&order).await;
+    payments.execute("DELETE FROM inbox").await;
+
+    payments.publish(&order).await;
+    eventually("the message is taken again", SOON, async || {
+        (payments.count("SELECT count(*) FROM inbox").await == 1).then_some(())
+    })
+    .await;
+    assert_eq!(payments.balance("alice").await, 300);
+    assert_eq!(payments.answers(&order).await, 1);
+    payments.assert_books_balance().await;
+}
+
+#[tokio::test]
+async fn two_replicas_on_one_account_with_money_for_37_of_100_orders_pay_exactly_37() {
+    let payments = Payments::start().await;
+    payments.open_account("alice", 370).await;
+    let second = payments.replica().await;
+    let orders: Vec<Request> = (0..100).map(|_| request("alice", 10)).collect();
+    // Each twice, so that both replicas often hold the same order.
+    join_all(orders.iter().chain(&orders).map(|order| payments.publish(order))).await;
+    payments.until_repeats(100).await;
+
+    assert_eq!(payments.decisions().await, 100);
+    assert_eq!(payments.count("SELECT count(*) FROM payments WHERE outcome = 'paid'").await, 37);
+    assert_eq!(payments.balance("alice").await, 0);
+    assert_eq!(payments.count("SELECT count(*) FROM outbox").await, 100);
+    payments.until_quiet().await;
+    payments.assert_books_balance().await;
+    second.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn two_replicas_that_refuse_an_order_without_an_account_at_once_decide_it_once() {
+    // No account, so no row to lock: only the decision's unique key is left.
+    let payments = Payments::start().await;
+    let second = payments.replica().await;
+    let orders: Vec<Request> = (0..50).map(|_| request("nobody", 10)).collect();
+    join_all(orders.iter().chain(&orders).chain(&orders).map(|order| payments.publish(order))).await;
+    payments.until_repeats(100).await;
+    assert_eq!(payments.count("SELECT count(*) FROM payments WHERE reason = 'no_account'").await, 50);
+    assert_eq!(payments.count("SELECT count(*) FROM outbox").await, 50);
+    second.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_crash_before_the_commit_leaves_nothing_and_the_order_is_debited_after() {
+    let mut payments = Payments::start().await;
+    payments.open_account("alice", 1000).await;
+    // Holds the account, so that the service stops inside its transaction.
+    let holder = sea_orm::TransactionTrait::begin(&payments.db).await.unwrap();
+    sea_orm::ConnectionTrait::execute_unprepared(&holder, "SELECT 1 FROM accounts FOR UPDATE").await.unwrap();
+    let order = request("alice", 700);
+    payments.publish(&order).await;
+    let looker = payments.another_connection().await;
+    eventually("the service waits for the account", SOON, async || {
+        let waiting =
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND application_name = 'payments flow'
+                       AND datname = current_database()";
+        (count(&looker, waiting).await == 1).then_some(())
+    })
+    .await;
+    payments.crash().await;
+    holder.rollback().await.unwrap();
+    assert_eq!(payments.decisions().await, 0);
+
+    payments.run().await;
+    assert_eq!(payments.decision(&order).await.outcome, "paid");
+    assert_eq!(payments.balance("alice").await, 300);
+    payments.until_quiet().await;
+    assert_eq!(payments.answers(&order).await, 1);
+    payments.assert_books_balance().await;
+}
+
+#[tokio::test]
+async fn money_rows_cannot_be_changed_or_deleted() {
+    let payments = Payments::start().await;
+    payments.open_account("alice", 1000).await;
+    let order = request("alice", 700);
+    payments.publish(&order).await;
+    payments.decision(&order).await;
+    for statement in [
+        "UPDATE transfers SET amount = 1",
+        "DELETE FROM transfers",
+        "TRUNCATE transfers",
+        "UPDATE payments SET outcome = 'declined', reason = 'no_account', transfer_id = NULL",
+        "UPDATE payments SET amount = 1",
+        "UPDATE payments SET last_ask = -1",
+        "DELETE FROM payments",
+        "TRUNCATE payments",
+        "UPDATE accounts SET balance = -1",
+        "UPDATE accounts SET balance = 9000000000000001",
+    ] {
+        let refused = sea_orm::ConnectionTrait::execute_unprepared(&payments.db, statement).await;
+        assert!(refused.is_err(), "{statement}");
+    }
+    payments.assert_books_balance().await;
+}

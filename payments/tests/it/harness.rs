@@ -1,0 +1,248 @@
+//! The service under test with a database and a broker of its own, and the test in the place of orders.
+
+use std::time::Duration;
+
+use async_nats::HeaderMap;
+use async_nats::jetstream::message::PublishMessage;
+use clap::Parser as _;
+use messaging::broker::{Broker, BrokerConfig};
+use messaging::topology::{self, TopologySettings};
+use payments::entity::{account, payment, transfer};
+use payments::{App, Config};
+use sea_orm::{
+    ConnectionTrait as _, DatabaseConnection, EntityTrait as _, PaginatorTrait as _, QueryOrder as _, TransactionTrait as _,
+};
+use serde_json::json;
+use shared_contracts::{Amount, Event as _, EventId, OrderId, OrderPlaced, SPEC_VERSION, UserId, header};
+use stack::http::Http;
+use stack::testing::{Apart, TestBroker, TestDatabase, eventually};
+use uuid::Uuid;
+
+/// Long enough for a busy machine; a test that needs it is failing.
+pub(crate) const SOON: Duration = Duration::from_secs(20);
+
+pub(crate) struct Payments {
+    pub(crate) http: Http,
+    pub(crate) db: DatabaseConnection,
+    pub(crate) broker: TestBroker,
+    database: TestDatabase,
+    /// Connected as the orders service.
+    orders: Broker,
+    service: Option<Apart>,
+}
+
+/// A request as orders publishes it.
+#[derive(Clone, Debug)]
+pub(crate) struct Request {
+    pub(crate) event: OrderPlaced,
+    pub(crate) event_id: EventId,
+    pub(crate) ask: u32,
+}
+
+pub(crate) fn request(user: &str, amount: i64) -> Request {
+    let event =
+        OrderPlaced { order_id: OrderId::mint(), user_id: UserId::parse(user).unwrap(), amount: Amount::new(amount).unwrap() };
+    Request { event, event_id: EventId::mint(), ask: 0 }
+}
+
+impl Request {
+    pub(crate) fn order_id(&self) -> Uuid {
+        self.event.order_id.as_uuid()
+    }
+
+    /// The same request asked again.
+    pub(crate) fn asked(&self, ask: u32) -> Self {
+        Self { ask, ..self.clone() }
+    }
+
+    pub(crate) fn headers(&self) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::SPEC_VERSION, SPEC_VERSION);
+        headers.insert(header::ID, self.event_id.to_string());
+        headers.insert(header::TYPE, OrderPlaced::TYPE);
+        headers.insert(header::SUBJECT, self.event.order_id.to_string());
+        if self.ask > 0 {
+            headers.insert(header::ASK, self.ask.to_string());
+        }
+        headers
+    }
+}
+
+impl Payments {
+    pub(crate) async fn start() -> Self {
+        let broker = TestBroker::start().await.unwrap();
+        let database = TestDatabase::fresh().await.unwrap();
+        let orders = Broker::connect(BrokerConfig {
+            url: broker.url(),
+            user: "orders".to_owned(),
+            password: broker.secrets().nats_orders.clone(),
+            name: "test".to_owned(),
+        })
+        .await
+        .unwrap();
+        orders.until_connected().await;
+        let made =
+            topology::ensure_stream(orders.jetstream(), &topology::orders_stream(&TopologySettings::default())).await.unwrap();
+        assert_eq!(made, topology::Ensured::Made);
+        let mut payments =
+            Self { http: Http::new(""), db: database.connect().await.unwrap(), broker, database, orders, service: None };
+        payments.run().await;
+        payments
+    }
+
+    /// Has the service take everything that `publish` publishes as one batch: keeps it busy with an order of user
+    /// `plug` until the broker has handed over the rest. (The answer to the plug's last ack travels behind the rest
+    /// on the same connection, so when the service looks again, all of it is there.)
+    pub(crate) async fn as_one_batch(&self, number: u64, publish: impl AsyncFnOnce()) {
+        let holder = self.another_connection().await.begin().await.unwrap();
+        holder.execute_unprepared("LOCK TABLE inbox IN EXCLUSIVE MODE").await.unwrap();
+        self.publish(&request("plug", 1)).await;
+        let lag = async || self.broker.lag("payments-order-placed").await;
+        eventually("the service holds the plug", SOON, async || (lag().await? == (0, 1)).then_some(())).await;
+        let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()";
+        eventually("the service waits with the plug", SOON, async || (self.count(waiting).await == 1).then_some(())).await;
+        publish().await;
+        eventually("the rest is handed over", SOON, async || (lag().await? == (0, number + 1)).then_some(())).await;
+        holder.rollback().await.unwrap();
+    }
+
+    pub(crate) async fn run(&mut self) {
+        let service = self.replica().await;
+        self.http = Http::new(format!("http://{}", service.address));
+        self.service = Some(service);
+    }
+
+    /// Another process of the service on the same database and broker.
+    pub(crate) async fn replica(&self) -> Apart {
+        let arguments = [
+            "payments".to_owned(),
+            "--listen=127.0.0.1:0".to_owned(),
+            format!("--database-url={}", self.database.url),
+            format!("--nats-url={}", self.broker.url()),
+            format!("--nats-password={}", self.broker.secrets().nats_payments),
+            "--ack-wait-ms=1000".to_owned(),
+        ];
+        let config = Config::try_parse_from(arguments).unwrap();
+        let service = Apart::start(async move |address, shutdown| {
+            let app = App::build(config).await?;
+            // The test may have given up waiting.
+            let _ = address.send(app.address()?);
+            app.run(shutdown).await
+        });
+        let service = service.await.unwrap();
+        let http = Http::new(format!("http://{}", service.address));
+        eventually("the service is ready", SOON, async || http.get("/readyz").await.ok().filter(|answer| answer.status == 200))
+            .await;
+        service
+    }
+
+    pub(crate) async fn crash(&mut self) {
+        self.service.take().unwrap().crash().await.unwrap();
+    }
+
+    /// An account with money in it, by the way that clients take.
+    pub(crate) async fn open_account(&self, user: &str, balance: i64) {
+        let opened = self.http.post("/v1/accounts", None, &json!({ "user_id": user })).await.unwrap();
+        assert_eq!(opened.status, 201, "{}", opened.text());
+        if balance > 0 {
+            self.deposit(user, balance).await;
+        }
+    }
+
+    pub(crate) async fn deposit(&self, user: &str, amount: i64) {
+        let made = self.http.post(&format!("/v1/accounts/{user}/deposits"), None, &json!({ "amount": amount })).await.unwrap();
+        assert_eq!(made.status, 201, "{}", made.text());
+    }
+
+    /// Publishes a request, always under a new message id, so that the broker does not swallow a repetition.
+    pub(crate) async fn publish(&self, request: &Request) {
+        self.publish_raw(request.headers(), serde_json::to_string(&request.event).unwrap()).await;
+    }
+
+    pub(crate) async fn publish_raw(&self, mut headers: HeaderMap, body: impl Into<String>) {
+        headers.insert(header::MESSAGE_ID, Uuid::new_v4().to_string());
+        let message = PublishMessage::build().headers(headers).payload(body.into().into());
+        self.orders.jetstream().send_publish(OrderPlaced::SUBJECT, message).await.unwrap().await.unwrap();
+    }
+
+    pub(crate) async fn balance(&self, user: &str) -> i64 {
+        account::Entity::find_by_id(user.to_owned()).one(&self.db).await.unwrap().unwrap().balance
+    }
+
+    pub(crate) async fn decision(&self, request: &Request) -> payment::Model {
+        eventually("the order is decided", SOON, async || {
+            payment::Entity::find_by_id(request.order_id()).one(&self.db).await.unwrap()
+        })
+        .await
+    }
+
+    /// Waits until nothing is in the outbox, nor on its way from the broker.
+    pub(crate) async fn until_quiet(&self) {
+        eventually("everything is published", SOON, async || {
+            (self.count("SELECT count(*) FROM outbox WHERE published_at IS NULL").await == 0).then_some(())
+        })
+        .await;
+    }
+
+    /// Waits until this many deliveries were recorded as repetitions.
+    pub(crate) async fn until_repeats(&self, repeats: i64) {
+        eventually("the repetitions are recorded", SOON, async || {
+            (self.count("SELECT coalesce(sum(repeats), 0)::bigint FROM inbox").await == repeats).then_some(())
+        })
+        .await;
+    }
+
+    pub(crate) async fn count(&self, sql: &str) -> i64 {
+        count(&self.db, sql).await
+    }
+
+    pub(crate) async fn another_connection(&self) -> DatabaseConnection {
+        self.database.connect().await.unwrap()
+    }
+
+    /// How many answers were made for an order.
+    pub(crate) async fn answers(&self, request: &Request) -> i64 {
+        self.count(&format!("SELECT count(*) FROM outbox WHERE payload LIKE '%{}%'", request.order_id())).await
+    }
+
+    pub(crate) async fn execute(&self, sql: &str) {
+        self.db.execute_unprepared(sql).await.unwrap();
+    }
+
+    /// Money is where the transfers say, and each paid order has exactly one transfer of its amount (I1 to I4).
+    pub(crate) async fn assert_books_balance(&self) {
+        for account in account::Entity::find().all(&self.db).await.unwrap() {
+            let statement: Vec<transfer::Model> =
+                transfer::Entity::find().order_by_asc(transfer::Column::EntryNo).all(&self.db).await.unwrap();
+            let mut balance = 0;
+            let mut entry_no = 0;
+            for entry in statement.iter().filter(|entry| entry.user_id == account.user_id) {
+                balance += if entry.kind == "deposit" { entry.amount } else { -entry.amount };
+                entry_no += 1;
+                assert_eq!((entry.balance_after, entry.entry_no), (balance, entry_no), "statement of {}", account.user_id);
+            }
+            assert_eq!((account.balance, account.entry_no), (balance, entry_no), "account of {}", account.user_id);
+        }
+        for decision in payment::Entity::find().all(&self.db).await.unwrap() {
+            let transfers: Vec<transfer::Model> = transfer::Entity::find().all(&self.db).await.unwrap();
+            let of_order: Vec<_> = transfers.iter().filter(|entry| entry.order_id == Some(decision.order_id)).collect();
+            match decision.outcome.as_str() {
+                "paid" => assert_eq!(
+                    of_order.iter().map(|entry| (entry.id, entry.amount, entry.user_id.as_str())).collect::<Vec<_>>(),
+                    [(decision.transfer_id.unwrap(), decision.amount, decision.user_id.as_str())]
+                ),
+                _ => assert!(of_order.is_empty(), "a declined order was debited"),
+            }
+        }
+    }
+
+    pub(crate) async fn decisions(&self) -> u64 {
+        payment::Entity::find().count(&self.db).await.unwrap()
+    }
+}
+
+/// The one number that a query gives.
+pub(crate) async fn count(db: &DatabaseConnection, sql: &str) -> i64 {
+    let statement = sea_orm::Statement::from_string(sea_orm::DbBackend::Postgres, sql);
+    db.query_one_raw(statement).await.unwrap().unwrap().try_get_by_index(0).unwrap()
+}
