@@ -26,6 +26,8 @@ pub(crate) struct State {
     /// Wakes the relay after a commit that enqueued something.
     pub(crate) wake: Arc<Notify>,
     pub(crate) waiting: Waiting,
+    /// Waiting requests end when the process does.
+    pub(crate) shutdown: CancellationToken,
 }
 
 #[derive(OpenApi)]
@@ -48,8 +50,9 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
     document
 }
 
-pub(crate) fn router(state: State, health: Health, shutdown: CancellationToken) -> Router {
+pub(crate) fn router(state: State, health: Health) -> Router {
     let (api, _) = api().split_for_parts();
+    let shutdown = state.shutdown.clone();
     let router = api
         .with_state(state)
         .merge(health.routes(shutdown))

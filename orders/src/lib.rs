@@ -34,7 +34,8 @@ use waiting::Waiting;
 /// Everything the process consists of.
 pub struct App {
     listener: TcpListener,
-    http: http::State,
+    db: DatabaseConnection,
+    wake: Arc<Notify>,
     /// Pool of relay, consumer and the waiters' look-up; the HTTP side has its own.
     flow: DatabaseConnection,
     relay: Relay,
@@ -53,7 +54,8 @@ impl App {
         let wake = Arc::new(Notify::new());
         Ok(Self {
             listener,
-            http: http::State { db: http_db, wake: wake.clone(), waiting: Waiting::default() },
+            db: http_db,
+            wake: wake.clone(),
             relay: Relay {
                 db: flow.clone(),
                 broker: broker.clone(),
@@ -81,8 +83,11 @@ impl App {
     /// Runs until `shutdown`. All parts are futures of one task; if one fails for good, the process ends.
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         info!(address = %self.listener.local_addr()?, "orders listens");
-        let router = http::router(self.http.clone(), self.health(), shutdown.clone());
-        let Self { listener, http: http::State { wake, waiting, .. }, flow, relay, consumer, schema } = self;
+        let health = self.health();
+        let Self { listener, db, wake, flow, relay, consumer, schema } = self;
+        let waiting = Waiting::default();
+        let state = http::State { db, wake: wake.clone(), waiting: waiting.clone(), shutdown: shutdown.clone() };
+        let router = http::router(state, health);
         let settled = |settled: order::Settled| {
             if settled.enqueued {
                 wake.notify_one();
@@ -106,7 +111,7 @@ impl App {
 
     /// Ready means that HTTP can do its work. The broker is the business of relay and consumer: shown, not required.
     fn health(&self) -> Health {
-        let db = self.http.db.clone();
+        let db = self.db.clone();
         let (schema, relay, consumer) = (self.schema.clone(), self.relay.vital.clone(), self.consumer.vital.clone());
         Health::default()
             .required("database", move || {

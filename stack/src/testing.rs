@@ -167,6 +167,11 @@ impl TestDatabase {
     pub async fn connect(&self) -> anyhow::Result<DatabaseConnection> {
         self.server.connect(&self.name).await
     }
+
+    /// A connection as superuser to another database of the same server, for taking this one away.
+    pub async fn connect_elsewhere(&self) -> anyhow::Result<DatabaseConnection> {
+        self.server.connect("postgres").await
+    }
 }
 
 /// Started once per test process. It ends with the process: the thread that started it lives as long.

@@ -209,8 +209,8 @@ pub(super) async fn get_order(
     if order.status != Status::New || seconds == 0 {
         return Ok(Json(order.into()));
     }
-    // Woken or timed out, what the database says is what is answered.
-    let _ = timeout(Duration::from_secs(seconds), waiter.woken()).await;
+    // Woken, timed out or stopping: what the database says is what is answered.
+    let _ = timeout(Duration::from_secs(seconds), state.shutdown.run_until_cancelled(waiter.woken())).await;
     Ok(Json(find().await?.into()))
 }
 

@@ -2,4 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
 
+mod harness;
 mod openapi;
+mod placing;
+mod settling;
+mod unavailable;

@@ -1,0 +1,172 @@
+//! The service under test with a database and a broker of its own, and the test in the place of payments.
+
+use std::time::Duration;
+
+use async_nats::HeaderMap;
+use async_nats::jetstream::message::PublishMessage;
+use clap::Parser as _;
+use messaging::broker::{Broker, BrokerConfig};
+use messaging::topology::{self, TopologySettings};
+use orders::entity::order;
+use orders::{App, Config};
+use sea_orm::{ConnectionTrait as _, DatabaseConnection, EntityTrait as _};
+use serde_json::{Value, json};
+use shared_contracts::{Amount, Event as _, EventId, OrderId, PaymentOutcome, PaymentSettled, SPEC_VERSION, UserId, header};
+use stack::http::{Answer, Http};
+use stack::testing::{Apart, TestBroker, TestDatabase, eventually};
+use uuid::Uuid;
+
+/// Long enough for a busy machine; a test that needs it is failing.
+pub(crate) const SOON: Duration = Duration::from_secs(20);
+
+pub(crate) struct Orders {
+    pub(crate) http: Http,
+    pub(crate) db: DatabaseConnection,
+    pub(crate) broker: TestBroker,
+    pub(crate) database: TestDatabase,
+    service: Option<Apart>,
+}
+
+impl Orders {
+    /// Everything there, the service running and reading answers.
+    pub(crate) async fn start() -> Self {
+        let orders = Self::start_with(TestBroker::start().await.unwrap()).await;
+        orders.payments().await;
+        orders
+    }
+
+    /// With a broker that may not run.
+    pub(crate) async fn start_with(broker: TestBroker) -> Self {
+        let database = TestDatabase::fresh().await.unwrap();
+        let db = database.connect().await.unwrap();
+        let mut orders = Self { http: Http::new(""), db, broker, database, service: None };
+        orders.run().await;
+        orders
+    }
+
+    pub(crate) async fn run(&mut self) {
+        let service = self.replica().await;
+        self.http = Http::new(format!("http://{}", service.address));
+        self.service = Some(service);
+    }
+
+    /// Another process of the service on the same database and broker.
+    pub(crate) async fn replica(&self) -> Apart {
+        let service = self.replica_unready().await;
+        let http = Http::new(format!("http://{}", service.address));
+        eventually("the service is ready", SOON, async || http.get("/readyz").await.ok().filter(|answer| answer.status == 200))
+            .await;
+        service
+    }
+
+    pub(crate) async fn replica_unready(&self) -> Apart {
+        let arguments = [
+            "orders".to_owned(),
+            "--listen=127.0.0.1:0".to_owned(),
+            format!("--database-url={}", self.database.url),
+            format!("--nats-url={}", self.broker.url()),
+            format!("--nats-password={}", self.broker.secrets().nats_orders),
+            "--ack-wait-ms=1000".to_owned(),
+        ];
+        let config = Config::try_parse_from(arguments).unwrap();
+        let service = Apart::start(async move |address, shutdown| {
+            let app = App::build(config).await?;
+            // The test may have given up waiting.
+            let _ = address.send(app.address()?);
+            app.run(shutdown).await
+        });
+        service.await.unwrap()
+    }
+
+    pub(crate) async fn stop(&mut self) {
+        self.service.take().unwrap().stop().await.unwrap();
+    }
+
+    pub(crate) async fn crash(&mut self) {
+        self.service.take().unwrap().crash().await.unwrap();
+    }
+
+    pub(crate) async fn place(&self, key: Option<&str>, user: &str, amount: i64) -> Answer {
+        self.http.post("/v1/orders", key, &json!({ "user_id": user, "amount": amount })).await.unwrap()
+    }
+
+    /// A new order of alice for 10.
+    pub(crate) async fn placed(&self) -> OrderId {
+        let placed = self.place(None, "alice", 10).await;
+        assert_eq!(placed.status, 201, "{}", placed.text());
+        id(&placed.json())
+    }
+
+    pub(crate) async fn row(&self, id: OrderId) -> order::Model {
+        order::Entity::find_by_id(id.as_uuid()).one(&self.db).await.unwrap().unwrap()
+    }
+
+    pub(crate) async fn status(&self, id: OrderId) -> String {
+        self.http.get(&format!("/v1/orders/{id}")).await.unwrap().json()["status"].as_str().unwrap().to_owned()
+    }
+
+    pub(crate) async fn until_status(&self, id: OrderId, status: &str) {
+        eventually(status, SOON, async || (self.status(id).await == status).then_some(())).await;
+    }
+
+    pub(crate) async fn until(&self, what: &str, sql: &str, number: i64) {
+        eventually(what, SOON, async || (self.count(sql).await == number).then_some(())).await;
+    }
+
+    /// Connected as the payments service, with its stream there.
+    pub(crate) async fn payments(&self) -> Payments {
+        let broker = Broker::connect(BrokerConfig {
+            url: self.broker.url(),
+            user: "payments".to_owned(),
+            password: self.broker.secrets().nats_payments.clone(),
+            name: "test".to_owned(),
+        })
+        .await
+        .unwrap();
+        broker.until_connected().await;
+        let stream = topology::payments_stream(&TopologySettings::default());
+        // Made by an earlier call, or now.
+        let _: topology::Ensured = topology::ensure_stream(broker.jetstream(), &stream).await.unwrap();
+        Payments(broker)
+    }
+
+    pub(crate) async fn count(&self, sql: &str) -> i64 {
+        let statement = sea_orm::Statement::from_string(sea_orm::DbBackend::Postgres, sql);
+        self.db.query_one_raw(statement).await.unwrap().unwrap().try_get_by_index(0).unwrap()
+    }
+}
+
+pub(crate) fn id(order: &Value) -> OrderId {
+    order["id"].as_str().unwrap().parse().unwrap()
+}
+
+/// The payments service, as far as orders can tell.
+pub(crate) struct Payments(Broker);
+
+/// An answer of payments.
+#[derive(Clone, Debug)]
+pub(crate) struct Settlement {
+    pub(crate) event: PaymentSettled,
+    pub(crate) event_id: EventId,
+}
+
+/// An answer for an order of alice for 10.
+pub(crate) fn settlement(order_id: OrderId, outcome: PaymentOutcome) -> Settlement {
+    let event = PaymentSettled { order_id, user_id: UserId::parse("alice").unwrap(), amount: Amount::new(10).unwrap(), outcome };
+    Settlement { event, event_id: EventId::mint() }
+}
+
+impl Payments {
+    /// Always under a new message id, so that the broker does not swallow a repetition.
+    pub(crate) async fn publish(&self, settlement: &Settlement) {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::MESSAGE_ID, Uuid::new_v4().to_string());
+        headers.insert(header::SPEC_VERSION, SPEC_VERSION);
+        headers.insert(header::ID, settlement.event_id.to_string());
+        headers.insert(header::TYPE, PaymentSettled::TYPE);
+        headers.insert(header::SUBJECT, settlement.event.order_id.to_string());
+        let body = serde_json::to_string(&settlement.event).unwrap();
+        let message = PublishMessage::build().headers(headers).payload(body.into());
+        self.0.jetstream().send_publish(PaymentSettled::SUBJECT, message).await.unwrap().await.unwrap();
+    }
+}

@@ -1,0 +1,153 @@
+//! Ending orders as payments decided, and waiting for it.
+
+use std::time::{Duration, Instant};
+
+use messaging::dead_letter;
+use sea_orm::{ConnectionTrait as _, EntityTrait as _};
+use shared_contracts::{Amount, DeclineReason, OrderId, PaymentOutcome, UserId};
+use stack::testing::eventually;
+
+use crate::harness::{Orders, SOON, settlement};
+
+const PAID: PaymentOutcome = PaymentOutcome::Paid;
+const DECLINED: PaymentOutcome = PaymentOutcome::Declined { reason: DeclineReason::InsufficientFunds };
+
+#[tokio::test]
+async fn an_order_ends_as_payments_decided_and_says_so() {
+    let orders = Orders::start().await;
+    let payments = orders.payments().await;
+    let (paid, declined) = (orders.placed().await, orders.placed().await);
+    payments.publish(&settlement(paid, PAID)).await;
+    payments.publish(&settlement(declined, DECLINED)).await;
+    orders.until_status(paid, "FINISHED").await;
+    orders.until_status(declined, "CANCELLED").await;
+
+    assert_eq!(orders.row(declined).await.reason.as_deref(), Some("insufficient_funds"));
+    for (id, subject) in [(paid, "gozon.orders.finished"), (declined, "gozon.orders.cancelled")] {
+        let published = format!(
+            "SELECT count(*) FROM outbox WHERE subject = '{subject}' AND payload LIKE '%{id}%' AND published_at IS NOT NULL"
+        );
+        orders.until("the end is published", &published, 1).await;
+        let final_event = format!(
+            "SELECT count(*) FROM outbox JOIN orders ON event_id = final_event_id WHERE subject = '{subject}' AND id = '{id}'"
+        );
+        assert_eq!(orders.count(&final_event).await, 1);
+    }
+}
+
+#[tokio::test]
+async fn a_repeated_answer_changes_nothing_and_publishes_nothing() {
+    let orders = Orders::start().await;
+    let payments = orders.payments().await;
+    let id = orders.placed().await;
+    let answer = settlement(id, PAID);
+    payments.publish(&answer).await;
+    orders.until_status(id, "FINISHED").await;
+    let before = orders.row(id).await;
+
+    payments.publish(&answer).await;
+    payments.publish(&settlement(id, PAID)).await;
+    orders.until("both were taken", "SELECT count(*) + sum(repeats)::bigint FROM inbox", 3).await;
+    assert_eq!(orders.row(id).await, before);
+    assert_eq!(orders.count("SELECT count(*) FROM outbox WHERE subject LIKE 'gozon.orders.%'").await, 2);
+    assert_eq!(orders.count("SELECT count(*) FROM dead_letters").await, 0);
+}
+
+#[tokio::test]
+async fn an_answer_that_contradicts_is_quarantined_and_changes_nothing() {
+    let orders = Orders::start().await;
+    let payments = orders.payments().await;
+    let (finished, new) = (orders.placed().await, orders.placed().await);
+    payments.publish(&settlement(finished, PAID)).await;
+    orders.until_status(finished, "FINISHED").await;
+
+    let late = settlement(finished, DECLINED);
+    let unknown = settlement(OrderId::mint(), PAID);
+    let mut dearer = settlement(new, PAID);
+    dearer.event.amount = Amount::new(11).unwrap();
+    let mut another = settlement(new, PAID);
+    another.event.user_id = UserId::parse("bob").unwrap();
+    for answer in [&late, &unknown, &dearer, &another] {
+        payments.publish(answer).await;
+    }
+    orders.until("all are quarantined", "SELECT count(*) FROM dead_letters WHERE kind = 'quarantine'", 4).await;
+    let letters = dead_letter::Entity::find().all(&orders.db).await.unwrap();
+    for (answer, cause) in
+        [(&late, "too late"), (&unknown, "not known"), (&dearer, "another user or amount"), (&another, "another user or amount")]
+    {
+        let letter = letters.iter().find(|letter| letter.event_id == Some(answer.event_id.as_uuid())).unwrap();
+        assert!(letter.cause.contains(cause), "{}", letter.cause);
+        assert_eq!(letter.order_id, Some(answer.event.order_id.as_uuid()));
+    }
+    assert_eq!((orders.status(finished).await, orders.status(new).await), ("FINISHED".to_owned(), "NEW".to_owned()));
+}
+
+#[tokio::test]
+async fn a_final_order_cannot_be_changed_and_no_order_deleted() {
+    let orders = Orders::start().await;
+    let id = orders.placed().await;
+    let refused = async |statement: &str| orders.db.execute_unprepared(statement).await.is_err();
+    assert!(refused("UPDATE orders SET amount = 1").await, "what was ordered never changes");
+    orders.payments().await.publish(&settlement(id, PAID)).await;
+    orders.until_status(id, "FINISHED").await;
+    for statement in [
+        "UPDATE orders SET status = 'NEW', final_event_id = NULL",
+        "UPDATE orders SET asks = 1",
+        "DELETE FROM orders",
+        "TRUNCATE orders",
+    ] {
+        assert!(refused(statement).await, "{statement}");
+    }
+}
+
+#[tokio::test]
+async fn who_waits_is_answered_when_the_order_is_final_whichever_replica_ended_it() {
+    let mut orders = Orders::start().await;
+    let payments = orders.payments().await;
+    let second = orders.replica().await;
+    let doors = [orders.http.clone(), stack::http::Http::new(format!("http://{}", second.address))];
+    for door in &doors {
+        // One of the two replicas takes the answer; each door is asked, so both ways are seen.
+        for _ in 0..4 {
+            let id = orders.placed().await;
+            let path = format!("/v1/orders/{id}?wait=20");
+            let begun = Instant::now();
+            let (answer, ()) = tokio::join!(door.get(&path), async {
+                payments.publish(&settlement(id, PAID)).await;
+            });
+            assert_eq!(answer.unwrap().json()["status"], "FINISHED");
+            assert!(begun.elapsed() < Duration::from_secs(10));
+        }
+    }
+    let id = orders.placed().await;
+    let begun = Instant::now();
+    let answer = orders.http.get(&format!("/v1/orders/{id}?wait=1")).await.unwrap();
+    assert_eq!((answer.status, &answer.json()["status"]), (200, &serde_json::json!("NEW")), "nobody decided it");
+    assert!(begun.elapsed() >= Duration::from_secs(1));
+    assert_eq!(orders.http.get(&format!("/v1/orders/{id}?wait=31")).await.unwrap().status, 422);
+    second.stop().await.unwrap();
+    orders.stop().await;
+}
+
+#[tokio::test]
+async fn a_crash_before_the_commit_leaves_nothing_and_the_order_ends_after() {
+    let mut orders = Orders::start().await;
+    let payments = orders.payments().await;
+    let id = orders.placed().await;
+    let holder = sea_orm::TransactionTrait::begin(&orders.db).await.unwrap();
+    holder.execute_unprepared("SELECT 1 FROM orders FOR UPDATE").await.unwrap();
+    payments.publish(&settlement(id, PAID)).await;
+    let looker = orders.database.connect().await.unwrap();
+    eventually("the service waits for the order", SOON, async || {
+        let waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()";
+        looker.query_one_raw(sea_orm::Statement::from_string(sea_orm::DbBackend::Postgres, waiting)).await.unwrap().map(|_| ())
+    })
+    .await;
+    orders.crash().await;
+    holder.rollback().await.unwrap();
+    assert_eq!(orders.count("SELECT count(*) FROM inbox").await, 0);
+
+    orders.run().await;
+    orders.until_status(id, "FINISHED").await;
+    orders.until("it is told once", "SELECT count(*) FROM outbox WHERE subject = 'gozon.orders.finished'", 1).await;
+}
