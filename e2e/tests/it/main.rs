@@ -1,0 +1,8 @@
+//! Tests of the whole system through its front door, with real processes. `checkout` is the story; read it first.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
+
+mod checkout;
+mod faults;
+mod permissions;
+mod shop;

@@ -1,0 +1,112 @@
+//! A shop with customers: the front door as clients use it, and the books as an auditor reads them.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, QueryResult, Statement};
+use serde_json::{Value, json};
+use stack::http::{Answer, Http};
+use stack::testing::{TestStack, eventually};
+use uuid::Uuid;
+
+/// Long enough for a busy machine; a test that needs it is failing.
+pub(crate) const SOON: Duration = Duration::from_secs(60);
+
+pub(crate) struct Shop {
+    pub(crate) stack: TestStack,
+    pub(crate) http: Http,
+}
+
+impl Shop {
+    pub(crate) async fn open() -> Self {
+        let stack = TestStack::start().await.unwrap();
+        let http = Http::new(stack.system.address("gateway"));
+        Self { stack, http }
+    }
+
+    /// Retries until it is done, as a client should: with the same key.
+    pub(crate) async fn until_done(&self, path: &str, body: &Value) -> Answer {
+        until_done(&self.http, path, body).await
+    }
+
+    pub(crate) async fn customer(&self, user: &str, money: i64) {
+        self.until_done("/v1/accounts", &json!({ "user_id": user })).await;
+        if money > 0 {
+            self.until_done(&format!("/v1/accounts/{user}/deposits"), &json!({ "amount": money })).await;
+        }
+    }
+
+    /// Orders, waits for the end, and says how it ended.
+    pub(crate) async fn order(&self, user: &str, amount: i64) -> (String, Option<String>) {
+        let placed = self.until_done("/v1/orders", &json!({ "user_id": user, "amount": amount })).await;
+        let order = self.http.get(&format!("/v1/orders/{}?wait=30", placed.json()["id"].as_str().unwrap())).await.unwrap().json();
+        (order["status"].as_str().unwrap().to_owned(), order["reason"].as_str().map(str::to_owned))
+    }
+
+    pub(crate) async fn balance(&self, user: &str) -> i64 {
+        self.http.get(&format!("/v1/accounts/{user}")).await.unwrap().json()["balance"].as_i64().unwrap()
+    }
+
+    pub(crate) async fn database(&self, name: &str) -> DatabaseConnection {
+        self.stack.system.postgres().connect(name).await.unwrap()
+    }
+
+    /// Every order is final, FINISHED if and only if it was debited exactly once its own amount from its own user, and
+    /// every balance is what the transfers make it (I1 to I4, I7). Says how many orders finished.
+    pub(crate) async fn assert_settled(&self, orders: usize) -> usize {
+        let (orders_db, payments_db) = (self.database("orders").await, self.database("payments").await);
+        eventually("every order is final", SOON, async || {
+            let new = rows(&orders_db, "SELECT count(*) AS n FROM orders WHERE status = 'NEW'").await;
+            (new[0].try_get::<i64>("", "n").unwrap() == 0).then_some(())
+        })
+        .await;
+        let order = |row: &QueryResult, key: &str| {
+            let id: Uuid = row.try_get("", key).unwrap();
+            (id, (row.try_get::<String>("", "user_id").unwrap(), row.try_get::<i64>("", "amount").unwrap()))
+        };
+        let all = rows(&orders_db, "SELECT id, user_id, amount, status FROM orders").await;
+        assert_eq!(all.len(), orders, "every order that was accepted is there, and no other");
+        let finished: BTreeMap<_, _> = all
+            .iter()
+            .filter(|row| row.try_get::<String>("", "status").unwrap() == "FINISHED")
+            .map(|row| order(row, "id"))
+            .collect();
+        let debits = rows(&payments_db, "SELECT order_id, user_id, amount FROM transfers WHERE kind = 'payment'").await;
+        let debited: BTreeMap<_, _> = debits.iter().map(|row| order(row, "order_id")).collect();
+        assert_eq!(debits.len(), debited.len(), "no order was debited twice");
+        assert_eq!(debited, finished, "finished orders and debits are the same");
+        let drift = rows(
+            &payments_db,
+            "SELECT a.user_id FROM accounts a LEFT JOIN transfers t USING (user_id) GROUP BY a.user_id
+             HAVING a.balance <> coalesce(sum(CASE t.kind WHEN 'deposit' THEN t.amount ELSE -t.amount END), 0) OR a.balance < 0",
+        )
+        .await;
+        assert!(drift.is_empty(), "balances are what the transfers make them");
+        for db in [&orders_db, &payments_db] {
+            eventually("nothing waits in an outbox", SOON, async || {
+                rows(db, "SELECT 1 FROM outbox WHERE published_at IS NULL").await.is_empty().then_some(())
+            })
+            .await;
+            assert!(rows(db, "SELECT 1 FROM dead_letters").await.is_empty(), "nothing was dead-lettered");
+        }
+        finished.len()
+    }
+}
+
+async fn rows(db: &DatabaseConnection, sql: &str) -> Vec<QueryResult> {
+    db.query_all_raw(Statement::from_string(DbBackend::Postgres, sql)).await.unwrap()
+}
+
+/// Sends a POST with a key of its own again and again, until the answer is not "away" any more.
+pub(crate) async fn until_done(http: &Http, path: &str, body: &Value) -> Answer {
+    let key = Uuid::new_v4().to_string();
+    eventually("the request is done", SOON, async || {
+        let answer = http.post(path, Some(&key), body).await.ok()?;
+        match answer.status {
+            201 => Some(answer),
+            503 => None,
+            other => panic!("{other} for {path} {body}: {}", answer.text()),
+        }
+    })
+    .await
+}
