@@ -64,10 +64,10 @@ consumers stream='ORDERS':
 peek stream='ORDERS' count='10':
     @nats/look.sh peek {{ nats }} {{ monitor }} {{ stream }} {{ count }}
 
-# Formatting, lints and all tests
+# Formatting, lints and all tests; arguments go to cargo test
 [group('check')]
-test: check
-    cargo test --locked --workspace
+test *arguments: check
+    @recipes/test.sh {{ arguments }}
 
 # Formatting and lints, without running anything
 [group('check')]
