@@ -34,13 +34,21 @@ pub struct BrokerConfig {
 pub struct Broker {
     client: Client,
     jetstream: jetstream::Context,
-    connected: watch::Receiver<bool>,
+    connection: watch::Receiver<Connection>,
+}
+
+/// The state of the connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Connection {
+    up: bool,
+    /// How often it was made: another number means that the broker may have lost everything meanwhile.
+    number: u64,
 }
 
 impl Broker {
     /// Begins to connect and returns at once: a service starts and takes orders while the broker is away.
     pub async fn connect(config: BrokerConfig) -> anyhow::Result<Self> {
-        let (connected_sender, connected) = watch::channel(false);
+        let (sender, connection) = watch::channel(Connection::default());
         let client = ConnectOptions::with_user_and_password(config.user.clone(), config.password)
             .name(config.name)
             .custom_inbox_prefix(format!("_INBOX_{}", config.user))
@@ -53,11 +61,11 @@ impl Broker {
                 match &event {
                     Event::Connected => {
                         info!("Connected to NATS");
-                        connected_sender.send_replace(true);
+                        sender.send_modify(|connection| *connection = Connection { up: true, number: connection.number + 1 });
                     }
                     Event::Disconnected | Event::Closed => {
                         warn!("Connection to NATS lost; reconnecting");
-                        connected_sender.send_replace(false);
+                        sender.send_modify(|connection| connection.up = false);
                     }
                     // A missing permission never fails the call, it only shows up here and as a time-out.
                     Event::ServerError(error) => error!(error = %error, "NATS refuses something"),
@@ -70,7 +78,7 @@ impl Broker {
             .await
             .context("NATS_URL is not usable")?;
         let jetstream = ContextBuilder::new().timeout(ANSWER_TIMEOUT).max_ack_inflight(ACKS_IN_FLIGHT_MAX).build(client.clone());
-        Ok(Self { client, jetstream, connected })
+        Ok(Self { client, jetstream, connection })
     }
 
     /// The core NATS connection.
@@ -85,13 +93,27 @@ impl Broker {
 
     /// Whether the connection stands right now, as far as is known.
     pub fn is_connected(&self) -> bool {
-        *self.connected.borrow()
+        self.connection.borrow().up
+    }
+
+    /// Which connection this is, counted from 1; 0 before the first.
+    pub(crate) fn connection_number(&self) -> u64 {
+        self.connection.borrow().number
     }
 
     /// Waits until the connection stands.
     pub async fn until_connected(&self) {
-        let mut connected = self.connected.clone();
-        if connected.wait_for(|connected| *connected).await.is_err() {
+        self.until(|connection| connection.up).await;
+    }
+
+    /// Waits until there is another connection than this one.
+    pub(crate) async fn until_reconnected(&self, number: u64) {
+        self.until(|connection| connection.up && connection.number != number).await;
+    }
+
+    async fn until(&self, wanted: impl FnMut(&Connection) -> bool) {
+        let mut connection = self.connection.clone();
+        if connection.wait_for(wanted).await.is_err() {
             // The client is gone, so the process is ending: there is nothing to wait for any more.
             std::future::pending::<()>().await;
         }

@@ -41,6 +41,9 @@ pub struct FlowArgs {
     /// After this long without an ack, the broker delivers a message again.
     #[arg(long, env = "GOZON_ACK_WAIT_MS", default_value_t = 30_000)]
     pub ack_wait_ms: u64,
+    /// How long published outbox rows and inbox rows are kept. Decisions, transfers, orders and keys are kept for ever.
+    #[arg(long, env = "GOZON_KEEP_SECONDS", default_value_t = 7 * 24 * 60 * 60)]
+    pub keep_seconds: u64,
 }
 
 impl FlowArgs {

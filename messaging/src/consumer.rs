@@ -2,6 +2,8 @@
 //! inbox rows and their effects; then they are acknowledged. No business word in it.
 
 use std::collections::{HashMap, HashSet};
+use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -10,6 +12,7 @@ use async_nats::jetstream::consumer::pull::{MessagesErrorKind, Stream};
 use async_nats::jetstream::{AckKind, Message};
 use futures_util::StreamExt as _;
 use sea_orm::{DatabaseConnection, DatabaseTransaction, DbErr, TransactionTrait};
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 use uuid::Uuid;
@@ -20,7 +23,7 @@ use crate::broker::{Broker, jitter};
 use crate::db;
 use crate::dead_letter::{self, DeadMessage, Verdict};
 use crate::inbox::{self, Delivery};
-use crate::topology::{self, Subscription, TopologySettings};
+use crate::topology::{self, Ensured, Subscription, TopologySettings};
 use crate::vital::Vital;
 
 /// Messages in one transaction. Larger ones only add latency.
@@ -83,6 +86,8 @@ pub struct Consumer {
     pub subscription: Subscription,
     /// Options of the durable, if it has to be made.
     pub settings: TopologySettings,
+    /// Notified when the durable had to be made: what was on its way before may be lost.
+    pub lost: Arc<Notify>,
     /// How it goes.
     pub vital: Vital,
 }
@@ -115,11 +120,13 @@ impl Consumer {
                 shutdown.run_until_cancelled(self.broker.until_connected()).await;
                 continue;
             }
+            let connection_number = self.broker.connection_number();
             match self.open().await {
                 Ok(messages) => {
                     self.vital.good();
                     retry_delay = RETRY_DELAY_MIN;
-                    match self.pull(messages, &handle, &committed, &shutdown).await {
+                    let reconnected = self.broker.until_reconnected(connection_number);
+                    match self.pull(messages, reconnected, &handle, &committed, &shutdown).await {
                         Ended::Shutdown => break,
                         Ended::Vanished(why) => {
                             self.vital.bad(&why);
@@ -144,8 +151,11 @@ impl Consumer {
     }
 
     async fn open(&self) -> anyhow::Result<Stream> {
-        let (consumer, _): (PullConsumer, _) =
+        let (consumer, ensured): (PullConsumer, Ensured) =
             topology::ensure_consumer(self.broker.jetstream(), &self.subscription, &self.settings).await?;
+        if ensured == Ensured::Made {
+            self.lost.notify_one();
+        }
         consumer
             .stream()
             .max_messages_per_batch(BATCH_MAX)
@@ -159,6 +169,7 @@ impl Consumer {
     async fn pull<E, T>(
         &self,
         messages: Stream,
+        reconnected: impl Future<Output = ()>,
         handle: &impl AsyncFn(&DatabaseTransaction, &[Received<E>]) -> anyhow::Result<Handled<T>>,
         committed: &impl Fn(T),
         shutdown: &CancellationToken,
@@ -169,7 +180,18 @@ impl Consumer {
         // Whatever is ready, never waiting for more. The client asks the broker for the next messages meanwhile.
         let mut batches = messages.ready_chunks(BATCH_MAX);
         let mut missing_heartbeats = 0;
-        while let Some(Some(chunk)) = shutdown.run_until_cancelled(batches.next()).await {
+        let mut reconnected = pin!(reconnected);
+        loop {
+            let next = tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return Ended::Shutdown,
+                next = batches.next() => next,
+                // The broker may have come back empty. Looking is cheap, and heartbeats would take seconds to tell.
+                () = &mut reconnected => return Ended::Vanished("there is a new connection to the broker".to_owned()),
+            };
+            let Some(chunk) = next else {
+                return Ended::Vanished("the stream of messages ended".to_owned());
+            };
             let mut batch = Vec::with_capacity(chunk.len());
             let mut vanished = None;
             for item in chunk {
@@ -194,7 +216,6 @@ impl Consumer {
                 return Ended::Vanished(why);
             }
         }
-        if shutdown.is_cancelled() { Ended::Shutdown } else { Ended::Vanished("the stream of messages ended".to_owned()) }
     }
 
     /// Takes a batch, however often that has to be tried. Says false if a shutdown came first; the messages, never

@@ -10,6 +10,7 @@ pub mod inbox;
 pub mod migration;
 pub mod outbox;
 pub mod relay;
+pub mod retention;
 pub mod topology;
 mod vital;
 

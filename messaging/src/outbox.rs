@@ -1,6 +1,8 @@
 //! Facts that wait to be published. [`enqueue`] is the only writer of new rows and needs a transaction: a fact is
 //! stored together with what it tells about, or not at all.
 
+use std::time::Duration;
+
 use sea_orm::entity::prelude::*;
 use sea_orm::{DatabaseTransaction, DbErr, FromQueryResult};
 use serde_json::{Map, Value as Json};
@@ -169,6 +171,17 @@ pub(crate) async fn lock_pending(txn: &DatabaseTransaction, limit: u32) -> Resul
     ))
     .all(txn)
     .await
+}
+
+/// Whether a row has waited longer than `age`: then the broker or the relay is the problem, and more rows do not help.
+pub async fn is_behind(txn: &DatabaseTransaction, age: Duration) -> Result<bool, DbErr> {
+    let found = txn
+        .query_one_raw(sql(
+            "SELECT 1 FROM outbox WHERE published_at IS NULL AND created_at < now() - make_interval(secs => $1) LIMIT 1",
+            [age.as_secs_f64().into()],
+        ))
+        .await?;
+    Ok(found.is_some())
 }
 
 /// A row whose PubAck came.

@@ -1,7 +1,8 @@
 //! Publishes outbox rows and marks exactly those that the broker acknowledged. Knows rows and subjects, no events.
 
+use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use async_nats::HeaderMap;
@@ -19,13 +20,15 @@ use shared_contracts::{SPEC_VERSION, header};
 
 use crate::broker::{Broker, jitter};
 use crate::outbox::{self, Acknowledged, Pending};
-use crate::topology::{self, Ensured};
+use crate::topology::{self, Ensured, StreamState};
 use crate::vital::Vital;
 
 /// Rows in one go: enough to hide the round trips, few enough that the row locks are short.
 const BATCH_MAX: u32 = 256;
 /// The commit that made a row wakes the relay. This is for wake-ups that were lost: another replica died, or we did.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// While nothing fails, the streams are looked at this often: nobody tells a relay that is idle that they are gone.
+const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 const RETRY_DELAY_MIN: Duration = Duration::from_millis(100);
 const RETRY_DELAY_MAX: Duration = Duration::from_secs(5);
 
@@ -39,6 +42,8 @@ pub struct Relay {
     pub streams: Vec<stream::Config>,
     /// Notified after every commit that enqueued something.
     pub wake: Arc<Notify>,
+    /// Notified when the broker is found to have lost what it had acknowledged.
+    pub lost: Arc<Notify>,
     /// How it goes.
     pub vital: Vital,
 }
@@ -54,36 +59,54 @@ pub struct Step {
     pub stream_missing: bool,
 }
 
+/// What is known of the service's streams: a hint, to notice early what the reconciler would notice late.
+#[derive(Debug, Default)]
+struct Streams {
+    /// Looked at on this connection, at this time.
+    looked: Option<(u64, Instant)>,
+    states: HashMap<String, StreamState>,
+}
+
+impl Streams {
+    fn are_known(&self, connection_number: u64) -> bool {
+        self.looked.is_some_and(|(number, at)| number == connection_number && at.elapsed() < LOOK_INTERVAL)
+    }
+}
+
 impl Relay {
     /// Publishes until `shutdown`. A batch that was begun is finished; only waits are cut short.
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         let mut retry_delay = RETRY_DELAY_MIN;
-        let mut streams_known = false;
+        let mut streams = Streams::default();
         while !shutdown.is_cancelled() {
             if !self.broker.is_connected() {
                 self.vital.bad("the broker is away; orders are kept and published when it returns");
-                streams_known = false;
                 shutdown.run_until_cancelled(self.broker.until_connected()).await;
                 continue;
             }
-            let outcome = match streams_known {
-                true => self.publish_batch().await,
-                false => self.ensure_streams().await.map(|()| Step::default()),
+            let looked = match streams.are_known(self.broker.connection_number()) {
+                true => Ok(()),
+                false => self.look_at_streams(&mut streams).await,
+            };
+            let outcome = match looked {
+                Ok(()) => self.publish_batch().await,
+                Err(error) => Err(error),
             };
             match outcome {
                 Ok(step) if step.failed == 0 => {
                     self.vital.good();
                     retry_delay = RETRY_DELAY_MIN;
-                    if streams_known && step.published == 0 {
+                    if step.published == 0 {
                         // A commit that came during the step has left a permit, so no wake-up is lost.
                         shutdown.run_until_cancelled(tokio::time::timeout(POLL_INTERVAL, self.wake.notified())).await;
                     }
-                    streams_known = true;
                     continue;
                 }
                 Ok(step) => {
                     self.vital.bad(format!("{} messages could not be published", step.failed));
-                    streams_known = !step.stream_missing;
+                    if step.stream_missing {
+                        streams.looked = None;
+                    }
                 }
                 Err(error) => {
                     if self.vital.bad(format!("{error:#}")) {
@@ -161,11 +184,24 @@ impl Relay {
         self.broker.jetstream().send_publish(row.subject.clone(), message).await
     }
 
-    async fn ensure_streams(&self) -> anyhow::Result<()> {
-        for stream in &self.streams {
-            // Found or made, it is there.
-            let _: Ensured = topology::ensure_stream(self.broker.jetstream(), stream).await?;
+    /// Makes the service's streams where they are absent, and notices what the broker has lost: a stream that is new
+    /// (whoever made it), or that ends before where it ended when it was last looked at.
+    async fn look_at_streams(&self, streams: &mut Streams) -> anyhow::Result<()> {
+        let number = self.broker.connection_number();
+        for wanted in &self.streams {
+            let (state, ensured) = topology::ensure_stream(self.broker.jetstream(), wanted).await?;
+            let earlier = streams.states.insert(wanted.name.clone(), state);
+            let shrunk =
+                earlier.is_some_and(|earlier| earlier.made_at != state.made_at || earlier.last_sequence > state.last_sequence);
+            if ensured == Ensured::Made || shrunk {
+                warn!(
+                    stream = wanted.name,
+                    "The broker does not have what it had acknowledged, if there was anything; it is asked for again"
+                );
+                self.lost.notify_one();
+            }
         }
+        streams.looked = Some((number, Instant::now()));
         Ok(())
     }
 }

@@ -9,6 +9,7 @@ use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer, Re
 use async_nats::jetstream::context::{CreateStreamErrorKind, GetStreamErrorKind};
 use async_nats::jetstream::stream::{self, DiscardPolicy, RetentionPolicy, StorageType};
 use async_nats::jetstream::{Context, ErrorCode};
+use time::OffsetDateTime;
 use tracing::{info, warn};
 
 use shared_contracts::{DLQ_STREAM, Event, ORDERS_STREAM, OrderPlaced, PAYMENTS_STREAM, PaymentSettled};
@@ -142,12 +143,22 @@ pub enum Ensured {
     Made,
 }
 
+/// A stream as the broker has it right now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StreamState {
+    /// When it was made. Another time is another stream, whoever made it.
+    pub made_at: OffsetDateTime,
+    /// The newest sequence. Lower than one that was acknowledged: the broker has lost its end.
+    pub last_sequence: u64,
+}
+
 /// Makes the stream if it is absent; reports, but never changes, one that differs.
-pub async fn ensure_stream(jetstream: &Context, wanted: &stream::Config) -> anyhow::Result<Ensured> {
+pub async fn ensure_stream(jetstream: &Context, wanted: &stream::Config) -> anyhow::Result<(StreamState, Ensured)> {
     match jetstream.get_stream(&wanted.name).await {
         Ok(stream) => {
-            report_drift(&stream.cached_info().config, wanted);
-            return Ok(Ensured::Found);
+            let info = stream.cached_info();
+            report_drift(&info.config, wanted);
+            return Ok((StreamState { made_at: info.created, last_sequence: info.state.last_sequence }, Ensured::Found));
         }
         Err(error) => match error.kind() {
             GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND => {}
@@ -155,13 +166,12 @@ pub async fn ensure_stream(jetstream: &Context, wanted: &stream::Config) -> anyh
         },
     }
     match jetstream.create_stream(wanted.clone()).await {
-        Ok(_) => {
+        Ok(stream) => {
             info!(stream = wanted.name, "Stream made");
-            Ok(Ensured::Made)
+            let info = stream.cached_info();
+            Ok((StreamState { made_at: info.created, last_sequence: info.state.last_sequence }, Ensured::Made))
         }
         Err(error) => match error.kind() {
-            // A replica was faster, with another configuration.
-            CreateStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NAME_EXIST => Ok(Ensured::Found),
             CreateStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STORAGE_RESOURCES_EXCEEDED => {
                 anyhow::bail!(
                     "the NATS server has no room for stream {}, which may grow to {} bytes: raise `max_file` in its configuration \

@@ -17,6 +17,16 @@ pub struct Config {
     pub listen_unprotected: bool,
     #[command(flatten)]
     pub flow: FlowArgs,
+    /// An order that is still NEW this long after its request was published is asked for again; the time doubles with
+    /// each further ask.
+    #[arg(long, env = "GOZON_ASK_AGAIN_MS", default_value_t = 30_000)]
+    pub ask_again_ms: u64,
+    /// The longest time between two asks for an order.
+    #[arg(long, env = "GOZON_ASK_AGAIN_MAX_MS", default_value_t = 600_000)]
+    pub ask_again_max_ms: u64,
+    /// How many orders are asked for again in a second at most.
+    #[arg(long, env = "GOZON_ASK_AGAIN_PER_SECOND", default_value_t = 500)]
+    pub ask_again_per_second: u32,
     /// How log lines look.
     #[arg(long, env = "GOZON_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,

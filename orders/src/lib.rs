@@ -1,10 +1,12 @@
 //! The orders service: takes orders, has them paid, and keeps how each one ended.
 //!
 //! [`App`] is what the process consists of. Orders come in over HTTP ([`order::place`]) and go out through the relay;
-//! how their payment ended comes in through the consumer ([`order::settle`]).
+//! how their payment ended comes in through the consumer ([`order::settle`]). What stays NEW is asked for again
+//! ([`reconcile`]).
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use sea_orm::DatabaseConnection;
 use tokio::net::TcpListener;
@@ -15,6 +17,7 @@ use tracing::info;
 use messaging::broker::Broker;
 use messaging::consumer::Consumer;
 use messaging::relay::Relay;
+use messaging::retention::Retention;
 use messaging::{Vital, db, topology};
 use service_kit::health::Health;
 
@@ -24,11 +27,14 @@ mod error;
 mod http;
 mod migration;
 mod order;
+mod reconcile;
 mod waiting;
 
 pub use config::Config;
 pub use http::openapi;
 
+use entity::order::AskAgain;
+use reconcile::Reconciler;
 use waiting::Waiting;
 
 /// Everything the process consists of.
@@ -40,6 +46,8 @@ pub struct App {
     flow: DatabaseConnection,
     relay: Relay,
     consumer: Consumer,
+    reconciler: Reconciler,
+    retention: Retention,
     schema: Vital,
 }
 
@@ -52,6 +60,12 @@ impl App {
         let broker = Broker::connect(config.flow.broker("orders")).await?;
         let settings = config.flow.topology();
         let wake = Arc::new(Notify::new());
+        let lost = Arc::new(Notify::new());
+        let again = AskAgain {
+            after: Duration::from_millis(config.ask_again_ms),
+            after_max: Duration::from_millis(config.ask_again_max_ms),
+            limit: config.ask_again_per_second,
+        };
         Ok(Self {
             listener,
             db: http_db,
@@ -60,7 +74,8 @@ impl App {
                 db: flow.clone(),
                 broker: broker.clone(),
                 streams: vec![topology::orders_stream(&settings), topology::dlq_stream(&settings)],
-                wake,
+                wake: wake.clone(),
+                lost: lost.clone(),
                 vital: Vital::starting("starting"),
             },
             consumer: Consumer {
@@ -68,7 +83,14 @@ impl App {
                 broker,
                 subscription: topology::ORDERS_PAYMENT_SETTLED,
                 settings,
+                lost: lost.clone(),
                 vital: Vital::starting("starting"),
+            },
+            reconciler: Reconciler { db: flow.clone(), again, lost, wake },
+            retention: Retention {
+                db: flow.clone(),
+                consumer: topology::ORDERS_PAYMENT_SETTLED.consumer,
+                keep: Duration::from_secs(config.flow.keep_seconds),
             },
             flow,
             schema: Vital::starting("the tables are not there yet"),
@@ -84,7 +106,7 @@ impl App {
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         info!(address = %self.listener.local_addr()?, "orders listens");
         let health = self.health();
-        let Self { listener, db, wake, flow, relay, consumer, schema } = self;
+        let Self { listener, db, wake, flow, relay, consumer, reconciler, retention, schema } = self;
         let waiting = Waiting::default();
         let state = http::State { db, wake: wake.clone(), waiting: waiting.clone(), shutdown: shutdown.clone() };
         let router = http::router(state, health);
@@ -101,6 +123,8 @@ impl App {
             tokio::try_join!(
                 relay.run(shutdown.clone()),
                 consumer.run(order::settle, settled, shutdown.clone()),
+                reconciler.run(shutdown.clone()),
+                retention.run(shutdown.clone()),
                 waiting.run(&flow, shutdown.clone()),
             )?;
             Ok(())

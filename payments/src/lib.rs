@@ -5,6 +5,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use sea_orm::DatabaseConnection;
 use tokio::net::TcpListener;
@@ -15,6 +16,7 @@ use tracing::info;
 use messaging::broker::Broker;
 use messaging::consumer::Consumer;
 use messaging::relay::Relay;
+use messaging::retention::Retention;
 use messaging::{Vital, db, topology};
 use service_kit::health::Health;
 
@@ -37,6 +39,7 @@ pub struct App {
     flow: DatabaseConnection,
     relay: Relay,
     consumer: Consumer,
+    retention: Retention,
     /// Wakes the relay after a commit that enqueued something.
     wake: Arc<Notify>,
     schema: Vital,
@@ -51,6 +54,8 @@ impl App {
         let broker = Broker::connect(config.flow.broker("payments")).await?;
         let settings = config.flow.topology();
         let wake = Arc::new(Notify::new());
+        // Nobody listens: an answer that is lost is given again when orders asks again.
+        let lost = Arc::new(Notify::new());
         Ok(Self {
             listener,
             http: http::State { db: http_db, currency: config.currency.into() },
@@ -59,6 +64,7 @@ impl App {
                 broker: broker.clone(),
                 streams: vec![topology::payments_stream(&settings), topology::dlq_stream(&settings)],
                 wake: wake.clone(),
+                lost: lost.clone(),
                 vital: Vital::starting("starting"),
             },
             consumer: Consumer {
@@ -66,7 +72,13 @@ impl App {
                 broker,
                 subscription: topology::PAYMENTS_ORDER_PLACED,
                 settings,
+                lost,
                 vital: Vital::starting("starting"),
+            },
+            retention: Retention {
+                db: flow.clone(),
+                consumer: topology::PAYMENTS_ORDER_PLACED.consumer,
+                keep: Duration::from_secs(config.flow.keep_seconds),
             },
             flow,
             wake,
@@ -83,7 +95,7 @@ impl App {
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         info!(address = %self.listener.local_addr()?, "payments listens");
         let router = http::router(self.http.clone(), self.health(), shutdown.clone());
-        let Self { listener, flow, relay, consumer, wake, schema, .. } = self;
+        let Self { listener, flow, relay, consumer, retention, wake, schema, .. } = self;
         let flow = async {
             if !db::migrate_when_possible::<migration::Migrator>(&flow, &schema, &shutdown).await {
                 return Ok(());
@@ -91,6 +103,7 @@ impl App {
             tokio::try_join!(
                 relay.run(shutdown.clone()),
                 consumer.run(charge::charge, |enqueued| wake_if(enqueued, &wake), shutdown.clone()),
+                retention.run(shutdown.clone()),
             )?;
             Ok(())
         };

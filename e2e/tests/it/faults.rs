@@ -1,6 +1,7 @@
 //! Everything is killed at some time, and nothing is lost, doubled or left hanging.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use serde_json::json;
@@ -77,6 +78,41 @@ async fn the_broker_killed_in_the_middle() {
 #[tokio::test]
 async fn the_database_killed_in_the_middle() {
     killed_in_the_middle("postgres").await;
+}
+
+#[tokio::test]
+async fn the_broker_wiped_in_the_middle() {
+    // Every message and every consumer is gone, acknowledged or not. Nobody does anything about it.
+    let mut shop = shop_with_customers().await;
+    shop_while(&mut shop, async |shop| {
+        shop.stack.system.kill("nats").await.unwrap();
+        shop.stack.system.wipe_nats().unwrap();
+        shop.stack.system.start("nats").await.unwrap();
+    })
+    .await;
+    let begun = Instant::now();
+    assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100, "as many as there was money for");
+    assert!(begun.elapsed() < Duration::from_secs(20), "it took {:?}, longer than noticing the loss takes", begun.elapsed());
+}
+
+#[tokio::test]
+async fn the_broker_wiped_while_every_answer_is_under_way() {
+    // The worst moment: money is debited, and no answer has arrived.
+    let mut shop = shop_with_customers().await;
+    let placed = join_all((0..20).map(|number| {
+        let body = json!({ "user_id": format!("user-{}", number % 4), "amount": 10 });
+        let http = shop.http.clone();
+        async move { until_done(&http, "/v1/orders", &body).await }
+    }));
+    placed.await;
+    shop.stack.system.pause("orders").unwrap();
+    let payments = shop.database("payments").await;
+    eventually("what reached payments is answered", SOON, async || shop.nothing_waits(&payments).await.then_some(())).await;
+    shop.stack.system.kill("nats").await.unwrap();
+    shop.stack.system.wipe_nats().unwrap();
+    shop.stack.system.start("nats").await.unwrap();
+    shop.stack.system.resume("orders").unwrap();
+    assert_eq!(shop.assert_settled(20).await, 20);
 }
 
 #[tokio::test]

@@ -51,6 +51,11 @@ impl Shop {
         self.stack.system.postgres().connect(name).await.unwrap()
     }
 
+    /// Whether everything that was enqueued in this database is published.
+    pub(crate) async fn nothing_waits(&self, db: &DatabaseConnection) -> bool {
+        rows(db, "SELECT 1 FROM outbox WHERE published_at IS NULL").await.is_empty()
+    }
+
     /// Every order is final, FINISHED if and only if it was debited exactly once its own amount from its own user, and
     /// every balance is what the transfers make it (I1 to I4, I7). Says how many orders finished.
     pub(crate) async fn assert_settled(&self, orders: usize) -> usize {
@@ -83,10 +88,7 @@ impl Shop {
         .await;
         assert!(drift.is_empty(), "balances are what the transfers make them");
         for db in [&orders_db, &payments_db] {
-            eventually("nothing waits in an outbox", SOON, async || {
-                rows(db, "SELECT 1 FROM outbox WHERE published_at IS NULL").await.is_empty().then_some(())
-            })
-            .await;
+            eventually("nothing waits in an outbox", SOON, async || self.nothing_waits(db).await.then_some(())).await;
             assert!(rows(db, "SELECT 1 FROM dead_letters").await.is_empty(), "nothing was dead-lettered");
         }
         finished.len()

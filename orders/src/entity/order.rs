@@ -1,5 +1,7 @@
 //! Orders: one row each, for ever.
 
+use std::time::Duration;
+
 use messaging::db::{self, sql};
 use sea_orm::entity::prelude::*;
 use sea_orm::sea_query::LockType;
@@ -147,6 +149,46 @@ pub(crate) async fn end(txn: &DatabaseTransaction, endings: &[Ending], at: TimeD
              WHERE o.id = v.id AND o.status = 'NEW'",
             [ids.into(), statuses.into(), reasons.into(), settlements.into(), finals.into(), at.into()],
         ),
+    )
+    .await
+}
+
+/// When an order that stays NEW is asked for again.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AskAgain {
+    /// After the first request was published; doubled with each further one.
+    pub(crate) after: Duration,
+    /// Never later than this.
+    pub(crate) after_max: Duration,
+    /// How many at once.
+    pub(crate) limit: u32,
+}
+
+/// Locks NEW orders, the oldest first, whose last request was published so long ago that it or its answer may be lost,
+/// or before the broker is known to have lost what it had. One that still waits in the outbox is not due, whatever its
+/// age. (Where the outbox row is pruned, its order is older than any delay.)
+pub(crate) async fn lock_due(txn: &DatabaseTransaction, again: AskAgain) -> Result<Vec<Model>, DbErr> {
+    Entity::find()
+        .from_raw_sql(sql(
+            "SELECT o.* FROM orders o
+             LEFT JOIN outbox request ON request.event_id = o.placed_event_id AND request.n = o.asks
+             CROSS JOIN reconciliation
+             WHERE o.status = 'NEW'
+               AND (request.event_id IS NULL
+                    OR request.published_at < reconciliation.lost_at
+                    OR request.published_at < now() - make_interval(secs => least($1 * power(2, least(o.asks, 30)), $2)))
+             ORDER BY o.id LIMIT $3 FOR UPDATE OF o SKIP LOCKED",
+            [again.after.as_secs_f64().into(), again.after_max.as_secs_f64().into(), i64::from(again.limit).into()],
+        ))
+        .all(txn)
+        .await
+}
+
+/// Counts one more ask of orders that the transaction has locked.
+pub(crate) async fn count_ask(txn: &DatabaseTransaction, ids: Vec<Uuid>) -> Result<u64, DbErr> {
+    db::execute(
+        txn,
+        sql("UPDATE orders SET asks = asks + 1, asked_at = now() WHERE id = ANY($1::uuid[]) AND status = 'NEW'", [ids.into()]),
     )
     .await
 }

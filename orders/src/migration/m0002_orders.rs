@@ -22,7 +22,7 @@ impl MigrationTrait for Orders {
     }
 
     async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        manager.get_connection().execute_unprepared("DROP TABLE orders; DROP FUNCTION refuse_change").await?;
+        manager.get_connection().execute_unprepared("DROP TABLE orders, reconciliation; DROP FUNCTION refuse_change").await?;
         Ok(())
     }
 }
@@ -58,6 +58,13 @@ CREATE UNIQUE INDEX orders_idempotency_key ON orders (user_id, idempotency_key);
 CREATE INDEX orders_of_user ON orders (user_id, id);
 -- What is not final yet, oldest first. Small, however many orders there are.
 CREATE INDEX orders_new ON orders (id) WHERE status = 'NEW';
+
+-- What the reconciler remembers, one row: whatever was published before `lost_at` may be lost and is asked for again.
+CREATE TABLE reconciliation (
+    id      boolean     PRIMARY KEY DEFAULT true CHECK (id),
+    lost_at timestamptz NOT NULL DEFAULT '-infinity'
+);
+INSERT INTO reconciliation DEFAULT VALUES;
 
 CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN

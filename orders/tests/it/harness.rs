@@ -24,22 +24,28 @@ pub(crate) struct Orders {
     pub(crate) db: DatabaseConnection,
     pub(crate) broker: TestBroker,
     pub(crate) database: TestDatabase,
+    arguments: Vec<&'static str>,
     service: Option<Apart>,
 }
 
 impl Orders {
     /// Everything there, the service running and reading answers.
     pub(crate) async fn start() -> Self {
-        let orders = Self::start_with(TestBroker::start().await.unwrap()).await;
+        Self::start_with_arguments(&[]).await
+    }
+
+    /// The same with more arguments for the service.
+    pub(crate) async fn start_with_arguments(arguments: &[&'static str]) -> Self {
+        let orders = Self::start_with(TestBroker::start().await.unwrap(), arguments).await;
         orders.payments().await;
         orders
     }
 
     /// With a broker that may not run.
-    pub(crate) async fn start_with(broker: TestBroker) -> Self {
+    pub(crate) async fn start_with(broker: TestBroker, arguments: &[&'static str]) -> Self {
         let database = TestDatabase::fresh().await.unwrap();
         let db = database.connect().await.unwrap();
-        let mut orders = Self { http: Http::new(""), db, broker, database, service: None };
+        let mut orders = Self { http: Http::new(""), db, broker, database, arguments: arguments.to_vec(), service: None };
         orders.run().await;
         orders
     }
@@ -68,7 +74,8 @@ impl Orders {
             format!("--nats-password={}", self.broker.secrets().nats_orders),
             "--ack-wait-ms=1000".to_owned(),
         ];
-        let config = Config::try_parse_from(arguments).unwrap();
+        let more = self.arguments.iter().map(|argument| (*argument).to_owned());
+        let config = Config::try_parse_from(arguments.into_iter().chain(more)).unwrap();
         let service = Apart::start(async move |address, shutdown| {
             let app = App::build(config).await?;
             // The test may have given up waiting.
@@ -126,7 +133,7 @@ impl Orders {
         broker.until_connected().await;
         let stream = topology::payments_stream(&TopologySettings::default());
         // Made by an earlier call, or now.
-        let _: topology::Ensured = topology::ensure_stream(broker.jetstream(), &stream).await.unwrap();
+        let (_, _) = topology::ensure_stream(broker.jetstream(), &stream).await.unwrap();
         Payments(broker)
     }
 

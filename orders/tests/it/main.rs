@@ -5,5 +5,6 @@
 mod harness;
 mod openapi;
 mod placing;
+mod reconciling;
 mod settling;
 mod unavailable;

@@ -1,6 +1,7 @@
 //! An order is debited once, whatever is delivered.
 
 use futures_util::future::join_all;
+use sea_orm::{ConnectionTrait as _, TransactionTrait as _};
 
 use crate::harness::{Payments, Request, SOON, count, request};
 use stack::testing::eventually;
@@ -162,12 +163,39 @@ async fn two_replicas_that_refuse_an_order_without_an_account_at_once_decide_it_
 }
 
 #[tokio::test]
+async fn a_decision_that_another_worker_makes_meanwhile_is_not_answered_a_second_time() {
+    // Another worker has decided but not committed when this one looks: it finds no decision and decides too, and
+    // only the decision's key shows that it was not alone.
+    let payments = Payments::start().await;
+    let order = request("nobody", 1);
+    let other = payments.another_connection().await.begin().await.unwrap();
+    let decide = format!(
+        "INSERT INTO payments (order_id, user_id, amount, request_hash, outcome, reason, request_event_id, event_id)
+         VALUES ('{0}', 'nobody', 1, sha256(uuid_send('{0}') || int8send(1) || 'nobody'::bytea), 'declined', 'no_account', '{1}',
+                 gen_random_uuid())",
+        order.order_id(),
+        order.event_id
+    );
+    other.execute_unprepared(&decide).await.unwrap();
+    payments.publish(&order).await;
+    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()";
+    eventually("the service waits for the other's decision", SOON, async || (payments.count(waiting).await == 1).then_some(()))
+        .await;
+    other.commit().await.unwrap();
+
+    eventually("the message is taken", SOON, async || (payments.count("SELECT count(*) FROM inbox").await == 1).then_some(()))
+        .await;
+    assert_eq!(payments.answers(&order).await, 0, "the worker that decided answers");
+    assert_eq!(payments.count("SELECT count(*) FROM dead_letters").await, 0);
+}
+
+#[tokio::test]
 async fn a_crash_before_the_commit_leaves_nothing_and_the_order_is_debited_after() {
     let mut payments = Payments::start().await;
     payments.open_account("alice", 1000).await;
     // Holds the account, so that the service stops inside its transaction.
-    let holder = sea_orm::TransactionTrait::begin(&payments.db).await.unwrap();
-    sea_orm::ConnectionTrait::execute_unprepared(&holder, "SELECT 1 FROM accounts FOR UPDATE").await.unwrap();
+    let holder = payments.db.begin().await.unwrap();
+    holder.execute_unprepared("SELECT 1 FROM accounts FOR UPDATE").await.unwrap();
     let order = request("alice", 700);
     payments.publish(&order).await;
     let looker = payments.another_connection().await;
@@ -209,7 +237,7 @@ async fn money_rows_cannot_be_changed_or_deleted() {
         "UPDATE accounts SET balance = -1",
         "UPDATE accounts SET balance = 9000000000000001",
     ] {
-        let refused = sea_orm::ConnectionTrait::execute_unprepared(&payments.db, statement).await;
+        let refused = payments.db.execute_unprepared(statement).await;
         assert!(refused.is_err(), "{statement}");
     }
     payments.assert_books_balance().await;

@@ -81,7 +81,7 @@ impl Payments {
         .await
         .unwrap();
         orders.until_connected().await;
-        let made =
+        let (_, made) =
             topology::ensure_stream(orders.jetstream(), &topology::orders_stream(&TopologySettings::default())).await.unwrap();
         assert_eq!(made, topology::Ensured::Made);
         let mut payments =

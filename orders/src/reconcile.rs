@@ -1,0 +1,103 @@
+//! Asks again for the payment of orders that stay NEW, for ever: whatever the broker loses, no order is left hanging.
+//!
+//! Only asking is done here. Whether an order was paid meanwhile is known to payments alone, which answers a re-ask with
+//! the decision it has stored, or decides now. Everything that decides when to ask is in the database; a process that
+//! dies forgets nothing.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use messaging::db::{self, sql};
+use messaging::outbox::{self, Message};
+use sea_orm::{ConnectionTrait as _, DatabaseConnection, TransactionTrait as _};
+use shared_contracts::{Amount, EventId, OrderId, OrderPlaced, UserId};
+use tokio::sync::Notify;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::entity::order::{self, AskAgain, Model};
+
+/// How often orders that are due are looked for; also the second of "so many per second".
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// Any number: of several replicas, the one that holds this advisory lock asks.
+const RECONCILER_LOCK: i64 = 7_011_988;
+
+/// The reconciler of one process.
+pub(crate) struct Reconciler {
+    /// Pool of the flow, not of the HTTP side.
+    pub(crate) db: DatabaseConnection,
+    pub(crate) again: AskAgain,
+    /// Notified by relay and consumer when the broker is found to have lost what it had acknowledged.
+    pub(crate) lost: Arc<Notify>,
+    /// Wakes the relay.
+    pub(crate) wake: Arc<Notify>,
+}
+
+impl Reconciler {
+    /// Asks until `shutdown`.
+    pub(crate) async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
+        let mut loss_to_note = false;
+        let mut pause = LOOK_INTERVAL;
+        loop {
+            let woken = shutdown.run_until_cancelled(tokio::time::timeout(pause, self.lost.notified())).await;
+            match woken {
+                None => return Ok(()),
+                Some(woken) => loss_to_note |= woken.is_ok(),
+            }
+            let begun = Instant::now();
+            match self.step(loss_to_note).await {
+                Ok(asked) => {
+                    loss_to_note = false;
+                    if asked > 0 {
+                        info!(orders = asked, "Orders that stayed NEW are asked for again");
+                        self.wake.notify_one();
+                    }
+                }
+                Err(error) => warn!(error = format!("{error:#}"), "Orders that stay NEW could not be looked for; trying again"),
+            }
+            // A look that takes long (very many orders are NEW) is taken less often.
+            pause = LOOK_INTERVAL.max(begun.elapsed() * 10);
+        }
+    }
+
+    /// One look: in one transaction, the orders that are due and a new request for each.
+    async fn step(&self, note_loss: bool) -> anyhow::Result<usize> {
+        if note_loss {
+            // By the database's clock, like the times it is compared with.
+            let note = sql("UPDATE reconciliation SET lost_at = clock_timestamp()", []);
+            self.db.execute_raw(note).await.context("that the broker lost messages could not be noted")?;
+        }
+        let txn = self.db.begin().await?;
+        let lock = txn.query_one_raw(sql("SELECT pg_try_advisory_xact_lock($1) AS mine", [RECONCILER_LOCK.into()])).await?;
+        let mine = lock.is_some_and(|row| row.try_get("", "mine").unwrap_or(false));
+        if !mine || outbox::is_behind(&txn, self.again.after).await? {
+            txn.rollback().await?;
+            return Ok(0);
+        }
+        let due = order::lock_due(&txn, self.again).await?;
+        if due.is_empty() {
+            txn.rollback().await?;
+            return Ok(0);
+        }
+        let now = db::now();
+        let requests: Vec<Message> = due.iter().map(|order| request(order, now)).collect::<anyhow::Result<_>>()?;
+        let counted = order::count_ask(&txn, due.iter().map(|order| order.id).collect()).await?;
+        anyhow::ensure!(counted == due.len() as u64, "orders that were locked while NEW are not");
+        outbox::enqueue(&txn, requests).await?;
+        txn.commit().await?;
+        Ok(due.len())
+    }
+}
+
+/// The next request for an order: the same fact under the next number, so that the broker does not swallow it.
+fn request(order: &Model, now: time::OffsetDateTime) -> anyhow::Result<Message> {
+    let event = OrderPlaced {
+        order_id: OrderId::from(order.id),
+        user_id: UserId::parse(order.user_id.as_str())?,
+        amount: Amount::new(order.amount)?,
+    };
+    let ask = u32::try_from(order.asks)?.saturating_add(1);
+    Ok(Message::nth(EventId::from(order.placed_event_id), ask, &event, now, None))
+}

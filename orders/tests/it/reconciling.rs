@@ -1,0 +1,108 @@
+//! What stays NEW is asked for again, for ever, and no more often than that.
+
+use shared_contracts::PaymentOutcome;
+use stack::testing::{TestBroker, eventually};
+
+use crate::harness::{Orders, SOON, settlement};
+
+#[tokio::test]
+async fn an_order_without_an_answer_is_asked_for_again_under_new_numbers() {
+    let orders = Orders::start_with_arguments(&["--ask-again-ms=200"]).await;
+    let id = orders.placed().await;
+    let published = "SELECT count(*) FROM outbox WHERE n = 3 AND published_at IS NOT NULL";
+    orders.until("it is asked for a third time", published, 1).await;
+
+    let row = orders.row(id).await;
+    assert!(row.asks >= 3 && row.asked_at.is_some());
+    let requests = format!("SELECT count(*) FROM outbox WHERE event_id = '{}' AND n <= 3", row.placed_event_id);
+    assert_eq!(orders.count(&requests).await, 4, "one fact, said four times");
+    let stored =
+        format!("SELECT count(DISTINCT stream_sequence) FROM outbox WHERE event_id = '{}' AND n <= 3", row.placed_event_id);
+    assert_eq!(orders.count(&stored).await, 4, "the broker swallowed none of them");
+    let numbered = "SELECT count(*) FROM outbox WHERE n > 0 AND headers::jsonb ->> 'Gozon-Ask' = n::text AND n <= 3";
+    assert_eq!(orders.count(numbered).await, 3);
+    let waits =
+        "SELECT count(*) FROM outbox later JOIN outbox earlier ON later.event_id = earlier.event_id AND later.n = earlier.n + 1
+                 WHERE earlier.n > 0 AND later.created_at < earlier.published_at + make_interval(secs => 0.2 * power(2, earlier.n))";
+    assert_eq!(
+        orders.count(waits).await,
+        0,
+        "each time after twice as long (a broker that was empty at first makes the first one early)"
+    );
+
+    orders.payments().await.publish(&settlement(id, PaymentOutcome::Paid)).await;
+    orders.until_status(id, "FINISHED").await;
+}
+
+#[tokio::test]
+async fn a_final_order_is_not_asked_for_again() {
+    let orders = Orders::start_with_arguments(&["--ask-again-ms=200"]).await;
+    let (done, open) = (orders.placed().await, orders.placed().await);
+    orders.payments().await.publish(&settlement(done, PaymentOutcome::Paid)).await;
+    orders.until_status(done, "FINISHED").await;
+    let asks = orders.row(done).await.asks;
+    eventually("the other one is asked for again and again", SOON, async || {
+        (orders.row(open).await.asks >= asks + 2).then_some(())
+    })
+    .await;
+    assert_eq!(orders.row(done).await.asks, asks);
+}
+
+#[tokio::test]
+async fn nothing_is_asked_again_while_the_first_request_waits_for_the_broker() {
+    let mut orders = Orders::start_with(TestBroker::stopped().unwrap(), &["--ask-again-ms=200"]).await;
+    let id = orders.placed().await;
+    let waits = "SELECT count(*) FROM outbox WHERE published_at IS NULL AND created_at < now() - interval '3 seconds'";
+    orders.until("the request has waited for long", waits, 1).await;
+    assert_eq!(orders.row(id).await.asks, 0, "more requests would not help");
+
+    orders.broker.up().await.unwrap();
+    eventually("it is asked for again once it was published", SOON, async || (orders.row(id).await.asks > 0).then_some(())).await;
+}
+
+#[tokio::test]
+async fn when_the_broker_comes_back_empty_every_new_order_is_due_at_once() {
+    // With the default of 30 s, which this test does not wait for.
+    let mut orders = Orders::start().await;
+    for _ in 0..5 {
+        orders.placed().await;
+    }
+    orders.until("all are published", "SELECT count(*) FROM outbox WHERE n = 0 AND published_at IS NOT NULL", 5).await;
+    // The broker was new when the service started, which may have made some of them due already.
+    orders.until("nothing is on its way", "SELECT count(*) FROM outbox WHERE published_at IS NULL", 0).await;
+    let asks = orders.count("SELECT max(asks)::bigint FROM orders").await;
+    orders.broker.kill().await.unwrap();
+    orders.broker.wipe().unwrap();
+    orders.broker.up().await.unwrap();
+    orders.until("all are asked for again", &format!("SELECT count(*) FROM orders WHERE asks > {asks}"), 5).await;
+    orders.until("the requests are published", "SELECT count(*) FROM outbox WHERE published_at IS NULL", 0).await;
+}
+
+#[tokio::test]
+async fn two_replicas_ask_no_more_often_than_one() {
+    let orders = Orders::start_with_arguments(&["--ask-again-ms=200"]).await;
+    let second = orders.replica().await;
+    for _ in 0..20 {
+        orders.placed().await;
+    }
+    orders.until("all are asked for twice", "SELECT count(*) FROM outbox WHERE n = 2", 20).await;
+    let early =
+        "SELECT count(*) FROM outbox later JOIN outbox earlier ON later.event_id = earlier.event_id AND later.n = earlier.n + 1
+                 WHERE earlier.n > 0 AND later.created_at < earlier.published_at + make_interval(secs => 0.2 * power(2, earlier.n))";
+    assert_eq!(orders.count(early).await, 0);
+    second.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn old_rows_are_pruned_and_an_order_that_is_still_new_is_asked_for_all_the_same() {
+    let orders = Orders::start_with_arguments(&["--keep-seconds=1", "--ask-again-ms=200"]).await;
+    let (done, open) = (orders.placed().await, orders.placed().await);
+    orders.payments().await.publish(&settlement(done, PaymentOutcome::Paid)).await;
+    orders.until_status(done, "FINISHED").await;
+    orders.until("the inbox is pruned", "SELECT count(*) FROM inbox", 0).await;
+    let first = format!("SELECT count(*) FROM outbox WHERE event_id = '{}' AND n = 0", orders.row(open).await.placed_event_id);
+    orders.until("the first request is pruned", &first, 0).await;
+    let asks = orders.row(open).await.asks;
+    eventually("it is asked for again", SOON, async || (orders.row(open).await.asks > asks).then_some(())).await;
+    assert_eq!(orders.status(done).await, "FINISHED");
+}
