@@ -42,12 +42,12 @@ reset:
 # Place an order, with an account and money for it, and watch it end
 [group('use')]
 order amount='1299' user='alice':
-    @nats/order.sh {{ gateway }} {{ user }} {{ amount }}
+    @recipes/order.sh {{ gateway }} {{ user }} {{ amount }}
 
 # Open psql on the database of orders or payments
 [group('look')]
 psql database='orders':
-    ./dev env nats/psql.sh {{ database }}
+    ./dev env recipes/psql.sh {{ database }}
 
 # List the streams
 [group('look')]

@@ -14,8 +14,8 @@ pub struct FlowArgs {
     /// Connections for HTTP requests.
     #[arg(long, env = "GOZON_HTTP_CONNECTIONS", default_value_t = 8)]
     pub http_connections: u32,
-    /// Connections for relay, consumer and reconciler, which a flood of requests cannot take.
-    #[arg(long, env = "GOZON_FLOW_CONNECTIONS", default_value_t = 5)]
+    /// Connections for relay, consumer, reconciler and health, which a flood of requests cannot take.
+    #[arg(long, env = "GOZON_FLOW_CONNECTIONS", default_value_t = 6)]
     pub flow_connections: u32,
     /// NATS servers, separated by commas.
     #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222")]

@@ -135,7 +135,8 @@ impl App {
 
     /// Ready means that HTTP can do its work. The broker is the business of relay and consumer: shown, not required.
     fn health(&self) -> Health {
-        let db = self.db.clone();
+        // Not the HTTP side's pool: being busy is not being unready.
+        let db = self.flow.clone();
         let (schema, relay, consumer) = (self.schema.clone(), self.relay.vital.clone(), self.consumer.vital.clone());
         Health::default()
             .required("database", move || {

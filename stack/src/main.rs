@@ -1,5 +1,6 @@
 //! `stack up` starts the whole system on this machine. People use it through `./dev`.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 use std::time::Duration;
@@ -90,8 +91,8 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
                 None => PartStatus::all_stopped(&folder, &ports),
             };
             match json {
-                true => println!("{}", serde_json::to_string_pretty(&parts)?),
-                false => print_status(&folder, &parts),
+                true => print_lines(&serde_json::to_string_pretty(&parts)?),
+                false => print_lines(&status_table(&folder, &parts)),
             }
             Ok(())
         }
@@ -115,7 +116,7 @@ async fn up(folder: &Path, ports: Ports) -> anyhow::Result<()> {
 async fn up_detached(folder: &Path, dir: &Path, port_offset: u16) -> anyhow::Result<()> {
     if let Some(parts) = stack::ask(folder, &Request::Status).await? {
         println!("Running already.");
-        print_status(folder, &serde_json::from_value::<Vec<PartStatus>>(parts)?);
+        print_lines(&status_table(folder, &serde_json::from_value::<Vec<PartStatus>>(parts)?));
         return Ok(());
     }
     let place = Place::open(folder)?;
@@ -158,13 +159,20 @@ async fn ask_running(folder: &Path, request: &Request) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn print_status(folder: &Path, parts: &[PartStatus]) {
-    println!("{:<9} {:<7} {:<8} {:<28} log", "part", "ready", "pid", "address");
+fn status_table(folder: &Path, parts: &[PartStatus]) -> String {
+    let mut lines = vec![format!("{:<9} {:<7} {:<8} {:<28} log", "part", "ready", "pid", "address")];
     for part in parts {
         let pid = part.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string());
-        println!("{:<9} {:<7} {:<8} {:<28} {}", part.name, if part.ready { "yes" } else { "no" }, pid, part.address, part.log);
+        let ready = if part.ready { "yes" } else { "no" };
+        lines.push(format!("{:<9} {ready:<7} {pid:<8} {:<28} {}", part.name, part.address, part.log));
     }
-    println!("data and logs: {}", folder.display());
+    lines.push(format!("data and logs: {}", folder.display()));
+    lines.join("\n")
+}
+
+fn print_lines(text: &str) {
+    // Whoever reads may stop reading: `./dev status | head -n 1`.
+    let _ = writeln!(std::io::stdout(), "{text}");
 }
 
 fn print_welcome(system: &System) {
