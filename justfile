@@ -49,6 +49,11 @@ order amount='1299' user='alice':
 psql database='orders':
     ./dev env recipes/psql.sh {{ database }}
 
+# Check that orders, decisions, debits and balances fit together; exit code 1 if not
+[group('look')]
+audit *arguments:
+    ./dev env recipes/gozon.sh audit {{ arguments }}
+
 # List the streams
 [group('look')]
 streams:

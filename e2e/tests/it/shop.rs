@@ -56,6 +56,10 @@ impl Shop {
         rows(db, "SELECT 1 FROM outbox WHERE published_at IS NULL").await.is_empty()
     }
 
+    pub(crate) async fn debits(&self, payments: &DatabaseConnection) -> usize {
+        rows(payments, "SELECT 1 FROM transfers WHERE kind = 'payment'").await.len()
+    }
+
     /// Every order is final, FINISHED if and only if it was debited exactly once its own amount from its own user, and
     /// every balance is what the transfers make it (I1 to I4, I7). Says how many orders finished.
     pub(crate) async fn assert_settled(&self, orders: usize) -> usize {

@@ -9,18 +9,18 @@ use crate::harness::{Orders, SOON, settlement};
 async fn an_order_without_an_answer_is_asked_for_again_under_new_numbers() {
     let orders = Orders::start_with_arguments(&["--ask-again-ms=200"]).await;
     let id = orders.placed().await;
-    let published = "SELECT count(*) FROM outbox WHERE n = 3 AND published_at IS NOT NULL";
-    orders.until("it is asked for a third time", published, 1).await;
+    let published = "SELECT count(*) FROM outbox WHERE n = 5 AND published_at IS NOT NULL";
+    orders.until("it is asked for a fifth time", published, 1).await;
 
     let row = orders.row(id).await;
-    assert!(row.asks >= 3 && row.asked_at.is_some());
-    let requests = format!("SELECT count(*) FROM outbox WHERE event_id = '{}' AND n <= 3", row.placed_event_id);
-    assert_eq!(orders.count(&requests).await, 4, "one fact, said four times");
+    assert!(row.asks >= 5 && row.asked_at.is_some());
+    let requests = format!("SELECT count(*) FROM outbox WHERE event_id = '{}' AND n <= 5", row.placed_event_id);
+    assert_eq!(orders.count(&requests).await, 6, "one fact, said six times");
     let stored =
-        format!("SELECT count(DISTINCT stream_sequence) FROM outbox WHERE event_id = '{}' AND n <= 3", row.placed_event_id);
-    assert_eq!(orders.count(&stored).await, 4, "the broker swallowed none of them");
-    let numbered = "SELECT count(*) FROM outbox WHERE n > 0 AND headers::jsonb ->> 'Gozon-Ask' = n::text AND n <= 3";
-    assert_eq!(orders.count(numbered).await, 3);
+        format!("SELECT count(DISTINCT stream_sequence) FROM outbox WHERE event_id = '{}' AND n <= 5", row.placed_event_id);
+    assert_eq!(orders.count(&stored).await, 6, "the broker swallowed none of them");
+    let numbered = "SELECT count(*) FROM outbox WHERE n > 0 AND headers::jsonb ->> 'Gozon-Ask' = n::text AND n <= 5";
+    assert_eq!(orders.count(numbered).await, 5);
     let waits =
         "SELECT count(*) FROM outbox later JOIN outbox earlier ON later.event_id = earlier.event_id AND later.n = earlier.n + 1
                  WHERE earlier.n > 0 AND later.created_at < earlier.published_at + make_interval(secs => 0.2 * power(2, earlier.n))";

@@ -1,0 +1,163 @@
+//! Checks the promise on real data: orders, decisions, transfers, balances, outboxes, inboxes and dead letters of both
+//! databases, against each other.
+//!
+//! It runs on a live system without locking it. The databases are read one after the other, so what is under way looks
+//! wrong for a moment; therefore a finding counts only if it still stands when everything is read again after a grace.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, DbErr, FromQueryResult, Statement, Value};
+use serde::Serialize;
+
+mod books;
+mod flow;
+mod orders;
+
+/// What is wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// FINISHED, but no decision or debit stands behind it (I2).
+    FinishedWithoutDebit,
+    /// CANCELLED, but debited (I2).
+    CancelledButDebited,
+    /// Debited more than once (I1).
+    DoubledDebit,
+    /// Final in a way that its decision does not say (I2).
+    StatusDisagrees,
+    /// Order and decision, or decision and debit, name another user or amount (I2).
+    Divergent,
+    /// A decision without its debit, or a debit without its decision (I2, I3).
+    Unmatched,
+    /// A decision or a debit for an order that nobody placed (I8).
+    Unexpected,
+    /// NEW for longer than healing takes (I7).
+    Stuck,
+    /// NEW, and its message waits for a person (I7).
+    Quarantined,
+    /// The balance is not what the transfers make it (I3).
+    BalanceDrift,
+    /// A balance below zero (I4).
+    NegativeBalance,
+    /// The entries of a statement do not follow each other (I3).
+    BrokenStatement,
+    /// A transfer of no known shape (I3).
+    MalformedTransfer,
+    /// One idempotency key made two things (I5).
+    DoubledKey,
+    /// A fact that should have been enqueued and was not.
+    MissingEvent,
+    /// A fact that waits for too long to be published.
+    LatePublication,
+    /// A message that was not applied and waits for a person.
+    DeadLetter,
+}
+
+/// Something that is wrong, with what it is about.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Finding {
+    /// What is wrong.
+    pub kind: Kind,
+    /// The order, user, transfer, event or dead letter it is about.
+    pub id: String,
+    /// What was found, in words.
+    pub detail: String,
+}
+
+/// How an audit ended.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Report {
+    /// Orders looked at.
+    pub orders: u64,
+    /// Of these, by status.
+    pub by_status: BTreeMap<String, u64>,
+    /// Decisions looked at.
+    pub decisions: u64,
+    /// Transfers looked at.
+    pub transfers: u64,
+    /// Accounts looked at.
+    pub accounts: u64,
+    /// Everything that is wrong.
+    pub findings: Vec<Finding>,
+}
+
+/// How to look.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// A finding counts only if it still stands after this long.
+    pub grace: Duration,
+    /// A NEW order is stuck when it is older than this.
+    pub stuck_after: Duration,
+    /// An outbox row is late when it is older than this.
+    pub late_after: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            grace: Duration::from_secs(5),
+            // The longest time between two asks, and some more for the answer.
+            stuck_after: Duration::from_secs(11 * 60),
+            late_after: Duration::from_secs(60),
+        }
+    }
+}
+
+/// Both databases.
+#[derive(Clone, Debug)]
+pub struct Databases {
+    /// Of orders.
+    pub orders: DatabaseConnection,
+    /// Of payments.
+    pub payments: DatabaseConnection,
+}
+
+/// Looks at everything; twice, if the first look finds something.
+pub async fn audit(databases: &Databases, options: Options) -> Result<Report, DbErr> {
+    let first = look(databases, options).await?;
+    if first.findings.is_empty() {
+        return Ok(first);
+    }
+    tokio::time::sleep(options.grace).await;
+    let mut second = look(databases, options).await?;
+    let stood = |finding: &Finding| first.findings.iter().any(|other| other.kind == finding.kind && other.id == finding.id);
+    second.findings.retain(stood);
+    Ok(second)
+}
+
+async fn look(databases: &Databases, options: Options) -> Result<Report, DbErr> {
+    let mut report = Report::default();
+    // Orders before payments: whatever an order shows was decided before.
+    orders::check(databases, options, &mut report).await?;
+    books::check(&databases.payments, &mut report).await?;
+    flow::check(databases, options, &mut report).await?;
+    report.findings.sort();
+    report.findings.dedup();
+    Ok(report)
+}
+
+impl Report {
+    fn find(&mut self, kind: Kind, id: impl fmt::Display, detail: impl Into<String>) {
+        self.findings.push(Finding { kind, id: id.to_string(), detail: detail.into() });
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // One name for people and for scripts.
+        let name = serde_json::to_value(self).map_err(|_| fmt::Error)?;
+        f.pad(name.as_str().unwrap_or_default())
+    }
+}
+
+async fn rows<T: FromQueryResult>(db: &DatabaseConnection, sql: &str, values: Vec<Value>) -> Result<Vec<T>, DbErr> {
+    T::find_by_statement(Statement::from_sql_and_values(DbBackend::Postgres, sql, values)).all(db).await
+}
+
+async fn count(db: &DatabaseConnection, sql: &str) -> Result<u64, DbErr> {
+    let row = db.query_one_raw(Statement::from_string(DbBackend::Postgres, sql)).await?;
+    let count: i64 = row.ok_or_else(|| DbErr::RecordNotFound(sql.to_owned()))?.try_get_by_index(0)?;
+    Ok(count.unsigned_abs())
+}

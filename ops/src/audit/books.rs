@@ -1,0 +1,66 @@
+//! The money in itself: balances, statements, transfers, keys. Set-based, in the database.
+
+use sea_orm::{DatabaseConnection, DbErr, FromQueryResult};
+
+use super::{Kind, Report, count, rows};
+
+/// More than this many of one kind help nobody; the number is told.
+const FINDINGS_MAX: i64 = 1000;
+
+#[derive(FromQueryResult)]
+struct Wrong {
+    id: String,
+    detail: String,
+}
+
+/// Each query names what is wrong: `id` and `detail`.
+const QUERIES: [(Kind, &str); 5] = [
+    (
+        Kind::BalanceDrift,
+        "SELECT a.user_id AS id, format('balance %s, transfers make %s; entry %s of %s', a.balance, t.total, a.entry_no, t.entries) AS detail
+         FROM accounts a
+         LEFT JOIN LATERAL (
+             SELECT coalesce(sum(CASE kind WHEN 'deposit' THEN amount ELSE -amount END), 0) AS total, count(*) AS entries
+             FROM transfers WHERE user_id = a.user_id
+         ) t ON true
+         WHERE a.balance <> t.total OR a.entry_no <> t.entries",
+    ),
+    (Kind::NegativeBalance, "SELECT user_id AS id, format('balance %s', balance) AS detail FROM accounts WHERE balance < 0"),
+    (
+        Kind::BrokenStatement,
+        "SELECT user_id || ' entry ' || entry_no AS id, format('balance %s after %s, where %s is right', balance_after, before, expected) AS detail
+         FROM (
+             SELECT user_id, entry_no, balance_after,
+                    coalesce(lag(balance_after) OVER statement, 0) AS before,
+                    coalesce(lag(balance_after) OVER statement, 0) + CASE kind WHEN 'deposit' THEN amount ELSE -amount END AS expected,
+                    row_number() OVER statement AS place
+             FROM transfers WINDOW statement AS (PARTITION BY user_id ORDER BY entry_no)
+         ) entries
+         WHERE balance_after <> expected OR entry_no <> place OR balance_after < 0",
+    ),
+    (
+        Kind::MalformedTransfer,
+        "SELECT t.id::text AS id, format('%s of %s from %s to %s', t.kind, t.amount, t.debit_account, t.credit_account) AS detail
+         FROM transfers t LEFT JOIN accounts a USING (user_id)
+         WHERE a.user_id IS NULL OR t.amount <= 0
+            OR NOT ((t.kind = 'payment' AND t.debit_account = 'user:' || t.user_id AND t.credit_account = 'shop' AND t.order_id IS NOT NULL)
+                 OR (t.kind = 'deposit' AND t.debit_account = 'world' AND t.credit_account = 'user:' || t.user_id AND t.order_id IS NULL))",
+    ),
+    (
+        Kind::DoubledKey,
+        "SELECT user_id || ' ' || idempotency_key AS id, format('%s deposits under one key', count(*)) AS detail
+         FROM transfers WHERE idempotency_key IS NOT NULL GROUP BY user_id, idempotency_key HAVING count(*) > 1",
+    ),
+];
+
+pub(super) async fn check(payments: &DatabaseConnection, report: &mut Report) -> Result<(), DbErr> {
+    report.accounts = count(payments, "SELECT count(*) FROM accounts").await?;
+    report.transfers = count(payments, "SELECT count(*) FROM transfers").await?;
+    for (kind, query) in QUERIES {
+        let wrong: Vec<Wrong> = rows(payments, &format!("{query} LIMIT {FINDINGS_MAX}"), Vec::new()).await?;
+        for one in wrong {
+            report.find(kind, one.id, one.detail);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,240 @@
+//! Orders against decisions against debits, walking through the three tables in the order of their ids, side by side:
+//! the memory it takes does not grow with their number.
+
+use std::collections::VecDeque;
+
+use sea_orm::{DatabaseConnection, DbErr, FromQueryResult};
+use uuid::Uuid;
+
+use super::{Databases, Kind, Options, Report, rows};
+
+const PAGE: i64 = 10_000;
+
+#[derive(Clone, Debug, FromQueryResult)]
+struct Order {
+    id: Uuid,
+    user_id: String,
+    amount: i64,
+    status: String,
+    reason: Option<String>,
+    age_seconds: f64,
+    asks: i32,
+}
+
+#[derive(Clone, Debug, FromQueryResult)]
+struct Decision {
+    id: Uuid,
+    user_id: String,
+    amount: i64,
+    outcome: String,
+    reason: Option<String>,
+    transfer_id: Option<Uuid>,
+}
+
+#[derive(Clone, Debug, FromQueryResult)]
+struct Debit {
+    id: Uuid,
+    transfer_id: Uuid,
+    user_id: String,
+    amount: i64,
+}
+
+/// Reads a table page by page.
+struct Walk<'a, T> {
+    db: &'a DatabaseConnection,
+    sql: &'static str,
+    page: VecDeque<T>,
+    after: Uuid,
+    more: bool,
+}
+
+trait Keyed: FromQueryResult {
+    fn key(&self) -> Uuid;
+}
+
+impl Keyed for Order {
+    fn key(&self) -> Uuid {
+        self.id
+    }
+}
+
+impl Keyed for Decision {
+    fn key(&self) -> Uuid {
+        self.id
+    }
+}
+
+impl Keyed for Debit {
+    fn key(&self) -> Uuid {
+        self.id
+    }
+}
+
+impl<'a, T: Keyed> Walk<'a, T> {
+    fn new(db: &'a DatabaseConnection, sql: &'static str) -> Self {
+        Self { db, sql, page: VecDeque::new(), after: Uuid::nil(), more: true }
+    }
+
+    /// The key of what comes next.
+    async fn peek(&mut self) -> Result<Option<Uuid>, DbErr> {
+        if self.page.is_empty() && self.more {
+            self.page = rows(self.db, self.sql, vec![self.after.into(), PAGE.into()]).await?.into();
+            // A page may end inside a group of rows with one key (a doubled debit): read that group with the next page.
+            self.more = self.page.len() as i64 >= PAGE;
+            if self.more
+                && let Some(last) = self.page.back().map(T::key)
+            {
+                while self.page.len() > 1 && self.page.back().is_some_and(|row| row.key() == last) {
+                    self.page.pop_back();
+                }
+            }
+            if let Some(last) = self.page.back() {
+                self.after = last.key();
+            }
+        }
+        Ok(self.page.front().map(T::key))
+    }
+
+    /// Everything with this key.
+    async fn take(&mut self, key: Uuid) -> Result<Vec<T>, DbErr> {
+        let mut group = Vec::new();
+        while self.peek().await? == Some(key) {
+            group.extend(self.page.pop_front());
+        }
+        Ok(group)
+    }
+}
+
+pub(super) async fn check(databases: &Databases, options: Options, report: &mut Report) -> Result<(), DbErr> {
+    let mut orders: Walk<'_, Order> = Walk::new(
+        &databases.orders,
+        "SELECT id, user_id, amount, status, reason, asks, extract(epoch FROM now() - created_at)::float8 AS age_seconds
+         FROM orders WHERE id > $1 ORDER BY id LIMIT $2",
+    );
+    let mut decisions: Walk<'_, Decision> = Walk::new(
+        &databases.payments,
+        "SELECT order_id AS id, user_id, amount, outcome, reason, transfer_id FROM payments WHERE order_id > $1 ORDER BY order_id LIMIT $2",
+    );
+    let mut debits: Walk<'_, Debit> = Walk::new(
+        &databases.payments,
+        "SELECT order_id AS id, id AS transfer_id, user_id, amount FROM transfers
+         WHERE kind = 'payment' AND order_id > $1 ORDER BY order_id LIMIT $2",
+    );
+    let quarantined = quarantined(databases).await?;
+    loop {
+        // Orders first, at each step: see `look`.
+        let heads = [orders.peek().await?, decisions.peek().await?, debits.peek().await?];
+        let Some(id) = heads.into_iter().flatten().min() else { return Ok(()) };
+        let order = orders.take(id).await?.pop();
+        let decision = decisions.take(id).await?.pop();
+        let debits = debits.take(id).await?;
+        report.orders += u64::from(order.is_some());
+        report.decisions += u64::from(decision.is_some());
+        if let Some(order) = &order {
+            *report.by_status.entry(order.status.clone()).or_default() += 1;
+        }
+        check_decision(id, decision.as_ref(), &debits, report);
+        match &order {
+            None => report.find(Kind::Unexpected, id, "a decision or a debit for an order that is not there"),
+            Some(order) => check_order(order, decision.as_ref(), &debits, quarantined.contains(&id), options, report),
+        }
+    }
+}
+
+/// The payments side in itself.
+fn check_decision(id: Uuid, decision: Option<&Decision>, debits: &[Debit], report: &mut Report) {
+    if debits.len() > 1 {
+        let transfers: Vec<String> = debits.iter().map(|debit| debit.transfer_id.to_string()).collect();
+        report.find(Kind::DoubledDebit, id, format!("debited {} times: {}", debits.len(), transfers.join(", ")));
+    }
+    match (decision, debits.first()) {
+        (None, Some(debit)) => report.find(Kind::Unmatched, id, format!("debit {} without a decision", debit.transfer_id)),
+        (Some(decision), None) if decision.outcome == "paid" => {
+            report.find(Kind::Unmatched, id, "decided as paid, but there is no debit")
+        }
+        (Some(decision), Some(debit)) if decision.outcome != "paid" => {
+            report.find(Kind::Unmatched, id, format!("declined, but there is debit {}", debit.transfer_id));
+        }
+        (Some(decision), Some(debit)) => {
+            if (&decision.user_id, decision.amount, decision.transfer_id)
+                != (&debit.user_id, debit.amount, Some(debit.transfer_id))
+            {
+                let words = format!(
+                    "decided for {} of {} with transfer {}, debited {} of {} with transfer {}",
+                    decision.amount,
+                    decision.user_id,
+                    decision.transfer_id.unwrap_or_default(),
+                    debit.amount,
+                    debit.user_id,
+                    debit.transfer_id
+                );
+                report.find(Kind::Divergent, id, words);
+            }
+        }
+        (_, None) => {}
+    }
+}
+
+/// The order against the payments side.
+fn check_order(
+    order: &Order,
+    decision: Option<&Decision>,
+    debits: &[Debit],
+    quarantined: bool,
+    options: Options,
+    report: &mut Report,
+) {
+    let id = order.id;
+    if let Some(decision) = decision
+        && (&order.user_id, order.amount) != (&decision.user_id, decision.amount)
+    {
+        let words =
+            format!("ordered for {} by {}, decided for {} of {}", order.amount, order.user_id, decision.amount, decision.user_id);
+        report.find(Kind::Divergent, id, words);
+    }
+    match order.status.as_str() {
+        "FINISHED" if debits.is_empty() => report.find(Kind::FinishedWithoutDebit, id, "FINISHED, but nothing was debited"),
+        "CANCELLED" if !debits.is_empty() => report.find(Kind::CancelledButDebited, id, "CANCELLED, but money was debited"),
+        "FINISHED" | "CANCELLED" => {
+            let outcome = if order.status == "FINISHED" { "paid" } else { "declined" };
+            let agrees = decision.is_some_and(|decision| decision.outcome == outcome && decision.reason == order.reason);
+            if !agrees {
+                let decided = decision.map_or_else(
+                    || "nothing".to_owned(),
+                    |decision| {
+                        [Some(decision.outcome.as_str()), decision.reason.as_deref()]
+                            .into_iter()
+                            .flatten()
+                            .collect::<Vec<_>>()
+                            .join(", ")
+                    },
+                );
+                let ended =
+                    [Some(order.status.as_str()), order.reason.as_deref()].into_iter().flatten().collect::<Vec<_>>().join(", ");
+                report.find(Kind::StatusDisagrees, id, format!("{ended}, but decided: {decided}"));
+            }
+        }
+        _ if quarantined => report.find(Kind::Quarantined, id, "NEW, and a message about it waits among the dead letters"),
+        _ if order.age_seconds > options.stuck_after.as_secs_f64() => {
+            let decided = decision.map_or("not decided", |decision| decision.outcome.as_str());
+            let words = format!("NEW for {:.0} s, asked for {} times again, {decided}", order.age_seconds, order.asks);
+            report.find(Kind::Stuck, id, words);
+        }
+        _ => {}
+    }
+}
+
+/// Orders about which a message waits for a person.
+async fn quarantined(databases: &Databases) -> Result<std::collections::HashSet<Uuid>, DbErr> {
+    #[derive(FromQueryResult)]
+    struct About {
+        order_id: Uuid,
+    }
+    let mut ids = std::collections::HashSet::new();
+    for db in [&databases.orders, &databases.payments] {
+        let about: Vec<About> =
+            rows(db, "SELECT DISTINCT order_id FROM dead_letters WHERE order_id IS NOT NULL", Vec::new()).await?;
+        ids.extend(about.into_iter().map(|one| one.order_id));
+    }
+    Ok(ids)
+}

@@ -1,0 +1,3 @@
+//! The operator's tool `gozon`, and the checker behind it: whether what the two databases say fits together.
+
+pub mod audit;

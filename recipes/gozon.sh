@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Runs the operator's tool `gozon` on the stack of this checkout: its databases, its passwords.
+set -euo pipefail
+secrets=${GOZON_DIR:-.gozon}/secrets.json
+[ -r "$secrets" ] || { echo "error: there is no stack in ${GOZON_DIR:-.gozon}: ./dev up starts one" >&2; exit 2; }
+secret() { python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$secrets" "$1"; }
+port=$((54320 + ${GOZON_PORT_OFFSET:-0}))
+GOZON_ORDERS_DATABASE_URL=postgres://orders:$(secret postgres_orders)@127.0.0.1:$port/orders
+GOZON_PAYMENTS_DATABASE_URL=postgres://payments:$(secret postgres_payments)@127.0.0.1:$port/payments
+export GOZON_ORDERS_DATABASE_URL GOZON_PAYMENTS_DATABASE_URL
+exec cargo run --quiet --locked --package ops --bin gozon -- "$@"
