@@ -46,8 +46,8 @@ order amount='1299' user='alice':
 
 # Open psql on the database of orders or payments
 [group('look')]
-psql database='orders':
-    ./dev env recipes/psql.sh {{ database }}
+psql database='orders' *arguments:
+    ./dev env recipes/psql.sh {{ database }} {{ arguments }}
 
 # Check that orders, decisions, debits and balances fit together; exit code 1 if not
 [group('look')]

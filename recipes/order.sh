@@ -9,8 +9,10 @@ fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 [ $# -eq 3 ] || fail "usage: recipes/order.sh GATEWAY_URL USER AMOUNT"
 gateway=${1%/} user=$2 amount=$3
 # Both go into URLs and JSON as they are.
-[[ $user =~ ^[A-Za-z0-9._-]{1,64}$ ]] || fail "the user must be 1 to 64 characters of A-Z, a-z, 0-9, '.', '_' or '-', not '$user'"
-[[ $amount =~ ^[1-9][0-9]{0,12}$ ]] || fail "the amount must be a positive whole number of minor units (1299 for 12.99), not '$amount'"
+[[ $user =~ ^[A-Za-z0-9._-]{1,64}$ ]] ||
+  fail "the user must be 1 to 64 characters of A-Z, a-z, 0-9, '.', '_' or '-', not '$user'"
+[[ $amount =~ ^[1-9][0-9]{0,12}$ ]] ||
+  fail "the amount must be a positive whole number of minor units (1299 for 12.99), not '$amount'"
 for program in curl python3; do
   command -v "$program" >/dev/null || fail "$program is not found: install it"
 done

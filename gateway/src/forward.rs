@@ -9,6 +9,7 @@ use axum::http::uri::{Authority, PathAndQuery, Scheme};
 use axum::http::{HeaderMap, HeaderName, Method, Response, StatusCode, Uri, header};
 use axum::response::IntoResponse as _;
 use bytes::Bytes;
+use failpoint::failpoint;
 use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
@@ -119,8 +120,10 @@ impl Forwarder {
         *outgoing.headers_mut() = only(&REQUEST_HEADERS, &parts.headers);
 
         let exchange = async {
+            failpoint!("gateway.before_forward").map_err(|injected| Failed::NotReached(injected.to_string()))?;
             let (parts, body) = self.client.request(outgoing).await.map_err(Failed::from)?.into_parts();
             let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await.map_err(|error| Failed::Midway(error.to_string()))?;
+            failpoint!("gateway.after_forward").map_err(|injected| Failed::Midway(injected.to_string()))?;
             Ok((parts, body.to_bytes()))
         };
         let failed = match tokio::time::timeout(deadline, exchange).await {

@@ -10,6 +10,7 @@ use anyhow::Context as _;
 use async_nats::jetstream::consumer::PullConsumer;
 use async_nats::jetstream::consumer::pull::{MessagesErrorKind, Stream};
 use async_nats::jetstream::{AckKind, Message};
+use failpoint::{Injected, failpoint};
 use futures_util::StreamExt as _;
 use sea_orm::{DatabaseConnection, DatabaseTransaction, DbErr, TransactionTrait};
 use tokio::sync::Notify;
@@ -230,6 +231,10 @@ impl Consumer {
     where
         E: Event + Clone + PartialEq,
     {
+        if failpoint!("consumer.after_fetch").is_err() {
+            // As if the batch had never come: it is delivered again.
+            return true;
+        }
         let decoded: Vec<Incoming<'_, E>> = batch.iter().map(Incoming::decode).collect();
         let error = match self.deliver_until_settled(&decoded, handle, committed, shutdown).await {
             Settled::Committed => return true,
@@ -335,8 +340,10 @@ impl Consumer {
         let txn = self.db.begin().await?;
         let deliveries: Vec<Delivery> = batch.iter().filter_map(Incoming::delivery).collect();
         let first = inbox::record(&txn, self.subscription.consumer, &deliveries).await?;
+        failpoint!("consumer.after_inbox")?;
         let (events, places) = distinct(batch, &first);
         let Handled { quarantined, effect } = handle(&txn, &events).await?;
+        failpoint!("consumer.after_handle")?;
 
         let quarantined: HashMap<usize, String> = quarantined.into_iter().map(|one| (one.index, one.cause)).collect();
         let dead: Vec<DeadMessage<'_>> = batch
@@ -345,7 +352,9 @@ impl Consumer {
             .filter_map(|(incoming, place)| incoming.dead(place.and_then(|place| quarantined.get(&place))))
             .collect();
         dead_letter::bury(&txn, &self.subscription, &dead).await?;
+        failpoint!("consumer.before_commit")?;
         txn.commit().await?;
+        failpoint!("consumer.after_commit")?;
 
         for letter in &dead {
             error!(
@@ -376,6 +385,9 @@ impl Consumer {
                 debug!(error = format!("{error:#}"), "An ack could not be sent");
             }
         }
+        if failpoint!("consumer.before_last_ack").is_err() {
+            return;
+        }
         let result = match dead.get(&last.stream_sequence) {
             Some(verdict) => self.terminate(last.message, verdict).await,
             None => match tokio::time::timeout(LAST_ACK_TIMEOUT, last.message.double_ack()).await {
@@ -385,6 +397,9 @@ impl Consumer {
         };
         if let Err(error) = result {
             debug!(error = format!("{error:#}"), "The last ack of a batch was not confirmed");
+        }
+        if let Err(injected) = failpoint!("consumer.after_ack") {
+            debug!(error = %injected, "Nothing is left to fail");
         }
     }
 
@@ -421,7 +436,10 @@ enum Settled {
 /// and would fail every time.
 fn is_transient(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
-        cause.is::<LostRace>() || cause.is::<TookTooLong>() || cause.downcast_ref::<DbErr>().is_some_and(db::is_transient)
+        cause.is::<LostRace>()
+            || cause.is::<TookTooLong>()
+            || cause.is::<Injected>()
+            || cause.downcast_ref::<DbErr>().is_some_and(db::is_transient)
     })
 }
 

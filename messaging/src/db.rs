@@ -3,9 +3,10 @@
 use std::ops::ControlFlow;
 use std::time::Duration;
 
+use failpoint::Injected;
 use sea_orm::{
-    ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, RuntimeErr, SqlxError,
-    Statement, TransactionTrait, Value,
+    ConnAcquireErr, ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr,
+    RuntimeErr, SqlxError, Statement, TransactionTrait, Value,
 };
 use sea_orm_migration::MigratorTrait;
 use time::OffsetDateTime;
@@ -134,6 +135,11 @@ fn sqlstate(error: &DbErr) -> Option<String> {
         return None;
     };
     inner.as_database_error()?.code().map(|code| code.into_owned())
+}
+
+/// What a failpoint injects, as the database would say it.
+pub fn injected(_: Injected) -> DbErr {
+    DbErr::ConnectionAcquire(ConnAcquireErr::Timeout)
 }
 
 /// Runs `statement` inside a transaction and says how many rows it touched.

@@ -9,6 +9,7 @@ use async_nats::HeaderMap;
 use async_nats::jetstream::context::{PublishAckFuture, PublishError, PublishErrorKind};
 use async_nats::jetstream::message::PublishMessage;
 use async_nats::jetstream::stream;
+use failpoint::failpoint;
 use futures_util::future::join_all;
 use sea_orm::{DatabaseConnection, TransactionTrait};
 use serde_json::{Map, Value as Json};
@@ -133,6 +134,7 @@ impl Relay {
             txn.rollback().await.context("the outbox cannot be read")?;
             return Ok(Step::default());
         }
+        failpoint!("relay.after_take")?;
         let mut sent = Vec::with_capacity(rows.len());
         let mut first_error = None;
         for row in &rows {
@@ -145,7 +147,9 @@ impl Relay {
                 }
             }
         }
+        failpoint!("relay.after_send")?;
         let answers = join_all(sent.into_iter().map(PublishAckFuture::into_future)).await;
+        failpoint!("relay.after_puback")?;
 
         let mut step = Step::default();
         let mut acknowledged = Vec::with_capacity(rows.len());
@@ -166,7 +170,9 @@ impl Relay {
         }
         outbox::mark_published(&txn, &acknowledged).await.context("published rows cannot be marked")?;
         outbox::count_attempt(&txn, &unacknowledged).await.context("attempts cannot be counted")?;
+        failpoint!("relay.before_commit")?;
         txn.commit().await.context("published rows cannot be marked")?;
+        failpoint!("relay.after_commit")?;
 
         step.published = acknowledged.len();
         step.failed = rows.len() - acknowledged.len();

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::ops::ControlFlow;
 
+use failpoint::failpoint;
 use sea_orm::{DatabaseConnection, DatabaseTransaction, EntityTrait as _, TransactionTrait as _};
 use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
@@ -52,8 +53,10 @@ pub(crate) async fn place(db: &DatabaseConnection, new: &[NewOrder]) -> Result<V
 }
 
 async fn place_once(db: &DatabaseConnection, new: &[NewOrder]) -> Result<Vec<Result<Placed, Error>>, Failure> {
+    failpoint!("place.before_begin").map_err(db::injected)?;
     let txn = db.begin().await?;
     let inserted = order::insert_new(&txn, new.iter().map(Model::from).collect()).await?;
+    failpoint!("place.after_orders").map_err(db::injected)?;
     let is_new = |one: &NewOrder| inserted.contains(&one.id.as_uuid());
 
     // A known key: the order it made, whoever of us or of another process made it.
@@ -71,7 +74,9 @@ async fn place_once(db: &DatabaseConnection, new: &[NewOrder]) -> Result<Vec<Res
         .filter(|one| is_new(one))
         .map(|one| Message::first(one.placed_event_id, &OrderPlaced::from(one), one.created_at, one.traceparent.as_deref()));
     outbox::enqueue(&txn, messages.collect()).await?;
+    failpoint!("place.before_commit").map_err(db::injected)?;
     db::commit(txn).await?;
+    failpoint!("place.after_commit").map_err(|injected| Failure::Unknown(db::injected(injected)))?;
 
     Ok(new
         .iter()
@@ -152,6 +157,7 @@ pub(crate) struct Settled {
 /// rows. May run again after a rollback; takes effect once, because only a NEW order is ended.
 pub(crate) async fn settle(txn: &DatabaseTransaction, batch: &[Received<PaymentSettled>]) -> anyhow::Result<Handled<Settled>> {
     let orders = order::lock(txn, batch.iter().map(|one| one.event.order_id.as_uuid()).collect()).await?;
+    failpoint!("settle.after_lock")?;
     let (endings, quarantined) = decide(batch, orders);
 
     let now = db::now();
@@ -174,6 +180,7 @@ pub(crate) async fn settle(txn: &DatabaseTransaction, batch: &[Received<PaymentS
         let ended = order::end(txn, &endings, now).await?;
         anyhow::ensure!(ended == endings.len() as u64, "orders that were locked while NEW are not: {ended} of {}", endings.len());
     }
+    failpoint!("settle.after_end")?;
     let effect = Settled { enqueued: !messages.is_empty(), final_orders: endings.iter().map(|ending| ending.id).collect() };
     outbox::enqueue(txn, messages).await?;
     Ok(Handled { quarantined, effect })

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use failpoint::failpoint;
 use messaging::db::{self, sql};
 use messaging::outbox::{self, Message};
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, TransactionTrait as _};
@@ -81,12 +82,15 @@ impl Reconciler {
             txn.rollback().await?;
             return Ok(0);
         }
+        failpoint!("reconcile.after_lock")?;
         let now = db::now();
         let requests: Vec<Message> = due.iter().map(|order| request(order, now)).collect::<anyhow::Result<_>>()?;
         let counted = order::count_ask(&txn, due.iter().map(|order| order.id).collect()).await?;
         anyhow::ensure!(counted == due.len() as u64, "orders that were locked while NEW are not");
         outbox::enqueue(&txn, requests).await?;
+        failpoint!("reconcile.before_commit")?;
         txn.commit().await?;
+        failpoint!("reconcile.after_commit")?;
         Ok(due.len())
     }
 }

@@ -2,6 +2,7 @@
 
 use std::ops::ControlFlow;
 
+use failpoint::failpoint;
 use messaging::db::{self, Failure, Retry};
 use sea_orm::{ActiveValue::Set, DatabaseConnection, DbErr, EntityTrait as _, TransactionTrait as _, TryInsertResult};
 use sha2::{Digest, Sha256};
@@ -62,7 +63,9 @@ async fn open_once(db: &DatabaseConnection, new: &NewAccount) -> Result<Result<(
         _ if same_key => Delivery::Replayed,
         _ => return Ok(Err(Error::AccountExists)),
     };
+    failpoint!("account.before_commit").map_err(db::injected)?;
     db::commit(txn).await?;
+    failpoint!("account.after_commit").map_err(|injected| Failure::Unknown(db::injected(injected)))?;
     Ok(Ok((stored, delivery)))
 }
 
@@ -101,6 +104,7 @@ async fn top_up_once(db: &DatabaseConnection, new: &NewDeposit) -> Result<Result
         return Ok(Err(Error::BalanceLimit));
     };
     account::add(&txn, user_id, amount).await?;
+    failpoint!("deposit.after_add").map_err(db::injected)?;
     let deposit = transfer::Deposit {
         id: new.id,
         user_id,
@@ -112,7 +116,9 @@ async fn top_up_once(db: &DatabaseConnection, new: &NewDeposit) -> Result<Result
         created_at: new.created_at,
     };
     let stored = transfer::insert_deposit(&txn, deposit).await?;
+    failpoint!("deposit.before_commit").map_err(db::injected)?;
     db::commit(txn).await?;
+    failpoint!("deposit.after_commit").map_err(|injected| Failure::Unknown(db::injected(injected)))?;
     Ok(Ok((stored, Delivery::First)))
 }
 

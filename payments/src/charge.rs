@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
+use failpoint::failpoint;
 use sea_orm::DatabaseTransaction;
 use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
@@ -24,6 +25,7 @@ use crate::entity::transfer::{self, NewPayment};
 pub(crate) async fn charge(txn: &DatabaseTransaction, batch: &[Received<OrderPlaced>]) -> anyhow::Result<Handled<bool>> {
     // Accounts are locked first, so that of two workers with the same order the second reads what the first decided.
     let funds = account::lock(txn, batch.iter().map(|one| one.event.user_id.to_string()).collect()).await?;
+    failpoint!("charge.after_lock")?;
     let decided = payment::find_all(txn, batch.iter().map(|one| one.event.order_id.as_uuid()).collect()).await?;
     let plan = decide(
         batch,
@@ -44,6 +46,7 @@ pub(crate) async fn charge(txn: &DatabaseTransaction, batch: &[Received<OrderPla
         if payment::insert_new(txn, rows).await? != plan.decisions.len() as u64 {
             return Err(LostRace("a payment decision").into());
         }
+        failpoint!("charge.after_decisions")?;
         let payments = plan.payments();
         if !payments.is_empty() {
             let withdrawals = plan.withdrawals();
@@ -53,7 +56,9 @@ pub(crate) async fn charge(txn: &DatabaseTransaction, batch: &[Received<OrderPla
                 withdrawn == accounts,
                 "an account that was locked with enough money has none: {withdrawn} of {accounts}"
             );
+            failpoint!("charge.after_withdrawal")?;
             transfer::insert_payments(txn, &payments).await?;
+            failpoint!("charge.after_transfers")?;
         }
     }
     if !plan.asked_again.is_empty() {

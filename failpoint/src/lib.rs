@@ -1,0 +1,139 @@
+//! Named places between two steps that touch the outside, where a test makes the process die, fail or freeze.
+//!
+//! Only in debug builds, and only where `GOZON_FAILPOINT` names one: `relay.after_send=kill`. A release build has no
+//! trace of them, not even their names.
+
+#![warn(missing_docs)]
+
+use std::fmt;
+
+/// Every failpoint, with the services that have it. The kill matrix runs each; a name that is not here does not compile.
+pub const ALL: &[(&str, &[&str])] = &[
+    ("gateway.before_forward", &["gateway"]),
+    ("gateway.after_forward", &["gateway"]),
+    ("place.before_begin", &["orders"]),
+    ("place.after_orders", &["orders"]),
+    ("place.before_commit", &["orders"]),
+    ("place.after_commit", &["orders"]),
+    ("relay.after_take", &["orders", "payments"]),
+    ("relay.after_send", &["orders", "payments"]),
+    ("relay.after_puback", &["orders", "payments"]),
+    ("relay.before_commit", &["orders", "payments"]),
+    ("relay.after_commit", &["orders", "payments"]),
+    ("consumer.after_fetch", &["orders", "payments"]),
+    ("consumer.after_inbox", &["orders", "payments"]),
+    ("consumer.after_handle", &["orders", "payments"]),
+    ("consumer.before_commit", &["orders", "payments"]),
+    ("consumer.after_commit", &["orders", "payments"]),
+    ("consumer.before_last_ack", &["orders", "payments"]),
+    ("consumer.after_ack", &["orders", "payments"]),
+    ("charge.after_lock", &["payments"]),
+    ("charge.after_decisions", &["payments"]),
+    ("charge.after_withdrawal", &["payments"]),
+    ("charge.after_transfers", &["payments"]),
+    ("settle.after_lock", &["orders"]),
+    ("settle.after_end", &["orders"]),
+    ("reconcile.after_lock", &["orders"]),
+    ("reconcile.before_commit", &["orders"]),
+    ("reconcile.after_commit", &["orders"]),
+    ("account.before_commit", &["payments"]),
+    ("account.after_commit", &["payments"]),
+    ("deposit.after_add", &["payments"]),
+    ("deposit.before_commit", &["payments"]),
+    ("deposit.after_commit", &["payments"]),
+];
+
+/// The environment variable that names a failpoint and what happens there.
+pub const VARIABLE: &str = "GOZON_FAILPOINT";
+
+/// Whether `name` is listed. For the check at compile time.
+pub const fn is_listed(name: &str) -> bool {
+    let mut index = 0;
+    while index < ALL.len() {
+        if same(ALL[index].0.as_bytes(), name.as_bytes()) {
+            return true;
+        }
+        index += 1;
+    }
+    false
+}
+
+const fn same(a: &[u8], b: &[u8]) -> bool {
+    if a.len() != b.len() {
+        return false;
+    }
+    let mut index = 0;
+    while index < a.len() {
+        if a[index] != b[index] {
+            return false;
+        }
+        index += 1;
+    }
+    true
+}
+
+/// A failure that a test has ordered.
+#[derive(Debug)]
+pub struct Injected(pub &'static str);
+
+impl fmt::Display for Injected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "failpoint {}", self.0)
+    }
+}
+
+impl std::error::Error for Injected {}
+
+/// A place where the process may be made to die, fail (`Err(Injected)`) or freeze. In a release build always `Ok(())`.
+#[macro_export]
+macro_rules! failpoint {
+    ($name:literal) => {{
+        const { assert!($crate::is_listed($name), "this failpoint is not in failpoint::ALL") };
+        #[cfg(debug_assertions)]
+        let outcome = $crate::hit($name);
+        #[cfg(not(debug_assertions))]
+        let outcome = Ok::<(), $crate::Injected>(());
+        outcome
+    }};
+}
+
+/// Does what the environment orders for this place, the first time it is reached.
+#[cfg(debug_assertions)]
+pub fn hit(name: &'static str) -> Result<(), Injected> {
+    use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use rustix::process::{Signal, getpid, kill_process};
+
+    static ORDERED: OnceLock<Option<(String, String)>> = OnceLock::new();
+    static DONE: AtomicBool = AtomicBool::new(false);
+    let ordered = ORDERED.get_or_init(|| {
+        let order = std::env::var(VARIABLE).ok()?;
+        order.split_once('=').map(|(name, action)| (name.to_owned(), action.to_owned()))
+    });
+    let Some((_, action)) = ordered.as_ref().filter(|(ordered, _)| ordered == name) else { return Ok(()) };
+    if DONE.swap(true, Ordering::SeqCst) {
+        return Ok(());
+    }
+    tracing::warn!(failpoint = name, action, "Failpoint reached");
+    let signal = match action.as_str() {
+        "kill" => Signal::KILL,
+        "pause" => Signal::STOP,
+        _ => return Err(Injected(name)),
+    };
+    // Sending a signal to oneself cannot fail for want of permission.
+    let _ = kill_process(getpid(), signal);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_listed_names_are_known() {
+        assert!(is_listed("relay.after_send"));
+        assert!(!is_listed("relay.after_sen") && !is_listed("relay.after_sends") && !is_listed(""));
+        assert!(failpoint!("relay.after_send").is_ok(), "nothing is ordered");
+    }
+}
