@@ -80,6 +80,12 @@ check:
     cargo fmt --all --check
     cargo clippy --locked --workspace --all-targets -- -D warnings
 
+# Kill, fail and freeze every process at every named place; NAME selects some
+[group('check')]
+kill-matrix *arguments:
+    cargo build --locked --workspace --bins
+    ./dev env ${CARGO_TARGET_DIR:-target}/debug/kill-matrix {{ arguments }}
+
 # Format the code
 [group('check')]
 fmt:

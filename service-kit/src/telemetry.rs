@@ -28,6 +28,8 @@ pub fn init(format: LogFormat, filter: &str) -> anyhow::Result<()> {
         LogFormat::Text => fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal()).boxed(),
         LogFormat::Json => fmt::layer().json().flatten_event(true).with_writer(std::io::stderr).boxed(),
     };
-    tracing_subscriber::registry().with(layer.with_filter(filter)).try_init()?;
+    // The filter stands before all layers. As the filter of one layer it drops lines now and then: a library that only
+    // asks whether something is enabled (sqlx does, for each statement) leaves its answer behind for the next event.
+    tracing_subscriber::registry().with(filter).with(layer).try_init()?;
     Ok(())
 }

@@ -122,9 +122,16 @@ impl System {
 
     /// Starts a part.
     pub fn spawn(&mut self, name: &str) -> anyhow::Result<()> {
+        self.spawn_with(name, &[])
+    }
+
+    /// Starts a part with more environment, this once.
+    pub fn spawn_with(&mut self, name: &str, environment: &[(&str, &str)]) -> anyhow::Result<()> {
         let name = known(name)?;
         ensure!(self.processes.get_mut(name).is_none_or(|process| process.ended().is_some()), "{name} runs already");
-        self.processes.insert(name, Process::start(&self.program(name))?);
+        let mut program = self.program(name);
+        program.environment.extend(environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        self.processes.insert(name, Process::start(&program)?);
         Ok(())
     }
 
@@ -230,8 +237,16 @@ impl System {
         if process.ended().is_some() { None } else { Some(process.pid()) }
     }
 
+    /// Whether a part is paused (SIGSTOP), by us or by itself.
+    pub fn is_paused(&mut self, name: &str) -> bool {
+        let Some(pid) = self.pid(name) else { return false };
+        // The state stands behind the name of the program, which is in parentheses.
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
+    }
+
     /// How a part that was started ended, if it did.
-    pub(crate) fn ended(&mut self, name: &str) -> Option<std::process::ExitStatus> {
+    pub fn ended(&mut self, name: &str) -> Option<std::process::ExitStatus> {
         self.processes.get_mut(known(name).ok()?)?.ended()
     }
 

@@ -305,12 +305,17 @@ impl TestStack {
 
     /// Starts everything, with more environment for our own programs.
     pub async fn start_with(environment: Vec<(String, String)>) -> anyhow::Result<Self> {
-        let folder = TemporaryFolder::new()?;
-        let place = Place::open(folder.path())?;
         // Tests live in target/PROFILE/deps, programs in target/PROFILE.
         let test = std::env::current_exe()?;
-        let binaries = test.ancestors().nth(2).context("a test is in target/PROFILE/deps")?.to_owned();
-        let options = Options { ports: Ports::free()?, binaries, environment };
+        let binaries = test.ancestors().nth(2).context("a test is in target/PROFILE/deps")?;
+        Self::start_in(binaries, environment).await
+    }
+
+    /// The same with our own programs from `binaries`.
+    pub async fn start_in(binaries: &Path, environment: Vec<(String, String)>) -> anyhow::Result<Self> {
+        let folder = TemporaryFolder::new()?;
+        let place = Place::open(folder.path())?;
+        let options = Options { ports: Ports::free()?, binaries: binaries.to_owned(), environment };
         let mut system = System::prepare(&Tools::find()?, place, options).await?;
         system.start_all(|_, _| {}).await?;
         Ok(Self { system, _folder: folder })

@@ -103,16 +103,7 @@ async fn rows(db: &DatabaseConnection, sql: &str) -> Vec<QueryResult> {
     db.query_all_raw(Statement::from_string(DbBackend::Postgres, sql)).await.unwrap()
 }
 
-/// Sends a POST with a key of its own again and again, until the answer is not "away" any more.
+/// Sends a POST with a key of its own again and again, until it is done.
 pub(crate) async fn until_done(http: &Http, path: &str, body: &Value) -> Answer {
-    let key = Uuid::new_v4().to_string();
-    eventually("the request is done", SOON, async || {
-        let answer = http.post(path, Some(&key), body).await.ok()?;
-        match answer.status {
-            201 => Some(answer),
-            503 => None,
-            other => panic!("{other} for {path} {body}: {}", answer.text()),
-        }
-    })
-    .await
+    e2e::until_done(http, path, body, SOON).await.unwrap()
 }

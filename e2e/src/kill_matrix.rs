@@ -1,0 +1,222 @@
+//! `just kill-matrix`: at every named place between two steps, the process is killed, made to fail, and frozen, while
+//! orders run. After each, everything must be settled and the books must be right. Ends with a table.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use clap::Parser;
+use e2e::until_done;
+use futures_util::future::try_join_all;
+use ops::audit::{self, Databases};
+use serde_json::{Value, json};
+use stack::http::Http;
+use stack::testing::TestStack;
+use tokio::time::Instant;
+
+const ACTIONS: [&str; 3] = ["kill", "error", "pause"];
+/// As short as makes sense, so that healing does not take longer than a person waits.
+const ACK_WAIT: Duration = Duration::from_millis(1000);
+const TIMERS: [(&str, &str); 3] =
+    [("GOZON_ACK_WAIT_MS", "1000"), ("GOZON_ASK_AGAIN_MS", "1000"), ("GOZON_ASK_AGAIN_MAX_MS", "4000")];
+const WITHIN: Duration = Duration::from_secs(40);
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Kills, fails and freezes every process at every named place.
+#[derive(Parser)]
+struct Arguments {
+    /// Only failpoints whose name contains this.
+    #[arg(default_value = "")]
+    only: String,
+    /// Only this action: kill, error or pause.
+    #[arg(long)]
+    action: Option<String>,
+}
+
+struct Run {
+    service: &'static str,
+    failpoint: &'static str,
+    action: &'static str,
+    result: anyhow::Result<()>,
+    took: Duration,
+}
+
+// One thread: the processes of a stack end when the thread that started them does.
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> anyhow::Result<ExitCode> {
+    let arguments = Arguments::parse();
+    let mut runs: Vec<(&str, &str, &str)> = Vec::new();
+    for (failpoint, services) in failpoint::ALL.iter().filter(|(name, _)| name.contains(&arguments.only)) {
+        for service in *services {
+            runs.extend(ACTIONS.map(|action| (*service, *failpoint, action)));
+        }
+    }
+    runs.retain(|(_, _, action)| arguments.action.as_deref().is_none_or(|wanted| wanted == *action));
+    ensure!(!runs.is_empty(), "no failpoint is named like {:?}", arguments.only);
+
+    let timers = TIMERS.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
+    let binaries = std::env::current_exe()?.parent().context("this program is in a folder")?.to_owned();
+    let mut matrix = Matrix { stack: TestStack::start_in(&binaries, timers).await?, customer: 0, orders: 0 };
+    let total = runs.len();
+    let mut results = Vec::with_capacity(total);
+    for (number, (service, failpoint, action)) in runs.into_iter().enumerate() {
+        let begun = Instant::now();
+        let result = matrix.run(service, failpoint, action).await;
+        let run = Run { service, failpoint, action, result, took: begun.elapsed() };
+        let verdict = run.result.as_ref().map_or_else(|error| format!("FAILED: {error:#}"), |()| "ok".to_owned());
+        println!(
+            "{:>3}/{total} {:<9} {:<28} {:<6} {:>5.1} s  {verdict}",
+            number + 1,
+            run.service,
+            run.failpoint,
+            run.action,
+            run.took.as_secs_f32()
+        );
+        results.push(run);
+    }
+    println!("\n{}", table(&results));
+    let failed = results.iter().filter(|run| run.result.is_err()).count();
+    let took: Duration = results.iter().map(|run| run.took).sum();
+    println!(
+        "{} runs, {} orders, {failed} failed, {:.0} s. After each: everything final, books right, nothing dead-lettered.",
+        results.len(),
+        matrix.orders,
+        took.as_secs_f32()
+    );
+    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn table(results: &[Run]) -> String {
+    let mut lines = vec![format!("{:<9} {:<28} {:>7} {:>7} {:>7}", "service", "failpoint", ACTIONS[0], ACTIONS[1], ACTIONS[2])];
+    for run in results {
+        let line = format!("{:<9} {:<28}", run.service, run.failpoint);
+        let cell = format!(" {:>7}", if run.result.is_ok() { "ok" } else { "FAILED" });
+        match lines.last_mut() {
+            Some(last) if last.starts_with(&line) => last.push_str(&cell),
+            _ => lines.push(line + &cell),
+        }
+    }
+    lines.join("\n")
+}
+
+struct Matrix {
+    stack: TestStack,
+    customer: u32,
+    orders: usize,
+}
+
+impl Matrix {
+    async fn run(&mut self, service: &'static str, failpoint: &'static str, action: &'static str) -> anyhow::Result<()> {
+        let system = &mut self.stack.system;
+        let log = system.place().log(service);
+        let log_begins = std::fs::metadata(&log).map_or(0, |metadata| metadata.len());
+        system.stop(service).await?;
+        system.spawn_with(service, &[(failpoint::VARIABLE, &format!("{failpoint}={action}"))])?;
+        // The reconciler has something to do only while nobody answers.
+        let nobody_answers = failpoint.starts_with("reconcile.");
+        if nobody_answers {
+            system.stop("payments").await?;
+        }
+
+        self.customer += 1;
+        let http = Http::new(system.address("gateway"));
+        let reached = || {
+            let log = std::fs::read(&log).unwrap_or_default();
+            let new = log.get(usize::try_from(log_begins).unwrap_or(0)..).unwrap_or_default();
+            String::from_utf8_lossy(new).contains(&format!("failpoint=\"{failpoint}\""))
+        };
+        let customer = format!("customer-{}", self.customer);
+        let mut shopping = std::pin::pin!(shopping(&http, &customer, nobody_answers));
+        let deadline = Instant::now() + WITHIN;
+        let mut frozen_since: Option<Instant> = None;
+        loop {
+            tokio::select! {
+                done = &mut shopping => break done?,
+                () = tokio::time::sleep(LOOK_INTERVAL) => {}
+            }
+            ensure!(Instant::now() < deadline, "not settled within {WITHIN:?}; failpoint reached: {}", reached());
+            // A process that died is started again, one that froze goes on when others have taken over its messages.
+            if system.ended(service).is_some() {
+                system.spawn(service)?;
+            } else if system.is_paused(service) {
+                let since = *frozen_since.get_or_insert_with(Instant::now);
+                if since.elapsed() > ACK_WAIT * 3 / 2 {
+                    system.resume(service)?;
+                    frozen_since = None;
+                }
+            }
+            if nobody_answers && reached() && system.pid("payments").is_none() {
+                system.spawn("payments")?;
+            }
+        }
+        self.orders += if nobody_answers { 1 } else { 5 };
+        ensure!(reached(), "the failpoint was not reached: the run proves nothing");
+        // What comes after the last step (the failpoint behind the last ack) may still be going on.
+        if self.stack.system.is_paused(service) {
+            self.stack.system.resume(service)?;
+        }
+        if self.stack.system.ended(service).is_some() {
+            self.stack.system.spawn(service)?;
+        }
+        self.stack.system.until_ready(service).await?;
+        self.audit().await
+    }
+
+    async fn audit(&self) -> anyhow::Result<()> {
+        let postgres = self.stack.system.postgres();
+        let databases = Databases { orders: postgres.connect("orders").await?, payments: postgres.connect("payments").await? };
+        let options = audit::Options { grace: Duration::from_secs(2), late_after: Duration::ZERO, stuck_after: Duration::ZERO };
+        let report = audit::audit(&databases, options).await?;
+        databases.orders.close().await?;
+        databases.payments.close().await?;
+        let findings: Vec<String> =
+            report.findings.iter().map(|finding| format!("{} {} {}", finding.kind, finding.id, finding.detail)).collect();
+        ensure!(findings.is_empty(), "{}", findings.join("; "));
+        ensure!(report.orders == self.orders as u64, "{} orders are there, {} were placed", report.orders, self.orders);
+        Ok(())
+    }
+}
+
+/// A customer with money for three of five orders, who never gives up and never sends a key twice for two things.
+/// With `one` only one order, without money.
+async fn shopping(http: &Http, customer: &str, one: bool) -> anyhow::Result<()> {
+    let order = async |amount: i64| {
+        let placed = until_done(http, "/v1/orders", &json!({ "user_id": customer, "amount": amount }), WITHIN).await?;
+        let path = format!("/v1/orders/{}", placed.json()["id"].as_str().context("an order has an id")?);
+        until_final(http, &path).await
+    };
+    if one {
+        let ended = order(30).await?;
+        ensure!(ended["reason"] == "no_account", "it ended as {ended}");
+        return Ok(());
+    }
+    until_done(http, "/v1/accounts", &json!({ "user_id": customer }), WITHIN).await?;
+    until_done(http, &format!("/v1/accounts/{customer}/deposits"), &json!({ "amount": 100 }), WITHIN).await?;
+    let ended = try_join_all((0..5).map(|_| order(30))).await?;
+    let finished = ended.iter().filter(|order| order["status"] == "FINISHED").count();
+    ensure!(finished == 3, "{finished} of 5 orders are paid, with money for 3");
+    let balance = until_answered(http, &format!("/v1/accounts/{customer}")).await?["balance"].clone();
+    ensure!(balance == 10, "the balance is {balance}, not 10");
+    Ok(())
+}
+
+async fn until_final(http: &Http, path: &str) -> anyhow::Result<Value> {
+    loop {
+        let order = until_answered(http, path).await?;
+        if order["status"] != "NEW" {
+            return Ok(order);
+        }
+        tokio::time::sleep(LOOK_INTERVAL).await;
+    }
+}
+
+async fn until_answered(http: &Http, path: &str) -> anyhow::Result<Value> {
+    let deadline = Instant::now() + WITHIN;
+    loop {
+        match http.get(path).await {
+            Ok(answer) if answer.status == 200 => return Ok(answer.json()),
+            answer if Instant::now() > deadline => anyhow::bail!("{path}: {answer:?}"),
+            _ => tokio::time::sleep(LOOK_INTERVAL).await,
+        }
+    }
+}
