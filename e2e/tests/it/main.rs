@@ -4,5 +4,6 @@
 
 mod checkout;
 mod faults;
+mod kill_matrix;
 mod permissions;
 mod shop;
