@@ -54,6 +54,11 @@ psql database='orders' *arguments:
 audit *arguments:
     ./dev env recipes/gozon.sh audit {{ arguments }}
 
+# The operator's tool: audit, order ID, outbox, topology, dlq ls|show|replay|drop
+[group('look')]
+gozon *arguments='--help':
+    ./dev env recipes/gozon.sh {{ arguments }}
+
 # List the streams
 [group('look')]
 streams:

@@ -7,5 +7,7 @@ secret() { python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.
 port=$((54320 + ${GOZON_PORT_OFFSET:-0}))
 GOZON_ORDERS_DATABASE_URL=postgres://orders:$(secret postgres_orders)@127.0.0.1:$port/orders
 GOZON_PAYMENTS_DATABASE_URL=postgres://payments:$(secret postgres_payments)@127.0.0.1:$port/payments
-export GOZON_ORDERS_DATABASE_URL GOZON_PAYMENTS_DATABASE_URL
+NATS_URL=nats://127.0.0.1:$((4222 + ${GOZON_PORT_OFFSET:-0}))
+NATS_OPS_PASSWORD=$(secret nats_ops)
+export GOZON_ORDERS_DATABASE_URL GOZON_PAYMENTS_DATABASE_URL NATS_URL NATS_OPS_PASSWORD
 exec cargo run --quiet --locked --package ops --bin gozon -- "$@"

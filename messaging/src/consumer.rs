@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use async_nats::HeaderMap;
 use async_nats::jetstream::consumer::PullConsumer;
 use async_nats::jetstream::consumer::pull::{MessagesErrorKind, Stream};
 use async_nats::jetstream::{AckKind, Message};
@@ -456,8 +457,8 @@ struct Incoming<'a, E> {
 impl<'a, E: Event + Clone + PartialEq> Incoming<'a, E> {
     fn decode(message: &'a Message) -> Self {
         let (stream_sequence, delivered) = message.info().map_or((0, 0), |info| (info.stream_sequence, info.delivered));
-        let event_id = text_header(message, header::ID).and_then(|id| id.parse::<EventId>().ok());
-        let content = read(message, event_id).map_err(Verdict::Poison);
+        let event_id = text_header(message.headers.as_ref(), header::ID).and_then(|id| id.parse::<EventId>().ok());
+        let content = read(message.headers.as_ref(), &message.payload).map_err(Verdict::Poison);
         Self { message, stream_sequence, delivered, event_id: event_id.map(EventId::as_uuid), content }
     }
 
@@ -487,14 +488,14 @@ impl<'a, E: Event + Clone + PartialEq> Incoming<'a, E> {
     }
 }
 
-fn text_header<'a>(message: &'a Message, name: &str) -> Option<&'a str> {
-    Some(message.headers.as_ref()?.get(name)?.as_str())
+fn text_header<'a>(headers: Option<&'a HeaderMap>, name: &str) -> Option<&'a str> {
+    Some(headers?.get(name)?.as_str())
 }
 
-fn read<E: Event>(message: &Message, event_id: Option<EventId>) -> Result<Received<E>, String> {
-    let required = |name: &str| text_header(message, name).ok_or_else(|| format!("header {name} is missing"));
-    required(header::ID)?;
-    let event_id = event_id.ok_or_else(|| format!("header {} is no UUID", header::ID))?;
+/// Reads a message strictly; says in words what is wrong with it. What this refuses is poison.
+pub fn read<E: Event>(headers: Option<&HeaderMap>, payload: &[u8]) -> Result<Received<E>, String> {
+    let required = |name: &str| text_header(headers, name).ok_or_else(|| format!("header {name} is missing"));
+    let event_id: EventId = required(header::ID)?.parse().map_err(|_| format!("header {} is no UUID", header::ID))?;
     let version = required(header::SPEC_VERSION)?;
     if version != SPEC_VERSION {
         return Err(format!("CloudEvents version {version:?} is not known, only {SPEC_VERSION}"));
@@ -503,16 +504,16 @@ fn read<E: Event>(message: &Message, event_id: Option<EventId>) -> Result<Receiv
     if kind != E::TYPE {
         return Err(format!("type {kind:?} is not known here, only {}", E::TYPE));
     }
-    let ask = match text_header(message, header::ASK) {
+    let ask = match text_header(headers, header::ASK) {
         None => 0,
         Some(text) => text.parse().map_err(|_| format!("header {} is no number: {text:?}", header::ASK))?,
     };
-    let event: E = serde_json::from_slice(&message.payload).map_err(|error| format!("the body is no {}: {error}", E::TYPE))?;
+    let event: E = serde_json::from_slice(payload).map_err(|error| format!("the body is no {}: {error}", E::TYPE))?;
     let order_id = required(header::SUBJECT)?;
     if order_id != event.order_id().to_string() {
         return Err(format!("header {} names order {order_id:?}, the body order {}", header::SUBJECT, event.order_id()));
     }
-    let traceparent = text_header(message, header::TRACEPARENT).map(str::to_owned);
+    let traceparent = text_header(headers, header::TRACEPARENT).map(str::to_owned);
     Ok(Received { event, event_id, ask, first: false, traceparent })
 }
 

@@ -170,6 +170,22 @@ pub async fn commit(txn: DatabaseTransaction) -> Result<(), Failure> {
     })
 }
 
+/// Runs a query that only reads, again while its errors are transient, for a bounded time: a connection that the server
+/// has closed shows only when it is used.
+pub async fn read<T, F>(mut query: impl FnMut() -> F) -> Result<T, DbErr>
+where
+    F: Future<Output = Result<T, DbErr>>,
+{
+    let mut retry = Retry::begin();
+    loop {
+        match retry.settle(query().await.map_err(Failure::NotDone)).await {
+            ControlFlow::Break(Ok(value)) => return Ok(value),
+            ControlFlow::Break(Err(Failure::NotDone(error) | Failure::Unknown(error))) => return Err(error),
+            ControlFlow::Continue(()) => {}
+        }
+    }
+}
+
 /// Tries a transaction again while its errors are transient, for a bounded time.
 ///
 /// ```ignore

@@ -3,9 +3,11 @@
 //! *Poison* could not be handled: undecodable, unknown version, data that the database refuses. *Quarantine* could,
 //! but contradicts what is already decided, and must never be applied by itself.
 
-use async_nats::HeaderMap;
+use std::str::FromStr as _;
+
+use async_nats::{HeaderMap, HeaderName, HeaderValue};
 use sea_orm::entity::prelude::*;
-use sea_orm::{DatabaseTransaction, DbErr, FromQueryResult};
+use sea_orm::{DatabaseConnection, DatabaseTransaction, DbErr, FromQueryResult};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
@@ -55,9 +57,45 @@ pub struct Model {
     pub created_at: TimeDateTimeWithTimeZone,
     /// When it last came.
     pub last_seen_at: TimeDateTimeWithTimeZone,
+    /// How often an operator sent it again.
+    pub replays: i32,
+    /// When that was last done. If it came back later, the replay did not help.
+    pub replayed_at: Option<TimeDateTimeWithTimeZone>,
 }
 
 impl ActiveModelBehavior for ActiveModel {}
+
+impl Model {
+    /// The message as it was received, to be sent again: the same fact under a message id that the broker has never
+    /// seen, so that its memory of ids cannot swallow it.
+    pub fn message(&self) -> (HeaderMap, Vec<u8>) {
+        let mut headers = HeaderMap::new();
+        for line in String::from_utf8_lossy(&self.headers).lines() {
+            let Some((name, value)) = line.split_once(": ").filter(|(name, _)| *name != header::MESSAGE_ID) else { continue };
+            if let (Ok(name), Ok(value)) = (HeaderName::from_str(name), HeaderValue::from_str(value)) {
+                headers.append(name, value);
+            }
+        }
+        let fact = self.event_id.map_or_else(|| self.id.to_string(), |event_id| event_id.to_string());
+        headers.insert(header::MESSAGE_ID, format!("{fact}.d{}", Uuid::new_v4().simple()));
+        (headers, self.payload.clone())
+    }
+
+    /// Whether it waits for a person: never sent again, or back since.
+    pub fn waits(&self) -> bool {
+        self.replayed_at.is_none_or(|replayed_at| self.last_seen_at > replayed_at)
+    }
+}
+
+/// Notes that a dead letter was sent again.
+pub async fn note_replay(db: &DatabaseConnection, id: Uuid) -> Result<(), DbErr> {
+    db.execute_raw(sql(
+        "UPDATE dead_letters SET replays = replays + 1, replayed_at = clock_timestamp() WHERE id = $1",
+        [id.into()],
+    ))
+    .await?;
+    Ok(())
+}
 
 /// Why a message is a dead letter.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -137,7 +175,7 @@ pub(crate) async fn bury(txn: &DatabaseTransaction, subscription: &Subscription,
             "INSERT INTO dead_letters (id, consumer, message_key, kind, cause, event_id, order_id, subject, stream,
                                        stream_sequence, delivered, headers, payload)
              VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)
-             ON CONFLICT (consumer, message_key) DO UPDATE SET times = dead_letters.times + 1, last_seen_at = now()
+             ON CONFLICT (consumer, message_key) DO UPDATE SET times = dead_letters.times + 1, last_seen_at = clock_timestamp(), cause = EXCLUDED.cause
              RETURNING id, times = 1 AS is_new",
             [
                 Uuid::now_v7().into(),

@@ -73,6 +73,8 @@ CREATE TABLE dead_letters (
     times           integer     NOT NULL DEFAULT 1,
     created_at      timestamptz NOT NULL DEFAULT now(),
     last_seen_at    timestamptz NOT NULL DEFAULT now(),
+    replays         integer     NOT NULL DEFAULT 0,
+    replayed_at     timestamptz,
     UNIQUE (consumer, message_key)
 );
 "#;

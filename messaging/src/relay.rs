@@ -1,14 +1,15 @@
 //! Publishes outbox rows and marks exactly those that the broker acknowledged. Knows rows and subjects, no events.
 
 use std::collections::HashMap;
+use std::str::FromStr as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use async_nats::HeaderMap;
 use async_nats::jetstream::context::{PublishAckFuture, PublishError, PublishErrorKind};
 use async_nats::jetstream::message::PublishMessage;
 use async_nats::jetstream::stream;
+use async_nats::{HeaderMap, HeaderName, HeaderValue};
 use failpoint::failpoint;
 use futures_util::future::join_all;
 use sea_orm::{DatabaseConnection, TransactionTrait};
@@ -221,8 +222,10 @@ fn message_headers(row: &Pending) -> HeaderMap {
     match serde_json::from_str::<Map<String, Json>>(&row.headers) {
         Ok(stored) => {
             for (name, value) in stored {
-                if let Json::String(value) = value {
-                    headers.insert(name, value);
+                // Checked, since the client panics on what is no header.
+                match (HeaderName::from_str(&name), value.as_str().map(HeaderValue::from_str)) {
+                    (Ok(name), Some(Ok(value))) => headers.insert(name, value),
+                    _ => error!(event.id = %row.event_id, header = name, "Outbox row with something that is no header; left out"),
                 }
             }
         }

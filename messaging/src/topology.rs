@@ -114,7 +114,8 @@ fn event_stream(name: &str, subjects: &str, max_bytes: i64, settings: &TopologyS
     }
 }
 
-fn consumer_config(subscription: &Subscription, settings: &TopologySettings) -> pull::Config {
+/// How the durable of a subscription is made.
+pub fn consumer_config(subscription: &Subscription, settings: &TopologySettings) -> pull::Config {
     pull::Config {
         durable_name: Some(subscription.consumer.to_owned()),
         name: Some(subscription.consumer.to_owned()),

@@ -1,3 +1,5 @@
 //! The operator's tool `gozon`, and the checker behind it: whether what the two databases say fits together.
 
 pub mod audit;
+pub mod dlq;
+pub mod look;

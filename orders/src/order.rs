@@ -135,12 +135,12 @@ fn request_hash(new: &NewOrder) -> Vec<u8> {
 }
 
 pub(crate) async fn find(db: &DatabaseConnection, id: OrderId) -> Result<Model, Error> {
-    order::Entity::find_by_id(id.as_uuid()).one(db).await?.ok_or(Error::OrderNotFound)
+    db::read(|| order::Entity::find_by_id(id.as_uuid()).one(db)).await?.ok_or(Error::OrderNotFound)
 }
 
 /// A page of orders, newest first, and whether there are more.
 pub(crate) async fn list(db: &DatabaseConnection, filter: Filter, limit: usize) -> Result<(Vec<Model>, bool), Error> {
-    let mut orders = order::list(db, filter, limit as u64 + 1).await?;
+    let mut orders = db::read(|| order::list(db, filter.clone(), limit as u64 + 1)).await?;
     let more = orders.len() > limit;
     orders.truncate(limit);
     Ok((orders, more))

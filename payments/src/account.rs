@@ -70,7 +70,7 @@ async fn open_once(db: &DatabaseConnection, new: &NewAccount) -> Result<Result<(
 }
 
 pub(crate) async fn find(db: &DatabaseConnection, user_id: &UserId) -> Result<account::Model, Error> {
-    account::Entity::find_by_id(user_id.to_string()).one(db).await?.ok_or(Error::AccountNotFound)
+    db::read(|| account::Entity::find_by_id(user_id.to_string()).one(db)).await?.ok_or(Error::AccountNotFound)
 }
 
 /// Adds money, or finds that this key added it before.

@@ -40,7 +40,9 @@ pub(super) async fn check(databases: &Databases, options: Options, report: &mut 
          FROM outbox WHERE published_at IS NULL AND created_at < now() - make_interval(secs => {})",
         options.late_after.as_secs_f64()
     );
-    let dead = "SELECT id::text AS id, format('%s at %s: %s', kind, consumer, cause) AS detail FROM dead_letters";
+    // One that was sent again and did not come back is dealt with.
+    let dead = "SELECT id::text AS id, format('%s at %s: %s', kind, consumer, cause) AS detail FROM dead_letters
+                WHERE replayed_at IS NULL OR last_seen_at > replayed_at";
     for db in [&databases.orders, &databases.payments] {
         find(db, Kind::LatePublication, &late, report).await?;
         find(db, Kind::DeadLetter, dead, report).await?;

@@ -233,7 +233,7 @@ async fn quarantined(databases: &Databases) -> Result<std::collections::HashSet<
     let mut ids = std::collections::HashSet::new();
     for db in [&databases.orders, &databases.payments] {
         let about: Vec<About> =
-            rows(db, "SELECT DISTINCT order_id FROM dead_letters WHERE order_id IS NOT NULL", Vec::new()).await?;
+            rows(db, "SELECT DISTINCT order_id FROM dead_letters WHERE order_id IS NOT NULL AND (replayed_at IS NULL OR last_seen_at > replayed_at)", Vec::new()).await?;
         ids.extend(about.into_iter().map(|one| one.order_id));
     }
     Ok(ids)

@@ -158,7 +158,7 @@ pub(super) async fn create_order(
         description,
         idempotency_key: key.as_str().to_owned(),
         created_at: db::now(),
-        traceparent: headers.get("traceparent").and_then(|value| value.to_str().ok()).map(str::to_owned),
+        traceparent: headers.get("traceparent").and_then(|value| traceparent(value.to_str().ok()?)),
     };
     let placed = order::place(&state.db, std::slice::from_ref(&new)).await.map_err(|error| problem(error, Some(&key)))?;
     state.wake.notify_one();
@@ -253,6 +253,13 @@ pub(super) async fn list_orders(
     Ok(Json(OrderListBody { items: orders.into_iter().map(OrderBody::from).collect(), next_cursor }))
 }
 
+/// W3C trace context, version 00: 55 characters of lower-case hex and dashes. Anything else is not handed on.
+fn traceparent(text: &str) -> Option<String> {
+    let lengths: Vec<usize> = text.split('-').map(str::len).collect();
+    let hex = text.bytes().all(|byte| byte == b'-' || byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
+    (hex && lengths == [2, 32, 16, 2]).then(|| text.to_owned())
+}
+
 fn user_id(value: &Value) -> Result<UserId, String> {
     UserId::parse(body::text(value)?).map_err(|error| error.to_string())
 }
@@ -285,4 +292,25 @@ fn number(value: &Value, range: std::ops::RangeInclusive<u64>) -> Result<u64, St
 
 fn cursor(value: &Value) -> Result<Uuid, String> {
     Uuid::parse_str(body::text(value)?).map_err(|_| "must be the next_cursor of a page".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_well_formed_trace_context_is_handed_on() {
+        let good = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        assert_eq!(traceparent(good).as_deref(), Some(good));
+        for bad in [
+            "",
+            "00",
+            &good.to_uppercase(),
+            &good[1..],
+            &format!("{good}-x"),
+            "00-4bf92f3577b34da6a3ce929d0e0e473\n-00f067aa0ba902b7-01",
+        ] {
+            assert_eq!(traceparent(bad), None, "{bad}");
+        }
+    }
 }

@@ -1,0 +1,164 @@
+//! Looking at one order, at the outboxes, and at the streams.
+
+use anyhow::Context as _;
+use async_nats::jetstream;
+use messaging::topology::{self, Subscription, TopologySettings};
+use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, FromQueryResult, Statement, Value as SqlValue};
+use serde::Serialize;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::audit::Databases;
+
+/// Everything that both databases hold about an order, table by table.
+pub async fn order(databases: &Databases, id: Uuid) -> anyhow::Result<Value> {
+    let orders = &databases.orders;
+    let payments = &databases.payments;
+    let order = json_rows(orders, "SELECT * FROM orders WHERE id = $1", id).await?;
+    let decision = json_rows(payments, "SELECT * FROM payments WHERE order_id = $1", id).await?;
+    let dead_letters = "SELECT id, kind, cause FROM dead_letters WHERE order_id = $1";
+    let dead_letters = [json_rows(orders, dead_letters, id).await?, json_rows(payments, dead_letters, id).await?].concat();
+    anyhow::ensure!(!order.is_empty() || !decision.is_empty(), "no database knows order {id}");
+    Ok(json!({
+        "order": order.first(),
+        "requests": json_rows(orders, "SELECT b.* FROM outbox b JOIN orders o ON b.event_id = o.placed_event_id WHERE o.id = $1 ORDER BY n", id).await?,
+        "taken_by_payments": json_rows(payments, "SELECT i.* FROM inbox i JOIN payments p ON i.event_id = p.request_event_id WHERE p.order_id = $1", id).await?,
+        "decision": decision.first(),
+        "debits": json_rows(payments, "SELECT * FROM transfers WHERE kind = 'payment' AND order_id = $1", id).await?,
+        "answers": json_rows(payments, "SELECT b.* FROM outbox b JOIN payments p ON b.event_id = p.event_id WHERE p.order_id = $1 ORDER BY n", id).await?,
+        "taken_by_orders": json_rows(orders, "SELECT i.* FROM inbox i JOIN orders o ON i.event_id = o.settlement_event_id WHERE o.id = $1", id).await?,
+        "ends": json_rows(orders, "SELECT b.* FROM outbox b JOIN orders o ON b.event_id = o.final_event_id WHERE o.id = $1 ORDER BY n", id).await?,
+        "dead_letters": dead_letters,
+    }))
+}
+
+async fn json_rows(db: &DatabaseConnection, query: &str, id: Uuid) -> anyhow::Result<Vec<Value>> {
+    let query = format!("SELECT row_to_json(t)::text AS row FROM ({query}) t");
+    let rows = db.query_all_raw(Statement::from_sql_and_values(DbBackend::Postgres, query, [SqlValue::from(id)])).await?;
+    rows.iter().map(|row| Ok(serde_json::from_str(&row.try_get::<String>("", "row")?)?)).collect()
+}
+
+/// How an outbox is.
+#[derive(Clone, Debug, Serialize)]
+pub struct Outbox {
+    /// Whose.
+    pub service: &'static str,
+    /// Rows that wait.
+    pub pending: i64,
+    /// How long the oldest has waited.
+    pub oldest_seconds: f64,
+    /// Most tries that a waiting row has had.
+    pub attempts_max: i32,
+}
+
+#[derive(FromQueryResult)]
+struct OutboxRow {
+    pending: i64,
+    oldest_seconds: f64,
+    attempts_max: i32,
+}
+
+/// Both outboxes.
+pub async fn outboxes(databases: &Databases) -> anyhow::Result<Vec<Outbox>> {
+    let mut outboxes = Vec::new();
+    for (service, db) in [("orders", &databases.orders), ("payments", &databases.payments)] {
+        let row = OutboxRow::find_by_statement(Statement::from_string(
+            DbBackend::Postgres,
+            "SELECT count(*) AS pending, coalesce(extract(epoch FROM now() - min(created_at)), 0)::float8 AS oldest_seconds,
+                    coalesce(max(attempts), 0) AS attempts_max
+             FROM outbox WHERE published_at IS NULL",
+        ))
+        .one(db)
+        .await?
+        .context("an aggregate has one row")?;
+        outboxes.push(Outbox {
+            service,
+            pending: row.pending,
+            oldest_seconds: row.oldest_seconds,
+            attempts_max: row.attempts_max,
+        });
+    }
+    Ok(outboxes)
+}
+
+/// A stream or durable consumer, against what this version would make.
+#[derive(Clone, Debug, Serialize)]
+pub struct Part {
+    /// `stream ORDERS` or `consumer payments-order-placed`.
+    pub name: String,
+    /// Whether it is there.
+    pub there: bool,
+    /// In which options it differs.
+    pub drift: Vec<String>,
+    /// Messages stored, or not delivered yet.
+    pub messages: u64,
+    /// Messages delivered without an ack (consumers).
+    pub ack_pending: u64,
+    /// Messages delivered more than once and not acknowledged yet (consumers).
+    pub redelivered: u64,
+}
+
+/// All streams and durable consumers. With `apply`, what is absent is made and what differs is changed.
+pub async fn topology(jetstream: &jetstream::Context, settings: &TopologySettings, apply: bool) -> anyhow::Result<Vec<Part>> {
+    let mut parts = Vec::new();
+    for wanted in [topology::orders_stream(settings), topology::payments_stream(settings), topology::dlq_stream(settings)] {
+        if apply {
+            let applied = jetstream.create_or_update_stream(wanted.clone()).await;
+            applied.with_context(|| format!("stream {} cannot be changed", wanted.name))?;
+        }
+        let found = jetstream.get_stream(&wanted.name).await.ok();
+        let info = found.as_ref().map(jetstream::stream::Stream::cached_info);
+        parts.push(Part {
+            name: format!("stream {}", wanted.name),
+            there: info.is_some(),
+            drift: info.map(|info| topology::drift(&info.config, &wanted)).unwrap_or_default(),
+            messages: info.map_or(0, |info| info.state.messages),
+            ack_pending: 0,
+            redelivered: 0,
+        });
+    }
+    for subscription in [topology::PAYMENTS_ORDER_PLACED, topology::ORDERS_PAYMENT_SETTLED] {
+        parts.push(consumer(jetstream, &subscription, settings, apply).await?);
+    }
+    Ok(parts)
+}
+
+async fn consumer(
+    jetstream: &jetstream::Context,
+    subscription: &Subscription,
+    settings: &TopologySettings,
+    apply: bool,
+) -> anyhow::Result<Part> {
+    let wanted = topology::consumer_config(subscription, settings);
+    if apply {
+        let applied = jetstream.create_consumer_on_stream(wanted.clone(), subscription.stream).await;
+        applied.with_context(|| format!("consumer {} cannot be changed", subscription.consumer))?;
+    }
+    let found = jetstream
+        .get_consumer_from_stream::<jetstream::consumer::pull::Config, _, _>(subscription.consumer, subscription.stream)
+        .await
+        .ok();
+    let info = found.as_ref().map(|consumer| consumer.cached_info());
+    let mut drift = Vec::new();
+    if let Some(info) = info {
+        let mut compare = |option: &str, found: String, wanted: String| {
+            if found != wanted {
+                drift.push(format!("{option} is {found}, not {wanted}"));
+            }
+        };
+        let found = &info.config;
+        compare("filter_subject", found.filter_subject.clone(), wanted.filter_subject.clone());
+        compare("ack_wait", format!("{:?}", found.ack_wait), format!("{:?}", wanted.ack_wait));
+        compare("max_deliver", found.max_deliver.to_string(), wanted.max_deliver.to_string());
+        compare("max_ack_pending", found.max_ack_pending.to_string(), wanted.max_ack_pending.to_string());
+        compare("ack_policy", format!("{:?}", found.ack_policy), format!("{:?}", wanted.ack_policy));
+    }
+    Ok(Part {
+        name: format!("consumer {}", subscription.consumer),
+        there: info.is_some(),
+        drift,
+        messages: info.map_or(0, |info| info.num_pending),
+        ack_pending: info.map_or(0, |info| info.num_ack_pending as u64),
+        redelivered: info.map_or(0, |info| info.num_redelivered as u64),
+    })
+}

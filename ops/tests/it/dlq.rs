@@ -1,0 +1,186 @@
+//! Dead letters: foreseen, sent again, taken away.
+
+use std::time::Duration;
+
+use messaging::broker::{Broker, BrokerConfig};
+use ops::audit::{Databases, Kind, Options, audit};
+use ops::dlq::{self, Letter};
+use sea_orm::ConnectionTrait as _;
+use serde_json::{Value, json};
+use stack::http::Http;
+use stack::testing::{TestStack, eventually};
+
+const SOON: Duration = Duration::from_secs(30);
+const AT_ONCE: Options =
+    Options { grace: Duration::ZERO, stuck_after: Duration::from_secs(3600), late_after: Duration::from_secs(3600) };
+
+struct Desk {
+    stack: TestStack,
+    http: Http,
+    databases: Databases,
+    broker: Broker,
+}
+
+impl Desk {
+    async fn open() -> Self {
+        let stack = TestStack::start().await.unwrap();
+        let connect = async |name: &str| stack.system.postgres().connect(name).await.unwrap();
+        let databases = Databases { orders: connect("orders").await, payments: connect("payments").await };
+        let password = stack.system.place().secrets.nats_ops.clone();
+        let config = BrokerConfig { url: stack.system.nats().url(), user: "ops".to_owned(), password, name: "test".to_owned() };
+        let broker = Broker::connect(config).await.unwrap();
+        broker.until_connected().await;
+        let http = Http::new(stack.system.address("gateway"));
+        assert_eq!(http.post("/v1/accounts", None, &json!({ "user_id": "alice" })).await.unwrap().status, 201);
+        assert_eq!(http.post("/v1/accounts/alice/deposits", None, &json!({ "amount": 100 })).await.unwrap().status, 201);
+        Self { stack, http, databases, broker }
+    }
+
+    async fn place(&self) -> String {
+        let placed = self.http.post("/v1/orders", None, &json!({ "user_id": "alice", "amount": 30 })).await.unwrap();
+        placed.json()["id"].as_str().unwrap().to_owned()
+    }
+
+    async fn order(&self, id: &str) -> Value {
+        self.http.get(&format!("/v1/orders/{id}")).await.unwrap().json()
+    }
+
+    async fn balance(&self) -> Value {
+        self.http.get("/v1/accounts/alice").await.unwrap().json()["balance"].clone()
+    }
+
+    async fn letter(&self, wanted: impl Fn(&Letter) -> bool) -> Letter {
+        eventually("the dead letter is as expected", SOON, async || {
+            dlq::list(&self.databases).await.unwrap().into_iter().find(|letter| wanted(letter))
+        })
+        .await
+    }
+
+    async fn replay(&self, letter: &Letter) {
+        dlq::replay(&self.databases, self.broker.jetstream(), letter).await.unwrap();
+    }
+
+    async fn findings(&self) -> Vec<Kind> {
+        audit(&self.databases, AT_ONCE).await.unwrap().findings.into_iter().map(|finding| finding.kind).collect()
+    }
+}
+
+#[tokio::test]
+async fn what_could_not_be_applied_is_applied_by_a_replay_once() {
+    let desk = Desk::open().await;
+    let execute = async |sql: &str| desk.databases.payments.execute_unprepared(sql).await.unwrap();
+    execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+             RAISE EXCEPTION 'a bug of ours' USING ERRCODE = '22000';
+         END $$;
+         CREATE TRIGGER refuse BEFORE INSERT ON payments FOR EACH ROW EXECUTE FUNCTION refuse()",
+    )
+    .await;
+    let id = desk.place().await;
+    let letter = desk.letter(|_| true).await;
+    assert!(letter.cause.contains("a bug of ours") && letter.kind == "poison" && letter.waits, "{letter:?}");
+    assert!(letter.headers.contains("ce-id: ") && letter.payload.contains(&id), "{letter:?}");
+    assert_eq!(desk.findings().await, [Kind::DeadLetter]);
+
+    // While the bug is there, a replay comes back.
+    desk.replay(&letter).await;
+    let back = desk.letter(|letter| letter.times == 2).await;
+    assert!(back.waits && back.replays == 1 && back.id == letter.id, "{back:?}");
+
+    // Mended.
+    execute("DROP TRIGGER refuse ON payments").await;
+    assert_eq!(dlq::foresee(&desk.databases, &back).await.unwrap(), "would debit 30 of 100 from alice");
+    desk.replay(&back).await;
+    eventually("the order is paid", SOON, async || (desk.order(&id).await["status"] == "FINISHED").then_some(())).await;
+    assert_eq!(desk.balance().await, 70);
+    let done = desk.letter(|_| true).await;
+    assert!(!done.waits && done.replays == 2, "{done:?}");
+    assert_eq!(desk.findings().await, [], "a dead letter that was dealt with is no finding");
+
+    // Sent again by mistake, inside the broker's memory of ids: taken, recognised, without effect.
+    assert_eq!(dlq::foresee(&desk.databases, &done).await.unwrap(), "would change nothing: the order is decided as paid");
+    desk.replay(&done).await;
+    let taken = "SELECT sum(repeats)::bigint FROM inbox";
+    eventually("it is taken", SOON, async || {
+        let statement = sea_orm::Statement::from_string(sea_orm::DbBackend::Postgres, taken);
+        let repeats: Option<i64> =
+            desk.databases.payments.query_one_raw(statement).await.unwrap().unwrap().try_get_by_index(0).unwrap();
+        (repeats.unwrap_or(0) >= 1).then_some(())
+    })
+    .await;
+    assert_eq!(desk.balance().await, 70);
+
+    dlq::remove(&desk.databases, &done).await.unwrap();
+    assert!(dlq::list(&desk.databases).await.unwrap().is_empty());
+    assert_eq!(desk.findings().await, []);
+}
+
+#[tokio::test]
+async fn what_contradicts_comes_back_however_often_it_is_sent() {
+    let mut desk = Desk::open().await;
+    let id = desk.place().await;
+    eventually("the order is paid", SOON, async || (desk.order(&id).await["status"] == "FINISHED").then_some(())).await;
+
+    // Somebody with the keys to the broker says the order for another amount.
+    let mut headers = async_nats::HeaderMap::new();
+    for (name, value) in [
+        ("ce-specversion", "1.0"),
+        ("ce-type", "gozon.order.placed.v1"),
+        ("ce-id", "01933f3c-7d5a-7b60-9d6f-000000000001"),
+        ("ce-subject", id.as_str()),
+    ] {
+        headers.insert(name, value);
+    }
+    let forged = json!({ "order_id": id, "user_id": "alice", "amount": 99 }).to_string();
+    desk.broker.jetstream().publish_with_headers("gozon.orders.placed", headers, forged.into()).await.unwrap().await.unwrap();
+    let letter = desk.letter(|_| true).await;
+    assert_eq!((letter.kind.as_str(), letter.service, letter.order_id.unwrap().to_string()), ("quarantine", "payments", id));
+    let foreseen = dlq::foresee(&desk.databases, &letter).await.unwrap();
+    assert_eq!(foreseen, "would be quarantined again: the order is decided with another user or amount");
+    desk.replay(&letter).await;
+    let back = desk.letter(|letter| letter.times == 2).await;
+    assert!(back.waits);
+    assert_eq!(desk.balance().await, 70);
+    desk.stack.system.stop_all().await.unwrap();
+}
+
+#[tokio::test]
+async fn the_topology_is_seen_and_mended() {
+    let desk = Desk::open().await;
+    let settings = messaging::topology::TopologySettings::default();
+    let jetstream = desk.broker.jetstream();
+    let seen = async |apply| {
+        let parts = ops::look::topology(jetstream, &settings, apply).await.unwrap();
+        parts.into_iter().map(|part| (part.name, part.there, part.drift)).collect::<Vec<_>>()
+    };
+    let names =
+        ["stream ORDERS", "stream PAYMENTS", "stream DLQ", "consumer payments-order-placed", "consumer orders-payment-settled"];
+    let in_order: Vec<_> = names.map(|name| (name.to_owned(), true, Vec::<String>::new())).to_vec();
+    eventually("all is there", SOON, async || (seen(false).await == in_order).then_some(())).await;
+
+    let mut config = messaging::topology::orders_stream(&settings);
+    config.max_bytes = 1_000_000;
+    jetstream.update_stream(config).await.unwrap();
+    let drifted = seen(false).await;
+    assert_eq!(drifted[0].2, ["max_bytes is 1000000, not 1073741824"]);
+    assert_eq!(seen(true).await, in_order);
+}
+
+#[tokio::test]
+async fn an_order_is_shown_with_everything_about_it() {
+    let desk = Desk::open().await;
+    let id = desk.place().await;
+    eventually("the order is paid", SOON, async || (desk.order(&id).await["status"] == "FINISHED").then_some(())).await;
+    let shown = eventually("everything is published", SOON, async || {
+        let shown = ops::look::order(&desk.databases, id.parse().unwrap()).await.unwrap();
+        (!shown["ends"][0]["published_at"].is_null()).then_some(shown)
+    })
+    .await;
+    assert_eq!((&shown["order"]["status"], &shown["decision"]["outcome"]), (&json!("FINISHED"), &json!("paid")));
+    for list in ["requests", "taken_by_payments", "debits", "answers", "taken_by_orders", "ends"] {
+        assert_eq!(shown[list].as_array().unwrap().len(), 1, "{list}");
+    }
+    assert!(ops::look::order(&desk.databases, uuid::Uuid::nil()).await.is_err());
+    let outboxes = ops::look::outboxes(&desk.databases).await.unwrap();
+    assert!(outboxes.iter().all(|outbox| outbox.pending == 0 && outbox.oldest_seconds == 0.0));
+}
