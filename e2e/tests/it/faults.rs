@@ -1,9 +1,12 @@
 //! Everything is killed at some time, and nothing is lost, doubled or left hanging.
 
+use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
+use sea_orm::ConnectionTrait as _;
 use serde_json::json;
 use stack::NAMES;
 use stack::http::Http;
@@ -117,6 +120,134 @@ async fn the_broker_wiped_while_every_answer_is_under_way() {
     let begun = Instant::now();
     assert_eq!(shop.assert_settled(20).await, 20);
     assert!(begun.elapsed() < Duration::from_secs(20), "it took {:?}, longer than noticing the loss takes", begun.elapsed());
+}
+
+/// The broker comes back with its data as it was a while ago: it has lost what it acknowledged since (F25).
+#[tokio::test]
+async fn f25_the_broker_rolled_back_to_an_older_copy() {
+    let mut shop = shop_with_customers().await;
+    let copy = shop.stack.system.nats().data.with_extension("copy");
+    let data = shop.stack.system.nats().data.clone();
+    let cp = |from: &Path, to: &Path| assert!(Command::new("cp").arg("-a").args([from, to]).status().unwrap().success());
+    until_done(&shop.http, "/v1/orders", &json!({ "user_id": "user-0", "amount": 10 })).await;
+    shop.assert_settled(1).await;
+    shop.stack.system.kill("nats").await.unwrap();
+    cp(&data, &copy);
+    shop.stack.system.start("nats").await.unwrap();
+    shop_while(&mut shop, async |shop| {
+        shop.stack.system.kill("nats").await.unwrap();
+        shop.stack.system.wipe_nats().unwrap();
+        std::fs::remove_dir(&data).unwrap();
+        cp(&copy, &data);
+        shop.stack.system.start("nats").await.unwrap();
+    })
+    .await;
+    shop.assert_settled(1 + CLIENTS * ORDERS_EACH).await;
+}
+
+/// The broker freezes for longer than anybody waits for its answers (F27).
+#[tokio::test]
+async fn f27_the_broker_frozen_for_six_seconds() {
+    let mut shop = shop_with_customers().await;
+    shop_while(&mut shop, async |shop| {
+        shop.stack.system.pause("nats").unwrap();
+        frozen(Duration::from_secs(6)).await;
+        shop.stack.system.resume("nats").unwrap();
+    })
+    .await;
+    assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);
+}
+
+/// Each service freezes for longer than the broker waits for an ack, and wakes up in the middle of its work (F6, F35).
+#[tokio::test]
+async fn f35_each_service_frozen_for_two_seconds() {
+    let mut shop = shop_with_customers().await;
+    shop_while(&mut shop, async |shop| {
+        for name in ["payments", "orders", "gateway"] {
+            shop.stack.system.pause(name).unwrap();
+            frozen(Duration::from_secs(2)).await;
+            shop.stack.system.resume(name).unwrap();
+        }
+    })
+    .await;
+    assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);
+}
+
+/// PostgreSQL ends every connection, again and again (F10).
+#[tokio::test]
+async fn f10_every_database_connection_ended_again_and_again() {
+    let mut shop = shop_with_customers().await;
+    let postgres = shop.database("postgres").await;
+    shop_while(&mut shop, async |_| {
+        for _ in 0..20 {
+            let ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname IN ('orders', 'payments')";
+            postgres.execute_unprepared(ended).await.unwrap();
+            frozen(Duration::from_millis(50)).await;
+        }
+    })
+    .await;
+    assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);
+}
+
+/// An operator deletes a stream while orders run: messages and consumer are gone (F30).
+#[tokio::test]
+async fn f30_the_streams_deleted_in_the_middle() {
+    let mut shop = shop_with_customers().await;
+    let ops = shop.operator().await;
+    shop_while(&mut shop, async |_| {
+        ops.jetstream().delete_stream("ORDERS").await.unwrap();
+        ops.jetstream().delete_stream("PAYMENTS").await.unwrap();
+    })
+    .await;
+    assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);
+}
+
+/// Everything that can be pruned is, and then the whole history is said again, twice: nothing changes (F31, I1).
+#[tokio::test]
+async fn f31_everything_pruned_and_both_streams_replayed_twice() {
+    let mut shop = shop_with_customers().await;
+    shop_while(&mut shop, async |_| {}).await;
+    assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);
+    let (orders, payments) = (shop.database("orders").await, shop.database("payments").await);
+    for db in [&orders, &payments] {
+        db.execute_unprepared("DELETE FROM inbox; DELETE FROM outbox").await.unwrap();
+    }
+    let before = shop.books(&orders, &payments).await;
+
+    let ops = shop.operator().await;
+    let mut said = 0;
+    for _ in 0..2 {
+        for stream in ["ORDERS", "PAYMENTS"] {
+            said += shop.say_everything_again(&ops, stream, CLIENTS * ORDERS_EACH).await;
+        }
+    }
+    assert!(said >= 4 * CLIENTS * ORDERS_EACH, "{said} messages");
+    eventually("all of it is taken", SOON, async || shop.nothing_is_delivered(&ops).await.then_some(())).await;
+    assert_eq!(shop.books(&orders, &payments).await, before, "not a byte has changed");
+    assert!(shop.nothing_was_enqueued(&orders).await && shop.nothing_was_enqueued(&payments).await);
+}
+
+/// Services are replaced one after the other, politely, while orders run (F44).
+#[tokio::test]
+async fn f44_rolling_restarts() {
+    let mut shop = shop_with_customers().await;
+    shop_while(&mut shop, async |shop| {
+        for _ in 0..3 {
+            for name in ["orders", "payments", "gateway"] {
+                let begun = Instant::now();
+                shop.stack.system.stop(name).await.unwrap();
+                assert!(begun.elapsed() < Duration::from_secs(10), "{name} took {:?} to stop", begun.elapsed());
+                shop.stack.system.start(name).await.unwrap();
+            }
+        }
+    })
+    .await;
+    assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);
+}
+
+/// The fault itself takes time; nothing is waited for.
+async fn frozen(time: Duration) {
+    tokio::time::sleep(time).await;
 }
 
 #[tokio::test]

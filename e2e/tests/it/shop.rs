@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use async_nats::jetstream;
+use messaging::broker::{Broker, BrokerConfig};
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, QueryResult, Statement};
 use serde_json::{Value, json};
 use stack::http::{Answer, Http};
@@ -49,6 +51,65 @@ impl Shop {
 
     pub(crate) async fn database(&self, name: &str) -> DatabaseConnection {
         self.stack.system.postgres().connect(name).await.unwrap()
+    }
+
+    /// Connected as the operator.
+    pub(crate) async fn operator(&self) -> Broker {
+        let password = self.stack.system.place().secrets.nats_ops.clone();
+        let config =
+            BrokerConfig { url: self.stack.system.nats().url(), user: "ops".to_owned(), password, name: "test".to_owned() };
+        let broker = Broker::connect(config).await.unwrap();
+        broker.until_connected().await;
+        broker
+    }
+
+    /// Publishes what a stream holds, from its beginning, under new message ids: at least so many messages.
+    pub(crate) async fn say_everything_again(&self, broker: &Broker, stream: &str, at_least: usize) -> usize {
+        let mut stream = broker.jetstream().get_stream(stream).await.unwrap();
+        let state = stream.info().await.unwrap().state.clone();
+        for sequence in state.first_sequence..=state.last_sequence {
+            let message = stream.get_raw_message(sequence).await.unwrap();
+            let mut headers = message.headers.clone();
+            headers.insert("Nats-Msg-Id", Uuid::new_v4().to_string());
+            let ack =
+                broker.jetstream().publish_with_headers(message.subject.clone(), headers, message.payload.clone()).await.unwrap();
+            assert!(!ack.await.unwrap().duplicate);
+        }
+        let said = usize::try_from(state.messages).unwrap();
+        assert!(said >= at_least, "{said} messages in {}", stream.cached_info().config.name);
+        said
+    }
+
+    /// Whether both services have taken everything that the broker has.
+    pub(crate) async fn nothing_is_delivered(&self, broker: &Broker) -> bool {
+        for (consumer, stream) in [("payments-order-placed", "ORDERS"), ("orders-payment-settled", "PAYMENTS")] {
+            let consumer: jetstream::consumer::PullConsumer =
+                broker.jetstream().get_consumer_from_stream(consumer, stream).await.unwrap();
+            let info = consumer.cached_info();
+            if info.num_pending > 0 || info.num_ack_pending > 0 {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Everything that decides, byte for byte.
+    pub(crate) async fn books(&self, orders: &DatabaseConnection, payments: &DatabaseConnection) -> Vec<String> {
+        let mut books = Vec::new();
+        for (db, table, key) in [
+            (orders, "orders", "id"),
+            (payments, "payments", "order_id"),
+            (payments, "transfers", "id"),
+            (payments, "accounts", "user_id"),
+        ] {
+            let query = format!("SELECT row_to_json(t)::text AS row FROM {table} t ORDER BY {key}");
+            books.extend(rows(db, &query).await.iter().map(|row| row.try_get::<String>("", "row").unwrap()));
+        }
+        books
+    }
+
+    pub(crate) async fn nothing_was_enqueued(&self, db: &DatabaseConnection) -> bool {
+        rows(db, "SELECT 1 FROM outbox").await.is_empty()
     }
 
     /// Whether everything that was enqueued in this database is published.
