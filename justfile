@@ -77,7 +77,7 @@ peek stream='ORDERS' count='10':
 # Formatting, lints and all tests; arguments go to cargo test
 [group('check')]
 test *arguments: check
-    @recipes/test.sh {{ arguments }}
+    @./dev env recipes/test.sh {{ arguments }}
 
 # Formatting and lints, without running anything
 [group('check')]
