@@ -1,11 +1,8 @@
 //! The HTTP API: extract, call, map. No SQL here.
 
-use std::sync::Arc;
-
 use axum::Router;
 use axum::routing::get;
 use sea_orm::DatabaseConnection;
-use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
@@ -14,6 +11,7 @@ use utoipa_swagger_ui::SwaggerUi;
 
 use service_kit::health::Health;
 
+use crate::intake::Intake;
 use crate::waiting::Waiting;
 
 mod error;
@@ -23,8 +21,7 @@ mod order;
 #[derive(Clone)]
 pub(crate) struct State {
     pub(crate) db: DatabaseConnection,
-    /// Wakes the relay after a commit that enqueued something.
-    pub(crate) wake: Arc<Notify>,
+    pub(crate) intake: Intake,
     pub(crate) waiting: Waiting,
     /// Waiting requests end when the process does.
     pub(crate) shutdown: CancellationToken,

@@ -1,6 +1,7 @@
 //! The orders service: takes orders, has them paid, and keeps how each one ended.
 //!
-//! [`App`] is what the process consists of. Orders come in over HTTP ([`order::place`]) and go out through the relay;
+//! [`App`] is what the process consists of. Orders come in over HTTP, are stored in groups ([`intake`], [`order::place`])
+//! and go out through the relay;
 //! how their payment ended comes in through the consumer ([`order::settle`]). What stays NEW is asked for again
 //! ([`reconcile`]).
 
@@ -25,6 +26,7 @@ mod config;
 pub mod entity;
 mod error;
 mod http;
+mod intake;
 mod migration;
 mod order;
 mod reconcile;
@@ -108,7 +110,8 @@ impl App {
         let health = self.health();
         let Self { listener, db, wake, flow, relay, consumer, reconciler, retention, schema } = self;
         let waiting = Waiting::default();
-        let state = http::State { db, wake: wake.clone(), waiting: waiting.clone(), shutdown: shutdown.clone() };
+        let (intake, clerk) = intake::open();
+        let state = http::State { db: db.clone(), intake, waiting: waiting.clone(), shutdown: shutdown.clone() };
         let router = http::router(state, health);
         let settled = |settled: order::Settled| {
             if settled.enqueued {
@@ -129,7 +132,11 @@ impl App {
             )?;
             Ok(())
         };
-        tokio::try_join!(service_kit::http::serve(listener, router, shutdown.clone()), flow)?;
+        tokio::try_join!(
+            service_kit::http::serve(listener, router, shutdown.clone()),
+            clerk.run(&db, || wake.notify_one(), shutdown.clone()),
+            flow,
+        )?;
         Ok(())
     }
 

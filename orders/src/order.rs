@@ -85,7 +85,8 @@ async fn place_once(db: &DatabaseConnection, new: &[NewOrder]) -> Result<Vec<Res
                 info!(order.id = %one.id, user.id = %one.user_id, amount = one.amount.minor_units(), "Order placed");
                 return Ok(Placed { order: Model::from(one), delivery: Delivery::First });
             }
-            match by_key.remove(&(one.user_id.to_string(), one.idempotency_key.clone())) {
+            // Cloned, not taken: several twins may be in one group.
+            match by_key.get(&(one.user_id.to_string(), one.idempotency_key.clone())).cloned() {
                 // Our own row, from a try whose commit was not answered.
                 Some(row) if row.id == one.id.as_uuid() => Ok(Placed { order: row, delivery: Delivery::First }),
                 Some(row) if row.request_hash == request_hash(one) => Ok(Placed { order: row, delivery: Delivery::Replayed }),

@@ -3,7 +3,7 @@
 use axum::http::StatusCode;
 use service_kit::Problem;
 use service_kit::idempotency::IdempotencyKey;
-use tracing::error;
+use tracing::{error, warn};
 
 use crate::error::Error;
 
@@ -18,6 +18,17 @@ pub(super) fn problem(error: Error, key: Option<&IdempotencyKey>) -> Problem {
             "idempotency_key_reused",
             "This Idempotency-Key was used for a request with other content, which is not repeated. Use a new key for a new request.",
         ),
+        Error::Overloaded => {
+            warn!("A request is turned away: too many wait already");
+            Problem::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", UNAVAILABLE).retry_after(1)
+        }
+        Error::Stopping => {
+            let problem = Problem::unavailable(UNAVAILABLE);
+            match key {
+                Some(key) => problem.outcome_unknown(key.as_str()),
+                None => problem,
+            }
+        }
         Error::Database(cause) if messaging::db::is_transient(&cause) => {
             error!(error = %cause, "The database did not do it in time");
             Problem::unavailable(UNAVAILABLE)

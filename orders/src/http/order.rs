@@ -160,9 +160,7 @@ pub(super) async fn create_order(
         created_at: db::now(),
         traceparent: headers.get("traceparent").and_then(|value| traceparent(value.to_str().ok()?)),
     };
-    let placed = order::place(&state.db, std::slice::from_ref(&new)).await.map_err(|error| problem(error, Some(&key)))?;
-    state.wake.notify_one();
-    let placed = placed.into_iter().next().unwrap_or(Err(Error::OrderNotFound)).map_err(|error| problem(error, Some(&key)))?;
+    let placed = state.intake.place(new).await.map_err(|error| problem(error, Some(&key)))?;
 
     // As it was when it was placed: the first answer, byte for byte.
     let location = format!("/v1/orders/{}", placed.order.id);

@@ -1,6 +1,7 @@
 //! Placing, finding and listing orders.
 
 use futures_util::future::join_all;
+use sea_orm::{ConnectionTrait as _, TransactionTrait as _};
 use serde_json::{Value, json};
 
 use crate::harness::{Orders, id};
@@ -72,6 +73,57 @@ async fn fifty_parallel_posts_with_one_key_on_two_replicas_make_one_order() {
     assert_eq!(orders.count("SELECT count(*) FROM orders").await, 1);
     assert_eq!(orders.count("SELECT count(*) FROM outbox WHERE n = 0").await, 1);
     second.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn requests_that_queue_while_a_transaction_runs_are_all_answered() {
+    let orders = Orders::start().await;
+    let holder = orders.database.connect().await.unwrap().begin().await.unwrap();
+    holder.execute_unprepared("LOCK TABLE orders IN SHARE MODE").await.unwrap();
+    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()";
+    let plug = orders.place(Some("plug"), "alice", 1);
+    let group = async {
+        orders.until("the first transaction waits", waiting, 1).await;
+        let twins = (0..10).map(|_| orders.place(Some("twin"), "alice", 10));
+        let others = (0..30).map(|_| orders.place(None, "bob", 10));
+        let (twins, impostor, others, ()) =
+            tokio::join!(join_all(twins), orders.place(Some("plug"), "alice", 2), join_all(others), async {
+                holder.rollback().await.unwrap()
+            });
+        assert!(twins.iter().all(|twin| twin.status == 201 && twin.body == twins[0].body), "all twins get the answer");
+        assert_eq!(twins.iter().filter(|twin| twin.header("idempotency-replayed").is_none()).count(), 1);
+        assert_eq!(impostor.json()["code"], "idempotency_key_reused", "one bad request does not hurt the others");
+        assert!(others.iter().all(|other| other.status == 201));
+    };
+    let (plug, ()) = tokio::join!(plug, group);
+    assert_eq!(plug.status, 201);
+    assert_eq!(orders.count("SELECT count(*) FROM orders").await, 32);
+    assert_eq!(orders.count("SELECT count(*) FROM outbox WHERE n = 0").await, 32);
+}
+
+#[tokio::test]
+async fn an_order_that_the_database_refuses_every_time_does_not_hurt_its_group() {
+    let orders = Orders::start().await;
+    orders
+        .database
+        .connect()
+        .await
+        .unwrap()
+        .execute_unprepared(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                 RAISE EXCEPTION 'the guilty one' USING ERRCODE = '22000';
+             END $$;
+             CREATE TRIGGER refuse BEFORE INSERT ON orders FOR EACH ROW WHEN (NEW.user_id = 'guilty') EXECUTE FUNCTION refuse()",
+        )
+        .await
+        .unwrap();
+    let users = (0..40).map(|number| if number % 10 == 7 { "guilty" } else { "innocent" });
+    let answers = join_all(users.clone().map(|user| orders.place(None, user, 10))).await;
+    for (user, answer) in users.zip(answers) {
+        assert_eq!(answer.status, if user == "guilty" { 500 } else { 201 }, "{}", answer.text());
+        assert!(!answer.text().contains("guilty one"), "no innards in an answer");
+    }
+    assert_eq!(orders.count("SELECT count(*) FROM orders").await, 36);
 }
 
 #[tokio::test]

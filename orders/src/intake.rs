@@ -1,0 +1,173 @@
+//! Where requests wait to be stored: whatever queued while the last transaction ran goes into the next one. No request
+//! is delayed to fill a group; under load groups form by themselves, and the database commits once for all of them.
+
+use std::time::Duration;
+
+use sea_orm::DatabaseConnection;
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use crate::error::Error;
+use crate::order::{self, NewOrder, Placed};
+
+/// Orders in one transaction. Larger ones only add latency.
+const GROUP_MAX: usize = 200;
+/// Requests that may wait. A queue this long takes a healthy database well below a second; a longer one only hides that
+/// it is not healthy.
+const QUEUE_MAX: usize = 2000;
+/// After a shutdown begins, requests that are still open get this long.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(6);
+
+struct Ticket {
+    new: NewOrder,
+    answer: oneshot::Sender<Result<Placed, Error>>,
+}
+
+/// The door of the queue, cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Intake(mpsc::Sender<Ticket>);
+
+/// The one who works it off.
+pub(crate) struct Clerk(mpsc::Receiver<Ticket>);
+
+/// An empty queue.
+pub(crate) fn open() -> (Intake, Clerk) {
+    let (sender, receiver) = mpsc::channel(QUEUE_MAX);
+    (Intake(sender), Clerk(receiver))
+}
+
+impl Intake {
+    /// Stores an order together with whatever else is waiting.
+    pub(crate) async fn place(&self, new: NewOrder) -> Result<Placed, Error> {
+        let (answer, answered) = oneshot::channel();
+        self.0.try_send(Ticket { new, answer }).map_err(|_| Error::Overloaded)?;
+        // The clerk drops a ticket unanswered only if the process ends meanwhile.
+        answered.await.unwrap_or(Err(Error::Stopping))
+    }
+}
+
+impl Clerk {
+    /// Works until nobody can come any more.
+    pub(crate) async fn run(
+        mut self,
+        db: &DatabaseConnection,
+        placed: impl Fn(),
+        shutdown: CancellationToken,
+    ) -> anyhow::Result<()> {
+        let overdue = async {
+            shutdown.cancelled().await;
+            tokio::time::sleep(DRAIN_TIMEOUT).await;
+        };
+        let mut overdue = std::pin::pin!(overdue);
+        let mut group = Vec::with_capacity(GROUP_MAX);
+        loop {
+            let taken = tokio::select! {
+                taken = self.0.recv_many(&mut group, GROUP_MAX) => taken,
+                () = &mut overdue => 0,
+            };
+            if taken == 0 {
+                return Ok(());
+            }
+            store(db, group.drain(..)).await;
+            placed();
+        }
+    }
+}
+
+async fn store(db: &DatabaseConnection, group: impl Iterator<Item = Ticket>) {
+    let (new, answers): (Vec<NewOrder>, Vec<oneshot::Sender<_>>) = group.map(|ticket| (ticket.new, ticket.answer)).unzip();
+    match order::place(db, &new).await {
+        Ok(results) => {
+            for (answer, result) in answers.into_iter().zip(results) {
+                // Whoever asked may have gone; the order is stored, and its key tells.
+                let _ = answer.send(result);
+            }
+        }
+        // What the database refuses every time must not hurt the others.
+        Err(Error::Database(error)) if new.len() > 1 && !messaging::db::is_transient(&error) => {
+            warn!(orders = new.len(), error = %error, "A group of orders was refused; one by one");
+            for (answer, one) in answers.into_iter().zip(&new) {
+                let result = match order::place(db, std::slice::from_ref(one)).await {
+                    Ok(results) => results.into_iter().next().unwrap_or(Err(Error::OrderNotFound)),
+                    Err(error) => Err(error),
+                };
+                // As above.
+                let _ = answer.send(result);
+            }
+        }
+        Err(error) => {
+            for answer in answers {
+                // As above.
+                let _ = answer.send(Err(error.again()));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt as _;
+    use futures_util::future::join_all;
+    use sea_orm::{ConnectionTrait as _, DbBackend, Statement};
+    use service_kit::idempotency::Delivery;
+    use shared_contracts::{Amount, EventId, OrderId, UserId};
+
+    use super::*;
+
+    fn order() -> NewOrder {
+        NewOrder {
+            id: OrderId::mint(),
+            placed_event_id: EventId::mint(),
+            user_id: UserId::parse("alice").unwrap(),
+            amount: Amount::new(1).unwrap(),
+            description: String::new(),
+            idempotency_key: OrderId::mint().to_string(),
+            created_at: messaging::db::now(),
+            traceparent: None,
+        }
+    }
+
+    #[tokio::test]
+    async fn what_waits_is_stored_in_one_transaction_and_everyone_gets_its_own_answer() {
+        let database = stack::testing::TestDatabase::fresh().await.unwrap();
+        let db = messaging::db::connect(&database.url, "test", 2).await.unwrap();
+        messaging::db::migrate::<crate::migration::Migrator>(&db).await.unwrap();
+        let (intake, clerk) = open();
+        let first = NewOrder { idempotency_key: "twin".to_owned(), ..order() };
+        let twin = NewOrder { id: OrderId::mint(), placed_event_id: EventId::mint(), ..first.clone() };
+        let impostor = NewOrder { amount: Amount::new(2).unwrap(), ..twin.clone() };
+        let mut all: Vec<NewOrder> = (0..30).map(|_| order()).collect();
+        all.extend([first.clone(), twin.clone(), NewOrder { id: OrderId::mint(), ..twin }, impostor]);
+
+        let mut waiting: Vec<_> = all.iter().map(|new| Box::pin(intake.place(new.clone()))).collect();
+        assert!(waiting.iter_mut().all(|request| request.now_or_never().is_none()), "all wait before the clerk begins");
+        let shutdown = CancellationToken::new();
+        let answers = tokio::select! {
+            answers = join_all(waiting) => answers,
+            ended = clerk.run(&db, || {}, shutdown) => panic!("{ended:?}"),
+        };
+        for (new, answer) in all.iter().zip(&answers).take(31) {
+            let placed = answer.as_ref().unwrap();
+            assert_eq!((placed.order.id, placed.delivery), (new.id.as_uuid(), Delivery::First));
+        }
+        for twin in &answers[31..33] {
+            let placed = twin.as_ref().unwrap();
+            assert_eq!((placed.order.id, placed.delivery), (first.id.as_uuid(), Delivery::Replayed));
+        }
+        assert!(matches!(answers[33], Err(Error::KeyReused)));
+        let query = "SELECT count(*) || ' in ' || count(DISTINCT created_at) FROM outbox";
+        let row = db.query_one_raw(Statement::from_string(DbBackend::Postgres, query)).await.unwrap().unwrap();
+        assert_eq!(row.try_get_by_index::<String>(0).unwrap(), "31 in 1");
+    }
+
+    #[tokio::test]
+    async fn a_full_queue_turns_requests_away_at_once() {
+        let (intake, clerk) = open();
+        let mut waiting: Vec<_> = (0..QUEUE_MAX).map(|_| Box::pin(intake.place(order()))).collect();
+        assert!(waiting.iter_mut().all(|request| request.now_or_never().is_none()), "these wait");
+        assert!(matches!(intake.place(order()).now_or_never(), Some(Err(Error::Overloaded))));
+        drop(clerk);
+        assert!(matches!(waiting.remove(0).await, Err(Error::Stopping)), "nobody waits for ever");
+    }
+}
