@@ -121,13 +121,11 @@ pub async fn audit(databases: &Databases, options: Options) -> Result<Report, Db
         return Ok(first);
     }
     tokio::time::sleep(options.grace).await;
-    let mut second = look(databases, options).await?;
-    let stood = |finding: &Finding| first.findings.iter().any(|other| other.kind == finding.kind && other.id == finding.id);
-    second.findings.retain(stood);
-    Ok(second)
+    Ok(look(databases, options).await?.still_standing(&first))
 }
 
-async fn look(databases: &Databases, options: Options) -> Result<Report, DbErr> {
+/// Looks at everything once. On a live system, what is under way may look wrong.
+pub async fn look(databases: &Databases, options: Options) -> Result<Report, DbErr> {
     let mut report = Report::default();
     // Orders before payments: whatever an order shows was decided before.
     orders::check(databases, options, &mut report).await?;
@@ -139,6 +137,13 @@ async fn look(databases: &Databases, options: Options) -> Result<Report, DbErr> 
 }
 
 impl Report {
+    /// This report with only the findings that an earlier one had too.
+    #[must_use]
+    pub fn still_standing(mut self, earlier: &Self) -> Self {
+        self.findings.retain(|finding| earlier.findings.iter().any(|other| other.kind == finding.kind && other.id == finding.id));
+        self
+    }
+
     fn find(&mut self, kind: Kind, id: impl fmt::Display, detail: impl Into<String>) {
         self.findings.push(Finding { kind, id: id.to_string(), detail: detail.into() });
     }

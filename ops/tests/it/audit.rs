@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use ops::audit::{Databases, Kind, Options, Report, audit};
+use ops::audit::{Databases, Kind, Options, Report, audit, look};
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, Statement};
 use serde_json::json;
 use stack::http::Http;
@@ -185,13 +185,12 @@ async fn what_is_only_under_way_is_no_finding() {
     );
     let final_event = text(&other, &format!("SELECT final_event_id::text FROM orders WHERE id = '{id}'")).await;
     other.execute_unprepared(&spoil).await.unwrap();
-    let patient = Options { grace: Duration::from_secs(1), ..AT_ONCE };
-    let (report, ()) = tokio::join!(audit(&live, patient), async {
-        tokio::time::sleep(Duration::from_millis(500)).await;
-        let mend = format!("UPDATE orders SET status = 'FINISHED', final_event_id = '{final_event}' WHERE id = '{id}'");
-        other.execute_unprepared(&mend).await.unwrap();
-    });
-    assert_eq!(report.unwrap().findings, []);
+    let first = look(&live, AT_ONCE).await.unwrap();
+    assert_eq!(kinds(&first), [Kind::Stuck]);
+    let mend = format!("UPDATE orders SET status = 'FINISHED', final_event_id = '{final_event}' WHERE id = '{id}'");
+    other.execute_unprepared(&mend).await.unwrap();
+    let second = look(&live, AT_ONCE).await.unwrap();
+    assert_eq!(second.still_standing(&first).findings, []);
 }
 
 #[tokio::test]
