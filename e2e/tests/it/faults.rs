@@ -37,7 +37,10 @@ async fn shop_while(shop: &mut Shop, when: impl AsyncFnOnce(&mut Shop)) {
 
 /// Four customers with money for 25 orders each, where 30 are placed for each.
 async fn shop_with_customers() -> Shop {
-    let shop = Shop::open().await;
+    with_customers(Shop::open().await).await
+}
+
+async fn with_customers(shop: Shop) -> Shop {
     for user in 0..4 {
         shop.customer(&format!("user-{user}"), 250).await;
     }
@@ -225,6 +228,21 @@ async fn f31_everything_pruned_and_both_streams_replayed_twice() {
     eventually("all of it is taken", SOON, async || shop.nothing_is_delivered(&ops).await.then_some(())).await;
     assert_eq!(shop.books(&orders, &payments).await, before, "not a byte has changed");
     assert!(shop.nothing_was_enqueued(&orders).await && shop.nothing_was_enqueued(&payments).await);
+}
+
+/// Outbox and inbox do not grow with the orders; what decides stays.
+#[tokio::test]
+async fn tables_of_the_flow_stay_bounded_and_what_decides_stays() {
+    let mut shop = with_customers(Shop::open_with(&[("GOZON_KEEP_SECONDS", "1")]).await).await;
+    let (orders, payments) = (shop.database("orders").await, shop.database("payments").await);
+    for round in 1..=3 {
+        shop_while(&mut shop, async |_| {}).await;
+        shop.assert_settled(round * CLIENTS * ORDERS_EACH).await;
+        for db in [&orders, &payments] {
+            eventually("what is old is gone", SOON, async || shop.nothing_was_enqueued(db).await.then_some(())).await;
+        }
+    }
+    assert_eq!(shop.debits(&payments).await, 100);
 }
 
 /// Services are replaced one after the other, politely, while orders run (F44).

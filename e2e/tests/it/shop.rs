@@ -21,7 +21,13 @@ pub(crate) struct Shop {
 
 impl Shop {
     pub(crate) async fn open() -> Self {
-        let stack = TestStack::start().await.unwrap();
+        Self::open_with(&[]).await
+    }
+
+    /// With more environment for the services.
+    pub(crate) async fn open_with(environment: &[(&str, &str)]) -> Self {
+        let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let stack = TestStack::start_with(environment).await.unwrap();
         let http = Http::new(stack.system.address("gateway"));
         Self { stack, http }
     }
