@@ -87,13 +87,16 @@ impl Model {
     }
 }
 
-/// Notes that a dead letter was sent again.
-pub async fn note_replay(db: &DatabaseConnection, id: Uuid) -> Result<(), DbErr> {
-    db.execute_raw(sql(
-        "UPDATE dead_letters SET replays = replays + 1, replayed_at = clock_timestamp() WHERE id = $1",
-        [id.into()],
-    ))
-    .await?;
+/// The database's clock, by which replays and returns are compared.
+pub async fn clock(db: &DatabaseConnection) -> Result<OffsetDateTime, DbErr> {
+    let row = db.query_one_raw(sql("SELECT clock_timestamp() AS now", [])).await?;
+    row.ok_or_else(|| DbErr::RecordNotFound("the time".to_owned()))?.try_get("", "now")
+}
+
+/// Notes that a dead letter was sent again, with the time from before it was: it may be back already.
+pub async fn note_replay(db: &DatabaseConnection, id: Uuid, at: OffsetDateTime) -> Result<(), DbErr> {
+    db.execute_raw(sql("UPDATE dead_letters SET replays = replays + 1, replayed_at = $2 WHERE id = $1", [id.into(), at.into()]))
+        .await?;
     Ok(())
 }
 

@@ -141,13 +141,14 @@ async fn foresee_settlement(databases: &Databases, event: &PaymentSettled) -> an
 
 /// Sends it again and waits until the broker has it.
 pub async fn replay(databases: &Databases, jetstream: &jetstream::Context, letter: &Letter) -> anyhow::Result<()> {
+    let db = if letter.service == "orders" { &databases.orders } else { &databases.payments };
+    let begun_at = dead_letter::clock(db).await?;
     let (headers, payload) = letter.row.message();
     let message = PublishMessage::build().headers(headers).payload(payload.into());
     let published = jetstream.send_publish(letter.subject.clone(), message).await?.await;
     let ack = published.with_context(|| format!("dead letter {} was not taken by the broker", letter.id))?;
     ensure!(!ack.duplicate, "the broker took dead letter {} for a repetition, under an id made for it", letter.id);
-    let db = if letter.service == "orders" { &databases.orders } else { &databases.payments };
-    dead_letter::note_replay(db, letter.id).await?;
+    dead_letter::note_replay(db, letter.id, begun_at).await?;
     Ok(())
 }
 
