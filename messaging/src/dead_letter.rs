@@ -109,7 +109,14 @@ pub(crate) enum Verdict {
     Quarantine(String),
 }
 
+/// A cause may quote the message, which may be as large as the broker allows; its copy for tools must fit too.
+const CAUSE_CHARACTERS_MAX: usize = 1000;
+
 impl Verdict {
+    fn short_cause(&self) -> String {
+        self.cause().chars().take(CAUSE_CHARACTERS_MAX).collect()
+    }
+
     fn kind(&self) -> &'static str {
         match self {
             Self::Poison(_) => "poison",
@@ -185,7 +192,7 @@ pub(crate) async fn bury(txn: &DatabaseTransaction, subscription: &Subscription,
                 subscription.consumer.into(),
                 letter.key().into(),
                 letter.verdict.kind().into(),
-                letter.verdict.cause().into(),
+                letter.verdict.short_cause().into(),
                 letter.event_id.into(),
                 letter.order_id.into(),
                 letter.message.subject.as_str().into(),
@@ -204,7 +211,7 @@ pub(crate) async fn bury(txn: &DatabaseTransaction, subscription: &Subscription,
                 "dead_letter_id": stored.id,
                 "consumer": subscription.consumer,
                 "kind": letter.verdict.kind(),
-                "cause": letter.verdict.cause(),
+                "cause": letter.verdict.short_cause(),
                 "event_id": letter.event_id,
                 "order_id": letter.order_id,
                 "stream": subscription.stream,

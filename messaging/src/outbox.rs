@@ -173,12 +173,13 @@ pub(crate) async fn lock_pending(txn: &DatabaseTransaction, limit: u32) -> Resul
     .await
 }
 
-/// Whether a row has waited longer than `age`: then the broker or the relay is the problem, and more rows do not help.
-pub async fn is_behind(txn: &DatabaseTransaction, age: Duration) -> Result<bool, DbErr> {
+/// Whether a row for `subject` has waited longer than `age`: then the broker or the relay is the problem, and more rows
+/// do not help.
+pub async fn is_behind(txn: &DatabaseTransaction, subject: &str, age: Duration) -> Result<bool, DbErr> {
     let found = txn
         .query_one_raw(sql(
-            "SELECT 1 FROM outbox WHERE published_at IS NULL AND created_at < now() - make_interval(secs => $1) LIMIT 1",
-            [age.as_secs_f64().into()],
+            "SELECT 1 FROM outbox WHERE published_at IS NULL AND subject = $2 AND created_at < now() - make_interval(secs => $1) LIMIT 1",
+            [age.as_secs_f64().into(), subject.into()],
         ))
         .await?;
     Ok(found.is_some())

@@ -90,9 +90,10 @@ impl Relay {
                 true => Ok(()),
                 false => self.look_at_streams(&mut streams).await,
             };
-            let outcome = match looked {
-                Ok(()) => self.publish_batch().await,
-                Err(error) => Err(error),
+            let outcome = match (self.publish_batch().await, looked) {
+                // What could be published is; the trouble with a stream is told, and looked at again after a pause.
+                (Ok(_), Err(error)) => Err(error),
+                (outcome, _) => outcome,
             };
             match outcome {
                 Ok(step) if step.failed == 0 => {
@@ -195,8 +196,16 @@ impl Relay {
     /// (whoever made it), or that ends before where it ended when it was last looked at.
     async fn look_at_streams(&self, streams: &mut Streams) -> anyhow::Result<()> {
         let number = self.broker.connection_number();
+        let mut trouble = None;
         for wanted in &self.streams {
-            let (state, ensured) = topology::ensure_stream(self.broker.jetstream(), wanted).await?;
+            // One stream that cannot be made must not keep the rows of the others.
+            let (state, ensured) = match topology::ensure_stream(self.broker.jetstream(), wanted).await {
+                Ok(found) => found,
+                Err(error) => {
+                    trouble = Some(error);
+                    continue;
+                }
+            };
             let earlier = streams.states.insert(wanted.name.clone(), state);
             let shrunk =
                 earlier.is_some_and(|earlier| earlier.made_at != state.made_at || earlier.last_sequence > state.last_sequence);
@@ -208,8 +217,13 @@ impl Relay {
                 self.lost.notify_one();
             }
         }
-        streams.looked = Some((number, Instant::now()));
-        Ok(())
+        match trouble {
+            Some(error) => Err(error),
+            None => {
+                streams.looked = Some((number, Instant::now()));
+                Ok(())
+            }
+        }
     }
 }
 

@@ -22,11 +22,11 @@ pub async fn order(databases: &Databases, id: Uuid) -> anyhow::Result<Value> {
     Ok(json!({
         "order": order.first(),
         "requests": json_rows(orders, "SELECT b.* FROM outbox b JOIN orders o ON b.event_id = o.placed_event_id WHERE o.id = $1 ORDER BY n", id).await?,
-        "taken_by_payments": json_rows(payments, "SELECT i.* FROM inbox i JOIN payments p ON i.event_id = p.request_event_id WHERE p.order_id = $1", id).await?,
+        "taken_by_payments": json_rows(payments, "SELECT i.* FROM inbox i JOIN payments p ON i.consumer = 'payments-order-placed' AND i.event_id = p.request_event_id WHERE p.order_id = $1", id).await?,
         "decision": decision.first(),
         "debits": json_rows(payments, "SELECT * FROM transfers WHERE kind = 'payment' AND order_id = $1", id).await?,
         "answers": json_rows(payments, "SELECT b.* FROM outbox b JOIN payments p ON b.event_id = p.event_id WHERE p.order_id = $1 ORDER BY n", id).await?,
-        "taken_by_orders": json_rows(orders, "SELECT i.* FROM inbox i JOIN orders o ON i.event_id = o.settlement_event_id WHERE o.id = $1", id).await?,
+        "taken_by_orders": json_rows(orders, "SELECT i.* FROM inbox i JOIN orders o ON i.consumer = 'orders-payment-settled' AND i.event_id = o.settlement_event_id WHERE o.id = $1", id).await?,
         "ends": json_rows(orders, "SELECT b.* FROM outbox b JOIN orders o ON b.event_id = o.final_event_id WHERE o.id = $1 ORDER BY n", id).await?,
         "dead_letters": dead_letters,
     }))

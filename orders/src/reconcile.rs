@@ -12,7 +12,7 @@ use failpoint::failpoint;
 use messaging::db::{self, sql};
 use messaging::outbox::{self, Message};
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, TransactionTrait as _};
-use shared_contracts::{Amount, EventId, OrderId, OrderPlaced, UserId};
+use shared_contracts::{Amount, Event as _, EventId, OrderId, OrderPlaced, UserId};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -73,7 +73,7 @@ impl Reconciler {
         let txn = self.db.begin().await?;
         let lock = txn.query_one_raw(sql("SELECT pg_try_advisory_xact_lock($1) AS mine", [RECONCILER_LOCK.into()])).await?;
         let mine = lock.is_some_and(|row| row.try_get("", "mine").unwrap_or(false));
-        if !mine || outbox::is_behind(&txn, self.again.after).await? {
+        if !mine || outbox::is_behind(&txn, OrderPlaced::SUBJECT, self.again.after).await? {
             txn.rollback().await?;
             return Ok(0);
         }
