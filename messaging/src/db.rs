@@ -4,6 +4,7 @@ use std::ops::ControlFlow;
 use std::time::Duration;
 
 use failpoint::Injected;
+use sea_orm::sqlx::Connection as _;
 use sea_orm::{
     ConnAcquireErr, ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr,
     RuntimeErr, SqlxError, Statement, TransactionTrait, Value,
@@ -22,21 +23,39 @@ const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
 /// No statement of ours takes this long on a healthy database.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
 /// A lock that is not to be had: give up, roll back, try again.
-const LOCK_TIMEOUT_MS: &str = "5000";
+const FLOW_LOCK_TIMEOUT_MS: &str = "5000";
+/// For a request somebody waits, and a row that another request holds for longer belongs to a process that froze.
+const HTTP_LOCK_TIMEOUT_MS: &str = "1000";
 /// The server ends a transaction whose client froze, so that its row locks go. Above any wait of ours inside one.
 const IDLE_IN_TRANSACTION_TIMEOUT_MS: &str = "15000";
 /// A connection that was idle this long is pinged before use; the server may have gone meanwhile.
 const PING_WHEN_IDLE_FOR: Duration = Duration::from_secs(1);
 /// How often the tables are looked for while the database is away at start.
 const MIGRATION_RETRY_DELAY: Duration = Duration::from_millis(500);
+/// Longer than any migration here takes; one that hangs is given up and begun again.
+const MIGRATION_TIMEOUT: Duration = Duration::from_secs(120);
+/// A connection that is given back must answer within this, or it is closed: it may lead into nothing.
+const GIVE_BACK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Any number: who migrates holds this advisory lock.
 const MIGRATION_LOCK: i64 = 7_011_987;
 
+/// Who uses a pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Requests that somebody waits for.
+    Http,
+    /// Relay, consumer and what else goes on by itself.
+    Flow,
+}
+
 /// Opens a pool, without waiting for the database: the first use connects.
 ///
-/// Each role in a process (HTTP, flow) gets a pool of its own, so that a flood of requests cannot starve the
-/// consumers.
-pub async fn connect(url: &str, application_name: &str, connections_max: u32) -> Result<DatabaseConnection, DbErr> {
+/// Each role in a process gets a pool of its own, so that a flood of requests cannot starve the consumers.
+pub async fn connect(url: &str, service: &str, role: Role, connections_max: u32) -> Result<DatabaseConnection, DbErr> {
+    let (name, lock_timeout) = match role {
+        Role::Http => ("http", HTTP_LOCK_TIMEOUT_MS),
+        Role::Flow => ("flow", FLOW_LOCK_TIMEOUT_MS),
+    };
     let mut options = ConnectOptions::new(url.to_owned());
     options
         .max_connections(connections_max)
@@ -46,13 +65,25 @@ pub async fn connect(url: &str, application_name: &str, connections_max: u32) ->
         .test_before_acquire(false)
         .test_before_acquire_if_idle_for(PING_WHEN_IDLE_FOR)
         .statement_timeout(STATEMENT_TIMEOUT)
-        .set_application_name(application_name.to_owned())
+        .set_application_name(format!("{service} {name}"))
         .sqlx_logging(false)
-        .map_sqlx_postgres_opts(|options| {
+        .map_sqlx_postgres_opts(move |options| {
             options.options([
-                ("lock_timeout", LOCK_TIMEOUT_MS),
+                ("lock_timeout", lock_timeout),
                 ("idle_in_transaction_session_timeout", IDLE_IN_TRANSACTION_TIMEOUT_MS),
             ])
+        })
+        .map_sqlx_postgres_pool_opts(|options| {
+            // Whoever gives up waiting, also a client that hangs up, leaves a statement unanswered. The pool's own look has
+            // no time limit: it would wait for the answer for ever, and each such connection would be one less.
+            options.after_release(|connection, _| {
+                Box::pin(async {
+                    match tokio::time::timeout(GIVE_BACK_TIMEOUT, connection.ping()).await {
+                        Ok(answered) => answered.map(|()| true),
+                        Err(_) => Err(SqlxError::PoolTimedOut),
+                    }
+                })
+            })
         });
     Database::connect(options).await
 }
@@ -73,7 +104,7 @@ pub async fn migrate_when_possible<M: MigratorTrait>(
     shutdown: &CancellationToken,
 ) -> bool {
     while !shutdown.is_cancelled() {
-        match migrate::<M>(db).await {
+        match within(MIGRATION_TIMEOUT, migrate::<M>(db)).await {
             Ok(()) => {
                 vital.good();
                 return true;
@@ -107,7 +138,7 @@ pub fn is_transient(error: &DbErr) -> bool {
         Some(code) => !(code.starts_with("22") || matches!(code.as_str(), "23502" | "23503" | "23514")),
         // Without a code from the server, only what concerns the connection is transient.
         None => match error {
-            DbErr::ConnectionAcquire(_) => true,
+            DbErr::ConnectionAcquire(_) | DbErr::Conn(RuntimeErr::Internal(_)) => true,
             DbErr::Conn(RuntimeErr::SqlxError(inner))
             | DbErr::Exec(RuntimeErr::SqlxError(inner))
             | DbErr::Query(RuntimeErr::SqlxError(inner)) => {
@@ -137,6 +168,28 @@ fn sqlstate(error: &DbErr) -> Option<String> {
     inner.as_database_error()?.code().map(|code| code.into_owned())
 }
 
+/// Whether a row of somebody else's making was in the way. Transient if a race was lost; a damaged table says it for ever.
+pub fn is_unique_violation(error: &DbErr) -> bool {
+    sqlstate(error).is_some_and(|code| code == "23505")
+}
+
+/// Whether a lock was not to be had in time.
+pub fn is_lock_timeout(error: &DbErr) -> bool {
+    sqlstate(error).is_some_and(|code| code == "55P03")
+}
+
+/// Does database work of the flow, or gives it up: a connection into nothing would hold it for ever.
+pub async fn within<T, E: From<DbErr>>(limit: Duration, work: impl Future<Output = Result<T, E>>) -> Result<T, E> {
+    match tokio::time::timeout(limit, work).await {
+        Ok(done) => done,
+        Err(_) => Err(no_answer(limit).into()),
+    }
+}
+
+fn no_answer(limit: Duration) -> DbErr {
+    DbErr::Conn(RuntimeErr::Internal(format!("the database did not get done within {limit:?}")))
+}
+
 /// What a failpoint injects, as the database would say it.
 pub fn injected(_: Injected) -> DbErr {
     DbErr::ConnectionAcquire(ConnAcquireErr::Timeout)
@@ -150,6 +203,10 @@ pub async fn execute(txn: &DatabaseTransaction, statement: Statement) -> Result<
 /// Requests are tried again this long before the caller is told that the outcome is unknown or that nothing was done.
 const RETRY_DEADLINE: Duration = Duration::from_secs(5);
 const RETRY_DELAY_MIN: Duration = Duration::from_millis(20);
+/// One try gets this long, well above every time limit on the server's side.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(3);
+/// The last try gets at least this.
+const ATTEMPT_TIMEOUT_MIN: Duration = Duration::from_secs(1);
 
 /// A transaction that did not get done.
 #[derive(Debug, thiserror::Error)]
@@ -162,11 +219,12 @@ pub enum Failure {
     Unknown(#[source] DbErr),
 }
 
-/// Commits. With an SQLSTATE the server itself says that it rolled back; without one nobody knows.
+/// Commits. A lost race or a violated constraint is the server's word that it rolled back; all else (no answer, a server
+/// that is going down) leaves it open.
 pub async fn commit(txn: DatabaseTransaction) -> Result<(), Failure> {
     txn.commit().await.map_err(|error| match sqlstate(&error) {
-        Some(_) => Failure::NotDone(error),
-        None => Failure::Unknown(error),
+        Some(code) if code.starts_with("40") || code.starts_with("23") => Failure::NotDone(error),
+        _ => Failure::Unknown(error),
     })
 }
 
@@ -178,7 +236,8 @@ where
 {
     let mut retry = Retry::begin();
     loop {
-        match retry.settle(query().await.map_err(Failure::NotDone)).await {
+        let attempt = async { query().await.map_err(Failure::NotDone) };
+        match retry.settle(attempt).await {
             ControlFlow::Break(Ok(value)) => return Ok(value),
             ControlFlow::Break(Err(Failure::NotDone(error) | Failure::Unknown(error))) => return Err(error),
             ControlFlow::Continue(()) => {}
@@ -191,7 +250,7 @@ where
 /// ```ignore
 /// let mut retry = Retry::begin();
 /// loop {
-///     if let ControlFlow::Break(settled) = retry.settle(store_once(db, new).await).await {
+///     if let ControlFlow::Break(settled) = retry.settle(store_once(db, new)).await {
 ///         return settled;
 ///     }
 /// }
@@ -205,17 +264,26 @@ pub struct Retry {
     deadline: Instant,
     delay: Duration,
     unknown: bool,
+    waits_for_locks: bool,
 }
 
 impl Retry {
     /// Starts the clock.
     pub fn begin() -> Self {
-        Self { deadline: Instant::now() + RETRY_DEADLINE, delay: RETRY_DELAY_MIN, unknown: false }
+        Self { deadline: Instant::now() + RETRY_DEADLINE, delay: RETRY_DELAY_MIN, unknown: false, waits_for_locks: true }
     }
 
-    /// Says `Break` with the end of it, or waits a little and says `Continue`.
-    pub async fn settle<T>(&mut self, tried: Result<T, Failure>) -> ControlFlow<Result<T, Failure>> {
-        let error = match tried {
+    /// The same, but a lock that is not to be had ends it: the caller can do something better than wait.
+    pub fn unless_locked() -> Self {
+        Self { waits_for_locks: false, ..Self::begin() }
+    }
+
+    /// Tries once, for a limited time. Says `Break` with the end of it, or waits a little and says `Continue`.
+    pub async fn settle<T>(&mut self, attempt: impl Future<Output = Result<T, Failure>>) -> ControlFlow<Result<T, Failure>> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        let limit = left.clamp(ATTEMPT_TIMEOUT_MIN, ATTEMPT_TIMEOUT);
+        let tried = tokio::time::timeout(limit, attempt).await;
+        let error = match tried.unwrap_or_else(|_| Err(Failure::Unknown(no_answer(limit)))) {
             Ok(value) => return ControlFlow::Break(Ok(value)),
             Err(Failure::NotDone(error)) => error,
             Err(Failure::Unknown(error)) => {
@@ -223,7 +291,8 @@ impl Retry {
                 error
             }
         };
-        if !is_transient(&error) || Instant::now() + self.delay > self.deadline {
+        let hopeless = !is_transient(&error) || (!self.waits_for_locks && is_lock_timeout(&error));
+        if hopeless || Instant::now() + self.delay > self.deadline {
             return ControlFlow::Break(Err(if self.unknown { Failure::Unknown(error) } else { Failure::NotDone(error) }));
         }
         tokio::time::sleep(self.delay.mul_f64(jitter())).await;

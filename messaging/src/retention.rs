@@ -12,9 +12,11 @@ use uuid::{NoContext, Timestamp, Uuid};
 use crate::db::{self, sql};
 
 /// Rows in one statement: short locks, little to undo.
-const BATCH_MAX: i64 = 1000;
+const BATCH_MAX: u64 = 1000;
 /// Between two statements while there is more, so that the flow goes first.
 const BATCH_PAUSE: Duration = Duration::from_millis(50);
+/// A batch that hangs (a connection into nothing) is given up.
+const BATCH_TIMEOUT: Duration = Duration::from_secs(20);
 const LOOK_INTERVAL_MAX: Duration = Duration::from_secs(60);
 
 /// What is taken away when.
@@ -33,11 +35,11 @@ impl Retention {
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         let interval = LOOK_INTERVAL_MAX.min(self.keep / 2).max(BATCH_PAUSE);
         loop {
-            let pause = match self.prune_batch().await {
-                Ok(0) => interval,
+            let pause = match db::within(BATCH_TIMEOUT, self.prune_batch()).await {
                 Ok(pruned) => {
                     debug!(rows = pruned, "Old outbox and inbox rows pruned");
-                    BATCH_PAUSE
+                    // Less than a full batch: there is nothing more for now.
+                    if pruned >= BATCH_MAX { BATCH_PAUSE } else { interval }
                 }
                 Err(error) => {
                     warn!(error = %error, "Old rows could not be pruned; trying again");
@@ -64,7 +66,7 @@ impl Retention {
                 "DELETE FROM outbox WHERE (event_id, n) IN (
                      SELECT event_id, n FROM outbox WHERE event_id < $1 AND published_at < $2 ORDER BY event_id, n LIMIT $3
                      FOR UPDATE SKIP LOCKED)",
-                [id_before.into(), before.into(), BATCH_MAX.into()],
+                [id_before.into(), before.into(), (BATCH_MAX as i64).into()],
             ))
             .await?;
         let inbox = self
@@ -73,7 +75,7 @@ impl Retention {
                 "DELETE FROM inbox WHERE consumer = $1 AND event_id IN (
                      SELECT event_id FROM inbox WHERE consumer = $1 AND event_id < $2 AND received_at < $3
                      AND (last_repeat_at IS NULL OR last_repeat_at < $3) ORDER BY event_id LIMIT $4 FOR UPDATE SKIP LOCKED)",
-                [self.consumer.into(), id_before.into(), before.into(), BATCH_MAX.into()],
+                [self.consumer.into(), id_before.into(), before.into(), (BATCH_MAX as i64).into()],
             ))
             .await?;
         Ok(outbox.rows_affected() + inbox.rows_affected())

@@ -3,8 +3,10 @@
 
 use std::time::Duration;
 
-use sea_orm::DatabaseConnection;
+use messaging::db;
+use sea_orm::{DatabaseConnection, DbErr};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
@@ -16,11 +18,14 @@ const GROUP_MAX: usize = 200;
 /// Requests that may wait. A queue this long takes a healthy database well below a second; a longer one only hides that
 /// it is not healthy.
 const QUEUE_MAX: usize = 2000;
+/// A request that waited this long is turned away: whoever sent it gives up soon, and storing it then helps nobody.
+const WAIT_MAX: Duration = Duration::from_secs(2);
 /// After a shutdown begins, requests that are still open get this long.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(6);
 
 struct Ticket {
     new: NewOrder,
+    came: Instant,
     answer: oneshot::Sender<Result<Placed, Error>>,
 }
 
@@ -41,7 +46,7 @@ impl Intake {
     /// Stores an order together with whatever else is waiting.
     pub(crate) async fn place(&self, new: NewOrder) -> Result<Placed, Error> {
         let (answer, answered) = oneshot::channel();
-        self.0.try_send(Ticket { new, answer }).map_err(|_| Error::Overloaded)?;
+        self.0.try_send(Ticket { new, came: Instant::now(), answer }).map_err(|_| Error::Overloaded)?;
         // The clerk drops a ticket unanswered only if the process ends meanwhile.
         answered.await.unwrap_or(Err(Error::Stopping))
     }
@@ -76,7 +81,20 @@ impl Clerk {
 }
 
 async fn store(db: &DatabaseConnection, group: impl Iterator<Item = Ticket>) {
-    let (new, answers): (Vec<NewOrder>, Vec<oneshot::Sender<_>>) = group.map(|ticket| (ticket.new, ticket.answer)).unzip();
+    let mut new = Vec::with_capacity(GROUP_MAX);
+    let mut answers = Vec::with_capacity(GROUP_MAX);
+    for ticket in group {
+        if ticket.came.elapsed() > WAIT_MAX {
+            // Whoever asked may have gone already, as below.
+            let _ = ticket.answer.send(Err(Error::Overloaded));
+        } else if !ticket.answer.is_closed() {
+            new.push(ticket.new);
+            answers.push(ticket.answer);
+        }
+    }
+    if new.is_empty() {
+        return;
+    }
     match order::place(db, &new).await {
         Ok(results) => {
             for (answer, result) in answers.into_iter().zip(results) {
@@ -84,8 +102,8 @@ async fn store(db: &DatabaseConnection, group: impl Iterator<Item = Ticket>) {
                 let _ = answer.send(result);
             }
         }
-        // What the database refuses every time must not hurt the others.
-        Err(Error::Database(error)) if new.len() > 1 && !messaging::db::is_transient(&error) => {
+        // What the database refuses every time, or a key that somebody else holds, must not hurt the others.
+        Err(Error::Database(error)) if new.len() > 1 && concerns_one(&error) => {
             warn!(orders = new.len(), error = %error, "A group of orders was refused; one by one");
             for (answer, one) in answers.into_iter().zip(&new) {
                 let result = match order::place(db, std::slice::from_ref(one)).await {
@@ -105,11 +123,16 @@ async fn store(db: &DatabaseConnection, group: impl Iterator<Item = Ticket>) {
     }
 }
 
+/// Whether one order of a group is to blame, and not the database as a whole.
+fn concerns_one(error: &DbErr) -> bool {
+    !db::is_transient(error) || db::is_lock_timeout(error)
+}
+
 #[cfg(test)]
 mod tests {
     use futures_util::FutureExt as _;
     use futures_util::future::join_all;
-    use sea_orm::{ConnectionTrait as _, DbBackend, Statement};
+    use sea_orm::{ConnectionTrait as _, DbBackend, Statement, TransactionTrait as _};
     use service_kit::idempotency::Delivery;
     use shared_contracts::{Amount, EventId, OrderId, UserId};
 
@@ -131,7 +154,7 @@ mod tests {
     #[tokio::test]
     async fn what_waits_is_stored_in_one_transaction_and_everyone_gets_its_own_answer() {
         let database = stack::testing::TestDatabase::fresh().await.unwrap();
-        let db = messaging::db::connect(&database.url, "test", 2).await.unwrap();
+        let db = db::connect(&database.url, "test", db::Role::Http, 3).await.unwrap();
         messaging::db::migrate::<crate::migration::Migrator>(&db).await.unwrap();
         let (intake, clerk) = open();
         let first = NewOrder { idempotency_key: "twin".to_owned(), ..order() };
@@ -159,6 +182,59 @@ mod tests {
         let query = "SELECT count(*) || ' in ' || count(DISTINCT created_at) FROM outbox";
         let row = db.query_one_raw(Statement::from_string(DbBackend::Postgres, query)).await.unwrap().unwrap();
         assert_eq!(row.try_get_by_index::<String>(0).unwrap(), "31 in 1");
+    }
+
+    #[tokio::test]
+    async fn a_key_that_somebody_else_is_storing_holds_up_its_own_order_only() {
+        let database = stack::testing::TestDatabase::fresh().await.unwrap();
+        let db = db::connect(&database.url, "test", db::Role::Http, 3).await.unwrap();
+        messaging::db::migrate::<crate::migration::Migrator>(&db).await.unwrap();
+        let held = order();
+        let holder = db.begin().await.unwrap();
+        crate::entity::order::insert_new(&holder, vec![(&held).into()]).await.unwrap();
+
+        let (intake, clerk) = open();
+        let all = [order(), NewOrder { id: OrderId::mint(), placed_event_id: EventId::mint(), ..held.clone() }, order()];
+        let answers = join_all(all.iter().map(|new| intake.place(new.clone())));
+        let answers = tokio::select! {
+            answers = answers => answers,
+            ended = clerk.run(&db, || {}, CancellationToken::new()) => panic!("{ended:?}"),
+        };
+        assert!(answers[0].is_ok() && answers[2].is_ok(), "{answers:?}");
+        assert!(matches!(&answers[1], Err(Error::Database(error)) if db::is_lock_timeout(error)), "{answers:?}");
+        holder.rollback().await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waited_too_long_is_turned_away() {
+        // No database: it must not be asked.
+        let db = db::connect("postgres://127.0.0.1:1/none", "test", db::Role::Http, 1).await.unwrap();
+        let (intake, clerk) = open();
+        let mut late = Box::pin(intake.place(order()));
+        assert!(late.as_mut().now_or_never().is_none(), "it waits");
+        tokio::time::advance(WAIT_MAX + Duration::from_millis(1)).await;
+        let answer = tokio::select! {
+            answer = late => answer,
+            ended = clerk.run(&db, || {}, CancellationToken::new()) => panic!("{ended:?}"),
+        };
+        assert!(matches!(answer, Err(Error::Overloaded)), "{answer:?}");
+    }
+
+    #[tokio::test]
+    async fn an_order_whose_client_has_gone_before_it_was_begun_is_not_stored() {
+        let database = stack::testing::TestDatabase::fresh().await.unwrap();
+        let db = db::connect(&database.url, "test", db::Role::Http, 2).await.unwrap();
+        messaging::db::migrate::<crate::migration::Migrator>(&db).await.unwrap();
+        let (intake, clerk) = open();
+        let mut gone = Box::pin(intake.place(order()));
+        assert!(gone.as_mut().now_or_never().is_none(), "it waits");
+        drop(gone);
+        let placed = tokio::select! {
+            placed = intake.place(order()) => placed.unwrap(),
+            ended = clerk.run(&db, || {}, CancellationToken::new()) => panic!("{ended:?}"),
+        };
+        let row = db.query_one_raw(Statement::from_string(DbBackend::Postgres, "SELECT id FROM orders")).await.unwrap().unwrap();
+        assert_eq!(row.try_get_by_index::<uuid::Uuid>(0).unwrap(), placed.order.id, "the only one");
     }
 
     #[tokio::test]

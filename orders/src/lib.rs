@@ -57,8 +57,8 @@ impl App {
     /// Opens the port. Database and broker are not waited for: they may come later.
     pub async fn build(config: Config) -> anyhow::Result<Self> {
         let listener = service_kit::config::listen(config.listen, config.listen_unprotected).await?;
-        let flow = db::connect(&config.flow.database_url, "orders flow", config.flow.flow_connections).await?;
-        let http_db = db::connect(&config.flow.database_url, "orders http", config.flow.http_connections).await?;
+        let flow = db::connect(&config.flow.database_url, "orders", db::Role::Flow, config.flow.flow_connections).await?;
+        let http_db = db::connect(&config.flow.database_url, "orders", db::Role::Http, config.flow.http_connections).await?;
         let broker = Broker::connect(config.flow.broker("orders")).await?;
         let settings = config.flow.topology();
         let wake = Arc::new(Notify::new());

@@ -42,11 +42,11 @@ pub(crate) struct Placed {
 }
 
 /// Stores the orders and the facts that they were placed, together or not at all; one refused order does not hurt the
-/// others. One order is a slice of one.
+/// others. One order is a slice of one. A key that another transaction is storing right now is not waited for long.
 pub(crate) async fn place(db: &DatabaseConnection, new: &[NewOrder]) -> Result<Vec<Result<Placed, Error>>, Error> {
-    let mut retry = Retry::begin();
+    let mut retry = Retry::unless_locked();
     loop {
-        if let ControlFlow::Break(settled) = retry.settle(place_once(db, new).await).await {
+        if let ControlFlow::Break(settled) = retry.settle(place_once(db, new)).await {
             return Ok(settled?);
         }
     }

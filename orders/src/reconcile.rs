@@ -22,6 +22,8 @@ use crate::entity::order::{self, AskAgain, Model};
 
 /// How often orders that are due are looked for; also the second of "so many per second".
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// A look that hangs (a connection into nothing) is given up and taken again on another connection.
+const STEP_TIMEOUT: Duration = Duration::from_secs(20);
 /// Any number: of several replicas, the one that holds this advisory lock asks.
 const RECONCILER_LOCK: i64 = 7_011_988;
 
@@ -48,7 +50,7 @@ impl Reconciler {
                 Some(woken) => loss_to_note |= woken.is_ok(),
             }
             let begun = Instant::now();
-            match self.step(loss_to_note).await {
+            match db::within(STEP_TIMEOUT, self.step(loss_to_note)).await {
                 Ok(asked) => {
                     loss_to_note = false;
                     if asked > 0 {

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use messaging::db;
 use sea_orm::DatabaseConnection;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -14,6 +15,9 @@ use crate::entity::order;
 
 /// Orders that another replica of this service ended are noticed after this long; our own at once.
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
+
+/// A look that hangs is given up.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Who waits for which order.
 #[derive(Clone, Debug, Default)]
@@ -53,7 +57,7 @@ impl Waiting {
             if ids.is_empty() {
                 continue;
             }
-            match order::final_among(db, ids).await {
+            match db::within(LOOK_TIMEOUT, order::final_among(db, ids)).await {
                 Ok(ids) => self.wake(&ids),
                 // Whoever waits looks for itself when its time is up.
                 Err(error) => debug!(error = %error, "Waiting requests could not be looked after"),

@@ -35,7 +35,7 @@ pub(crate) struct NewDeposit {
 pub(crate) async fn open(db: &DatabaseConnection, new: &NewAccount) -> Result<(account::Model, Delivery), Error> {
     let mut retry = Retry::begin();
     loop {
-        if let ControlFlow::Break(settled) = retry.settle(open_once(db, new).await).await {
+        if let ControlFlow::Break(settled) = retry.settle(open_once(db, new)).await {
             return settled?;
         }
     }
@@ -77,7 +77,7 @@ pub(crate) async fn find(db: &DatabaseConnection, user_id: &UserId) -> Result<ac
 pub(crate) async fn top_up(db: &DatabaseConnection, new: &NewDeposit) -> Result<(transfer::Model, Delivery), Error> {
     let mut retry = Retry::begin();
     loop {
-        if let ControlFlow::Break(settled) = retry.settle(top_up_once(db, new).await).await {
+        if let ControlFlow::Break(settled) = retry.settle(top_up_once(db, new)).await {
             return settled?;
         }
     }

@@ -29,6 +29,12 @@ pub(super) fn problem(error: Error, key: Option<&IdempotencyKey>) -> Problem {
                 None => problem,
             }
         }
+        Error::Database(cause) if messaging::db::is_lock_timeout(&cause) => Problem::new(
+            StatusCode::CONFLICT,
+            "request_in_progress",
+            "Another request with this Idempotency-Key is still being stored. Send it again with the same key.",
+        )
+        .retry_after(1),
         Error::Database(cause) if messaging::db::is_transient(&cause) => {
             error!(error = %cause, "The database did not do it in time");
             Problem::unavailable(UNAVAILABLE)

@@ -128,6 +128,7 @@ pub(super) struct OrderListBody {
         (status = 201, description = "Placed, now or earlier with this key", body = OrderBody,
          headers(("Location" = String, description = "Path of the order"), ("Idempotency-Replayed" = bool, description = "true if it had been placed earlier"))),
         (status = 400, description = "The body is not JSON, or the key is malformed", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 409, description = "A request with this key is still being stored; try again with the same key", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 413, description = "The body is too large", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 415, description = "The body is not application/json", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 422, description = "A field is not acceptable, or the key was used for another request", body = ProblemDocument, content_type = "application/problem+json"),
