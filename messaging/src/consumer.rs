@@ -1,32 +1,33 @@
 //! Takes messages from a durable consumer into the database: as many as are ready go into one transaction with their
 //! inbox rows and their effects; then they are acknowledged. No business word in it.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use async_nats::HeaderMap;
 use async_nats::jetstream::consumer::PullConsumer;
 use async_nats::jetstream::consumer::pull::{MessagesErrorKind, Stream};
 use async_nats::jetstream::{AckKind, Message};
 use failpoint::{Injected, failpoint};
-use futures_util::StreamExt as _;
+use futures_util::{FutureExt as _, StreamExt as _};
 use sea_orm::{DatabaseConnection, DatabaseTransaction, DbErr, TransactionTrait};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
-use uuid::Uuid;
 
-use shared_contracts::{Event, EventId, SPEC_VERSION, header};
+use shared_contracts::Event;
 
 use crate::broker::{Broker, jitter};
 use crate::db;
 use crate::dead_letter::{self, DeadMessage, Verdict};
 use crate::inbox::{self, Delivery};
+use crate::incoming::{self, Incoming};
 use crate::topology::{self, Ensured, Subscription, TopologySettings};
 use crate::vital::Vital;
+
+pub use crate::incoming::{Received, read};
 
 /// Messages in one transaction. Larger ones only add latency.
 const BATCH_MAX: usize = 200;
@@ -39,21 +40,9 @@ const RETRY_DELAY_MAX: Duration = Duration::from_secs(3);
 /// A transaction that hangs (a connection into nothing) is given up and tried again on another connection.
 const DELIVERY_TIMEOUT: Duration = Duration::from_secs(20);
 const LAST_ACK_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// A message that was understood.
-#[derive(Clone, Debug)]
-pub struct Received<E> {
-    /// What it says.
-    pub event: E,
-    /// Which fact it is; the same over every re-send.
-    pub event_id: EventId,
-    /// 0 for the first request, n for the n-th re-ask.
-    pub ask: u32,
-    /// Whether this consumer's inbox had not seen the fact. A hint: effects are guarded by business rows.
-    pub first: bool,
-    /// W3C trace context of whoever made the fact.
-    pub traceparent: Option<String>,
-}
+/// A unique index says "exists" to the loser of a race, which the next try sees and respects. Who loses this often in a
+/// row meets a row that no try will ever respect: a damaged table. Then only the message that meets it is held back.
+const RACES_MAX: u32 = 5;
 
 /// A message that the handler understood and must not apply: it contradicts what is decided.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -183,16 +172,17 @@ impl Consumer {
         let mut batches = messages.ready_chunks(BATCH_MAX);
         let mut missing_heartbeats = 0;
         let mut reconnected = pin!(reconnected);
-        loop {
+        let mut unfinished = Vec::new();
+        let ended = loop {
             let next = tokio::select! {
                 biased;
-                () = shutdown.cancelled() => return Ended::Shutdown,
+                () = shutdown.cancelled() => break Ended::Shutdown,
                 next = batches.next() => next,
                 // The broker may have come back empty. Looking is cheap, and heartbeats would take seconds to tell.
-                () = &mut reconnected => return Ended::Vanished("there is a new connection to the broker".to_owned()),
+                () = &mut reconnected => break Ended::Vanished("there is a new connection to the broker".to_owned()),
             };
             let Some(chunk) = next else {
-                return Ended::Vanished("the stream of messages ended".to_owned());
+                break Ended::Vanished("the stream of messages ended".to_owned());
             };
             let mut batch = Vec::with_capacity(chunk.len());
             let mut vanished = None;
@@ -208,15 +198,37 @@ impl Consumer {
             if !batch.is_empty() {
                 missing_heartbeats = 0;
                 if !self.take(&batch, handle, committed, shutdown).await {
-                    return Ended::Shutdown;
+                    unfinished = batch;
+                    break Ended::Shutdown;
                 }
             }
             if missing_heartbeats >= MISSING_HEARTBEATS_MAX {
                 vanished.get_or_insert_with(|| "no heartbeat from the consumer; it may be gone".to_owned());
             }
             if let Some(why) = vanished {
-                return Ended::Vanished(why);
+                break Ended::Vanished(why);
             }
+        };
+        // What the client has fetched ahead would otherwise wait for `ack_wait` before another replica gets it.
+        while let Some(Some(chunk)) = batches.next().now_or_never() {
+            unfinished.extend(chunk.into_iter().filter_map(Result::ok));
+        }
+        // First of all it stops pulling: the broker would hand what is given back to the request that is still open.
+        drop(batches);
+        self.give_back(&unfinished).await;
+        ended
+    }
+
+    /// Has the broker deliver these again at once, to whoever asks.
+    async fn give_back(&self, messages: &[Message]) {
+        for message in messages {
+            if let Err(error) = message.ack_with(AckKind::Nak(None)).await {
+                debug!(error = %error, "A message could not be given back; it comes again after a while");
+                return;
+            }
+        }
+        if let Err(error) = self.broker.client().flush().await {
+            debug!(error = %error, "Messages may not have been given back; they come again after a while");
         }
     }
 
@@ -273,7 +285,7 @@ impl Consumer {
         error: &anyhow::Error,
         shutdown: &CancellationToken,
     ) -> bool {
-        let poison = [Incoming { content: Err(Verdict::Poison(format!("{error:#}"))), ..single.clone() }];
+        let poison = [single.poisoned(format!("{error:#}"))];
         let nothing = async |_: &DatabaseTransaction, _: &[Received<E>]| Ok(Handled { quarantined: Vec::new(), effect: () });
         match self.deliver_until_settled(&poison, &nothing, &|()| {}, shutdown).await {
             Settled::Committed => true,
@@ -297,11 +309,9 @@ impl Consumer {
         E: Event + Clone + PartialEq,
     {
         let mut retry_delay = RETRY_DELAY_MIN;
+        let mut races = 0;
         loop {
-            let delivered = tokio::time::timeout(DELIVERY_TIMEOUT, self.deliver(batch, handle))
-                .await
-                .unwrap_or_else(|_| Err(anyhow::Error::new(TookTooLong)));
-            match delivered {
+            match db::within(DELIVERY_TIMEOUT, self.deliver(batch, handle)).await {
                 Ok((effect, dead)) => {
                     self.vital.good();
                     committed(effect);
@@ -310,6 +320,10 @@ impl Consumer {
                 }
                 Err(error) if !is_transient(&error) => return Settled::Refused(error),
                 Err(error) => {
+                    races = if is_lost_race(&error) { races + 1 } else { 0 };
+                    if races == RACES_MAX {
+                        return Settled::Refused(error);
+                    }
                     if self.vital.bad(format!("{error:#}")) {
                         warn!(
                             consumer = self.subscription.consumer,
@@ -342,7 +356,7 @@ impl Consumer {
         let deliveries: Vec<Delivery> = batch.iter().filter_map(Incoming::delivery).collect();
         let first = inbox::record(&txn, self.subscription.consumer, &deliveries).await?;
         failpoint!("consumer.after_inbox")?;
-        let (events, places) = distinct(batch, &first);
+        let (events, places) = incoming::distinct(batch, &first);
         let Handled { quarantined, effect } = handle(&txn, &events).await?;
         failpoint!("consumer.after_handle")?;
 
@@ -423,10 +437,6 @@ impl Consumer {
     }
 }
 
-#[derive(Debug, thiserror::Error)]
-#[error("the database did not get done within {DELIVERY_TIMEOUT:?}")]
-struct TookTooLong;
-
 enum Settled {
     Committed,
     Shutdown,
@@ -437,114 +447,10 @@ enum Settled {
 /// and would fail every time.
 fn is_transient(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
-        cause.is::<LostRace>()
-            || cause.is::<TookTooLong>()
-            || cause.is::<Injected>()
-            || cause.downcast_ref::<DbErr>().is_some_and(db::is_transient)
+        cause.is::<LostRace>() || cause.is::<Injected>() || cause.downcast_ref::<DbErr>().is_some_and(db::is_transient)
     })
 }
 
-/// A message with what became of reading it.
-#[derive(Clone)]
-struct Incoming<'a, E> {
-    message: &'a Message,
-    stream_sequence: u64,
-    delivered: i64,
-    event_id: Option<Uuid>,
-    content: Result<Received<E>, Verdict>,
-}
-
-impl<'a, E: Event + Clone + PartialEq> Incoming<'a, E> {
-    fn decode(message: &'a Message) -> Self {
-        let (stream_sequence, delivered) = message.info().map_or((0, 0), |info| (info.stream_sequence, info.delivered));
-        let event_id = text_header(message.headers.as_ref(), header::ID).and_then(|id| id.parse::<EventId>().ok());
-        let content = read(message.headers.as_ref(), &message.payload).map_err(Verdict::Poison);
-        Self { message, stream_sequence, delivered, event_id: event_id.map(EventId::as_uuid), content }
-    }
-
-    /// Its inbox row. A message that cannot be read gets none: the re-ask that heals it must not look repeated.
-    fn delivery(&self) -> Option<Delivery> {
-        let received = self.content.as_ref().ok()?;
-        Some(Delivery {
-            event_id: received.event_id.as_uuid(),
-            stream_sequence: i64::try_from(self.stream_sequence).unwrap_or(i64::MAX),
-            delivered: i32::try_from(self.delivered).unwrap_or(i32::MAX),
-        })
-    }
-
-    fn dead(&self, quarantined: Option<&String>) -> Option<DeadMessage<'a>> {
-        let (verdict, order_id) = match &self.content {
-            Err(verdict) => (verdict.clone(), None),
-            Ok(received) => (Verdict::Quarantine(quarantined?.clone()), Some(received.event.order_id().as_uuid())),
-        };
-        Some(DeadMessage {
-            verdict,
-            message: &self.message.message,
-            event_id: self.event_id,
-            order_id,
-            stream_sequence: i64::try_from(self.stream_sequence).unwrap_or(i64::MAX),
-            delivered: i32::try_from(self.delivered).unwrap_or(i32::MAX),
-        })
-    }
-}
-
-fn text_header<'a>(headers: Option<&'a HeaderMap>, name: &str) -> Option<&'a str> {
-    Some(headers?.get(name)?.as_str())
-}
-
-/// Reads a message strictly; says in words what is wrong with it. What this refuses is poison.
-pub fn read<E: Event>(headers: Option<&HeaderMap>, payload: &[u8]) -> Result<Received<E>, String> {
-    let required = |name: &str| text_header(headers, name).ok_or_else(|| format!("header {name} is missing"));
-    let event_id: EventId = required(header::ID)?.parse().map_err(|_| format!("header {} is no UUID", header::ID))?;
-    let version = required(header::SPEC_VERSION)?;
-    if version != SPEC_VERSION {
-        return Err(format!("CloudEvents version {version:?} is not known, only {SPEC_VERSION}"));
-    }
-    let kind = required(header::TYPE)?;
-    if kind != E::TYPE {
-        return Err(format!("type {kind:?} is not known here, only {}", E::TYPE));
-    }
-    let ask = match text_header(headers, header::ASK) {
-        None => 0,
-        Some(text) => text.parse().map_err(|_| format!("header {} is no number: {text:?}", header::ASK))?,
-    };
-    let event: E = serde_json::from_slice(payload).map_err(|error| format!("the body is no {}: {error}", E::TYPE))?;
-    let order_id = required(header::SUBJECT)?;
-    if order_id != event.order_id().to_string() {
-        return Err(format!("header {} names order {order_id:?}, the body order {}", header::SUBJECT, event.order_id()));
-    }
-    let traceparent = text_header(headers, header::TRACEPARENT).map(str::to_owned);
-    Ok(Received { event, event_id, ask, first: false, traceparent })
-}
-
-/// One entry per event, in stream order, and for each message its place among them. Of several deliveries of one
-/// event, the highest ask counts. Two messages with one id and other content stay two entries: the handler must see
-/// that they contradict each other.
-fn distinct<E: Event + Clone + PartialEq>(
-    batch: &[Incoming<'_, E>],
-    first: &HashSet<Uuid>,
-) -> (Vec<Received<E>>, Vec<Option<usize>>) {
-    let mut events: Vec<Received<E>> = Vec::with_capacity(batch.len());
-    let mut by_id: HashMap<EventId, Vec<usize>> = HashMap::with_capacity(batch.len());
-    let mut places = Vec::with_capacity(batch.len());
-    for incoming in batch {
-        let Ok(received) = &incoming.content else {
-            places.push(None);
-            continue;
-        };
-        let same_id = by_id.entry(received.event_id).or_default();
-        let place = match same_id.iter().copied().find(|place| events[*place].event == received.event) {
-            Some(place) => {
-                events[place].ask = events[place].ask.max(received.ask);
-                place
-            }
-            None => {
-                events.push(Received { first: first.contains(&received.event_id.as_uuid()), ..received.clone() });
-                same_id.push(events.len() - 1);
-                events.len() - 1
-            }
-        };
-        places.push(Some(place));
-    }
-    (events, places)
+fn is_lost_race(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| cause.is::<LostRace>() || cause.downcast_ref::<DbErr>().is_some_and(db::is_unique_violation))
 }

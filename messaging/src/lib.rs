@@ -7,6 +7,7 @@ pub mod consumer;
 pub mod db;
 pub mod dead_letter;
 pub mod inbox;
+mod incoming;
 pub mod migration;
 pub mod outbox;
 pub mod relay;

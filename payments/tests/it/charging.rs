@@ -219,6 +219,25 @@ async fn a_crash_before_the_commit_leaves_nothing_and_the_order_is_debited_after
 }
 
 #[tokio::test]
+async fn a_service_that_stops_gives_back_what_it_has_taken_at_once() {
+    let mut payments = Payments::start_with_ack_wait(10 * 60 * 1000).await;
+    let orders: Vec<_> = (0..5).map(|_| request("nobody", 1)).collect();
+    let holder = payments
+        .while_stuck(5, async || {
+            for order in &orders {
+                payments.publish(order).await;
+            }
+        })
+        .await;
+    payments.stop().await;
+    holder.rollback().await.unwrap();
+    payments.run().await;
+    for order in &orders {
+        payments.decision(order).await;
+    }
+}
+
+#[tokio::test]
 async fn money_rows_cannot_be_changed_or_deleted() {
     let payments = Payments::start().await;
     payments.open_account("alice", 1000).await;

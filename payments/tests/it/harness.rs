@@ -10,7 +10,8 @@ use messaging::topology::{self, TopologySettings};
 use payments::entity::{account, payment, transfer};
 use payments::{App, Config};
 use sea_orm::{
-    ConnectionTrait as _, DatabaseConnection, EntityTrait as _, PaginatorTrait as _, QueryOrder as _, TransactionTrait as _,
+    ConnectionTrait as _, DatabaseConnection, DatabaseTransaction, EntityTrait as _, PaginatorTrait as _, QueryOrder as _,
+    TransactionTrait as _,
 };
 use serde_json::json;
 use shared_contracts::{Amount, Event as _, EventId, OrderId, OrderPlaced, SPEC_VERSION, UserId, header};
@@ -29,6 +30,8 @@ pub(crate) struct Payments {
     /// Connected as the orders service.
     orders: Broker,
     service: Option<Apart>,
+    /// How long the broker waits for an ack, in milliseconds.
+    ack_wait: u64,
 }
 
 /// A request as orders publishes it.
@@ -70,6 +73,10 @@ impl Request {
 
 impl Payments {
     pub(crate) async fn start() -> Self {
+        Self::start_with_ack_wait(1000).await
+    }
+
+    pub(crate) async fn start_with_ack_wait(ack_wait: u64) -> Self {
         let broker = TestBroker::start().await.unwrap();
         let database = TestDatabase::fresh().await.unwrap();
         let orders = Broker::connect(BrokerConfig {
@@ -84,8 +91,15 @@ impl Payments {
         let (_, made) =
             topology::ensure_stream(orders.jetstream(), &topology::orders_stream(&TopologySettings::default())).await.unwrap();
         assert_eq!(made, topology::Ensured::Made);
-        let mut payments =
-            Self { http: Http::new(""), db: database.connect().await.unwrap(), broker, database, orders, service: None };
+        let mut payments = Self {
+            http: Http::new(""),
+            db: database.connect().await.unwrap(),
+            broker,
+            database,
+            orders,
+            service: None,
+            ack_wait,
+        };
         payments.run().await;
         payments
     }
@@ -94,6 +108,11 @@ impl Payments {
     /// `plug` until the broker has handed over the rest. (The answer to the plug's last ack travels behind the rest
     /// on the same connection, so when the service looks again, all of it is there.)
     pub(crate) async fn as_one_batch(&self, number: u64, publish: impl AsyncFnOnce()) {
+        self.while_stuck(number, publish).await.rollback().await.unwrap();
+    }
+
+    /// The same, but the service stays stuck as long as the returned transaction is open.
+    pub(crate) async fn while_stuck(&self, number: u64, publish: impl AsyncFnOnce()) -> DatabaseTransaction {
         let holder = self.another_connection().await.begin().await.unwrap();
         holder.execute_unprepared("LOCK TABLE inbox IN EXCLUSIVE MODE").await.unwrap();
         self.publish(&request("plug", 1)).await;
@@ -103,7 +122,7 @@ impl Payments {
         eventually("the service waits with the plug", SOON, async || (self.count(waiting).await == 1).then_some(())).await;
         publish().await;
         eventually("the rest is handed over", SOON, async || (lag().await? == (0, number + 1)).then_some(())).await;
-        holder.rollback().await.unwrap();
+        holder
     }
 
     pub(crate) async fn run(&mut self) {
@@ -120,7 +139,7 @@ impl Payments {
             format!("--database-url={}", self.database.url),
             format!("--nats-url={}", self.broker.url()),
             format!("--nats-password={}", self.broker.secrets().nats_payments),
-            "--ack-wait-ms=1000".to_owned(),
+            format!("--ack-wait-ms={}", self.ack_wait),
         ];
         let config = Config::try_parse_from(arguments).unwrap();
         let service = Apart::start(async move |address, shutdown| {
@@ -134,6 +153,10 @@ impl Payments {
         eventually("the service is ready", SOON, async || http.get("/readyz").await.ok().filter(|answer| answer.status == 200))
             .await;
         service
+    }
+
+    pub(crate) async fn stop(&mut self) {
+        self.service.take().unwrap().stop().await.unwrap();
     }
 
     pub(crate) async fn crash(&mut self) {
