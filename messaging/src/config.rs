@@ -12,10 +12,10 @@ pub struct FlowArgs {
     #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
     pub database_url: String,
     /// Connections for HTTP requests.
-    #[arg(long, env = "GOZON_HTTP_CONNECTIONS", default_value_t = 8)]
+    #[arg(long, env = "GOZON_HTTP_CONNECTIONS", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     pub http_connections: u32,
     /// Connections for relay, consumer, reconciler and health, which a flood of requests cannot take.
-    #[arg(long, env = "GOZON_FLOW_CONNECTIONS", default_value_t = 6)]
+    #[arg(long, env = "GOZON_FLOW_CONNECTIONS", default_value_t = 8, value_parser = clap::value_parser!(u32).range(2..))]
     pub flow_connections: u32,
     /// NATS servers, separated by commas.
     #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222")]

@@ -10,6 +10,7 @@ pub mod inbox;
 mod incoming;
 pub mod migration;
 pub mod outbox;
+mod publish;
 pub mod relay;
 pub mod retention;
 pub mod topology;

@@ -162,15 +162,30 @@ impl Pending {
     }
 }
 
-/// Locks up to `limit` waiting rows, the oldest first, passing over those that another relay holds.
-pub(crate) async fn lock_pending(txn: &DatabaseTransaction, limit: u32) -> Result<Vec<Pending>, DbErr> {
-    Pending::find_by_statement(sql(
-        "SELECT event_id, n, subject, headers, payload FROM outbox WHERE published_at IS NULL
-         ORDER BY event_id, n LIMIT $1 FOR UPDATE SKIP LOCKED",
-        [i64::from(limit).into()],
-    ))
-    .all(txn)
-    .await
+/// Which of the waiting rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Which {
+    /// Those that were never tried.
+    Fresh,
+    /// Those that the broker did not take.
+    Tried,
+}
+
+/// Locks up to `limit` waiting rows, passing over those that another relay holds. Never-tried ones come in the order of
+/// their ids, which is about that of their making; others by how often they were tried, so that a few that never go
+/// through do not keep the rest from their turn.
+pub(crate) async fn lock_pending(txn: &DatabaseTransaction, which: Which, limit: u32) -> Result<Vec<Pending>, DbErr> {
+    let text = match which {
+        Which::Fresh => {
+            "SELECT event_id, n, subject, headers, payload FROM outbox WHERE published_at IS NULL AND attempts = 0
+             ORDER BY event_id, n LIMIT $1 FOR UPDATE SKIP LOCKED"
+        }
+        Which::Tried => {
+            "SELECT event_id, n, subject, headers, payload FROM outbox WHERE published_at IS NULL AND attempts > 0
+             ORDER BY attempts, event_id, n LIMIT $1 FOR UPDATE SKIP LOCKED"
+        }
+    };
+    Pending::find_by_statement(sql(text, [i64::from(limit).into()])).all(txn).await
 }
 
 /// Whether a row for `subject` has waited longer than `age`: then the broker or the relay is the problem, and more rows

@@ -79,6 +79,7 @@ impl App {
                 wake: wake.clone(),
                 lost: lost.clone(),
                 vital: Vital::starting("starting"),
+                streams_vital: Vital::starting("starting"),
             },
             consumer: Consumer {
                 db: flow.clone(),
@@ -145,6 +146,7 @@ impl App {
         // Not the HTTP side's pool: being busy is not being unready.
         let db = self.flow.clone();
         let (schema, relay, consumer) = (self.schema.clone(), self.relay.vital.clone(), self.consumer.vital.clone());
+        let streams = self.relay.streams_vital.clone();
         Health::default()
             .required("database", move || {
                 let db = db.clone();
@@ -152,6 +154,7 @@ impl App {
             })
             .required("tables", move || std::future::ready(schema.read()))
             .informative("relay", move || std::future::ready(relay.read()))
+            .informative("streams", move || std::future::ready(streams.read()))
             .informative("consumer", move || std::future::ready(consumer.read()))
     }
 }

@@ -1,0 +1,121 @@
+//! An outbox, a broker, and a relay between them.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_nats::jetstream::message::StreamMessage;
+use async_nats::jetstream::stream;
+use messaging::broker::{Broker, BrokerConfig};
+use messaging::migration::MessagingTables;
+use messaging::outbox::{self, Message, Model};
+use messaging::relay::Relay;
+use messaging::topology::{self, TopologySettings};
+use messaging::{Vital, db};
+use sea_orm::{ConnectionTrait as _, DatabaseConnection, EntityTrait as _, QueryOrder as _, TransactionTrait as _};
+use sea_orm_migration::{MigrationTrait, MigratorTrait};
+use shared_contracts::{Amount, EventId, OrderId, OrderPlaced, UserId};
+use stack::testing::{TestBroker, TestDatabase, eventually};
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+pub(crate) const SOON: Duration = Duration::from_secs(20);
+
+struct Migrator;
+
+impl MigratorTrait for Migrator {
+    fn migrations() -> Vec<Box<dyn MigrationTrait>> {
+        vec![Box::new(MessagingTables)]
+    }
+}
+
+pub(crate) struct Outbox {
+    pub(crate) db: DatabaseConnection,
+    pub(crate) broker: TestBroker,
+    pub(crate) ops: Broker,
+    pub(crate) wake: Arc<Notify>,
+    pub(crate) vital: Vital,
+    pub(crate) streams_vital: Vital,
+    pub(crate) shutdown: CancellationToken,
+    pub(crate) database: TestDatabase,
+}
+
+pub(crate) fn event(amount: i64) -> OrderPlaced {
+    OrderPlaced { order_id: OrderId::mint(), user_id: UserId::parse("alice").unwrap(), amount: Amount::new(amount).unwrap() }
+}
+
+impl Outbox {
+    pub(crate) async fn new() -> Self {
+        let broker = TestBroker::start().await.unwrap();
+        let database = TestDatabase::fresh().await.unwrap();
+        let db = db::connect(&database.url, "test", db::Role::Flow, 4).await.unwrap();
+        db::migrate::<Migrator>(&db).await.unwrap();
+        let ops = connect(&broker, "ops", &broker.secrets().nats_ops).await;
+        let vital = Vital::starting("starting");
+        let streams_vital = Vital::starting("starting");
+        let (wake, shutdown) = (Arc::new(Notify::new()), CancellationToken::new());
+        Self { db, broker, ops, wake, vital, streams_vital, shutdown, database }
+    }
+
+    /// A relay as a service runs it.
+    pub(crate) async fn relay(&self, settings: &TopologySettings) -> JoinHandle<anyhow::Result<()>> {
+        self.relay_for(vec![topology::orders_stream(settings), topology::dlq_stream(settings)]).await
+    }
+
+    pub(crate) async fn relay_for(&self, streams: Vec<stream::Config>) -> JoinHandle<anyhow::Result<()>> {
+        let relay = Relay {
+            db: db::connect(&self.database.url, "test", db::Role::Flow, 4).await.unwrap(),
+            broker: connect(&self.broker, "orders", &self.broker.secrets().nats_orders).await,
+            streams,
+            wake: self.wake.clone(),
+            lost: Arc::new(Notify::new()),
+            vital: self.vital.clone(),
+            streams_vital: self.streams_vital.clone(),
+        };
+        tokio::spawn(relay.run(self.shutdown.clone()))
+    }
+
+    /// Enqueues as many facts in one transaction.
+    pub(crate) async fn enqueue(&self, number: usize) {
+        let now = db::now();
+        let messages = (0..number).map(|_| Message::first(EventId::mint(), &event(1), now, None)).collect();
+        let txn = self.db.begin().await.unwrap();
+        outbox::enqueue(&txn, messages).await.unwrap();
+        txn.commit().await.unwrap();
+        self.wake.notify_one();
+    }
+
+    pub(crate) async fn rows(&self) -> Vec<Model> {
+        outbox::Entity::find().order_by_asc(outbox::Column::EventId).all(&self.db).await.unwrap()
+    }
+
+    pub(crate) async fn execute(&self, sql: &str) {
+        self.db.execute_unprepared(sql).await.unwrap();
+    }
+
+    /// Waits until this many rows are marked as published.
+    pub(crate) async fn until_published(&self, number: usize) -> Vec<Model> {
+        eventually("the rows are published", SOON, async || {
+            let rows = self.rows().await;
+            (rows.iter().filter(|row| row.published_at.is_some()).count() == number).then_some(rows)
+        })
+        .await
+    }
+
+    pub(crate) async fn message(&self, sequence: u64) -> StreamMessage {
+        let stream = self.ops.jetstream().get_stream("ORDERS").await.unwrap();
+        stream.get_raw_message(sequence).await.unwrap()
+    }
+
+    pub(crate) async fn messages(&self) -> u64 {
+        self.ops.jetstream().get_stream("ORDERS").await.unwrap().cached_info().state.messages
+    }
+}
+
+async fn connect(broker: &TestBroker, user: &str, password: &str) -> Broker {
+    let config =
+        BrokerConfig { url: broker.url(), user: user.to_owned(), password: password.to_owned(), name: "test".to_owned() };
+    let broker = Broker::connect(config).await.unwrap();
+    broker.until_connected().await;
+    broker
+}

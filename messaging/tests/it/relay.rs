@@ -1,0 +1,104 @@
+//! What is committed is published, and marked only when it is.
+
+use messaging::topology::TopologySettings;
+use shared_contracts::header;
+use stack::testing::eventually;
+
+use crate::harness::{Outbox, SOON};
+
+/// Every row's sequence is where its message lies.
+async fn assert_in_place(outbox: &Outbox) {
+    for row in outbox.rows().await {
+        let sequence = row.stream_sequence.unwrap().try_into().unwrap();
+        let message = outbox.message(sequence).await;
+        assert_eq!(message.headers.get(header::ID).unwrap().as_str(), row.event_id.to_string(), "message {sequence}");
+    }
+}
+
+#[tokio::test]
+async fn many_rows_are_stored_as_batches_and_each_is_marked_with_its_place() {
+    let outbox = Outbox::new().await;
+    outbox.enqueue(620).await;
+    let _relay = outbox.relay(&TopologySettings::default()).await;
+    outbox.until_published(620).await;
+    assert_eq!(outbox.messages().await, 620);
+    assert!(outbox.message(300).await.headers.get("Nats-Batch-Id").is_some(), "as one batch");
+    assert_in_place(&outbox).await;
+
+    // A few go side by side.
+    outbox.enqueue(3).await;
+    outbox.until_published(623).await;
+    assert!(outbox.message(622).await.headers.get("Nats-Batch-Id").is_none());
+    assert_in_place(&outbox).await;
+}
+
+#[tokio::test]
+async fn a_batch_with_a_message_that_the_broker_knows_already_is_published_all_the_same() {
+    let outbox = Outbox::new().await;
+    let relay = outbox.relay(&TopologySettings::default()).await;
+    outbox.enqueue(1).await;
+    outbox.until_published(1).await;
+    // As after a crash between the PubAck and the mark.
+    outbox.shutdown.cancel();
+    relay.await.unwrap().unwrap();
+    outbox.execute("UPDATE outbox SET published_at = NULL, stream_sequence = NULL, attempts = 0").await;
+    outbox.enqueue(99).await;
+
+    let outbox = Outbox { shutdown: tokio_util::sync::CancellationToken::new(), ..outbox };
+    let _relay = outbox.relay(&TopologySettings::default()).await;
+    outbox.until_published(100).await;
+    assert_eq!(outbox.messages().await, 100, "nothing twice");
+    assert_in_place(&outbox).await;
+}
+
+#[tokio::test]
+async fn a_row_that_the_broker_never_takes_holds_up_none_of_the_others() {
+    let outbox = Outbox::new().await;
+    outbox.enqueue(1).await;
+    outbox.execute("UPDATE outbox SET payload = repeat('x', 70000)").await;
+    outbox.enqueue(100).await;
+    let _relay = outbox.relay(&TopologySettings::default()).await;
+    outbox.until_published(100).await;
+    // Once it has failed a few times, what comes then does not wait for its turn.
+    eventually("it was tried again", SOON, async || (outbox.rows().await[0].attempts >= 5).then_some(())).await;
+    outbox.enqueue(1).await;
+    let rows = outbox.until_published(101).await;
+    assert!(rows[0].published_at.is_none() && outbox.vital.read().is_err(), "it stays, and is told");
+
+    outbox.execute("UPDATE outbox SET payload = '{}' WHERE published_at IS NULL").await;
+    outbox.until_published(102).await;
+    eventually("all is well again", SOON, async || outbox.vital.read().ok()).await;
+}
+
+#[tokio::test]
+async fn rows_whose_stream_cannot_be_made_hold_up_none_of_the_others() {
+    let outbox = Outbox::new().await;
+    outbox.enqueue(600).await;
+    outbox.execute("UPDATE outbox SET subject = 'gozon.dlq.orders', headers = '{\"Nats-Expected-Stream\":\"DLQ\"}'").await;
+    let _relay = outbox.relay(&TopologySettings { dlq_max_bytes: 1 << 50, ..TopologySettings::default() }).await;
+    eventually("all were tried", SOON, async || outbox.rows().await.iter().all(|row| row.attempts > 0).then_some(())).await;
+    let told = outbox.streams_vital.read().unwrap_err();
+    assert!(told.contains("no room for stream DLQ"), "{told}");
+    for number in 1..=20 {
+        outbox.enqueue(1).await;
+        outbox.until_published(number).await;
+    }
+    assert_eq!(outbox.messages().await, 20);
+}
+
+#[tokio::test]
+async fn several_relays_publish_a_backlog_once() {
+    let outbox = Outbox::new().await;
+    outbox.enqueue(3000).await;
+    let mut relays = Vec::new();
+    for _ in 0..5 {
+        relays.push(outbox.relay(&TopologySettings::default()).await);
+    }
+    outbox.until_published(3000).await;
+    assert_eq!(outbox.messages().await, 3000);
+    assert!(outbox.rows().await.iter().all(|row| row.attempts == 1), "each was tried once");
+    outbox.shutdown.cancel();
+    for relay in relays {
+        relay.await.unwrap().unwrap();
+    }
+}
