@@ -26,21 +26,8 @@ pub struct FlowArgs {
     /// Password of the NATS user.
     #[arg(long, env = "NATS_PASSWORD", hide_env_values = true)]
     pub nats_password: String,
-    /// Size limit of the streams ORDERS and PAYMENTS, each, when they are made.
-    #[arg(long, env = "GOZON_STREAM_MAX_BYTES", default_value_t = TopologySettings::default().stream_max_bytes)]
-    pub stream_max_bytes: i64,
-    /// Size limit of the stream DLQ when it is made.
-    #[arg(long, env = "GOZON_DLQ_MAX_BYTES", default_value_t = TopologySettings::default().dlq_max_bytes)]
-    pub dlq_max_bytes: i64,
-    /// Copies of each stream and consumer: 1 on a single NATS server, 3 in a cluster.
-    #[arg(long, env = "GOZON_STREAM_REPLICAS", default_value_t = 1)]
-    pub stream_replicas: usize,
-    /// How long the broker recognises a repeated message id.
-    #[arg(long, env = "GOZON_DUPLICATE_WINDOW_MS", default_value_t = 120_000)]
-    pub duplicate_window_ms: u64,
-    /// After this long without an ack, the broker delivers a message again.
-    #[arg(long, env = "GOZON_ACK_WAIT_MS", default_value_t = 30_000)]
-    pub ack_wait_ms: u64,
+    #[command(flatten)]
+    topology: TopologyArgs,
     /// How long published outbox rows and inbox rows are kept. Decisions, transfers, orders and keys are kept for ever.
     #[arg(long, env = "GOZON_KEEP_SECONDS", default_value_t = 7 * 24 * 60 * 60)]
     pub keep_seconds: u64,
@@ -59,6 +46,33 @@ impl FlowArgs {
 
     /// How streams and consumers are made.
     pub fn topology(&self) -> TopologySettings {
+        self.topology.settings()
+    }
+}
+
+/// How the streams and consumers of an installation are. Services and `gozon` must be told the same.
+#[derive(Clone, Debug, clap::Args)]
+pub struct TopologyArgs {
+    /// Size limit of the streams ORDERS and PAYMENTS, each, when they are made.
+    #[arg(long, env = "GOZON_STREAM_MAX_BYTES", default_value_t = TopologySettings::default().stream_max_bytes)]
+    pub stream_max_bytes: i64,
+    /// Size limit of the stream DLQ when it is made.
+    #[arg(long, env = "GOZON_DLQ_MAX_BYTES", default_value_t = TopologySettings::default().dlq_max_bytes)]
+    pub dlq_max_bytes: i64,
+    /// Copies of each stream and consumer: 1 on a single NATS server, 3 in a cluster.
+    #[arg(long, env = "GOZON_STREAM_REPLICAS", default_value_t = 1)]
+    pub stream_replicas: usize,
+    /// How long the broker recognises a repeated message id.
+    #[arg(long, env = "GOZON_DUPLICATE_WINDOW_MS", default_value_t = 120_000)]
+    pub duplicate_window_ms: u64,
+    /// After this long without an ack, the broker delivers a message again.
+    #[arg(long, env = "GOZON_ACK_WAIT_MS", default_value_t = 30_000)]
+    pub ack_wait_ms: u64,
+}
+
+impl TopologyArgs {
+    /// The same in the words of [`crate::topology`].
+    pub fn settings(&self) -> TopologySettings {
         TopologySettings {
             stream_max_bytes: self.stream_max_bytes,
             dlq_max_bytes: self.dlq_max_bytes,

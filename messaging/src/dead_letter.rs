@@ -67,11 +67,12 @@ impl ActiveModelBehavior for ActiveModel {}
 
 impl Model {
     /// The message as it was received, to be sent again: the same fact under a message id that the broker has never
-    /// seen, so that its memory of ids cannot swallow it.
+    /// seen, so that its memory of ids cannot swallow it. Of the headers that speak to the broker (which batch a message
+    /// was stored with, for one) nothing else is kept.
     pub fn message(&self) -> (HeaderMap, Vec<u8>) {
         let mut headers = HeaderMap::new();
         for line in String::from_utf8_lossy(&self.headers).lines() {
-            let Some((name, value)) = line.split_once(": ").filter(|(name, _)| *name != header::MESSAGE_ID) else { continue };
+            let Some((name, value)) = line.split_once(": ").filter(|(name, _)| !name.starts_with("Nats-")) else { continue };
             if let (Ok(name), Ok(value)) = (HeaderName::from_str(name), HeaderValue::from_str(value)) {
                 headers.append(name, value);
             }
@@ -228,4 +229,44 @@ pub(crate) async fn bury(txn: &DatabaseTransaction, subscription: &Subscription,
         }
     }
     outbox::enqueue(txn, copies).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_is_sent_again_without_what_spoke_to_the_broker() {
+        let headers = "Gozon-Ask: 2\nNats-Batch-Commit: 1\nNats-Batch-Id: b\nNats-Batch-Sequence: 40\nNats-Expected-Stream: ORDERS\n\
+                       Nats-Msg-Id: old\nce-id: 01933f3c-7d5a-7b60-9d6f-000000000001\n";
+        let letter = Model {
+            id: Uuid::now_v7(),
+            consumer: "payments-order-placed".to_owned(),
+            message_key: "key".to_owned(),
+            kind: "poison".to_owned(),
+            cause: "cause".to_owned(),
+            event_id: Some("01933f3c-7d5a-7b60-9d6f-000000000001".parse().unwrap()),
+            order_id: None,
+            subject: "gozon.orders.placed".to_owned(),
+            stream: "ORDERS".to_owned(),
+            stream_sequence: 1,
+            delivered: 1,
+            headers: headers.as_bytes().to_vec(),
+            payload: b"{}".to_vec(),
+            times: 1,
+            created_at: OffsetDateTime::UNIX_EPOCH,
+            last_seen_at: OffsetDateTime::UNIX_EPOCH,
+            replays: 0,
+            replayed_at: None,
+        };
+        let (headers, payload) = letter.message();
+        let mut names: Vec<String> = headers.iter().map(|(name, _)| name.to_string()).collect();
+        names.sort();
+        assert_eq!(
+            (names, payload),
+            (vec!["Gozon-Ask".to_owned(), "Nats-Msg-Id".to_owned(), "ce-id".to_owned()], b"{}".to_vec())
+        );
+        let message_id = headers.get(header::MESSAGE_ID).unwrap().as_str();
+        assert!(message_id.starts_with("01933f3c-7d5a-7b60-9d6f-000000000001.d"), "{message_id}");
+    }
 }

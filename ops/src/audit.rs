@@ -161,6 +161,31 @@ async fn rows<T: FromQueryResult>(db: &DatabaseConnection, sql: &str, values: Ve
     T::find_by_statement(Statement::from_sql_and_values(DbBackend::Postgres, sql, values)).all(db).await
 }
 
+/// More than this many of one kind help nobody.
+const FINDINGS_MAX: usize = 1000;
+/// The id of the finding that says that there are more.
+const AND_MORE: &str = "and more";
+
+#[derive(FromQueryResult)]
+struct Wrong {
+    id: String,
+    detail: String,
+}
+
+/// Reports what `query` names: `id` and `detail` of what is wrong. In a fixed order, so that a second look sees the same
+/// ones; and that there are more is a finding itself, which a second look cannot miss.
+async fn find(db: &DatabaseConnection, kind: Kind, query: &str, report: &mut Report) -> Result<(), DbErr> {
+    let query = format!("SELECT id, detail FROM ({query}) wrong ORDER BY id LIMIT {}", FINDINGS_MAX + 1);
+    let wrong: Vec<Wrong> = rows(db, &query, Vec::new()).await?;
+    if wrong.len() > FINDINGS_MAX {
+        report.find(kind, AND_MORE, format!("only the first {FINDINGS_MAX} are named"));
+    }
+    for one in wrong.into_iter().take(FINDINGS_MAX) {
+        report.find(kind, one.id, one.detail);
+    }
+    Ok(())
+}
+
 async fn count(db: &DatabaseConnection, sql: &str) -> Result<u64, DbErr> {
     let row = db.query_one_raw(Statement::from_string(DbBackend::Postgres, sql)).await?;
     let count: i64 = row.ok_or_else(|| DbErr::RecordNotFound(sql.to_owned()))?.try_get_by_index(0)?;

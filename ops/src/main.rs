@@ -7,7 +7,7 @@ use anyhow::{Context as _, ensure};
 use async_nats::jetstream;
 use clap::{Parser, Subcommand};
 use messaging::broker::{Broker, BrokerConfig};
-use messaging::topology::TopologySettings;
+use messaging::config::TopologyArgs;
 use ops::audit::{self, Databases, Options, Report};
 use ops::dlq::{self, Letter};
 use ops::look;
@@ -63,6 +63,8 @@ enum Command {
         /// Makes what is absent and changes what differs.
         #[arg(long)]
         apply: bool,
+        #[command(flatten)]
+        settings: TopologyArgs,
     },
     /// Messages that were not applied.
     #[command(subcommand)]
@@ -132,9 +134,9 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
                 outboxes.iter().map(line).collect::<Vec<_>>().join("\n")
             })?;
         }
-        Command::Topology { apply } => {
+        Command::Topology { apply, settings } => {
             let broker = broker(&arguments).await?;
-            let parts = look::topology(broker.jetstream(), &TopologySettings::default(), *apply).await?;
+            let parts = look::topology(broker.jetstream(), &settings.settings(), *apply).await?;
             show(json, &parts, |parts| topology_for_people(parts))?;
         }
         Command::Dlq(command) => return dead_letters(&arguments, &databases, command).await,

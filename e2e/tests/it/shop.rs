@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use async_nats::jetstream;
+use async_nats::{HeaderMap, jetstream};
 use messaging::broker::{Broker, BrokerConfig};
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, QueryResult, Statement};
 use serde_json::{Value, json};
@@ -75,7 +75,11 @@ impl Shop {
         let state = stream.info().await.unwrap().state.clone();
         for sequence in state.first_sequence..=state.last_sequence {
             let message = stream.get_raw_message(sequence).await.unwrap();
-            let mut headers = message.headers.clone();
+            let mut headers = HeaderMap::new();
+            // Without what speaks to the broker: some of these messages were stored as batches.
+            for (name, values) in message.headers.iter().filter(|(name, _)| !name.to_string().starts_with("Nats-")) {
+                headers.insert(name.clone(), values[0].clone());
+            }
             headers.insert("Nats-Msg-Id", Uuid::new_v4().to_string());
             let ack =
                 broker.jetstream().publish_with_headers(message.subject.clone(), headers, message.payload.clone()).await.unwrap();

@@ -1,17 +1,8 @@
 //! The money in itself: balances, statements, transfers, keys. Set-based, in the database.
 
-use sea_orm::{DatabaseConnection, DbErr, FromQueryResult};
+use sea_orm::{DatabaseConnection, DbErr};
 
-use super::{Kind, Report, count, rows};
-
-/// More than this many of one kind help nobody; the number is told.
-const FINDINGS_MAX: i64 = 1000;
-
-#[derive(FromQueryResult)]
-struct Wrong {
-    id: String,
-    detail: String,
-}
+use super::{Kind, Report, count, find};
 
 /// Each query names what is wrong: `id` and `detail`.
 const QUERIES: [(Kind, &str); 5] = [
@@ -57,10 +48,7 @@ pub(super) async fn check(payments: &DatabaseConnection, report: &mut Report) ->
     report.accounts = count(payments, "SELECT count(*) FROM accounts").await?;
     report.transfers = count(payments, "SELECT count(*) FROM transfers").await?;
     for (kind, query) in QUERIES {
-        let wrong: Vec<Wrong> = rows(payments, &format!("{query} LIMIT {FINDINGS_MAX}"), Vec::new()).await?;
-        for one in wrong {
-            report.find(kind, one.id, one.detail);
-        }
+        find(payments, kind, query, report).await?;
     }
     Ok(())
 }

@@ -1,16 +1,8 @@
 //! Outboxes, inboxes and dead letters: facts that should be there, that wait for too long, or that nobody could take.
 
-use sea_orm::{DatabaseConnection, DbErr, FromQueryResult};
+use sea_orm::DbErr;
 
-use super::{Databases, Kind, Options, Report, rows};
-
-const FINDINGS_MAX: i64 = 1000;
-
-#[derive(FromQueryResult)]
-struct Wrong {
-    id: String,
-    detail: String,
-}
+use super::{Databases, Kind, Options, Report, find};
 
 /// Orders whose fact was never enqueued. Old rows are pruned, the older one first: where the first fact is still there,
 /// the last one must be too; where it is not, the order must be older than everything that is left.
@@ -46,14 +38,6 @@ pub(super) async fn check(databases: &Databases, options: Options, report: &mut 
     for db in [&databases.orders, &databases.payments] {
         find(db, Kind::LatePublication, &late, report).await?;
         find(db, Kind::DeadLetter, dead, report).await?;
-    }
-    Ok(())
-}
-
-async fn find(db: &DatabaseConnection, kind: Kind, query: &str, report: &mut Report) -> Result<(), DbErr> {
-    let wrong: Vec<Wrong> = rows(db, &format!("{query} LIMIT {FINDINGS_MAX}"), Vec::new()).await?;
-    for one in wrong {
-        report.find(kind, one.id, one.detail);
     }
     Ok(())
 }

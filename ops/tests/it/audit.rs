@@ -226,4 +226,15 @@ async fn a_hundred_thousand_orders_are_checked_in_seconds() {
     assert_eq!(report.findings, []);
     assert_eq!((report.orders, report.transfers), (100_030, 100_001 + 24));
     assert!(begun.elapsed() < Duration::from_secs(10), "it took {:?}", begun.elapsed());
+
+    // More findings of one kind than anyone reads: the first are named, and that there are more.
+    live.payments
+        .execute_unprepared(
+            "SET session_replication_role = replica; UPDATE transfers SET debit_account = 'user:mallory' WHERE user_id = 'rich'",
+        )
+        .await
+        .unwrap();
+    let report = audit(&live, AT_ONCE).await.unwrap();
+    assert_eq!(report.findings.len(), 1001);
+    assert!(report.findings.iter().any(|finding| finding.id == "and more"), "{:?}", report.findings.last());
 }
