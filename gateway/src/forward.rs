@@ -10,21 +10,24 @@ use axum::http::{HeaderMap, HeaderName, Method, Response, StatusCode, Uri, heade
 use axum::response::IntoResponse as _;
 use bytes::Bytes;
 use failpoint::failpoint;
-use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
+use http_body_util::{BodyExt as _, Full, Limited};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tracing::warn;
 
 use service_kit::Problem;
-use service_kit::http::{BODY_BYTES_MAX, REQUEST_ID};
+use service_kit::body;
+use service_kit::http::REQUEST_ID;
 use service_kit::idempotency::{IDEMPOTENCY_KEY, IDEMPOTENCY_REPLAYED, IdempotencyKey};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// Services answer within 5 seconds even while their database is away; this leaves them time to say so.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(8);
+/// While their database is away, services try for 5 seconds, and the last try may take 3 more to be given up: this leaves
+/// them time to say so. A client of something slower is better told now that the outcome is unknown.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// As for `?wait=` of an order.
 const WAIT_SECONDS_MAX: u64 = 30;
+/// Shorter than a server of ours keeps an idle connection, so that no request meets a closing one.
 const IDLE_CONNECTION_TIMEOUT: Duration = Duration::from_secs(20);
 /// The largest answer is a page of 100 orders, a few kilobytes each.
 const ANSWER_BYTES_MAX: usize = 1024 * 1024;
@@ -99,7 +102,8 @@ impl Forwarder {
 
     async fn answer(&self, service: Service, request: Request) -> Result<Response<Body>, Problem> {
         let (mut parts, body) = request.into_parts();
-        let body = Limited::new(body, BODY_BYTES_MAX).collect().await.map_err(|error| unreadable(error.as_ref()))?.to_bytes();
+        // A GET has nothing to say in a body.
+        let body = if parts.method == Method::POST { body::read(body).await? } else { Bytes::new() };
         // A key of our own where the client sent none: if the outcome stays unknown, there is a key to ask again with.
         let mut key = None;
         if parts.method == Method::POST {
@@ -215,15 +219,6 @@ fn wait_asked_for(uri: &Uri) -> Duration {
         .find_map(|parameter| parameter.strip_prefix("wait=")?.parse::<u64>().ok())
         .unwrap_or(0);
     Duration::from_secs(seconds.min(WAIT_SECONDS_MAX))
-}
-
-fn unreadable(error: &(dyn std::error::Error + 'static)) -> Problem {
-    if error.is::<LengthLimitError>() {
-        let detail = format!("The body is larger than {BODY_BYTES_MAX} bytes. Send less.");
-        Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", detail)
-    } else {
-        Problem::new(StatusCode::BAD_REQUEST, "unreadable_body", "The body ended before it was complete. Send it again.")
-    }
 }
 
 #[cfg(test)]

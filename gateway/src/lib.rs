@@ -41,7 +41,7 @@ impl App {
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         info!(address = %self.listener.local_addr()?, "gateway listens");
         let router = http::router(self.forwarder.clone(), self.health(), shutdown.clone());
-        service_kit::http::serve(self.listener, router, shutdown).await
+        service_kit::server::serve(self.listener, router, shutdown).await
     }
 
     /// Ready as soon as it runs: it answers for a service that is away, so nobody's health depends on another's.

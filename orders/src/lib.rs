@@ -134,7 +134,7 @@ impl App {
             Ok(())
         };
         tokio::try_join!(
-            service_kit::http::serve(listener, router, shutdown.clone()),
+            service_kit::server::serve(listener, router, shutdown.clone()),
             clerk.run(&db, || wake.notify_one(), shutdown.clone()),
             flow,
         )?;

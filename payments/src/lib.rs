@@ -108,7 +108,7 @@ impl App {
             )?;
             Ok(())
         };
-        tokio::try_join!(service_kit::http::serve(listener, router, shutdown.clone()), flow)?;
+        tokio::try_join!(service_kit::server::serve(listener, router, shutdown.clone()), flow)?;
         Ok(())
     }
 

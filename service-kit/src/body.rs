@@ -1,15 +1,45 @@
-//! Reading a JSON body strictly, naming everything that is wrong with it at once.
+//! Reading bodies: within limits, and JSON strictly, naming everything that is wrong with it at once.
 
 use std::fmt;
+use std::time::Duration;
 
-use axum::extract::rejection::BytesRejection;
+use axum::body::{Body, HttpBody as _};
 use axum::extract::{FromRequest, Request};
 use axum::http::{StatusCode, header};
 use bytes::Bytes;
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 
+use crate::http::{BODY_BYTES_MAX, foreign};
 use crate::problem::{FieldError, Problem};
+
+/// A body must be complete within this time. 16 KiB take less on any line.
+const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Reads a whole body, if it is small enough and does not take too long.
+pub async fn read(body: Body) -> Result<Bytes, Problem> {
+    read_within(BODY_TIMEOUT, body).await
+}
+
+async fn read_within(time: Duration, body: Body) -> Result<Bytes, Problem> {
+    // Known before a byte of it has come.
+    if body.size_hint().lower() > BODY_BYTES_MAX as u64 {
+        return Err(foreign(StatusCode::PAYLOAD_TOO_LARGE));
+    }
+    match tokio::time::timeout(time, Limited::new(body, BODY_BYTES_MAX).collect()).await {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(foreign(StatusCode::PAYLOAD_TOO_LARGE)),
+        Ok(Err(_)) => {
+            let detail = "The body ended before it was complete, or is not framed as HTTP asks. Send it again.";
+            Err(Problem::new(StatusCode::BAD_REQUEST, "unreadable_body", detail))
+        }
+        Err(_) => {
+            let detail = format!("The body was not complete within {time:?}. Send it again.");
+            Err(Problem::new(StatusCode::REQUEST_TIMEOUT, "request_timeout", detail))
+        }
+    }
+}
 
 /// The fields of a JSON object. Each is taken once; [`Fields::finish`] refuses what is left over.
 #[derive(Debug)]
@@ -28,14 +58,14 @@ enum Source {
 impl Fields {
     /// Reads a body. Text that is no JSON is a 400, JSON that is no object a 422.
     pub fn parse(body: &[u8]) -> Result<Self, Problem> {
-        let value: Body = serde_json::from_slice(body).map_err(|error| {
+        let value: Json = serde_json::from_slice(body).map_err(|error| {
             Problem::new(
                 StatusCode::BAD_REQUEST,
                 "malformed_json",
                 format!("The body is not JSON: {error}. Send one JSON object."),
             )
         })?;
-        let Body::Object(fields) = value else {
+        let Json::Object(fields) = value else {
             return Err(Problem::validation(vec![Source::Body.error("", "must be a JSON object")]));
         };
         Ok(Self::new(fields, Source::Body))
@@ -121,7 +151,7 @@ pub fn integer(value: &Value, otherwise: &str) -> Result<i64, String> {
 impl<S: Send + Sync> FromRequest<S> for Fields {
     type Rejection = Problem;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+    async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
         let content_type = request.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
         let essence = content_type.split(';').next().unwrap_or_default().trim();
         if !essence.eq_ignore_ascii_case("application/json") {
@@ -131,74 +161,66 @@ impl<S: Send + Sync> FromRequest<S> for Fields {
                 "Send the body as JSON, with the header Content-Type: application/json.",
             ));
         }
-        let body = Bytes::from_request(request, state).await.map_err(unreadable)?;
-        Self::parse(&body)
-    }
-}
-
-fn unreadable(rejection: BytesRejection) -> Problem {
-    match rejection.status() {
-        StatusCode::PAYLOAD_TOO_LARGE => Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", "The body is too large."),
-        _ => Problem::new(StatusCode::BAD_REQUEST, "unreadable_body", "The body ended before it was complete. Send it again."),
+        Self::parse(&read(request.into_body()).await?)
     }
 }
 
 /// JSON whose outermost object keeps repeated names, so that they can be refused.
-enum Body {
+enum Json {
     Object(Vec<(String, Value)>),
     Other,
 }
 
-impl<'de> Deserialize<'de> for Body {
+impl<'de> Deserialize<'de> for Json {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct BodyVisitor;
+        struct JsonVisitor;
 
-        impl<'de> Visitor<'de> for BodyVisitor {
-            type Value = Body;
+        impl<'de> Visitor<'de> for JsonVisitor {
+            type Value = Json;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a JSON value")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Body, A::Error> {
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Json, A::Error> {
                 let mut fields = Vec::new();
                 while let Some(field) = map.next_entry()? {
                     fields.push(field);
                 }
-                Ok(Body::Object(fields))
+                Ok(Json::Object(fields))
             }
 
-            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut seq: A) -> Result<Body, A::Error> {
+            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut seq: A) -> Result<Json, A::Error> {
                 while seq.next_element::<serde::de::IgnoredAny>()?.is_some() {}
-                Ok(Body::Other)
+                Ok(Json::Other)
             }
 
-            fn visit_bool<E>(self, _: bool) -> Result<Body, E> {
-                Ok(Body::Other)
+            fn visit_bool<E>(self, _: bool) -> Result<Json, E> {
+                Ok(Json::Other)
             }
 
-            fn visit_i64<E>(self, _: i64) -> Result<Body, E> {
-                Ok(Body::Other)
+            fn visit_i64<E>(self, _: i64) -> Result<Json, E> {
+                Ok(Json::Other)
             }
 
-            fn visit_u64<E>(self, _: u64) -> Result<Body, E> {
-                Ok(Body::Other)
+            fn visit_u64<E>(self, _: u64) -> Result<Json, E> {
+                Ok(Json::Other)
             }
 
-            fn visit_f64<E>(self, _: f64) -> Result<Body, E> {
-                Ok(Body::Other)
+            fn visit_f64<E>(self, _: f64) -> Result<Json, E> {
+                Ok(Json::Other)
             }
 
-            fn visit_str<E>(self, _: &str) -> Result<Body, E> {
-                Ok(Body::Other)
+            fn visit_str<E>(self, _: &str) -> Result<Json, E> {
+                Ok(Json::Other)
             }
 
-            fn visit_unit<E>(self) -> Result<Body, E> {
-                Ok(Body::Other)
+            fn visit_unit<E>(self) -> Result<Json, E> {
+                Ok(Json::Other)
             }
         }
 
-        deserializer.deserialize_any(BodyVisitor)
+        deserializer.deserialize_any(JsonVisitor)
     }
 }
 
@@ -237,6 +259,27 @@ mod tests {
         for other in ["[]", "[1,[2]]", "1", "-1", "1.5", "\"text\"", "null", "true"] {
             assert_eq!(Fields::parse(other.as_bytes()).unwrap_err().status(), StatusCode::UNPROCESSABLE_ENTITY, "{other}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_body_that_is_too_large_too_slow_or_cut_off_is_refused() {
+        let code = async |body| {
+            let refused = read_within(Duration::from_millis(10), body).await.unwrap_err();
+            (refused.status().as_u16(), refused.into_document("id").code)
+        };
+        let chunks = |chunk: Result<Bytes, std::io::Error>, times| {
+            Body::from_stream(futures_util::stream::iter((0..times).map(move |_| match &chunk {
+                Ok(bytes) => Ok(bytes.clone()),
+                Err(error) => Err(std::io::Error::from(error.kind())),
+            })))
+        };
+        let too_large = (413, "body_too_large".to_owned());
+        assert_eq!(code(Body::from(vec![b' '; BODY_BYTES_MAX + 1])).await, too_large);
+        assert_eq!(code(chunks(Ok(Bytes::from_static(b"0123456789")), BODY_BYTES_MAX)).await, too_large, "no length announced");
+        let cut_off = chunks(Err(std::io::ErrorKind::UnexpectedEof.into()), 1);
+        assert_eq!(code(cut_off).await, (400, "unreadable_body".to_owned()));
+        let silent = Body::from_stream(futures_util::stream::pending::<Result<Bytes, std::io::Error>>());
+        assert_eq!(code(silent).await, (408, "request_timeout".to_owned()));
     }
 
     #[test]

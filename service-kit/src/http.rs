@@ -1,19 +1,16 @@
-//! The outermost layer of every HTTP server: request ids, problem documents, panics, access log, graceful end.
+//! The outermost layer of every HTTP server: request ids, problem documents, panics, access log.
 
 use std::any::Any;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use axum::Router;
 use axum::body::Body;
-use axum::extract::{DefaultBodyLimit, MatchedPath, Request};
+use axum::extract::{MatchedPath, Request};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse as _, Response};
-use axum::serve::ListenerExt as _;
-use tokio::net::TcpListener;
-use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
-use tracing::{Instrument as _, debug, error, info_span, warn};
+use tracing::{Instrument as _, debug, error, info_span};
 
 use crate::problem::{self, Problem};
 
@@ -21,43 +18,19 @@ use crate::problem::{self, Problem};
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Largest request body.
 pub const BODY_BYTES_MAX: usize = 16 * 1024;
+/// Largest request line and headers together.
+pub const HEAD_BYTES_MAX: usize = 16 * 1024;
+/// Longest path and query.
+const URL_BYTES_MAX: usize = 4 * 1024;
 const REQUEST_ID_LENGTH_MAX: usize = 64;
-/// After a shutdown begins, open requests get this long.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Wraps `router` in what every server has.
 pub fn edge(router: Router) -> Router {
     router
-        .fallback(async || Problem::new(StatusCode::NOT_FOUND, "not_found", "There is nothing at this path. See /openapi.json."))
-        .method_not_allowed_fallback(async || {
-            Problem::new(
-                StatusCode::METHOD_NOT_ALLOWED,
-                "method_not_allowed",
-                "This path has no such method; the header Allow names those it has.",
-            )
-        })
-        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .fallback(async || foreign(StatusCode::NOT_FOUND))
+        .method_not_allowed_fallback(async || foreign(StatusCode::METHOD_NOT_ALLOWED))
         .layer(CatchPanicLayer::custom(panicked))
         .layer(from_fn(finish))
-}
-
-/// Serves until `shutdown`, then lets open requests end, for a bounded time.
-pub async fn serve(listener: TcpListener, router: Router, shutdown: CancellationToken) -> anyhow::Result<()> {
-    let listener = listener.tap_io(|stream| {
-        if let Err(error) = stream.set_nodelay(true) {
-            debug!(error = %error, "A connection goes on without TCP_NODELAY");
-        }
-    });
-    let server = axum::serve(listener, router).with_graceful_shutdown(shutdown.clone().cancelled_owned());
-    let overdue = async {
-        shutdown.cancelled().await;
-        tokio::time::sleep(DRAIN_TIMEOUT).await;
-    };
-    tokio::select! {
-        result = server.into_future() => result?,
-        () = overdue => warn!("Some requests did not end within {DRAIN_TIMEOUT:?} and are cut off"),
-    }
-    Ok(())
 }
 
 /// Gives the request an id and turns whatever error came out, from whichever layer, into a problem document.
@@ -71,7 +44,11 @@ async fn finish(mut request: Request, next: Next) -> Response {
 
     async move {
         let begun = Instant::now();
-        let response = next.run(request).await;
+        let url_bytes = request.uri().path_and_query().map_or(0, |url| url.as_str().len());
+        let response = match url_bytes {
+            0..=URL_BYTES_MAX => next.run(request).await,
+            _ => foreign(StatusCode::URI_TOO_LONG).into_response(),
+        };
         let mut response = as_problem_document(response, &id_text, &method);
         response.headers_mut().insert(REQUEST_ID, request_id);
         debug!(http.status = response.status().as_u16(), duration_ms = begun.elapsed().as_millis() as u64, "Request answered");
@@ -115,11 +92,22 @@ fn has_problem_document(headers: &HeaderMap) -> bool {
     headers.get(header::CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(problem::CONTENT_TYPE.as_bytes()))
 }
 
-/// An error that a layer below made without knowing of problem documents.
-fn foreign(status: StatusCode) -> Problem {
+/// An error from a layer that does not know of problem documents.
+pub(crate) fn foreign(status: StatusCode) -> Problem {
     match status {
+        StatusCode::NOT_FOUND => Problem::new(status, "not_found", "There is nothing at this path. See /openapi.json."),
+        StatusCode::METHOD_NOT_ALLOWED => {
+            Problem::new(status, "method_not_allowed", "This path has no such method; the header Allow names those it has.")
+        }
         StatusCode::PAYLOAD_TOO_LARGE => {
             Problem::new(status, "body_too_large", format!("The body is larger than {BODY_BYTES_MAX} bytes. Send less."))
+        }
+        StatusCode::URI_TOO_LONG => {
+            Problem::new(status, "url_too_long", format!("Path and query are longer than {URL_BYTES_MAX} bytes. Send less."))
+        }
+        StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE => {
+            let detail = format!("The headers are more than 100, or larger than {HEAD_BYTES_MAX} bytes. Send less.");
+            Problem::new(status, "headers_too_large", detail)
         }
         StatusCode::BAD_REQUEST => {
             Problem::new(status, "bad_request", "The request is not understood. Compare it with /openapi.json.")
@@ -173,6 +161,7 @@ mod tests {
             (get("/echo"), 405, "method_not_allowed"),
             (get("/panic"), 500, "internal_error"),
             (get("/bare"), 418, "request_refused"),
+            (get(&format!("/bare?{}", "x".repeat(5000))), 414, "url_too_long"),
             (post_json("text/plain", "{}"), 415, "unsupported_media_type"),
             (post_json("application/json", "{"), 400, "malformed_json"),
             (post_json("application/json", "[]"), 422, "validation_failed"),

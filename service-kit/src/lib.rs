@@ -7,6 +7,7 @@ pub mod health;
 pub mod http;
 pub mod idempotency;
 pub mod problem;
+pub mod server;
 pub mod shutdown;
 pub mod telemetry;
 

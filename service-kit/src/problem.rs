@@ -103,6 +103,11 @@ impl Problem {
         self.status
     }
 
+    /// When trying again makes sense, if that is known.
+    pub(crate) fn retry_after_seconds(&self) -> Option<u32> {
+        self.retry_after_seconds
+    }
+
     /// The document, for the request with this id.
     pub fn into_document(self, request_id: &str) -> ProblemDocument {
         ProblemDocument {
@@ -132,6 +137,10 @@ impl IntoResponse for Problem {
         let mut response = self.status.into_response();
         if let Some(seconds) = self.retry_after_seconds {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        // Part of the body is still to come, and nobody will read it.
+        if matches!(self.status, StatusCode::PAYLOAD_TOO_LARGE | StatusCode::REQUEST_TIMEOUT) {
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         response.extensions_mut().insert(self);
         response
