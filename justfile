@@ -4,7 +4,6 @@ set minimum-version := "1.40.0"
 
 offset := env("GOZON_PORT_OFFSET", "0")
 gateway := "http://127.0.0.1:" + shell('echo $((8080 + $1))', offset)
-monitor := "http://127.0.0.1:" + shell('echo $((8222 + $1))', offset)
 nats := "nats://viewer:viewer@127.0.0.1:" + shell('echo $((4222 + $1))', offset)
 
 # Show the recipes
@@ -52,27 +51,57 @@ psql database='orders' *arguments:
 # Check that orders, decisions, debits and balances fit together; exit code 1 if not
 [group('look')]
 audit *arguments:
-    ./dev env recipes/gozon.sh audit {{ arguments }}
+    @./dev env recipes/gozon.sh audit {{ arguments }}
 
-# The operator's tool: audit, order ID, outbox, topology, dlq ls|show|replay|drop
+# The operator's tool; --help tells all it can do
 [group('look')]
 gozon *arguments='--help':
-    ./dev env recipes/gozon.sh {{ arguments }}
+    @./dev env recipes/gozon.sh {{ arguments }}
 
 # List the streams
 [group('look')]
-streams:
-    @nats/look.sh streams {{ nats }} {{ monitor }}
+streams *arguments: (shown_as "stream ls")
+    @./dev env recipes/gozon.sh streams {{ arguments }}
 
 # List the consumers of a stream, with their lag
 [group('look')]
-consumers stream='ORDERS':
-    @nats/look.sh consumers {{ nats }} {{ monitor }} {{ stream }}
+consumers stream='ORDERS' *arguments: (shown_as "consumer report " + stream)
+    @./dev env recipes/gozon.sh consumers {{ stream }} {{ arguments }}
 
 # Show the newest messages of a stream
 [group('look')]
-peek stream='ORDERS' count='10':
-    @nats/look.sh peek {{ nats }} {{ monitor }} {{ stream }} {{ count }}
+peek stream='ORDERS' count='10' *arguments: (shown_as "stream view " + stream + " " + count)
+    @./dev env recipes/gozon.sh peek {{ stream }} {{ count }} {{ arguments }}
+
+# Follow a stream
+[group('look')]
+tail stream='ORDERS' *arguments: (shown_as "subscribe --stream " + stream + " --new")
+    @./dev env recipes/gozon.sh tail {{ stream }} {{ arguments }}
+
+# How far streams and consumers are from what this version would make; --apply changes them
+[group('look')]
+topology *arguments: (shown_as "stream info ORDERS")
+    @./dev env recipes/gozon.sh topology {{ arguments }}
+
+# What waits to be published; `resend --since TIME` publishes again
+[group('look')]
+outbox *arguments: (shown_as "stream subjects ORDERS")
+    @./dev env recipes/gozon.sh outbox {{ arguments }}
+
+# Everything that both databases hold about an order
+[group('look')]
+trace id: (shown_as "stream view ORDERS  (look for ce-subject: " + id + ")")
+    @./dev env recipes/gozon.sh order {{ id }}
+
+# Messages that were not applied: ls, show ID, replay [--dry-run] [ID ...], drop ID
+[group('look')]
+dlq *arguments='ls': (shown_as "stream view DLQ")
+    @./dev env recipes/gozon.sh dlq {{ arguments }}
+
+# The same with the nats CLI.
+[private]
+shown_as command:
+    @printf '# nats --server %s %s\n' {{ quote(nats) }} {{ quote(command) }} >&2
 
 # Formatting, lints and all tests; arguments go to cargo test
 [group('check')]

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use sea_orm::entity::prelude::*;
-use sea_orm::{DatabaseTransaction, DbErr, FromQueryResult};
+use sea_orm::{DatabaseConnection, DatabaseTransaction, DbErr, FromQueryResult};
 use serde_json::{Map, Value as Json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -13,6 +13,7 @@ use uuid::Uuid;
 use shared_contracts::{Event, EventId, header};
 
 use crate::db::{self, sql};
+use crate::dead_letter;
 
 /// An outbox row.
 #[sea_orm::model]
@@ -186,6 +187,38 @@ pub(crate) async fn lock_pending(txn: &DatabaseTransaction, which: Which, limit:
         }
     };
     Pending::find_by_statement(sql(text, [i64::from(limit).into()])).all(txn).await
+}
+
+/// How many rows were published since a time, on `subject` or on any.
+pub async fn count_published(db: &DatabaseConnection, since: OffsetDateTime, subject: Option<&str>) -> Result<u64, DbErr> {
+    let query = sql(
+        "SELECT count(*) AS number FROM outbox WHERE published_at >= $1 AND ($2::text IS NULL OR subject = $2)",
+        [since.into(), subject.into()],
+    );
+    let row = db.query_one_raw(query).await?.ok_or_else(|| DbErr::RecordNotFound("a count".to_owned()))?;
+    Ok(row.try_get::<i64>("", "number")?.unsigned_abs())
+}
+
+/// Has rows that were published since a time wait again, to be published under the same ids by the next relay. For
+/// whoever reads the streams after the broker has lost something; what it still remembers, it does not store twice.
+pub async fn publish_again(db: &DatabaseConnection, since: OffsetDateTime, subject: Option<&str>) -> Result<u64, DbErr> {
+    const ROWS: u64 = 1000;
+    let begun = dead_letter::clock(db).await?;
+    let mut total = 0;
+    loop {
+        let update = sql(
+            "UPDATE outbox SET published_at = NULL, stream_sequence = NULL WHERE (event_id, n) IN (
+                 SELECT event_id, n FROM outbox
+                 WHERE published_at >= $1 AND published_at < $2 AND ($3::text IS NULL OR subject = $3)
+                 ORDER BY event_id, n LIMIT $4 FOR UPDATE SKIP LOCKED)",
+            [since.into(), begun.into(), subject.into(), (ROWS as i64).into()],
+        );
+        let updated = db.execute_raw(update).await?.rows_affected();
+        total += updated;
+        if updated < ROWS {
+            return Ok(total);
+        }
+    }
 }
 
 /// Whether a row for `subject` has waited longer than `age`: then the broker or the relay is the problem, and more rows

@@ -3,3 +3,4 @@
 pub mod audit;
 pub mod dlq;
 pub mod look;
+pub mod stream;

@@ -2,10 +2,12 @@
 
 use anyhow::Context as _;
 use async_nats::jetstream;
+use messaging::outbox;
 use messaging::topology::{self, Subscription, TopologySettings};
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, FromQueryResult, Statement, Value as SqlValue};
 use serde::Serialize;
 use serde_json::{Value, json};
+use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::audit::Databases;
@@ -79,6 +81,33 @@ pub async fn outboxes(databases: &Databases) -> anyhow::Result<Vec<Outbox>> {
         });
     }
     Ok(outboxes)
+}
+
+/// How many messages of a service are published again.
+#[derive(Clone, Debug, Serialize)]
+pub struct Resent {
+    /// Whose.
+    pub service: &'static str,
+    /// How many.
+    pub messages: u64,
+}
+
+/// Has what both services published since a time published again; with `dry_run`, only counts it.
+pub async fn resend(
+    databases: &Databases,
+    since: OffsetDateTime,
+    subject: Option<&str>,
+    dry_run: bool,
+) -> anyhow::Result<Vec<Resent>> {
+    let mut resent = Vec::new();
+    for (service, db) in [("orders", &databases.orders), ("payments", &databases.payments)] {
+        let messages = match dry_run {
+            true => outbox::count_published(db, since, subject).await?,
+            false => outbox::publish_again(db, since, subject).await?,
+        };
+        resent.push(Resent { service, messages });
+    }
+    Ok(resent)
 }
 
 /// A stream or durable consumer, against what this version would make.

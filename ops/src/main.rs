@@ -1,5 +1,6 @@
 //! `gozon`: the operator's tool.
 
+use std::io::Write as _;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -8,12 +9,16 @@ use async_nats::jetstream;
 use clap::{Parser, Subcommand};
 use messaging::broker::{Broker, BrokerConfig};
 use messaging::config::TopologyArgs;
-use ops::audit::{self, Databases, Options, Report};
+use ops::audit::{self, Databases, Options};
 use ops::dlq::{self, Letter};
-use ops::look;
+use ops::{look, stream};
 use sea_orm::{ConnectOptions, Database, DatabaseConnection};
 use serde::Serialize;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
+
+mod show;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -23,10 +28,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 struct Arguments {
     /// The database of orders.
     #[arg(long, env = "GOZON_ORDERS_DATABASE_URL", hide_env_values = true)]
-    orders_database_url: String,
+    orders_database_url: Option<String>,
     /// The database of payments.
     #[arg(long, env = "GOZON_PAYMENTS_DATABASE_URL", hide_env_values = true)]
-    payments_database_url: String,
+    payments_database_url: Option<String>,
     /// NATS servers, separated by commas.
     #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222")]
     nats_url: String,
@@ -56,8 +61,39 @@ enum Command {
         /// Which.
         id: Uuid,
     },
-    /// What waits to be published.
-    Outbox,
+    /// What waits to be published; with `resend`, publishes again what was published before.
+    Outbox {
+        #[command(subcommand)]
+        command: Option<Outbox>,
+    },
+    /// The streams, and how full they are.
+    Streams,
+    /// Who reads them, and how far behind.
+    Consumers {
+        /// Of this stream only.
+        stream: Option<String>,
+    },
+    /// The newest messages of a stream.
+    Peek {
+        /// Which.
+        #[arg(default_value = "ORDERS")]
+        stream: String,
+        /// How many.
+        #[arg(default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=10_000))]
+        count: u64,
+        /// Only those on this subject.
+        #[arg(long)]
+        subject: Option<String>,
+    },
+    /// Follows a stream: shows what comes from now on.
+    Tail {
+        /// Which.
+        #[arg(default_value = "ORDERS")]
+        stream: String,
+        /// Only what is on this subject.
+        #[arg(long)]
+        subject: Option<String>,
+    },
     /// Streams and durable consumers: how far they are behind, and whether they differ from what this version would make.
     Topology {
         /// Makes what is absent and changes what differs.
@@ -69,6 +105,23 @@ enum Command {
     /// Messages that were not applied.
     #[command(subcommand)]
     Dlq(Dlq),
+}
+
+#[derive(Subcommand)]
+enum Outbox {
+    /// Publishes again, under the same ids, what was published since a time: for readers of order events, after the
+    /// broker has lost messages. Orders and payments recognise what they have taken already.
+    Resend {
+        /// Since when, as in 2026-11-21T10:00:00Z.
+        #[arg(long, value_parser = time)]
+        since: OffsetDateTime,
+        /// Only this subject, as in gozon.orders.finished.
+        #[arg(long)]
+        subject: Option<String>,
+        /// Only counts.
+        #[arg(long)]
+        dry_run: bool,
+    },
 }
 
 #[derive(Subcommand)]
@@ -107,56 +160,90 @@ async fn main() -> ExitCode {
 }
 
 async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let databases = Databases {
-        orders: connect(&arguments.orders_database_url).await.context("the database of orders cannot be reached")?,
-        payments: connect(&arguments.payments_database_url).await.context("the database of payments cannot be reached")?,
-    };
     let json = arguments.json;
     match &arguments.command {
         Command::Audit { grace_seconds, stuck_after_seconds } => {
             let options =
                 Options { grace: seconds(*grace_seconds)?, stuck_after: seconds(*stuck_after_seconds)?, ..Options::default() };
             let begun = Instant::now();
-            let report = audit::audit(&databases, options).await?;
-            show(json, &report, |report| report_for_people(report, begun.elapsed()))?;
+            let report = audit::audit(&databases(&arguments).await?, options).await?;
+            print(json, &report, |report| show::report(report, begun.elapsed()))?;
             return Ok(if report.findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         // A tree of rows: the same for people and scripts.
-        Command::Order { id } => println!("{}", serde_json::to_string_pretty(&look::order(&databases, *id).await?)?),
-        Command::Outbox => {
-            show(json, &look::outboxes(&databases).await?, |outboxes| {
-                let line = |one: &look::Outbox| {
-                    format!(
-                        "{:<9} {:>7} wait, the oldest for {:.1} s, tried {} times at most",
-                        one.service, one.pending, one.oldest_seconds, one.attempts_max
-                    )
-                };
-                outboxes.iter().map(line).collect::<Vec<_>>().join("\n")
+        Command::Order { id } => {
+            println!("{}", serde_json::to_string_pretty(&look::order(&databases(&arguments).await?, *id).await?)?);
+        }
+        Command::Outbox { command: None } => {
+            print(json, &look::outboxes(&databases(&arguments).await?).await?, |outboxes| show::outboxes(outboxes))?;
+        }
+        Command::Outbox { command: Some(Outbox::Resend { since, subject, dry_run }) } => {
+            let resent = look::resend(&databases(&arguments).await?, *since, subject.as_deref(), *dry_run).await?;
+            print(json, &resent, |resent| show::resent(resent, *dry_run))?;
+        }
+        Command::Streams => {
+            let streams = stream::streams(broker(&arguments).await?.jetstream()).await?;
+            print(json, &streams, |streams| show::streams(streams))?;
+        }
+        Command::Consumers { stream } => {
+            let consumers = stream::consumers(broker(&arguments).await?.jetstream(), stream.as_deref()).await?;
+            print(json, &consumers, |consumers| show::consumers(consumers))?;
+        }
+        Command::Peek { stream, count, subject } => {
+            let messages = stream::peek(broker(&arguments).await?.jetstream(), stream, *count, subject.as_deref()).await?;
+            print(json, &messages, |messages| match messages.is_empty() {
+                true => "There are no messages.".to_owned(),
+                false => messages.iter().map(show::message).collect::<Vec<_>>().join("\n\n"),
             })?;
+        }
+        Command::Tail { stream, subject } => {
+            let broker = broker(&arguments).await?;
+            // A line a message for scripts, so that each can be read when it comes.
+            let follow = stream::tail(broker.jetstream(), stream, subject.as_deref(), |message| {
+                let text = match json {
+                    true => serde_json::to_string(&message).unwrap_or_default(),
+                    false => show::message(&message) + "\n",
+                };
+                // Nobody reads any more: `gozon tail | head`.
+                writeln!(std::io::stdout(), "{text}").is_ok()
+            });
+            tokio::select! {
+                ended = follow => ended?,
+                interrupted = tokio::signal::ctrl_c() => interrupted?,
+            }
         }
         Command::Topology { apply, settings } => {
             let broker = broker(&arguments).await?;
             let parts = look::topology(broker.jetstream(), &settings.settings(), *apply).await?;
-            show(json, &parts, |parts| topology_for_people(parts))?;
+            print(json, &parts, |parts| show::topology(parts))?;
         }
-        Command::Dlq(command) => return dead_letters(&arguments, &databases, command).await,
+        Command::Dlq(command) => return dead_letters(&arguments, &databases(&arguments).await?, command).await,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+async fn databases(arguments: &Arguments) -> anyhow::Result<Databases> {
+    let orders = arguments.orders_database_url.as_deref().context("GOZON_ORDERS_DATABASE_URL is not set")?;
+    let payments = arguments.payments_database_url.as_deref().context("GOZON_PAYMENTS_DATABASE_URL is not set")?;
+    Ok(Databases {
+        orders: connect(orders).await.context("the database of orders cannot be reached")?,
+        payments: connect(payments).await.context("the database of payments cannot be reached")?,
+    })
 }
 
 async fn dead_letters(arguments: &Arguments, databases: &Databases, command: &Dlq) -> anyhow::Result<ExitCode> {
     match command {
         Dlq::Ls => {
-            show(arguments.json, &dlq::list(databases).await?, |letters| match letters.is_empty() {
+            print(arguments.json, &dlq::list(databases).await?, |letters| match letters.is_empty() {
                 true => "There are no dead letters.".to_owned(),
-                false => letters.iter().map(line).collect::<Vec<_>>().join("\n"),
+                false => letters.iter().map(show::letter).collect::<Vec<_>>().join("\n"),
             })?;
         }
         Dlq::Show { id } => {
             let letter = dlq::find(databases, *id).await?;
             let foreseen = dlq::foresee(databases, &letter).await?;
-            show(arguments.json, &letter, |letter| {
-                format!("{}\n\n{}\n{}\n\nA replay {foreseen}.", line(letter), letter.headers, letter.payload)
+            print(arguments.json, &letter, |letter| {
+                format!("{}\n\n{}\n{}\n\nA replay {foreseen}.", show::letter(letter), letter.headers, letter.payload)
             })?;
         }
         Dlq::Replay { ids, dry_run } => {
@@ -202,7 +289,7 @@ async fn broker(arguments: &Arguments) -> anyhow::Result<Broker> {
     Ok(broker)
 }
 
-fn show<T: Serialize>(json: bool, value: &T, for_people: impl FnOnce(&T) -> String) -> anyhow::Result<()> {
+fn print<T: Serialize>(json: bool, value: &T, for_people: impl FnOnce(&T) -> String) -> anyhow::Result<()> {
     match json {
         true => println!("{}", serde_json::to_string_pretty(value)?),
         false => println!("{}", for_people(value).trim_end()),
@@ -210,28 +297,8 @@ fn show<T: Serialize>(json: bool, value: &T, for_people: impl FnOnce(&T) -> Stri
     Ok(())
 }
 
-fn line(letter: &Letter) -> String {
-    let state = if letter.waits { "waits" } else { "sent again" };
-    format!(
-        "{} {:<8} {:<10} {:<10} {:>3}x {}  {}",
-        letter.id, letter.service, letter.kind, state, letter.times, letter.created_at, letter.cause
-    )
-}
-
-fn topology_for_people(parts: &[look::Part]) -> String {
-    let mut lines = Vec::new();
-    for part in parts {
-        let state = match (part.there, part.drift.is_empty()) {
-            (false, _) => "absent".to_owned(),
-            (true, true) => "as it should be".to_owned(),
-            (true, false) => part.drift.join(", "),
-        };
-        lines.push(format!(
-            "{:<33} {:>8} messages {:>6} unacked {:>6} redelivered  {state}",
-            part.name, part.messages, part.ack_pending, part.redelivered
-        ));
-    }
-    lines.join("\n")
+fn time(text: &str) -> Result<OffsetDateTime, String> {
+    OffsetDateTime::parse(text, &Rfc3339).map_err(|_| "must be a time such as 2026-11-21T10:00:00Z".to_owned())
 }
 
 fn seconds(number: f64) -> anyhow::Result<Duration> {
@@ -242,24 +309,4 @@ async fn connect(url: &str) -> anyhow::Result<DatabaseConnection> {
     let mut options = ConnectOptions::new(url);
     options.max_connections(2).sqlx_logging(false).connect_timeout(CONNECT_TIMEOUT);
     Ok(Database::connect(options).await?)
-}
-
-fn report_for_people(report: &Report, took: Duration) -> String {
-    let mut text = format!(
-        "{} orders ({}), {} decisions, {} transfers, {} accounts in {:.1} s\n",
-        report.orders,
-        report.by_status.iter().map(|(status, number)| format!("{number} {status}")).collect::<Vec<_>>().join(", "),
-        report.decisions,
-        report.transfers,
-        report.accounts,
-        took.as_secs_f64()
-    );
-    for finding in &report.findings {
-        text.push_str(&format!("  {:<22} {}  {}\n", finding.kind, finding.id, finding.detail));
-    }
-    text.push_str(&match report.findings.len() {
-        0 => "Everything fits together.\n".to_owned(),
-        number => format!("{number} findings.\n"),
-    });
-    text
 }

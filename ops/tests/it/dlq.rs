@@ -1,69 +1,12 @@
 //! Dead letters: foreseen, sent again, taken away.
 
-use std::time::Duration;
-
-use messaging::broker::{Broker, BrokerConfig};
-use ops::audit::{Databases, Kind, Options, audit};
-use ops::dlq::{self, Letter};
+use ops::audit::Kind;
+use ops::dlq;
 use sea_orm::ConnectionTrait as _;
-use serde_json::{Value, json};
-use stack::http::Http;
-use stack::testing::{TestStack, eventually};
+use serde_json::json;
+use stack::testing::eventually;
 
-const SOON: Duration = Duration::from_secs(30);
-const AT_ONCE: Options =
-    Options { grace: Duration::ZERO, stuck_after: Duration::from_secs(3600), late_after: Duration::from_secs(3600) };
-
-struct Desk {
-    stack: TestStack,
-    http: Http,
-    databases: Databases,
-    broker: Broker,
-}
-
-impl Desk {
-    async fn open() -> Self {
-        let stack = TestStack::start().await.unwrap();
-        let connect = async |name: &str| stack.system.postgres().connect(name).await.unwrap();
-        let databases = Databases { orders: connect("orders").await, payments: connect("payments").await };
-        let password = stack.system.place().secrets.nats_ops.clone();
-        let config = BrokerConfig { url: stack.system.nats().url(), user: "ops".to_owned(), password, name: "test".to_owned() };
-        let broker = Broker::connect(config).await.unwrap();
-        broker.until_connected().await;
-        let http = Http::new(stack.system.address("gateway"));
-        assert_eq!(http.post("/v1/accounts", None, &json!({ "user_id": "alice" })).await.unwrap().status, 201);
-        assert_eq!(http.post("/v1/accounts/alice/deposits", None, &json!({ "amount": 100 })).await.unwrap().status, 201);
-        Self { stack, http, databases, broker }
-    }
-
-    async fn place(&self) -> String {
-        let placed = self.http.post("/v1/orders", None, &json!({ "user_id": "alice", "amount": 30 })).await.unwrap();
-        placed.json()["id"].as_str().unwrap().to_owned()
-    }
-
-    async fn order(&self, id: &str) -> Value {
-        self.http.get(&format!("/v1/orders/{id}")).await.unwrap().json()
-    }
-
-    async fn balance(&self) -> Value {
-        self.http.get("/v1/accounts/alice").await.unwrap().json()["balance"].clone()
-    }
-
-    async fn letter(&self, wanted: impl Fn(&Letter) -> bool) -> Letter {
-        eventually("the dead letter is as expected", SOON, async || {
-            dlq::list(&self.databases).await.unwrap().into_iter().find(|letter| wanted(letter))
-        })
-        .await
-    }
-
-    async fn replay(&self, letter: &Letter) {
-        dlq::replay(&self.databases, self.broker.jetstream(), letter).await.unwrap();
-    }
-
-    async fn findings(&self) -> Vec<Kind> {
-        audit(&self.databases, AT_ONCE).await.unwrap().findings.into_iter().map(|finding| finding.kind).collect()
-    }
-}
+use crate::desk::{Desk, SOON};
 
 #[tokio::test]
 async fn what_could_not_be_applied_is_applied_by_a_replay_once() {

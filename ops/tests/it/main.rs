@@ -3,4 +3,6 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
 
 mod audit;
+mod desk;
 mod dlq;
+mod stream;

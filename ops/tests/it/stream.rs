@@ -1,0 +1,98 @@
+//! Looking into the streams, and filling them again.
+
+use ops::look;
+use ops::stream::{consumers, peek, streams, tail};
+use serde_json::json;
+use stack::testing::eventually;
+use time::OffsetDateTime;
+
+use crate::desk::{Desk, SOON};
+
+const FINISHED: &str = "gozon.orders.finished";
+
+impl Desk {
+    async fn paid(&self) -> String {
+        let id = self.place().await;
+        eventually("the order is paid", SOON, async || (self.order(&id).await["status"] == "FINISHED").then_some(())).await;
+        id
+    }
+
+    async fn finished(&self, number: usize) -> Vec<ops::stream::MessageLook> {
+        eventually("the events are in the stream", SOON, async || {
+            let found = peek(self.broker.jetstream(), "ORDERS", 100, Some(FINISHED)).await.ok()?;
+            (found.len() == number).then_some(found)
+        })
+        .await
+    }
+}
+
+#[tokio::test]
+async fn streams_consumers_and_messages_are_shown_as_they_are() {
+    let desk = Desk::open().await;
+    let id = desk.paid().await;
+    let jetstream = desk.broker.jetstream();
+    let newest = desk.finished(1).await.remove(0);
+    assert_eq!((newest.headers["ce-subject"].as_str(), &newest.body["order_id"]), (id.as_str(), &json!(id)));
+
+    let found = streams(jetstream).await.unwrap();
+    assert_eq!(found.iter().map(|stream| stream.name.as_str()).collect::<Vec<_>>(), ["DLQ", "ORDERS", "PAYMENTS"]);
+    assert_eq!((found[1].last_sequence, found[1].consumers, found[1].max_bytes), (newest.sequence, 1, 1 << 30));
+    let found = eventually("all is acknowledged", SOON, async || {
+        let found = consumers(jetstream, None).await.unwrap();
+        found.iter().all(|one| (one.lag, one.unacked, one.redelivered) == (0, 0, 0)).then_some(found)
+    })
+    .await;
+    assert_eq!(
+        found.iter().map(|one| one.name.as_str()).collect::<Vec<_>>(),
+        ["payments-order-placed", "orders-payment-settled"]
+    );
+    let error = consumers(jetstream, Some("ORDRES")).await.unwrap_err().to_string();
+    assert_eq!(error, "there is no stream ORDRES, only DLQ, ORDERS, PAYMENTS");
+
+    let mut followed = Vec::new();
+    let follow = tail(jetstream, "ORDERS", Some(FINISHED), |message| {
+        followed.push(message.headers["ce-subject"].clone());
+        false
+    });
+    let order = async {
+        // The consumer of `tail` must be there first; nothing else makes a second one.
+        eventually("it is followed", SOON, async || {
+            (consumers(jetstream, Some("ORDERS")).await.unwrap().len() == 2).then_some(())
+        })
+        .await;
+        desk.paid().await
+    };
+    let (followed_to_its_end, second) = tokio::join!(follow, order);
+    followed_to_its_end.unwrap();
+    assert_eq!(followed, [second]);
+}
+
+#[tokio::test]
+async fn after_a_wiped_broker_old_events_are_published_again_on_demand_and_change_nothing() {
+    let mut desk = Desk::open().await;
+    let began = OffsetDateTime::now_utc() - time::Duration::HOUR;
+    let ids = [desk.paid().await, desk.paid().await];
+    desk.finished(2).await;
+    desk.stack.system.kill("nats").await.unwrap();
+    desk.stack.system.wipe_nats().unwrap();
+    desk.stack.system.start("nats").await.unwrap();
+    desk.finished(0).await;
+
+    let counted = look::resend(&desk.databases, began, Some(FINISHED), true).await.unwrap();
+    assert_eq!(counted.iter().map(|one| one.messages).collect::<Vec<_>>(), [2, 0]);
+    desk.finished(0).await;
+    look::resend(&desk.databases, began, Some(FINISHED), false).await.unwrap();
+    let again = desk.finished(2).await;
+    assert_eq!(again.iter().map(|message| message.headers["ce-subject"].as_str()).collect::<Vec<_>>(), [&ids[0], &ids[1]]);
+
+    // Everything, also what the services read: they recognise it.
+    look::resend(&desk.databases, began, None, false).await.unwrap();
+    eventually("all is published and taken", SOON, async || {
+        let waits = look::outboxes(&desk.databases).await.unwrap().iter().any(|outbox| outbox.pending > 0);
+        let taken = consumers(desk.broker.jetstream(), None).await.ok()?;
+        (!waits && taken.len() == 2 && taken.iter().all(|one| (one.lag, one.unacked) == (0, 0))).then_some(())
+    })
+    .await;
+    assert_eq!(desk.balance().await, 40);
+    assert_eq!(desk.findings().await, []);
+}
