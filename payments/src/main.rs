@@ -1,11 +1,10 @@
 //! The payments service: `payments --help`.
 
-use clap::Parser as _;
 use payments::{App, Config};
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let config = Config::parse();
+    let config: Config = service_kit::healthcheck::parse_or_check();
     service_kit::telemetry::init(config.log_format, &config.log_filter)?;
     let shutdown = service_kit::shutdown::on_signal()?;
     App::build(config).await?.run(shutdown).await

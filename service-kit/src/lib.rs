@@ -4,6 +4,7 @@
 pub mod body;
 pub mod config;
 pub mod health;
+pub mod healthcheck;
 pub mod http;
 pub mod idempotency;
 pub mod problem;
