@@ -4,11 +4,8 @@ use axum::Router;
 use axum::extract::{Request, State};
 use axum::response::Redirect;
 use axum::routing::{get, post};
-use tokio_util::sync::CancellationToken;
 use utoipa::openapi::{InfoBuilder, OpenApi, Server};
 use utoipa_swagger_ui::{Config, SwaggerUi, Url};
-
-use service_kit::health::Health;
 
 use crate::forward::{Forwarder, Service};
 
@@ -37,7 +34,8 @@ pub fn openapi() -> OpenApi {
     all
 }
 
-pub(crate) fn router(forwarder: Forwarder, health: Health, shutdown: CancellationToken) -> Router {
+/// `probes` are the routes for machines: health, metrics.
+pub(crate) fn router(forwarder: Forwarder, probes: Router) -> Router {
     let swagger = SwaggerUi::new("/swagger")
         .urls(vec![
             (Url::with_primary("all", "/openapi.json", true), openapi()),
@@ -52,7 +50,7 @@ pub(crate) fn router(forwarder: Forwarder, health: Health, shutdown: Cancellatio
         .route("/v1/accounts/{user_id}", get(to_payments))
         .route("/v1/accounts/{user_id}/deposits", post(to_payments))
         .with_state(forwarder)
-        .merge(health.routes(shutdown))
+        .merge(probes)
         .merge(swagger)
         .route("/", get(async || Redirect::temporary("/swagger/")));
     service_kit::http::edge(router)

@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use service_kit::health::Health;
+use service_kit::metrics::Metrics;
 
 mod config;
 mod forward;
@@ -40,7 +41,8 @@ impl App {
     /// Runs until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         info!(address = %self.listener.local_addr()?, "gateway listens");
-        let router = http::router(self.forwarder.clone(), self.health(), shutdown.clone());
+        let metrics = Metrics::start("gateway", env!("CARGO_PKG_VERSION"))?;
+        let router = http::router(self.forwarder.clone(), self.health().routes(shutdown.clone()).merge(metrics.routes()));
         service_kit::server::serve(self.listener, router, shutdown).await
     }
 

@@ -12,8 +12,10 @@ use async_nats::jetstream::consumer::pull::{MessagesErrorKind, Stream};
 use async_nats::jetstream::{AckKind, Message};
 use failpoint::{Injected, failpoint};
 use futures_util::{FutureExt as _, StreamExt as _};
+use metrics::{counter, histogram};
 use sea_orm::{DatabaseConnection, DatabaseTransaction, DbErr, TransactionTrait};
 use tokio::sync::Notify;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
@@ -24,6 +26,7 @@ use crate::db;
 use crate::dead_letter::{self, DeadMessage, Verdict};
 use crate::inbox::{self, Delivery};
 use crate::incoming::{self, Incoming};
+use crate::measure;
 use crate::topology::{self, Ensured, Subscription, TopologySettings};
 use crate::vital::Vital;
 
@@ -352,6 +355,7 @@ impl Consumer {
     where
         E: Event + Clone + PartialEq,
     {
+        let begun = Instant::now();
         let txn = self.db.begin().await?;
         let deliveries: Vec<Delivery> = batch.iter().filter_map(Incoming::delivery).collect();
         let first = inbox::record(&txn, self.subscription.consumer, &deliveries).await?;
@@ -371,6 +375,12 @@ impl Consumer {
         txn.commit().await?;
         failpoint!("consumer.after_commit")?;
 
+        let consumer = self.subscription.consumer;
+        histogram!(measure::TRANSACTION_SECONDS, "work" => consumer).record(begun.elapsed());
+        counter!(measure::MESSAGES, "consumer" => consumer, "result" => "first").increment(first.len() as u64);
+        let repeated = deliveries.len().saturating_sub(first.len()) as u64;
+        counter!(measure::MESSAGES, "consumer" => consumer, "result" => "repeated").increment(repeated);
+        counter!(measure::MESSAGES, "consumer" => consumer, "result" => "dead").increment(dead.len() as u64);
         for letter in &dead {
             error!(
                 consumer = self.subscription.consumer,

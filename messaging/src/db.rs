@@ -4,6 +4,7 @@ use std::ops::ControlFlow;
 use std::time::Duration;
 
 use failpoint::Injected;
+use futures_util::future::BoxFuture;
 use sea_orm::sqlx::Connection as _;
 use sea_orm::{
     ConnAcquireErr, ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr,
@@ -86,6 +87,15 @@ pub async fn connect(url: &str, service: &str, role: Role, connections_max: u32)
             })
         });
     Database::connect(options).await
+}
+
+/// Whether the database is there, for a health page that asks again and again.
+pub fn probe(db: &DatabaseConnection) -> impl Fn() -> BoxFuture<'static, Result<(), String>> + Send + Sync + 'static {
+    let db = db.clone();
+    move || {
+        let db = db.clone();
+        Box::pin(async move { db.ping().await.map_err(|error| error.to_string()) })
+    }
 }
 
 /// Brings the tables up to date. Replicas may start together: one migrates, the others wait for it.

@@ -8,6 +8,7 @@ pub mod db;
 pub mod dead_letter;
 pub mod inbox;
 mod incoming;
+pub mod measure;
 pub mod migration;
 pub mod outbox;
 mod publish;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use async_nats::jetstream::stream;
 use failpoint::failpoint;
+use metrics::{counter, histogram};
 use sea_orm::{DatabaseConnection, TransactionTrait};
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
@@ -15,6 +16,7 @@ use tracing::{debug, warn};
 
 use crate::broker::{Broker, jitter};
 use crate::db;
+use crate::measure;
 use crate::outbox::{self, Which};
 use crate::publish;
 use crate::topology::{self, Ensured, StreamState};
@@ -149,7 +151,9 @@ impl Relay {
             return Ok(Step::default());
         }
         failpoint!("relay.after_take")?;
+        let begun = Instant::now();
         let sent = publish::publish(&self.broker, &rows).await?;
+        histogram!(measure::PUBLISH_SECONDS).record(begun.elapsed());
         failpoint!("relay.after_puback")?;
         outbox::mark_published(&txn, &sent.acknowledged).await.context("published rows cannot be marked")?;
         outbox::count_attempt(&txn, &sent.unacknowledged).await.context("attempts cannot be counted")?;
@@ -158,6 +162,8 @@ impl Relay {
         failpoint!("relay.after_commit")?;
 
         let (published, failed) = (sent.acknowledged.len(), sent.unacknowledged.len());
+        counter!(measure::PUBLISHED, "result" => "acknowledged").increment(published as u64);
+        counter!(measure::PUBLISHED, "result" => "failed").increment(failed as u64);
         match sent.error {
             None => debug!(published, "Outbox rows published"),
             Some(error) => {

@@ -1,6 +1,7 @@
 //! How a supervised loop is doing, for `/readyz?verbose`.
 
 use std::fmt;
+use std::future::{Ready, ready};
 use std::sync::{Arc, RwLock};
 
 /// A sign of life that a loop keeps up to date and a health page reads.
@@ -29,6 +30,12 @@ impl Vital {
     /// The newest word.
     pub fn read(&self) -> Result<(), String> {
         self.0.read().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
+    }
+
+    /// The newest word, for a health page that asks again and again.
+    pub fn probe(&self) -> impl Fn() -> Ready<Result<(), String>> + Send + Sync + 'static {
+        let vital = self.clone();
+        move || ready(vital.read())
     }
 
     fn set(&self, state: Result<(), String>) {

@@ -9,8 +9,6 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use utoipa_swagger_ui::SwaggerUi;
 
-use service_kit::health::Health;
-
 use crate::intake::Intake;
 use crate::waiting::Waiting;
 
@@ -47,12 +45,12 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
     document
 }
 
-pub(crate) fn router(state: State, health: Health) -> Router {
+/// `probes` are the routes for machines: health, metrics.
+pub(crate) fn router(state: State, probes: Router) -> Router {
     let (api, _) = api().split_for_parts();
-    let shutdown = state.shutdown.clone();
     let router = api
         .with_state(state)
-        .merge(health.routes(shutdown))
+        .merge(probes)
         .merge(SwaggerUi::new("/swagger").url("/openapi.json", openapi()))
         .route("/", get(async || axum::response::Redirect::temporary("/swagger/")));
     service_kit::http::edge(router)

@@ -21,12 +21,14 @@ use messaging::relay::Relay;
 use messaging::retention::Retention;
 use messaging::{Vital, db, topology};
 use service_kit::health::Health;
+use service_kit::metrics::Metrics;
 
 mod config;
 pub mod entity;
 mod error;
 mod http;
 mod intake;
+mod measured;
 mod migration;
 mod order;
 mod reconcile;
@@ -51,6 +53,7 @@ pub struct App {
     reconciler: Reconciler,
     retention: Retention,
     schema: Vital,
+    metrics: Metrics,
 }
 
 impl App {
@@ -95,6 +98,7 @@ impl App {
                 consumer: topology::ORDERS_PAYMENT_SETTLED.consumer,
                 keep: Duration::from_secs(config.flow.keep_seconds),
             },
+            metrics: measured::metrics(&flow)?,
             flow,
             schema: Vital::starting("the tables are not there yet"),
         })
@@ -109,16 +113,17 @@ impl App {
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         info!(address = %self.listener.local_addr()?, "orders listens");
         let health = self.health();
-        let Self { listener, db, wake, flow, relay, consumer, reconciler, retention, schema } = self;
+        let Self { listener, db, wake, flow, relay, consumer, reconciler, retention, schema, metrics } = self;
         let waiting = Waiting::default();
         let (intake, clerk) = intake::open();
         let state = http::State { db: db.clone(), intake, waiting: waiting.clone(), shutdown: shutdown.clone() };
-        let router = http::router(state, health);
+        let router = http::router(state, health.routes(shutdown.clone()).merge(metrics.routes()));
         let settled = |settled: order::Settled| {
             if settled.enqueued {
                 wake.notify_one();
             }
-            waiting.wake(&settled.final_orders);
+            measured::ended(&settled.ended);
+            waiting.wake(&settled.ended.iter().map(|one| one.id).collect::<Vec<_>>());
         };
         let flow = async {
             if !db::migrate_when_possible::<migration::Migrator>(&flow, &schema, &shutdown).await {
@@ -144,17 +149,11 @@ impl App {
     /// Ready means that HTTP can do its work. The broker is the business of relay and consumer: shown, not required.
     fn health(&self) -> Health {
         // Not the HTTP side's pool: being busy is not being unready.
-        let db = self.flow.clone();
-        let (schema, relay, consumer) = (self.schema.clone(), self.relay.vital.clone(), self.consumer.vital.clone());
-        let streams = self.relay.streams_vital.clone();
         Health::default()
-            .required("database", move || {
-                let db = db.clone();
-                async move { db.ping().await.map_err(|error| error.to_string()) }
-            })
-            .required("tables", move || std::future::ready(schema.read()))
-            .informative("relay", move || std::future::ready(relay.read()))
-            .informative("streams", move || std::future::ready(streams.read()))
-            .informative("consumer", move || std::future::ready(consumer.read()))
+            .required("database", db::probe(&self.flow))
+            .required("tables", self.schema.probe())
+            .informative("relay", self.relay.vital.probe())
+            .informative("streams", self.relay.streams_vital.probe())
+            .informative("consumer", self.consumer.vital.probe())
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
+use std::time::Instant;
 
 use failpoint::failpoint;
 use sea_orm::{DatabaseConnection, DatabaseTransaction, EntityTrait as _, TransactionTrait as _};
@@ -20,6 +21,7 @@ use shared_contracts::{
 
 use crate::entity::order::{self, Ending, Filter, Model, Status};
 use crate::error::Error;
+use crate::measured;
 
 /// An order to place. Its ids are minted before the first try, so that a retry recognises its own row.
 #[derive(Clone, Debug)]
@@ -53,6 +55,7 @@ pub(crate) async fn place(db: &DatabaseConnection, new: &[NewOrder]) -> Result<V
 }
 
 async fn place_once(db: &DatabaseConnection, new: &[NewOrder]) -> Result<Vec<Result<Placed, Error>>, Failure> {
+    let begun = Instant::now();
     failpoint!("place.before_begin").map_err(db::injected)?;
     let txn = db.begin().await?;
     let inserted = order::insert_new(&txn, new.iter().map(Model::from).collect()).await?;
@@ -76,6 +79,7 @@ async fn place_once(db: &DatabaseConnection, new: &[NewOrder]) -> Result<Vec<Res
     outbox::enqueue(&txn, messages.collect()).await?;
     failpoint!("place.before_commit").map_err(db::injected)?;
     db::commit(txn).await?;
+    measured::placed(inserted.len(), known.len(), begun.elapsed());
     failpoint!("place.after_commit").map_err(|injected| Failure::Unknown(db::injected(injected)))?;
 
     Ok(new
@@ -151,7 +155,17 @@ pub(crate) async fn list(db: &DatabaseConnection, filter: Filter, limit: usize) 
 #[derive(Debug, Default)]
 pub(crate) struct Settled {
     pub(crate) enqueued: bool,
-    pub(crate) final_orders: Vec<Uuid>,
+    pub(crate) ended: Vec<Ended>,
+}
+
+/// An order that ended.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub(crate) id: Uuid,
+    /// Why it was cancelled; none if it was paid.
+    pub(crate) reason: Option<&'static str>,
+    /// Since it was placed.
+    pub(crate) after: time::Duration,
 }
 
 /// Event handler: ends orders as payments decided. The consumer began `txn` and commits it, together with the inbox
@@ -177,12 +191,13 @@ pub(crate) async fn settle(txn: &DatabaseTransaction, batch: &[Received<PaymentS
         debug!(order.id = %order_id, outcome = outcome.as_str(), "Order settled");
     }
     let endings: Vec<Ending> = endings.into_iter().map(|(_, ending)| ending).collect();
+    let ended = endings.iter().map(|one| Ended { id: one.id, reason: one.reason, after: now - one.placed_at }).collect();
     if !endings.is_empty() {
         let ended = order::end(txn, &endings, now).await?;
         anyhow::ensure!(ended == endings.len() as u64, "orders that were locked while NEW are not: {ended} of {}", endings.len());
     }
     failpoint!("settle.after_end")?;
-    let effect = Settled { enqueued: !messages.is_empty(), final_orders: endings.iter().map(|ending| ending.id).collect() };
+    let effect = Settled { enqueued: !messages.is_empty(), ended };
     outbox::enqueue(txn, messages).await?;
     Ok(Handled { quarantined, effect })
 }
@@ -216,6 +231,7 @@ fn decide(batch: &[Received<PaymentSettled>], orders: Vec<Model>) -> (Vec<(usize
                     id,
                     status,
                     reason,
+                    placed_at: order.created_at,
                     settlement_event_id: received.event_id.as_uuid(),
                     final_event_id: EventId::mint().as_uuid(),
                 };

@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::entity::order::{self, AskAgain, Model};
+use crate::measured;
 
 /// How often orders that are due are looked for; also the second of "so many per second".
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -54,6 +55,7 @@ impl Reconciler {
                 Ok(asked) => {
                     loss_to_note = false;
                     if asked > 0 {
+                        measured::asked_again(asked);
                         info!(orders = asked, "Orders that stayed NEW are asked for again");
                         self.wake.notify_one();
                     }

@@ -21,8 +21,8 @@ use crate::entity::payment::{self, NewDecision};
 use crate::entity::transfer::{self, NewPayment};
 
 /// Event handler: the consumer began `txn` and commits it, together with the inbox rows. May run again after a
-/// rollback; takes effect once. The effect says whether something was enqueued.
-pub(crate) async fn charge(txn: &DatabaseTransaction, batch: &[Received<OrderPlaced>]) -> anyhow::Result<Handled<bool>> {
+/// rollback; takes effect once.
+pub(crate) async fn charge(txn: &DatabaseTransaction, batch: &[Received<OrderPlaced>]) -> anyhow::Result<Handled<Charged>> {
     // Accounts are locked first, so that of two workers with the same order the second reads what the first decided.
     let funds = account::lock(txn, batch.iter().map(|one| one.event.user_id.to_string()).collect()).await?;
     failpoint!("charge.after_lock")?;
@@ -79,9 +79,22 @@ pub(crate) async fn charge(txn: &DatabaseTransaction, batch: &[Received<OrderPla
             ));
         }
     }
-    let enqueued = !answers.is_empty();
+    let outcomes: Vec<_> =
+        plan.decisions.iter().map(|made| made.outcome.reason().map_or("paid", DeclineReason::as_str)).collect();
+    let answered_again = answers.len().saturating_sub(outcomes.len());
+    let effect = Charged { enqueued: !answers.is_empty(), outcomes, answered_again };
     outbox::enqueue(txn, answers).await?;
-    Ok(Handled { quarantined: plan.quarantined, effect: enqueued })
+    Ok(Handled { quarantined: plan.quarantined, effect })
+}
+
+/// What [`charge`] did.
+#[derive(Debug)]
+pub(crate) struct Charged {
+    pub(crate) enqueued: bool,
+    /// Of each order that was decided: `paid`, or why not.
+    pub(crate) outcomes: Vec<&'static str>,
+    /// Decisions that existed and were given again.
+    pub(crate) answered_again: usize,
 }
 
 /// The part of an account that a decision needs.

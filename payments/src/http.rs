@@ -5,13 +5,10 @@ use std::sync::Arc;
 use axum::Router;
 use axum::routing::get;
 use sea_orm::DatabaseConnection;
-use tokio_util::sync::CancellationToken;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use utoipa_swagger_ui::SwaggerUi;
-
-use service_kit::health::Health;
 
 mod account;
 mod deposit;
@@ -45,12 +42,13 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
     document
 }
 
-pub(crate) fn router(state: State, health: Health, shutdown: CancellationToken) -> Router {
+/// `probes` are the routes for machines: health, metrics.
+pub(crate) fn router(state: State, probes: Router) -> Router {
     let (api, _) = api().split_for_parts();
     let document = openapi();
     let router = api
         .with_state(state)
-        .merge(health.routes(shutdown))
+        .merge(probes)
         .merge(SwaggerUi::new("/swagger").url("/openapi.json", document))
         .route("/", get(async || axum::response::Redirect::temporary("/swagger/")));
     service_kit::http::edge(router)

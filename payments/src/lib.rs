@@ -19,6 +19,7 @@ use messaging::relay::Relay;
 use messaging::retention::Retention;
 use messaging::{Vital, db, topology};
 use service_kit::health::Health;
+use service_kit::metrics::Metrics;
 
 mod account;
 mod charge;
@@ -26,6 +27,7 @@ mod config;
 pub mod entity;
 mod error;
 mod http;
+mod measured;
 mod migration;
 
 pub use config::Config;
@@ -43,6 +45,7 @@ pub struct App {
     /// Wakes the relay after a commit that enqueued something.
     wake: Arc<Notify>,
     schema: Vital,
+    metrics: Metrics,
 }
 
 impl App {
@@ -81,6 +84,7 @@ impl App {
                 consumer: topology::PAYMENTS_ORDER_PLACED.consumer,
                 keep: Duration::from_secs(config.flow.keep_seconds),
             },
+            metrics: measured::metrics(&flow)?,
             flow,
             wake,
             schema: Vital::starting("the tables are not there yet"),
@@ -95,15 +99,22 @@ impl App {
     /// Runs until `shutdown`. All parts are futures of one task; if one fails for good, the process ends.
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         info!(address = %self.listener.local_addr()?, "payments listens");
-        let router = http::router(self.http.clone(), self.health(), shutdown.clone());
-        let Self { listener, flow, relay, consumer, retention, wake, schema, .. } = self;
+        let (state, health) = (self.http.clone(), self.health());
+        let Self { listener, metrics, flow, relay, consumer, retention, wake, schema, .. } = self;
+        let router = http::router(state, health.routes(shutdown.clone()).merge(metrics.routes()));
+        let charged = |charged: charge::Charged| {
+            measured::charged(&charged);
+            if charged.enqueued {
+                wake.notify_one();
+            }
+        };
         let flow = async {
             if !db::migrate_when_possible::<migration::Migrator>(&flow, &schema, &shutdown).await {
                 return Ok(());
             }
             tokio::try_join!(
                 relay.run(shutdown.clone()),
-                consumer.run(charge::charge, |enqueued| wake_if(enqueued, &wake), shutdown.clone()),
+                consumer.run(charge::charge, charged, shutdown.clone()),
                 retention.run(shutdown.clone()),
             )?;
             Ok(())
@@ -115,23 +126,11 @@ impl App {
     /// Ready means that HTTP can do its work. The broker is the business of relay and consumer: shown, not required.
     fn health(&self) -> Health {
         // Not the HTTP side's pool: being busy is not being unready.
-        let db = self.flow.clone();
-        let (schema, relay, consumer) = (self.schema.clone(), self.relay.vital.clone(), self.consumer.vital.clone());
-        let streams = self.relay.streams_vital.clone();
         Health::default()
-            .required("database", move || {
-                let db = db.clone();
-                async move { db.ping().await.map_err(|error| error.to_string()) }
-            })
-            .required("tables", move || std::future::ready(schema.read()))
-            .informative("relay", move || std::future::ready(relay.read()))
-            .informative("streams", move || std::future::ready(streams.read()))
-            .informative("consumer", move || std::future::ready(consumer.read()))
-    }
-}
-
-fn wake_if(enqueued: bool, wake: &Notify) {
-    if enqueued {
-        wake.notify_one();
+            .required("database", db::probe(&self.flow))
+            .required("tables", self.schema.probe())
+            .informative("relay", self.relay.vital.probe())
+            .informative("streams", self.relay.streams_vital.probe())
+            .informative("consumer", self.consumer.vital.probe())
     }
 }

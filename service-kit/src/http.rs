@@ -12,6 +12,7 @@ use axum::response::{IntoResponse as _, Response};
 use tower_http::catch_panic::CatchPanicLayer;
 use tracing::{Instrument as _, debug, error, info_span};
 
+use crate::metrics;
 use crate::problem::{self, Problem};
 
 /// Names a request in logs and problem documents; taken over from the caller if it is reasonable.
@@ -22,6 +23,8 @@ pub const BODY_BYTES_MAX: usize = 16 * 1024;
 pub const HEAD_BYTES_MAX: usize = 16 * 1024;
 /// Longest path and query.
 const URL_BYTES_MAX: usize = 4 * 1024;
+/// Asked by machines all the time; counting them tells nothing.
+const PROBES: [&str; 3] = ["/livez", "/readyz", "/metrics"];
 const REQUEST_ID_LENGTH_MAX: usize = 64;
 
 /// Wraps `router` in what every server has.
@@ -51,11 +54,22 @@ async fn finish(mut request: Request, next: Next) -> Response {
         };
         let mut response = as_problem_document(response, &id_text, &method);
         response.headers_mut().insert(REQUEST_ID, request_id);
+        if !PROBES.contains(&route.as_str()) {
+            metrics::answered(method_label(&method), &route, response.status().as_u16(), begun.elapsed());
+        }
         debug!(http.status = response.status().as_u16(), duration_ms = begun.elapsed().as_millis() as u64, "Request answered");
         response
     }
     .instrument(span)
     .await
+}
+
+/// A client may invent methods; they are one to us.
+fn method_label(method: &Method) -> &str {
+    match method.as_str() {
+        known @ ("GET" | "HEAD" | "POST" | "PUT" | "PATCH" | "DELETE" | "OPTIONS") => known,
+        _ => "OTHER",
+    }
 }
 
 fn request_id(headers: &HeaderMap) -> HeaderValue {

@@ -59,7 +59,10 @@ impl Default for Limits {
 /// Serves until `shutdown`, then lets open requests end, for a bounded time.
 pub async fn serve(listener: TcpListener, router: Router, shutdown: CancellationToken) -> anyhow::Result<()> {
     raise_open_files_limit();
-    serve_within(Limits::default(), listener, router, shutdown).await;
+    tokio::select! {
+        () = serve_within(Limits::default(), listener, router, shutdown) => {}
+        () = crate::metrics::upkeep() => {}
+    }
     Ok(())
 }
 
@@ -168,6 +171,7 @@ fn answer(problem: Problem) -> Vec<u8> {
 /// Too many connections: said at once, rather than letting clients wait for a place.
 fn turn_away(connections: &mut JoinSet<()>, stream: TcpStream) {
     warn!("A connection is turned away: there are too many");
+    crate::metrics::refused("connections");
     let detail = "There are too many connections. Try again soon.";
     let problem = Problem::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", detail).retry_after(1);
     connections.spawn(farewell(stream, Some(problem)));

@@ -5,5 +5,6 @@
 mod checkout;
 mod faults;
 mod kill_matrix;
+mod metrics;
 mod permissions;
 mod shop;

@@ -127,6 +127,7 @@ pub(crate) struct Ending {
     pub(crate) id: Uuid,
     pub(crate) status: Status,
     pub(crate) reason: Option<&'static str>,
+    pub(crate) placed_at: TimeDateTimeWithTimeZone,
     pub(crate) settlement_event_id: Uuid,
     pub(crate) final_event_id: Uuid,
 }
@@ -191,6 +192,18 @@ pub(crate) async fn count_ask(txn: &DatabaseTransaction, ids: Vec<Uuid>) -> Resu
         sql("UPDATE orders SET asks = asks + 1, asked_at = now() WHERE id = ANY($1::uuid[]) AND status = 'NEW'", [ids.into()]),
     )
     .await
+}
+
+/// How long the oldest order that is NEW has waited; 0 if there is none.
+pub(crate) async fn oldest_new_seconds(db: &DatabaseConnection) -> Result<f64, DbErr> {
+    let row = db
+        .query_one_raw(sql(
+            "SELECT extract(epoch FROM clock_timestamp() - created_at)::float8 AS seconds
+             FROM orders WHERE status = 'NEW' ORDER BY id LIMIT 1",
+            [],
+        ))
+        .await?;
+    row.map_or(Ok(0.0), |row| row.try_get("", "seconds"))
 }
 
 /// Which of these orders are final.

@@ -1,0 +1,54 @@
+//! What the flow counts while it runs, and what waits in its tables, looked up when somebody asks how it goes.
+
+use metrics::{describe_counter, describe_histogram};
+use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbErr};
+
+use crate::db::sql;
+
+/// Counting goes no further: who has this many waiting needs no exact number.
+const COUNT_MAX: i64 = 100_000;
+
+pub(crate) const PUBLISHED: &str = "gozon_published_total";
+pub(crate) const PUBLISH_SECONDS: &str = "gozon_publish_duration_seconds";
+pub(crate) const MESSAGES: &str = "gozon_messages_total";
+/// From its beginning to its commit. Whoever runs one says which work it was.
+pub const TRANSACTION_SECONDS: &str = "gozon_transaction_duration_seconds";
+
+/// Says what is counted here. Once, at start.
+pub fn describe() {
+    describe_counter!(PUBLISHED, "Outbox rows that the broker acknowledged, or did not");
+    describe_histogram!(PUBLISH_SECONDS, "From sending a batch of outbox rows to the last answer of the broker");
+    describe_counter!(MESSAGES, "Messages taken: facts seen for the first time, repetitions, dead letters");
+    describe_histogram!(TRANSACTION_SECONDS, "A transaction of the flow, from begin to commit, by its work");
+}
+
+/// Something that waits: its name, what it is, what tells it from others of its name, how much.
+pub type Gauge = (&'static str, &'static str, Vec<(&'static str, String)>, f64);
+
+/// Looks.
+pub async fn look(db: &DatabaseConnection) -> Result<Vec<Gauge>, DbErr> {
+    let row = db
+        .query_one_raw(sql(
+            "SELECT count(*) AS rows, coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0)::float8 AS oldest,
+                    (SELECT count(*) FROM dead_letters WHERE kind = 'poison' AND (replayed_at IS NULL OR last_seen_at > replayed_at)) AS poison,
+                    (SELECT count(*) FROM dead_letters WHERE kind = 'quarantine' AND (replayed_at IS NULL OR last_seen_at > replayed_at)) AS quarantine
+             FROM (SELECT created_at FROM outbox WHERE published_at IS NULL ORDER BY event_id, n LIMIT $1) AS waiting",
+            [COUNT_MAX.into()],
+        ))
+        .await?
+        .ok_or_else(|| DbErr::RecordNotFound("a count".to_owned()))?;
+    let count = |name: &str| row.try_get::<i64>("", name).map(|count| count as f64);
+    let kind = |kind: &str| vec![("kind", kind.to_owned())];
+    let dead = "Dead letters that wait for a person";
+    Ok(vec![
+        ("gozon_outbox_pending", "Outbox rows that are not published yet; counts to 100000", Vec::new(), count("rows")?),
+        (
+            "gozon_outbox_oldest_pending_age_seconds",
+            "How long the oldest of them has waited",
+            Vec::new(),
+            row.try_get("", "oldest")?,
+        ),
+        ("gozon_dead_letters", dead, kind("poison"), count("poison")?),
+        ("gozon_dead_letters", dead, kind("quarantine"), count("quarantine")?),
+    ])
+}

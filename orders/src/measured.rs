@@ -1,0 +1,58 @@
+//! What this service shows of itself at `GET /metrics`.
+
+use std::time::Duration;
+
+use messaging::measure;
+use metrics::{counter, describe_counter, describe_histogram, histogram};
+use sea_orm::DatabaseConnection;
+use service_kit::metrics::{Gauge, Metrics};
+
+use crate::entity::order;
+use crate::order::Ended;
+
+const PLACED: &str = "gozon_orders_placed_total";
+const ENDED: &str = "gozon_orders_ended_total";
+const SECONDS_TO_END: &str = "gozon_order_placed_to_final_duration_seconds";
+const ASKED_AGAIN: &str = "gozon_orders_asked_again_total";
+
+/// Begins to count, and looks up in `db` what waits.
+pub(crate) fn metrics(db: &DatabaseConnection) -> anyhow::Result<Metrics> {
+    let metrics = Metrics::start("orders", env!("CARGO_PKG_VERSION"))?;
+    measure::describe();
+    describe_counter!(PLACED, "Requests for an order that were stored, or recognised as a repetition by their key");
+    describe_counter!(ENDED, "Orders that became final, by outcome: paid, or the reason of the refusal");
+    describe_histogram!(SECONDS_TO_END, "From placing an order to its final status");
+    describe_counter!(ASKED_AGAIN, "Requests for payment that were sent again because the order stayed NEW");
+    let db = db.clone();
+    Ok(metrics.look(move || {
+        let db = db.clone();
+        async move {
+            let waiting = measure::look(&db).await.map_err(|error| error.to_string())?;
+            let oldest = order::oldest_new_seconds(&db).await.map_err(|error| error.to_string())?;
+            let (name, help) = ("gozon_oldest_new_order_age_seconds", "How long the oldest order that is not final has waited");
+            let mut gauges: Vec<Gauge> = waiting.into_iter().map(Gauge::from).collect();
+            gauges.push(Gauge { name, help, labels: Vec::new(), value: oldest });
+            Ok(gauges)
+        }
+    }))
+}
+
+/// A transaction stored orders, and recognised others.
+pub(crate) fn placed(stored: usize, repeated: usize, duration: Duration) {
+    histogram!(measure::TRANSACTION_SECONDS, "work" => "place").record(duration);
+    counter!(PLACED, "result" => "stored").increment(stored as u64);
+    counter!(PLACED, "result" => "repeated").increment(repeated as u64);
+}
+
+/// A transaction ended orders.
+pub(crate) fn ended(ended: &[Ended]) {
+    for one in ended {
+        counter!(ENDED, "outcome" => one.reason.unwrap_or("paid")).increment(1);
+        histogram!(SECONDS_TO_END).record(one.after.as_seconds_f64());
+    }
+}
+
+/// Orders that stayed NEW were asked for again.
+pub(crate) fn asked_again(orders: usize) {
+    counter!(ASKED_AGAIN).increment(orders as u64);
+}
