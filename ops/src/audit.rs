@@ -1,5 +1,5 @@
 //! Checks the promise on real data: orders, decisions, transfers, balances, outboxes, inboxes and dead letters of both
-//! databases, against each other.
+//! databases, against each other, and against what a client was told.
 //!
 //! It runs on a live system without locking it. The databases are read one after the other, so what is under way looks
 //! wrong for a moment; therefore a finding counts only if it still stands when everything is read again after a grace.
@@ -11,8 +11,11 @@ use std::time::Duration;
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, DbErr, FromQueryResult, Statement, Value};
 use serde::Serialize;
 
+use crate::history::History;
+
 mod books;
 mod flow;
+mod history;
 mod orders;
 
 /// What is wrong.
@@ -31,7 +34,7 @@ pub enum Kind {
     Divergent,
     /// A decision without its debit, or a debit without its decision (I2, I3).
     Unmatched,
-    /// A decision or a debit for an order that nobody placed (I8).
+    /// A decision or a debit for an order that nobody placed, or what the client of a history did not ask for (I8).
     Unexpected,
     /// NEW for longer than healing takes (I7).
     Stuck,
@@ -39,13 +42,13 @@ pub enum Kind {
     Quarantined,
     /// The balance is not what the transfers make it (I3).
     BalanceDrift,
-    /// A balance below zero (I4).
+    /// A balance below zero, there or read (I4).
     NegativeBalance,
     /// The entries of a statement do not follow each other (I3).
     BrokenStatement,
     /// A transfer of no known shape (I3).
     MalformedTransfer,
-    /// One idempotency key made two things (I5).
+    /// One idempotency key made two things, or was twice said to be done now (I5, I9).
     DoubledKey,
     /// A fact that should have been enqueued and was not.
     MissingEvent,
@@ -53,6 +56,18 @@ pub enum Kind {
     LatePublication,
     /// A message that was not applied and waits for a person.
     DeadLetter,
+    /// Answered with 2xx, and not there (I5).
+    Lost,
+    /// The answers to one key are not the same, byte for byte (I9).
+    AnswersDiffer,
+    /// Said not to be done, and done (I9).
+    DeniedButDone,
+    /// Refused as other content under its key, and it was the same (I9).
+    RepetitionRefused,
+    /// Other content under a key was applied (I10).
+    OtherContentApplied,
+    /// A final order was seen in another state later (I6).
+    StatusBackwards,
 }
 
 /// Something that is wrong, with what it is about.
@@ -79,6 +94,8 @@ pub struct Report {
     pub transfers: u64,
     /// Accounts looked at.
     pub accounts: u64,
+    /// Exchanges of the history looked at.
+    pub exchanges: u64,
     /// Everything that is wrong.
     pub findings: Vec<Finding>,
 }
@@ -116,21 +133,33 @@ pub struct Databases {
 
 /// Looks at everything; twice, if the first look finds something.
 pub async fn audit(databases: &Databases, options: Options) -> Result<Report, DbErr> {
-    let first = look(databases, options).await?;
+    audit_with(databases, options, None).await
+}
+
+/// The same, also against what a client was told.
+pub async fn audit_with(databases: &Databases, options: Options, history: Option<&History>) -> Result<Report, DbErr> {
+    let first = look_with(databases, options, history).await?;
     if first.findings.is_empty() {
         return Ok(first);
     }
     tokio::time::sleep(options.grace).await;
-    Ok(look(databases, options).await?.still_standing(&first))
+    Ok(look_with(databases, options, history).await?.still_standing(&first))
 }
 
 /// Looks at everything once. On a live system, what is under way may look wrong.
 pub async fn look(databases: &Databases, options: Options) -> Result<Report, DbErr> {
+    look_with(databases, options, None).await
+}
+
+async fn look_with(databases: &Databases, options: Options, history: Option<&History>) -> Result<Report, DbErr> {
     let mut report = Report::default();
     // Orders before payments: whatever an order shows was decided before.
     orders::check(databases, options, &mut report).await?;
     books::check(&databases.payments, &mut report).await?;
     flow::check(databases, options, &mut report).await?;
+    if let Some(history) = history {
+        history::check(databases, history, &mut report).await?;
+    }
     report.findings.sort();
     report.findings.dedup();
     Ok(report)

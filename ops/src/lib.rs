@@ -2,5 +2,6 @@
 
 pub mod audit;
 pub mod dlq;
+pub mod history;
 pub mod look;
 pub mod stream;

@@ -1,6 +1,7 @@
 //! `gozon`: the operator's tool.
 
 use std::io::Write as _;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -11,6 +12,7 @@ use messaging::broker::{Broker, BrokerConfig};
 use messaging::config::TopologyArgs;
 use ops::audit::{self, Databases, Options};
 use ops::dlq::{self, Letter};
+use ops::history::History;
 use ops::{look, stream};
 use sea_orm::{ConnectOptions, Database, DatabaseConnection};
 use serde::Serialize;
@@ -55,6 +57,9 @@ enum Command {
         /// A NEW order is stuck when it is older than this.
         #[arg(long, default_value_t = Options::default().stuck_after.as_secs_f64())]
         stuck_after_seconds: f64,
+        /// What a client recorded, one exchange with the API a line: checked against what is there.
+        #[arg(long, value_name = "FILE")]
+        history: Option<PathBuf>,
     },
     /// Everything that both databases hold about an order.
     Order {
@@ -162,11 +167,12 @@ async fn main() -> ExitCode {
 async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let json = arguments.json;
     match &arguments.command {
-        Command::Audit { grace_seconds, stuck_after_seconds } => {
+        Command::Audit { grace_seconds, stuck_after_seconds, history } => {
             let options =
                 Options { grace: seconds(*grace_seconds)?, stuck_after: seconds(*stuck_after_seconds)?, ..Options::default() };
             let begun = Instant::now();
-            let report = audit::audit(&databases(&arguments).await?, options).await?;
+            let history = history.as_deref().map(History::read).transpose()?;
+            let report = audit::audit_with(&databases(&arguments).await?, options, history.as_ref()).await?;
             print(json, &report, |report| show::report(report, begun.elapsed()))?;
             return Ok(if report.findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }

@@ -46,6 +46,9 @@ pub(crate) fn report(report: &Report, took: Duration) -> String {
         report.accounts,
         took.as_secs_f64()
     );
+    if report.exchanges > 0 {
+        text.push_str(&format!("against {} exchanges of a client\n", report.exchanges));
+    }
     for finding in &report.findings {
         text.push_str(&format!("  {:<22} {}  {}\n", finding.kind, finding.id, finding.detail));
     }

@@ -5,4 +5,5 @@
 mod audit;
 mod desk;
 mod dlq;
+mod history;
 mod stream;

@@ -1,0 +1,404 @@
+//! What a client was told against what is there: everything that was promised exists once (I5), nothing else does (I8), a
+//! repetition is done once and says so (I9), other content under a key is refused (I10), a final order stays final (I6).
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use sea_orm::{DatabaseConnection, DbErr, FromQueryResult};
+use serde_json::Value;
+
+use super::{Databases, Kind, Report, rows};
+use crate::history::{Exchange, History};
+
+const USERS_PER_QUERY: usize = 500;
+
+/// What a request makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Thing {
+    Account,
+    Deposit,
+    Order,
+}
+
+impl Thing {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Account => "account",
+            Self::Deposit => "deposit",
+            Self::Order => "order",
+        }
+    }
+}
+
+/// What makes two requests with one key the same.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Content {
+    amount: i64,
+    description: String,
+}
+
+/// What the answer to one try says.
+enum Outcome {
+    /// 2xx: it is done, and this is its id.
+    Done { id: String },
+    /// 4xx: it is not done, for this reason.
+    Refused { code: String },
+    /// 5xx that does not say "unknown": it was not done.
+    Denied,
+    /// No answer, one that says "unknown", or "the twin is still running".
+    Unknown,
+}
+
+struct Try<'a> {
+    exchange: &'a Exchange,
+    content: Option<Content>,
+    outcome: Outcome,
+}
+
+impl Try<'_> {
+    fn done(&self) -> Option<&str> {
+        if let Outcome::Done { id } = &self.outcome { Some(id) } else { None }
+    }
+
+    /// It may have been done, though this try does not say so.
+    fn may_have_done(&self, content: &Content) -> bool {
+        matches!(self.outcome, Outcome::Unknown) && self.content.as_ref() == Some(content)
+    }
+}
+
+/// Who asked for what under which key; without a key, each request is an intent of its own.
+type Intent = (Thing, String, String);
+
+/// What is there.
+#[derive(Clone, Debug, FromQueryResult)]
+struct Row {
+    user_id: String,
+    key: String,
+    id: String,
+    amount: i64,
+    description: String,
+    status: String,
+}
+
+impl Row {
+    fn content(&self) -> Content {
+        Content { amount: self.amount, description: self.description.clone() }
+    }
+}
+
+const ROWS: [(Thing, &str); 3] = [
+    (
+        Thing::Order,
+        "SELECT user_id, idempotency_key AS key, id::text AS id, amount, description, status FROM orders WHERE user_id = ANY($1::text[])",
+    ),
+    (
+        Thing::Deposit,
+        "SELECT user_id, coalesce(idempotency_key, '') AS key, id::text AS id, amount, '' AS description, '' AS status
+         FROM transfers WHERE kind = 'deposit' AND user_id = ANY($1::text[])",
+    ),
+    (
+        Thing::Account,
+        "SELECT user_id, idempotency_key AS key, user_id AS id, 0::bigint AS amount, '' AS description, '' AS status
+         FROM accounts WHERE user_id = ANY($1::text[])",
+    ),
+];
+
+pub(super) async fn check(databases: &Databases, history: &History, report: &mut Report) -> Result<(), DbErr> {
+    report.exchanges = history.exchanges.len() as u64;
+    let mut keyed: BTreeMap<Intent, Vec<Try<'_>>> = BTreeMap::new();
+    let mut unkeyed: BTreeMap<(Thing, String), Vec<Try<'_>>> = BTreeMap::new();
+    for exchange in &history.exchanges {
+        let Some((thing, user, one)) = intent(exchange) else { continue };
+        match &exchange.key {
+            Some(key) => keyed.entry((thing, user, key.clone())).or_default().push(one),
+            None => unkeyed.entry((thing, user)).or_default().push(one),
+        }
+    }
+    let users: BTreeSet<&String> = keyed.keys().map(|(_, user, _)| user).chain(unkeyed.keys().map(|(_, user)| user)).collect();
+    let mut there: BTreeMap<Intent, Vec<Row>> = BTreeMap::new();
+    let users: Vec<String> = users.into_iter().cloned().collect();
+    for (thing, query) in ROWS {
+        let db: &DatabaseConnection = if thing == Thing::Order { &databases.orders } else { &databases.payments };
+        for some in users.chunks(USERS_PER_QUERY) {
+            for row in rows::<Row>(db, query, vec![some.to_vec().into()]).await? {
+                there.entry((thing, row.user_id.clone(), row.key.clone())).or_default().push(row);
+            }
+        }
+    }
+
+    for (intent, tries) in &mut keyed {
+        tries.sort_by_key(|one| (one.exchange.begun_us, one.exchange.ended_us));
+        check_intent(intent, tries, there.get(intent).map_or(&[], Vec::as_slice), report);
+    }
+    check_without_keys(&unkeyed, &keyed, &there, report);
+    check_reads(history, &keyed, &there, report);
+    Ok(())
+}
+
+/// All tries of one key against the rows that this key made.
+fn check_intent((thing, user, key): &Intent, tries: &[Try<'_>], rows: &[Row], report: &mut Report) {
+    let name = format!("{user} {key}");
+    let thing = thing.name();
+    if rows.len() > 1 {
+        report.find(Kind::DoubledKey, &name, format!("{} {thing}s under one key", rows.len()));
+    }
+    let done: Vec<(&Try<'_>, &str)> = tries.iter().filter_map(|one| Some((one, one.done()?))).collect();
+    let contents: BTreeSet<&Content> = done.iter().filter_map(|(one, _)| one.content.as_ref()).collect();
+    if contents.len() > 1 {
+        report.find(
+            Kind::OtherContentApplied,
+            &name,
+            format!("{} contents were answered with 2xx: {contents:?}", contents.len()),
+        );
+    }
+    let answers: BTreeSet<&str> = done.iter().map(|(one, _)| one.exchange.answer.as_str()).collect();
+    if answers.len() > 1 {
+        report.find(Kind::AnswersDiffer, &name, format!("{} answers to one key: {answers:?}", answers.len()));
+    }
+    check_refusals(&name, tries, &done, rows, report);
+    let Some((first_done, id)) = done.first() else {
+        // Nobody said that it was done. It may be, if somebody did not say.
+        if let Some(row) = rows.first()
+            && !tries.iter().any(|one| one.may_have_done(&row.content()))
+        {
+            if tries.iter().any(|one| matches!(one.outcome, Outcome::Unknown)) {
+                report.find(Kind::Unexpected, &row.id, format!("{thing} of {name} has a content that nobody asked for"));
+            } else {
+                report.find(
+                    Kind::DeniedButDone,
+                    &row.id,
+                    format!("{thing} of {name} is there, and every answer says that it was not done"),
+                );
+            }
+        }
+        return;
+    };
+    match rows.first() {
+        None => report.find(Kind::Lost, id, format!("{thing} of {name} was answered with {:?}", first_done.exchange.status)),
+        Some(row) if row.id != *id || first_done.content.as_ref().is_some_and(|content| *content != row.content()) => {
+            let words = format!(
+                "{thing} of {name} was answered as {id}, {:?}; there is {}, {:?}",
+                first_done.content,
+                row.id,
+                row.content()
+            );
+            report.find(Kind::Divergent, id, words);
+        }
+        Some(_) => {}
+    }
+    let first_times: Vec<&&Try<'_>> = done.iter().map(|(one, _)| one).filter(|one| !one.exchange.replayed).collect();
+    match first_times.as_slice() {
+        [] => {
+            // Said to be a repetition: then an earlier try did it, and did not say that it had not.
+            let first_answer = done.iter().map(|(one, _)| one.exchange.ended_us).min().unwrap_or_default();
+            let content = first_done.content.clone().unwrap_or_else(|| Content { amount: 0, description: String::new() });
+            if !tries.iter().any(|one| one.may_have_done(&content) && one.exchange.begun_us < first_answer) {
+                report.find(
+                    Kind::DeniedButDone,
+                    &name,
+                    format!("the {thing} was done by a try whose answer says that it was not"),
+                );
+            }
+        }
+        [one] => {
+            let before = done.iter().any(|(other, _)| other.exchange.ended_us < one.exchange.begun_us);
+            if before {
+                report.find(
+                    Kind::DoubledKey,
+                    &name,
+                    format!("an answer says that the {thing} was done now, after an answer that it was done"),
+                );
+            }
+        }
+        several => {
+            report.find(Kind::DoubledKey, &name, format!("{} answers say that the {thing} was done now", several.len()));
+        }
+    }
+}
+
+/// Other content under a key is refused; the same content never is.
+fn check_refusals(name: &str, tries: &[Try<'_>], done: &[(&Try<'_>, &str)], rows: &[Row], report: &mut Report) {
+    for one in tries {
+        let (Outcome::Refused { code }, Some(content)) = (&one.outcome, &one.content) else { continue };
+        if code != "idempotency_key_reused" {
+            continue;
+        }
+        let another = tries.iter().any(|other| {
+            other.exchange.begun_us < one.exchange.ended_us
+                && other.content.as_ref() != Some(content)
+                && matches!(other.outcome, Outcome::Done { .. } | Outcome::Unknown)
+        });
+        if !another || done.iter().any(|(other, _)| other.content.as_ref() == Some(content)) {
+            report.find(Kind::RepetitionRefused, name, format!("{content:?} was refused as other content, and was the content"));
+        } else if rows.iter().any(|row| row.content() == *content) {
+            report.find(
+                Kind::OtherContentApplied,
+                name,
+                format!("{content:?} was refused as other content, and is what is there"),
+            );
+        }
+    }
+}
+
+/// Requests without a key, and rows that no key of the history explains.
+fn check_without_keys(
+    unkeyed: &BTreeMap<(Thing, String), Vec<Try<'_>>>,
+    keyed: &BTreeMap<Intent, Vec<Try<'_>>>,
+    there: &BTreeMap<Intent, Vec<Row>>,
+    report: &mut Report,
+) {
+    let mut unexplained: BTreeMap<(Thing, String), Vec<&Row>> = BTreeMap::new();
+    for (intent, rows) in there.iter().filter(|(intent, _)| !keyed.contains_key(*intent)) {
+        unexplained.entry((intent.0, intent.1.clone())).or_default().extend(rows);
+    }
+    for ((thing, user), tries) in unkeyed {
+        let rows = unexplained.entry((*thing, user.clone())).or_default();
+        for (one, id) in tries.iter().filter_map(|one| Some((one, one.done()?))) {
+            match rows.iter().position(|row| row.id == id) {
+                None => {
+                    report.find(Kind::Lost, id, format!("{} of {user} was answered with {:?}", thing.name(), one.exchange.status))
+                }
+                Some(index) => {
+                    let row = rows.swap_remove(index);
+                    if one.content.as_ref().is_some_and(|content| *content != row.content()) {
+                        report.find(Kind::Divergent, id, format!("asked for {:?}, there is {:?}", one.content, row.content()));
+                    }
+                }
+            }
+        }
+        for one in tries.iter().filter(|one| matches!(one.outcome, Outcome::Unknown)) {
+            if let Some(index) = rows.iter().position(|row| one.may_have_done(&row.content())) {
+                rows.swap_remove(index);
+            }
+        }
+    }
+    for ((thing, user), rows) in unexplained {
+        for row in rows {
+            report.find(
+                Kind::Unexpected,
+                &row.id,
+                format!("{} of {user} under key {}, for which nobody asked", thing.name(), row.key),
+            );
+        }
+    }
+}
+
+/// What was read: a final order stays as it is, what was promised is not absent later, no balance is negative.
+fn check_reads(
+    history: &History,
+    keyed: &BTreeMap<Intent, Vec<Try<'_>>>,
+    there: &BTreeMap<Intent, Vec<Row>>,
+    report: &mut Report,
+) {
+    struct Read<'a> {
+        exchange: &'a Exchange,
+        state: (String, Option<String>),
+    }
+    let mut orders: BTreeMap<String, Vec<Read<'_>>> = BTreeMap::new();
+    let mut absent: Vec<(&str, &Exchange)> = Vec::new();
+    for exchange in &history.exchanges {
+        let path = exchange.path.split('?').next().unwrap_or_default();
+        let id = path.rsplit('/').next().unwrap_or_default();
+        if exchange.method == "GET" && exchange.status == Some(404) {
+            absent.push((id, exchange));
+        }
+        if !exchange.status.is_some_and(|status| (200..300).contains(&status)) {
+            continue;
+        }
+        let Ok(answer) = serde_json::from_str::<Value>(&exchange.answer) else {
+            report.find(Kind::AnswersDiffer, &exchange.path, format!("an answer that is no JSON: {}", exchange.answer));
+            continue;
+        };
+        let items = answer["items"].as_array().cloned().unwrap_or_else(|| vec![answer]);
+        for item in &items {
+            for field in ["balance", "balance_after"] {
+                if let Some(balance) = item[field].as_i64().filter(|balance| *balance < 0) {
+                    report.find(Kind::NegativeBalance, &exchange.path, format!("{field} {balance} was read"));
+                }
+            }
+            // The answer to a POST shows the order as it was placed, for ever.
+            if exchange.method == "GET"
+                && let (Some(id), Some(status)) = (item["id"].as_str(), item["status"].as_str())
+            {
+                let state = (status.to_owned(), item["reason"].as_str().map(str::to_owned));
+                orders.entry(id.to_owned()).or_default().push(Read { exchange, state });
+            }
+        }
+    }
+
+    let stored: HashMap<&str, &Row> = there
+        .iter()
+        .filter(|(intent, _)| intent.0 == Thing::Order)
+        .flat_map(|(_, rows)| rows)
+        .map(|row| (row.id.as_str(), row))
+        .collect();
+    for (id, reads) in &orders {
+        let is_final = |read: &&Read<'_>| read.state.0 != "NEW";
+        let Some(first_final) = reads.iter().filter(is_final).min_by_key(|read| read.exchange.ended_us) else { continue };
+        let ended = &first_final.state;
+        let backwards = reads.iter().find(|read| {
+            read.state != *ended && (read.state.0 != "NEW" || read.exchange.begun_us > first_final.exchange.ended_us)
+        });
+        if let Some(read) = backwards {
+            let words = format!(
+                "read as {ended:?} at {} us, as {:?} at {} us",
+                first_final.exchange.ended_us, read.state, read.exchange.begun_us
+            );
+            report.find(Kind::StatusBackwards, id, words);
+        } else if let Some(row) = stored.get(id.as_str())
+            && row.status != ended.0
+        {
+            report.find(Kind::StatusBackwards, id, format!("read as {ended:?}, and is {}", row.status));
+        }
+    }
+
+    let mut promised: HashMap<&str, u64> = HashMap::new();
+    for (one, id) in keyed.values().flatten().filter_map(|one| Some((one, one.done()?))) {
+        let at = promised.entry(id).or_insert(u64::MAX);
+        *at = (*at).min(one.exchange.ended_us);
+    }
+    for (id, exchange) in absent {
+        if promised.get(id).is_some_and(|at| *at < exchange.begun_us) {
+            report.find(Kind::Lost, id, format!("{} was answered with 404 after it was there", exchange.path));
+        }
+    }
+}
+
+/// What a request asks for, of whom, and what came of it. `None`: it makes nothing.
+fn intent(exchange: &Exchange) -> Option<(Thing, String, Try<'_>)> {
+    if exchange.method != "POST" {
+        return None;
+    }
+    let path: Vec<&str> = exchange.path.split('?').next()?.split('/').collect();
+    let (thing, user) = match path.as_slice() {
+        ["", "v1", "orders"] => (Thing::Order, exchange.body["user_id"].as_str()?.to_owned()),
+        ["", "v1", "accounts"] => (Thing::Account, exchange.body["user_id"].as_str()?.to_owned()),
+        ["", "v1", "accounts", user, "deposits"] => (Thing::Deposit, (*user).to_owned()),
+        _ => return None,
+    };
+    let amount = if thing == Thing::Account { Some(0) } else { exchange.body["amount"].as_i64() };
+    let description = exchange.body["description"].as_str().unwrap_or_default().to_owned();
+    let content = amount.map(|amount| Content { amount, description });
+    Some((thing, user, Try { exchange, content, outcome: outcome(thing, exchange) }))
+}
+
+fn outcome(thing: Thing, exchange: &Exchange) -> Outcome {
+    let Some(status) = exchange.status else { return Outcome::Unknown };
+    let answer: Value = serde_json::from_str(&exchange.answer).unwrap_or_default();
+    let code = answer["code"].as_str().unwrap_or_default().to_owned();
+    match status {
+        200..300 => {
+            let name = match thing {
+                Thing::Account => "user_id",
+                Thing::Deposit => "transfer_id",
+                Thing::Order => "id",
+            };
+            Outcome::Done { id: answer[name].as_str().unwrap_or_default().to_owned() }
+        }
+        // The twin still runs. (Another 409 is a refusal: the user has an account.)
+        409 if code != "account_already_exists" => Outcome::Unknown,
+        400..500 => Outcome::Refused { code },
+        // Whoever says nothing that we understand has not denied it.
+        _ if code.is_empty() || answer["outcome"] == "unknown" => Outcome::Unknown,
+        _ => Outcome::Denied,
+    }
+}
