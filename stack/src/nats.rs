@@ -9,8 +9,9 @@ use crate::place::Secrets;
 use crate::process::Program;
 use crate::tools::Tools;
 
-/// The shipped configuration.
+/// The shipped configurations.
 const CONFIGURATION: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../nats/single.conf");
+const CLUSTER_CONFIGURATION: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../nats/cluster.conf");
 
 /// Where a server is and who may enter.
 #[derive(Clone, Debug)]
@@ -27,18 +28,34 @@ pub struct Nats {
     pub monitor_port: u16,
     /// Its users' passwords.
     pub secrets: Secrets,
+    /// Its part in a cluster, if it has one.
+    member: Option<Member>,
+}
+
+#[derive(Clone, Debug)]
+struct Member {
+    name: String,
+    port: u16,
+    all: [u16; 3],
 }
 
 impl Nats {
     /// The server for a data folder.
     pub fn new(tools: &Tools, data: PathBuf, log: PathBuf, port: u16, monitor_port: u16, secrets: Secrets) -> Self {
-        Self { executable: tools.nats_server.clone(), data, log, port, monitor_port, secrets }
+        Self { executable: tools.nats_server.clone(), data, log, port, monitor_port, secrets, member: None }
+    }
+
+    /// The same as one of three: `port` is for the others, who listen on `all`.
+    #[must_use]
+    pub fn member(mut self, name: String, port: u16, all: [u16; 3]) -> Self {
+        self.member = Some(Member { name, port, all });
+        self
     }
 
     /// The server program.
     pub fn program(&self) -> Program {
         let secrets = &self.secrets;
-        let environment = [
+        let mut environment = vec![
             ("NATS_STORE_DIR", self.data.display().to_string()),
             ("NATS_SYS_PASSWORD", secrets.nats_sys.clone()),
             ("NATS_ORDERS_PASSWORD", secrets.nats_orders.clone()),
@@ -49,12 +66,24 @@ impl Nats {
         ];
         let port = self.port.to_string();
         let monitor_port = self.monitor_port.to_string();
-        let arguments = ["--config", CONFIGURATION, "--addr", "127.0.0.1", "--port", &port, "--http_port", &monitor_port];
+        let configuration = if self.member.is_some() { CLUSTER_CONFIGURATION } else { CONFIGURATION };
+        let mut arguments: Vec<String> =
+            ["--config", configuration, "--addr", "127.0.0.1", "--port", &port, "--http_port", &monitor_port]
+                .map(str::to_owned)
+                .to_vec();
+        if let Some(member) = &self.member {
+            environment.push(("NATS_SERVER_NAME", member.name.clone()));
+            environment.push(("NATS_CLUSTER_PASSWORD", secrets.nats_sys.clone()));
+            for (name, port) in ["NATS_ROUTE_1", "NATS_ROUTE_2", "NATS_ROUTE_3"].into_iter().zip(member.all) {
+                environment.push((name, format!("nats://route:{}@127.0.0.1:{port}", secrets.nats_sys)));
+            }
+            arguments.extend(["--cluster".to_owned(), format!("nats://127.0.0.1:{}", member.port)]);
+        }
         Program {
             name: "nats".to_owned(),
             executable: self.executable.clone(),
-            arguments: arguments.map(str::to_owned).to_vec(),
-            environment: environment.map(|(name, value)| (name.to_owned(), value)).to_vec(),
+            arguments,
+            environment: environment.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
             log: self.log.clone(),
             stop_signal: Signal::TERM,
             unprivileged: false,

@@ -14,11 +14,11 @@ use stack::testing::eventually;
 
 use crate::shop::{SOON, Shop, until_done};
 
-const CLIENTS: usize = 8;
-const ORDERS_EACH: usize = 15;
+pub(crate) const CLIENTS: usize = 8;
+pub(crate) const ORDERS_EACH: usize = 15;
 
 /// Orders from several clients at once. `when` runs when a third of them is accepted.
-async fn shop_while(shop: &mut Shop, when: impl AsyncFnOnce(&mut Shop)) {
+pub(crate) async fn shop_while(shop: &mut Shop, when: impl AsyncFnOnce(&mut Shop)) {
     let total = CLIENTS * ORDERS_EACH;
     let (http, accepted) = (shop.http.clone(), AtomicUsize::new(0));
     let clients = join_all((0..CLIENTS).map(async |client| {
@@ -40,7 +40,7 @@ async fn shop_with_customers() -> Shop {
     with_customers(Shop::open().await).await
 }
 
-async fn with_customers(shop: Shop) -> Shop {
+pub(crate) async fn with_customers(shop: Shop) -> Shop {
     for user in 0..4 {
         shop.customer(&format!("user-{user}"), 250).await;
     }
@@ -316,4 +316,51 @@ async fn it_starts_in_any_order() {
     let ended = join_all((0..4).map(|_| shop.order("alice", 30))).await;
     assert_eq!(ended.iter().filter(|(status, _)| status == "FINISHED").count(), 3);
     assert_eq!(shop.assert_settled(4).await, 3);
+}
+
+/// The stream has room for a few messages only, and nobody reads it: most requests are evicted before payments comes back.
+#[tokio::test]
+async fn f18_a_stream_so_small_that_most_requests_are_evicted() {
+    let shop = Shop::open_with(&[("GOZON_STREAM_MAX_BYTES", "24000"), ("GOZON_ASK_AGAIN_MS", "1000")]).await;
+    let mut shop = with_customers(shop).await;
+    shop.stack.system.stop("payments").await.unwrap();
+    shop_while(&mut shop, async |_| {}).await;
+    let orders = shop.database("orders").await;
+    eventually("all is published", SOON, async || shop.nothing_waits(&orders).await.then_some(())).await;
+    let held = shop.operator().await.jetstream().get_stream("ORDERS").await.unwrap().cached_info().state.messages;
+    assert!(held < 60, "{held} messages fit");
+    shop.stack.system.start("payments").await.unwrap();
+    assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);
+}
+
+/// No order is refused while the broker is away, and all of them end when it is back.
+#[tokio::test]
+async fn f23_the_broker_away_for_ten_seconds() {
+    let mut shop = shop_with_customers().await;
+    shop_while(&mut shop, async |shop| {
+        shop.stack.system.stop("nats").await.unwrap();
+        frozen(Duration::from_secs(10)).await;
+        let placed = shop.http.post("/v1/orders", None, &json!({ "user_id": "nobody", "amount": 1 })).await.unwrap();
+        assert_eq!(placed.status, 201, "{}", placed.text());
+        shop.stack.system.start("nats").await.unwrap();
+    })
+    .await;
+    assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH + 1).await, 100);
+}
+
+/// The database of payments alone is away: nothing counts as poison, however often it is tried.
+#[tokio::test]
+async fn f39_the_database_of_payments_away_for_ten_seconds() {
+    let mut shop = shop_with_customers().await;
+    let server = shop.database("postgres").await;
+    shop_while(&mut shop, async |_| {
+        let away = "ALTER DATABASE payments ALLOW_CONNECTIONS false";
+        server.execute_unprepared(away).await.unwrap();
+        let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'payments'";
+        server.execute_unprepared(end).await.unwrap();
+        frozen(Duration::from_secs(10)).await;
+        server.execute_unprepared("ALTER DATABASE payments ALLOW_CONNECTIONS true").await.unwrap();
+    })
+    .await;
+    assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);
 }

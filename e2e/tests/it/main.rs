@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
 
 mod checkout;
+mod cluster;
+mod disk;
 mod faults;
 mod kill_matrix;
 mod metrics;

@@ -27,7 +27,11 @@ impl Shop {
     /// With more environment for the services.
     pub(crate) async fn open_with(environment: &[(&str, &str)]) -> Self {
         let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-        let stack = TestStack::start_with(environment).await.unwrap();
+        Self::on(TestStack::start_with(environment).await.unwrap())
+    }
+
+    /// On a stack that runs already.
+    pub(crate) fn on(stack: TestStack) -> Self {
         let http = Http::new(stack.system.address("gateway"));
         Self { stack, http }
     }
@@ -125,6 +129,15 @@ impl Shop {
     /// Whether everything that was enqueued in this database is published.
     pub(crate) async fn nothing_waits(&self, db: &DatabaseConnection) -> bool {
         rows(db, "SELECT 1 FROM outbox WHERE published_at IS NULL").await.is_empty()
+    }
+
+    /// Whether the broker would not take something.
+    pub(crate) async fn something_was_refused(&self, db: &DatabaseConnection) -> bool {
+        !rows(db, "SELECT 1 FROM outbox WHERE published_at IS NULL AND attempts > 0").await.is_empty()
+    }
+
+    pub(crate) async fn placed(&self) -> usize {
+        rows(&self.database("orders").await, "SELECT 1 FROM orders").await.len()
     }
 
     pub(crate) async fn debits(&self, payments: &DatabaseConnection) -> usize {

@@ -54,6 +54,26 @@ async fn a_repeated_answer_changes_nothing_and_publishes_nothing() {
 }
 
 #[tokio::test]
+async fn f32_ten_copies_of_every_answer_in_any_order_end_each_order_once() {
+    let orders = Orders::start().await;
+    let payments = orders.payments().await;
+    let mut answers = Vec::new();
+    for number in 0..20 {
+        answers.push(settlement(orders.placed().await, if number % 2 == 0 { PAID } else { DECLINED }));
+    }
+    // Seven and two hundred have no divisor in common: every copy comes up once, far from its siblings.
+    for step in 0..200 {
+        payments.publish(&answers[step * 7 % 200 % 20]).await;
+    }
+    orders.until("all copies were taken", "SELECT count(*) + coalesce(sum(repeats), 0)::bigint FROM inbox", 200).await;
+    for (status, subject) in [("FINISHED", "gozon.orders.finished"), ("CANCELLED", "gozon.orders.cancelled")] {
+        assert_eq!(orders.count(&format!("SELECT count(*) FROM orders WHERE status = '{status}'")).await, 10);
+        assert_eq!(orders.count(&format!("SELECT count(*) FROM outbox WHERE subject = '{subject}'")).await, 10);
+    }
+    assert_eq!(orders.count("SELECT count(*) FROM dead_letters").await, 0);
+}
+
+#[tokio::test]
 async fn an_answer_that_contradicts_is_quarantined_and_changes_nothing() {
     let orders = Orders::start().await;
     let payments = orders.payments().await;

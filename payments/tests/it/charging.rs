@@ -219,6 +219,26 @@ async fn a_crash_before_the_commit_leaves_nothing_and_the_order_is_debited_after
 }
 
 #[tokio::test]
+async fn f32_ten_copies_of_every_order_in_any_order_are_one_debit_each() {
+    let payments = Payments::start().await;
+    payments.open_account("alice", 1000).await;
+    let orders: Vec<_> = (0..20).map(|_| request("alice", 10)).collect();
+    // Seven and two hundred have no divisor in common: every copy comes up once, far from its siblings.
+    for step in 0..200 {
+        payments.publish(&orders[step * 7 % 200 % 20]).await;
+    }
+    for order in &orders {
+        assert_eq!(payments.decision(order).await.outcome, "paid");
+    }
+    payments.until_repeats(180).await;
+    for order in &orders {
+        assert_eq!(payments.answers(order).await, 1);
+    }
+    assert_eq!(payments.balance("alice").await, 800);
+    payments.assert_books_balance().await;
+}
+
+#[tokio::test]
 async fn a_service_that_stops_gives_back_what_it_has_taken_at_once() {
     let mut payments = Payments::start_with_ack_wait(10 * 60 * 1000).await;
     let orders: Vec<_> = (0..5).map(|_| request("nobody", 1)).collect();
