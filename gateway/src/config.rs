@@ -5,6 +5,9 @@ use std::net::SocketAddr;
 use axum::http::Uri;
 use service_kit::telemetry::LogFormat;
 
+use crate::cors::Origin;
+use crate::limits::LimitArgs;
+
 /// The one address that clients need: forwards to orders and payments, shows the API.
 #[derive(Clone, Debug, clap::Parser)]
 #[command(name = "gateway", version)]
@@ -21,6 +24,12 @@ pub struct Config {
     /// Where the payments service is.
     #[arg(long, env = "GOZON_PAYMENTS_URL", default_value = "http://127.0.0.1:8082")]
     pub payments_url: Uri,
+    #[command(flatten)]
+    pub limits: LimitArgs,
+    /// Origins of web pages on other hosts that may use the API, separated by commas, each exactly as a browser sends it
+    /// (`https://shop.example`). Without it, only pages of this gateway may.
+    #[arg(long, env = "GOZON_CORS_ORIGINS", value_delimiter = ',')]
+    pub cors_origins: Vec<Origin>,
     /// How log lines look.
     #[arg(long, env = "GOZON_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,

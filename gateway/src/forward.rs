@@ -21,6 +21,8 @@ use service_kit::body;
 use service_kit::http::REQUEST_ID;
 use service_kit::idempotency::{IDEMPOTENCY_KEY, IDEMPOTENCY_REPLAYED, IdempotencyKey};
 
+use crate::limits::{Limits, parameter};
+
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// While their database is away, services try for 5 seconds, and the last try may take 3 more to be given up: this leaves
 /// them time to say so. A client of something slower is better told now that the outcome is unknown.
@@ -74,10 +76,11 @@ pub(crate) struct Forwarder {
     client: Client<HttpConnector, Full<Bytes>>,
     orders: Authority,
     payments: Authority,
+    limits: Limits,
 }
 
 impl Forwarder {
-    pub(crate) fn new(orders: &Uri, payments: &Uri) -> anyhow::Result<Self> {
+    pub(crate) fn new(orders: &Uri, payments: &Uri, limits: Limits) -> anyhow::Result<Self> {
         let mut connector = HttpConnector::new();
         connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
         connector.set_nodelay(true);
@@ -89,6 +92,7 @@ impl Forwarder {
             client,
             orders: authority(orders).context("GOZON_ORDERS_URL")?,
             payments: authority(payments).context("GOZON_PAYMENTS_URL")?,
+            limits,
         })
     }
 
@@ -104,6 +108,7 @@ impl Forwarder {
         let (mut parts, body) = request.into_parts();
         // A GET has nothing to say in a body.
         let body = if parts.method == Method::POST { body::read(body).await? } else { Bytes::new() };
+        self.limits.admit_user(&parts.uri, &body)?;
         // A key of our own where the client sent none: if the outcome stays unknown, there is a key to ask again with.
         let mut key = None;
         if parts.method == Method::POST {
@@ -212,12 +217,7 @@ fn only(names: &[HeaderName], from: &HeaderMap) -> HeaderMap {
 
 /// A client that asks to wait must be waited for.
 fn wait_asked_for(uri: &Uri) -> Duration {
-    let seconds = uri
-        .query()
-        .into_iter()
-        .flat_map(|query| query.split('&'))
-        .find_map(|parameter| parameter.strip_prefix("wait=")?.parse::<u64>().ok())
-        .unwrap_or(0);
+    let seconds = parameter(uri, "wait").and_then(|seconds| seconds.parse().ok()).unwrap_or(0);
     Duration::from_secs(seconds.min(WAIT_SECONDS_MAX))
 }
 

@@ -2,12 +2,15 @@
 
 use axum::Router;
 use axum::extract::{Request, State};
+use axum::middleware::from_fn_with_state;
 use axum::response::Redirect;
 use axum::routing::{get, post};
 use utoipa::openapi::{InfoBuilder, OpenApi, Server};
 use utoipa_swagger_ui::{Config, SwaggerUi, Url};
 
+use crate::cors::{self, Origin};
 use crate::forward::{Forwarder, Service};
+use crate::limits::{self, Limits};
 
 /// The services' documents, kept beside them and checked against their code by their tests. Compiled in, so that the
 /// gateway shows the API whether or not the services are up.
@@ -35,7 +38,7 @@ pub fn openapi() -> OpenApi {
 }
 
 /// `probes` are the routes for machines: health, metrics.
-pub(crate) fn router(forwarder: Forwarder, probes: Router) -> Router {
+pub(crate) fn router(forwarder: Forwarder, limits: Limits, origins: &[Origin], probes: Router) -> Router {
     let swagger = SwaggerUi::new("/swagger")
         .urls(vec![
             (Url::with_primary("all", "/openapi.json", true), openapi()),
@@ -49,11 +52,12 @@ pub(crate) fn router(forwarder: Forwarder, probes: Router) -> Router {
         .route("/v1/accounts", post(to_payments))
         .route("/v1/accounts/{user_id}", get(to_payments))
         .route("/v1/accounts/{user_id}/deposits", post(to_payments))
+        .route_layer(from_fn_with_state(limits, limits::admit))
         .with_state(forwarder)
         .merge(probes)
         .merge(swagger)
         .route("/", get(async || Redirect::temporary("/swagger/")));
-    service_kit::http::edge(router)
+    cors::allow(origins, service_kit::http::edge(router))
 }
 
 async fn to_orders(State(forwarder): State<Forwarder>, request: Request) -> axum::response::Response {

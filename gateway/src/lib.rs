@@ -11,26 +11,34 @@ use service_kit::health::Health;
 use service_kit::metrics::Metrics;
 
 mod config;
+mod cors;
 mod forward;
 mod http;
+mod limits;
 
 pub use config::Config;
+pub use cors::Origin;
 pub use http::openapi;
+pub use limits::LimitArgs;
 
 use forward::{Forwarder, Service};
+use limits::Limits;
 
 /// Everything the process consists of.
 pub struct App {
     listener: TcpListener,
     forwarder: Forwarder,
+    limits: Limits,
+    origins: Vec<Origin>,
 }
 
 impl App {
     /// Opens the port. The services behind it are not waited for: they may come later.
     pub async fn build(config: Config) -> anyhow::Result<Self> {
         let listener = service_kit::config::listen(config.listen, config.listen_unprotected).await?;
-        let forwarder = Forwarder::new(&config.orders_url, &config.payments_url)?;
-        Ok(Self { listener, forwarder })
+        let limits = Limits::new(config.limits);
+        let forwarder = Forwarder::new(&config.orders_url, &config.payments_url, limits.clone())?;
+        Ok(Self { listener, forwarder, limits, origins: config.cors_origins })
     }
 
     /// Where it listens.
@@ -42,8 +50,11 @@ impl App {
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         info!(address = %self.listener.local_addr()?, "gateway listens");
         let metrics = Metrics::start("gateway", env!("CARGO_PKG_VERSION"))?;
-        let router = http::router(self.forwarder.clone(), self.health().routes(shutdown.clone()).merge(metrics.routes()));
-        service_kit::server::serve(self.listener, router, shutdown).await
+        let probes = self.health().routes(shutdown.clone()).merge(metrics.routes());
+        let router = http::router(self.forwarder, self.limits.clone(), &self.origins, probes);
+        let (served, ()) =
+            tokio::join!(service_kit::server::serve(self.listener, router, shutdown.clone()), self.limits.run(shutdown));
+        served
     }
 
     /// Ready as soon as it runs: it answers for a service that is away, so nobody's health depends on another's.

@@ -1,0 +1,85 @@
+//! Which web pages of other hosts may use the API: none, or an exact list.
+
+use std::str::FromStr;
+use std::time::Duration;
+
+use axum::Router;
+use axum::http::{HeaderName, HeaderValue, Method, Uri, header};
+use tower_http::cors::CorsLayer;
+
+use service_kit::http::REQUEST_ID;
+use service_kit::idempotency::{IDEMPOTENCY_KEY, IDEMPOTENCY_REPLAYED};
+
+/// Browsers ask again after this long.
+const PREFLIGHT_MAX_AGE: Duration = Duration::from_secs(600);
+
+/// Where a web page comes from: scheme, host and port, as a browser sends it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Origin(HeaderValue);
+
+impl FromStr for Origin {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("{text:?} is no origin: it must look like https://shop.example or http://localhost:3000");
+        let uri: Uri = text.parse().map_err(|_| wrong())?;
+        let plain = matches!(uri.scheme_str(), Some("http" | "https"))
+            && uri.host().is_some_and(|host| host == host.to_ascii_lowercase() && !host.contains('*'))
+            && uri.authority().is_some_and(|authority| !authority.as_str().contains('@'))
+            && uri.path() == "/"
+            && uri.query().is_none()
+            && !text.ends_with('/');
+        if !plain {
+            return Err(wrong());
+        }
+        HeaderValue::from_str(text).map(Self).map_err(|_| wrong())
+    }
+}
+
+/// Lets pages from `origins`, and no others, read the answers of `router`.
+pub(crate) fn allow(origins: &[Origin], router: Router) -> Router {
+    if origins.is_empty() {
+        return router;
+    }
+    let sent = [
+        header::CONTENT_TYPE,
+        IDEMPOTENCY_KEY,
+        REQUEST_ID,
+        HeaderName::from_static("last-event-id"),
+        HeaderName::from_static("traceparent"),
+        HeaderName::from_static("tracestate"),
+    ];
+    let layer = CorsLayer::new()
+        .allow_origin(origins.iter().map(|origin| origin.0.clone()).collect::<Vec<_>>())
+        .allow_methods([Method::GET, Method::POST])
+        .allow_headers(sent)
+        .expose_headers([header::LOCATION, header::RETRY_AFTER, IDEMPOTENCY_REPLAYED, REQUEST_ID])
+        .max_age(PREFLIGHT_MAX_AGE);
+    router.layer(layer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_origin_is_exact_or_refused() {
+        for good in ["https://shop.example", "http://localhost:3000", "https://xn--e1afmkfd.example:8443"] {
+            assert!(good.parse::<Origin>().is_ok(), "{good}");
+        }
+        for bad in [
+            "*",
+            "",
+            "null",
+            "https://*.shop.example",
+            "https://shop.example/",
+            "https://shop.example/page",
+            "shop.example",
+            "ftp://x",
+            "https://Shop.example",
+            "https://a@b",
+        ] {
+            assert!(bad.parse::<Origin>().is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! How much may come in. What is too much is refused at once, with the time after which to try again, so that the rest
+//! goes through: by client address, by user, and by what is being worked on at all.
+
+use std::net::IpAddr;
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderName, StatusCode, Uri};
+use axum::middleware::Next;
+use axum::response::Response;
+use governor::clock::{Clock as _, DefaultClock};
+use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
+use percent_encoding::percent_decode_str;
+use serde::Deserialize;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+use service_kit::Problem;
+use service_kit::metrics::refused;
+use service_kit::server::Peer;
+use shared_contracts::UserId;
+
+const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+/// Addresses and users that have sent nothing for a while are forgotten this often.
+const FORGET_INTERVAL: Duration = Duration::from_secs(10);
+
+/// What may come in at once, and from one client.
+#[derive(Clone, Debug, clap::Args)]
+pub struct LimitArgs {
+    /// Requests that are worked on at once; one more is told to come again. Fewer than the services can queue.
+    #[arg(long, env = "GOZON_REQUESTS_MAX", default_value_t = 512)]
+    pub requests_max: usize,
+    /// Requests that wait for an order (`?wait=`) at once, beside the others.
+    #[arg(long, env = "GOZON_WAITS_MAX", default_value_t = 1024)]
+    pub waits_max: usize,
+    /// Requests a second from one address, in bursts of as many. Without it there is no such limit.
+    #[arg(long, env = "GOZON_RATE_PER_IP")]
+    pub rate_per_ip: Option<NonZeroU32>,
+    /// Requests a second for one user, in bursts of as many. Without it there is no such limit.
+    #[arg(long, env = "GOZON_RATE_PER_USER")]
+    pub rate_per_user: Option<NonZeroU32>,
+    /// Addresses of proxies, separated by commas, whose header X-Forwarded-For is believed. Nobody else's is.
+    #[arg(long, env = "GOZON_TRUSTED_PROXIES", value_delimiter = ',')]
+    pub trusted_proxies: Vec<IpAddr>,
+}
+
+/// The limits, cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Limits(Arc<Inner>);
+
+struct Inner {
+    working: Semaphore,
+    waiting: Semaphore,
+    per_ip: Option<DefaultKeyedRateLimiter<IpAddr>>,
+    per_user: Option<DefaultKeyedRateLimiter<UserId>>,
+    trusted_proxies: Vec<IpAddr>,
+}
+
+impl Limits {
+    pub(crate) fn new(arguments: LimitArgs) -> Self {
+        Self(Arc::new(Inner {
+            working: Semaphore::new(arguments.requests_max),
+            waiting: Semaphore::new(arguments.waits_max),
+            per_ip: arguments.rate_per_ip.map(|rate| RateLimiter::keyed(Quota::per_second(rate))),
+            per_user: arguments.rate_per_user.map(|rate| RateLimiter::keyed(Quota::per_second(rate))),
+            trusted_proxies: arguments.trusted_proxies,
+        }))
+    }
+
+    /// Forgets who has sent nothing for a while, until `shutdown`.
+    pub(crate) async fn run(&self, shutdown: CancellationToken) {
+        while shutdown.run_until_cancelled(tokio::time::sleep(FORGET_INTERVAL)).await.is_some() {
+            if let Some(per_ip) = &self.0.per_ip {
+                per_ip.retain_recent();
+                per_ip.shrink_to_fit();
+            }
+            if let Some(per_user) = &self.0.per_user {
+                per_user.retain_recent();
+                per_user.shrink_to_fit();
+            }
+        }
+    }
+
+    /// Counts a request for whichever user it is about.
+    pub(crate) fn admit_user(&self, uri: &Uri, body: &[u8]) -> Result<(), Problem> {
+        match &self.0.per_user {
+            None => Ok(()),
+            Some(per_user) => match user_of(uri, body) {
+                Some(user) => check(per_user, &user, "user_rate", "for this user"),
+                None => Ok(()),
+            },
+        }
+    }
+
+    fn client(&self, peer: IpAddr, headers: &HeaderMap) -> IpAddr {
+        let trusted = |address: &IpAddr| self.0.trusted_proxies.contains(address);
+        if !trusted(&peer) {
+            return peer;
+        }
+        // Each proxy appends whom it was called by, so only what stands behind the last stranger is known to be true.
+        let named: Vec<&str> = headers
+            .get_all(FORWARDED_FOR)
+            .iter()
+            .filter_map(|value| value.to_str().ok())
+            .flat_map(|list| list.split(','))
+            .collect();
+        let mut last = peer;
+        for name in named.into_iter().rev() {
+            let Ok(address) = name.trim().parse() else { break };
+            last = address;
+            if !trusted(&address) {
+                break;
+            }
+        }
+        last
+    }
+}
+
+/// Lets a request in, or refuses it.
+pub(crate) async fn admit(State(limits): State<Limits>, request: Request, next: Next) -> Result<Response, Problem> {
+    if let (Some(per_ip), Some(Peer(peer))) = (&limits.0.per_ip, request.extensions().get::<Peer>()) {
+        check(per_ip, &limits.client(*peer, request.headers()), "ip_rate", "from your address")?;
+    }
+    let places = if parameter(request.uri(), "wait").is_some() { &limits.0.waiting } else { &limits.0.working };
+    let Ok(_place) = places.try_acquire() else {
+        refused("requests");
+        let detail =
+            "More requests came than can be worked on. Nothing was done; send it again, with the same key if it had one.";
+        return Err(Problem::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", detail).retry_after(1));
+    };
+    Ok(next.run(request).await)
+}
+
+fn check<K>(limiter: &DefaultKeyedRateLimiter<K>, key: &K, reason: &'static str, whose: &str) -> Result<(), Problem>
+where
+    K: Clone + Eq + std::hash::Hash,
+{
+    limiter.check_key(key).map_err(|earliest| {
+        refused(reason);
+        let wait = earliest.wait_time_from(DefaultClock::default().now());
+        let seconds = u32::try_from(wait.as_millis().div_ceil(1000)).unwrap_or(u32::MAX).max(1);
+        let detail = format!("Too many requests {whose}. Nothing was done; send it again in {seconds} s.");
+        Problem::new(StatusCode::TOO_MANY_REQUESTS, "rate_limited", detail).retry_after(seconds)
+    })
+}
+
+/// A parameter of a URL, as the services read it.
+pub(crate) fn parameter(uri: &Uri, name: &str) -> Option<String> {
+    let mut pairs = uri.query()?.split('&').filter_map(|pair| pair.split_once('='));
+    pairs.find(|(found, _)| decoded(found) == name).map(|(_, value)| decoded(value))
+}
+
+fn decoded(text: &str) -> String {
+    percent_decode_str(text).decode_utf8_lossy().into_owned()
+}
+
+/// Whose account or orders a request is about, wherever it says so.
+fn user_of(uri: &Uri, body: &[u8]) -> Option<UserId> {
+    #[derive(Deserialize)]
+    struct Whose {
+        user_id: String,
+    }
+    let in_path = || uri.path().strip_prefix("/v1/accounts/")?.split('/').next().map(decoded);
+    let in_query = || parameter(uri, "user_id");
+    let in_body = || serde_json::from_slice::<Whose>(body).ok().map(|whose| whose.user_id);
+    in_path().or_else(in_query).or_else(in_body).and_then(|user| UserId::parse(user).ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits(trusted_proxies: &[&str]) -> Limits {
+        Limits::new(LimitArgs {
+            requests_max: 1,
+            waits_max: 1,
+            rate_per_ip: None,
+            rate_per_user: None,
+            trusted_proxies: trusted_proxies.iter().map(|address| address.parse().unwrap()).collect(),
+        })
+    }
+
+    #[test]
+    fn only_a_trusted_proxy_says_who_the_client_is() {
+        let client = |limits: &Limits, peer: &str, header: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(FORWARDED_FOR, header.parse().unwrap());
+            limits.client(peer.parse().unwrap(), &headers).to_string()
+        };
+        let (nobody, proxy) = (limits(&[]), limits(&["10.0.0.1", "10.0.0.2"]));
+        assert_eq!(client(&nobody, "10.0.0.1", "1.1.1.1"), "10.0.0.1");
+        assert_eq!(client(&proxy, "9.9.9.9", "1.1.1.1"), "9.9.9.9", "a stranger claims to be a proxy");
+        assert_eq!(client(&proxy, "10.0.0.1", "1.1.1.1"), "1.1.1.1");
+        assert_eq!(client(&proxy, "10.0.0.1", "6.6.6.6, 1.1.1.1"), "1.1.1.1", "the client claims to be a proxy of another");
+        assert_eq!(client(&proxy, "10.0.0.1", "6.6.6.6, 1.1.1.1, 10.0.0.2"), "1.1.1.1", "two proxies of ours");
+        assert_eq!(client(&proxy, "10.0.0.1", "nonsense"), "10.0.0.1");
+    }
+
+    #[test]
+    fn the_user_of_a_request_is_found_wherever_it_stands() {
+        let user = |uri: &str, body: &str| user_of(&uri.parse().unwrap(), body.as_bytes()).map(|user| user.to_string());
+        assert_eq!(user("/v1/accounts/alice/deposits", r#"{"amount":1}"#).as_deref(), Some("alice"));
+        assert_eq!(user("/v1/orders?limit=1&user_id=alice", "").as_deref(), Some("alice"));
+        assert_eq!(user("/v1/orders", r#"{"amount":1,"user_id":"alice"}"#).as_deref(), Some("alice"));
+        assert_eq!(user("/v1/accounts/%61lice", "").as_deref(), Some("alice"), "no way around a limit");
+        assert_eq!(user("/v1/orders?user%5Fid=%61lice", "").as_deref(), Some("alice"));
+        for nobody in ["", "{", r#"{"user_id":7}"#, r#"{"user_id":"a b"}"#] {
+            assert_eq!(user("/v1/orders", nobody), None, "{nobody}");
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! What is handed on, what is not, and what is said when a service is away.
+
+use bytes::Bytes;
+use serde_json::json;
+
+use crate::harness::{Does, Gateway, ok};
+
+#[tokio::test]
+async fn only_what_is_known_is_handed_on_in_both_directions() {
+    let gateway = Gateway::start(|_| {
+        Does::Answers(
+            "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\nset-cookie: a=b\r\nserver: innards/1.0\r\n\
+             x-internal: secret\r\nkeep-alive: timeout=9\r\nidempotency-replayed: true\r\nlocation: /v1/orders/7\r\n\r\n{}"
+                .to_owned(),
+        )
+    })
+    .await;
+    let traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let answer = gateway
+        .say(&format!(
+            "POST /v1/orders?a=%20b HTTP/1.1\r\nHost: evil.example\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\
+             Connection: close, X-Secret\r\nX-Secret: 1\r\nKeep-Alive: timeout=5\r\nTE: trailers\r\nUpgrade: h2c\r\n\
+             Proxy-Authorization: Basic eA==\r\nCookie: session=1\r\nAuthorization: Bearer x\r\nX-Forwarded-For: 6.6.6.6\r\n\
+             X-User-Id: root\r\nIdempotency-Key: k\r\nX-Request-Id: find-me\r\ntraceparent: {traceparent}\r\ntracestate: a=1\r\n\r\n{{}}"
+        ))
+        .await;
+    let seen = gateway.behind.seen().remove(0);
+    let names: Vec<&str> = seen.headers.iter().map(|(name, _)| name.as_str()).collect();
+    let mut sorted = names.clone();
+    sorted.sort_unstable();
+    let known = ["content-length", "content-type", "host", "idempotency-key", "traceparent", "tracestate", "x-request-id"];
+    assert_eq!(sorted, known);
+    assert_eq!((seen.line.as_str(), seen.body.as_str()), ("POST /v1/orders?a=%20b", "{}"));
+    assert_eq!(seen.header("host"), Some(gateway.behind.address.to_string().as_str()));
+    assert_eq!((seen.header("traceparent"), seen.header("x-request-id")), (Some(traceparent), Some("find-me")));
+
+    let head = answer.split_once("\r\n\r\n").unwrap().0;
+    for kept in ["idempotency-replayed: true", "location: /v1/orders/7", "x-request-id: find-me"] {
+        assert!(head.contains(kept), "{kept} in {head}");
+    }
+    for dropped in ["set-cookie", "server", "x-internal", "keep-alive", "secret"] {
+        assert!(!head.contains(dropped), "{dropped} in {head}");
+    }
+}
+
+#[tokio::test]
+async fn a_get_says_nothing_in_a_body_and_an_unknown_path_is_not_handed_on() {
+    let gateway = Gateway::start(|_| Does::Answers(ok("{}"))).await;
+    let answer = gateway.http.request("GET", "/v1/orders", &[], Bytes::from_static(b"surprise")).await.unwrap();
+    assert_eq!((answer.status, gateway.behind.seen()[0].body.as_str()), (200, ""));
+    for (method, path) in [
+        ("GET", "/v2/orders"),
+        ("GET", "/v1/orders/"),
+        ("GET", "/v1//orders"),
+        ("GET", "/V1/orders"),
+        ("DELETE", "/v1/orders/7"),
+        ("GET", "/v1/accounts"),
+        ("POST", "/readyz"),
+    ] {
+        let answer = gateway.http.request(method, path, &[], Bytes::new()).await.unwrap();
+        assert!(matches!(answer.status, 404 | 405), "{method} {path}: {}", answer.text());
+    }
+    assert_eq!(gateway.behind.seen().len(), 1);
+}
+
+#[tokio::test]
+async fn a_service_that_is_away_is_named_with_what_to_do() {
+    let gateway = Gateway::start(|_| Does::AnswersAndCloses("HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{".to_owned())).await;
+    for (path, body, words) in [
+        ("/v1/orders", json!({ "user_id": "a", "amount": 1 }), "Orders Service temporarily unavailable."),
+        ("/v1/accounts/a/deposits", json!({ "amount": 1 }), "Payments Service temporarily unavailable."),
+    ] {
+        for key in [Some("mine"), None] {
+            let before = gateway.behind.seen().len();
+            let answer = gateway.http.post(path, key, &body).await.unwrap();
+            assert_eq!((answer.status, answer.header("retry-after")), (503, Some("1")), "{}", answer.text());
+            let document = answer.json();
+            assert_eq!((&document["detail"], &document["outcome"]), (&json!(words), &json!("unknown")));
+            let seen = gateway.behind.seen();
+            assert_eq!(seen.len(), before + 1, "what may have been done is not sent again");
+            let sent = seen[before].header("idempotency-key").unwrap();
+            assert_eq!(document["idempotency_key"], sent, "the key it was sent with, whoever made it");
+            assert!(key.is_none_or(|key| key == sent));
+        }
+    }
+    let answer = gateway.http.get("/v1/orders/7").await.unwrap();
+    assert_eq!((answer.status, &answer.json()["outcome"]), (503, &json!(null)), "a GET has no outcome");
+}
+
+#[tokio::test]
+async fn a_service_that_cannot_be_reached_has_done_nothing() {
+    let free = stack::ports::free_port().unwrap();
+    let orders = format!("--orders-url=http://127.0.0.1:{free}");
+    let config = ["gateway", "--listen=127.0.0.1:0", &orders];
+    let config = <gateway::Config as clap::Parser>::try_parse_from(config).unwrap();
+    let gateway = stack::testing::Apart::start(async move |address, shutdown| {
+        let app = gateway::App::build(config).await?;
+        // The test may have given up waiting.
+        let _ = address.send(app.address()?);
+        app.run(shutdown).await
+    });
+    let gateway = gateway.await.unwrap();
+    let http = stack::http::Http::new(format!("http://{}", gateway.address));
+    let answer = http.post("/v1/orders", None, &json!({})).await.unwrap();
+    assert_eq!((answer.status, answer.header("retry-after")), (503, Some("1")));
+    assert_eq!(answer.json()["detail"], "Orders Service temporarily unavailable.");
+    assert_eq!((&answer.json()["outcome"], &answer.json()["idempotency_key"]), (&json!(null), &json!(null)));
+    assert_eq!(http.get("/readyz").await.unwrap().status, 200, "nobody's health depends on another's");
+    gateway.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn connections_are_used_again_and_one_that_the_service_has_closed_hurts_nobody() {
+    let gateway = Gateway::start(|_| Does::AnswersAndCloses(ok("{}"))).await;
+    for number in 0..20 {
+        let answer = gateway.http.post("/v1/orders", None, &json!({})).await.unwrap();
+        assert_eq!(answer.status, 200, "{number}: {}", answer.text());
+    }
+    assert_eq!(gateway.behind.seen().len(), 20, "each was sent once");
+}
+
+#[tokio::test]
+async fn an_answer_that_is_nonsense_or_too_large_is_not_handed_on() {
+    let huge = ok(&"x".repeat(2 * 1024 * 1024));
+    let gateway = Gateway::start(move |seen| {
+        Does::AnswersAndCloses(match seen.line.as_str() {
+            "GET /v1/orders/huge" => huge.clone(),
+            _ => "SSH-2.0-OpenSSH_9.2\r\n\r\n".to_owned(),
+        })
+    })
+    .await;
+    for path in ["/v1/orders/huge", "/v1/orders/nonsense"] {
+        let answer = gateway.http.get(path).await.unwrap();
+        assert_eq!((answer.status, &answer.json()["code"]), (503, &json!("service_unavailable")), "{path}");
+        assert!(!answer.text().contains("SSH"), "no innards");
+    }
+}

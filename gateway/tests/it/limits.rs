@@ -1,0 +1,116 @@
+//! What is refused so that the rest goes through.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+use serde_json::json;
+use stack::http::Answer;
+use stack::testing::eventually;
+use tokio::sync::Notify;
+
+use crate::harness::{Does, Gateway, SOON, ok};
+
+fn statuses(answers: &[Answer]) -> (usize, usize) {
+    let count = |status| answers.iter().filter(|answer| answer.status == status).count();
+    (count(200), answers.len() - count(200))
+}
+
+#[tokio::test]
+async fn one_more_than_can_be_worked_on_is_told_at_once_to_come_again() {
+    let told = Arc::new(Notify::new());
+    let answering = told.clone();
+    let arguments = ["--requests-max=2", "--waits-max=1"];
+    let gateway = Gateway::start_with(&arguments, move |_| Does::AnswersWhen(answering.clone())).await;
+    let (body, http) = (json!({ "user_id": "a", "amount": 1 }), gateway.http.clone());
+    let held = tokio::spawn({
+        let (http, body) = (http.clone(), body.clone());
+        async move {
+            let (one, two, waiting) = tokio::join!(
+                http.post("/v1/orders", Some("1"), &body),
+                http.post("/v1/orders", Some("2"), &body),
+                http.get("/v1/orders/7?wait=30")
+            );
+            [one.unwrap(), two.unwrap(), waiting.unwrap()]
+        }
+    });
+    eventually("all places are taken", SOON, async || (gateway.behind.seen().len() == 3).then_some(())).await;
+
+    let begun = Instant::now();
+    let mut refused = join_all((0..50).map(|_| http.post("/v1/orders", Some("3"), &body))).await;
+    refused.push(http.get("/v1/orders/7?wait=30").await);
+    assert!(begun.elapsed() < Duration::from_secs(5), "told at once, not after {:?}", begun.elapsed());
+    for answer in refused.into_iter().map(Result::unwrap) {
+        assert_eq!((answer.status, answer.header("retry-after")), (503, Some("1")));
+        assert_eq!(answer.json()["code"], "overloaded");
+        assert_eq!(answer.json()["outcome"], json!(null), "nothing was done");
+    }
+    assert_eq!(gateway.behind.seen().len(), 3, "nothing of it reached the service");
+    assert!(gateway.refused("requests").await >= 51);
+    for path in ["/livez", "/readyz", "/metrics", "/openapi.json"] {
+        // The service behind does not answer its health either; ours does not depend on it.
+        assert_eq!(http.get(path).await.unwrap().status, 200, "{path}");
+    }
+
+    let answered = async {
+        let held = held.await.unwrap();
+        assert_eq!(statuses(&held), (3, 0), "what was let in is answered");
+    };
+    tokio::select! {
+        () = answered => {}
+        () = async { loop { told.notify_waiters(); tokio::task::yield_now().await } } => {}
+    }
+}
+
+#[tokio::test]
+async fn an_address_that_sends_too_much_is_slowed_down_whatever_it_claims_to_be() {
+    let gateway = Gateway::start_with(&["--rate-per-ip=5"], |_| Does::Answers(ok("{}"))).await;
+    let claims: Vec<String> = (0..40).map(|number| format!("9.9.9.{number}")).collect();
+    let begun = Instant::now();
+    let http = &gateway.http;
+    let answers = claims.iter().map(async |claim| {
+        let headers = [("x-forwarded-for", claim.as_str()), ("forwarded", "for=1.2.3.4")];
+        http.request("GET", "/v1/orders", &headers, bytes::Bytes::new()).await.unwrap()
+    });
+    let answers: Vec<Answer> = join_all(answers).await;
+    let allowed = 5 + usize::try_from(begun.elapsed().as_millis() * 5 / 1000).unwrap() + 1;
+    let (passed, refused) = statuses(&answers);
+    assert!((5..=allowed).contains(&passed) && refused > 0, "{passed} passed, {refused} were refused");
+    for answer in answers.iter().filter(|answer| answer.status != 200) {
+        assert_eq!((answer.status, answer.header("retry-after")), (429, Some("1")), "{}", answer.text());
+        assert_eq!(answer.json()["code"], "rate_limited");
+        assert_eq!(answer.header("content-type"), Some("application/problem+json"));
+    }
+    assert!(gateway.refused("ip_rate").await >= refused as u64);
+    eventually("it may send again", SOON, async || (gateway.http.get("/v1/orders").await.unwrap().status == 200).then_some(()))
+        .await;
+}
+
+#[tokio::test]
+async fn a_user_who_sends_too_much_is_slowed_down_and_others_are_not() {
+    let gateway = Gateway::start_with(&["--rate-per-user=1"], |_| Does::Answers(ok("{}"))).await;
+    let http = &gateway.http;
+    let order = json!({ "user_id": "alice", "amount": 1 });
+    let mut refused = 0;
+    for round in 0..10 {
+        let answers = [
+            http.post("/v1/orders", None, &order).await.unwrap(),
+            http.get("/v1/accounts/alice").await.unwrap(),
+            http.get("/v1/accounts/%61lice").await.unwrap(),
+            http.get("/v1/orders?user_id=alice").await.unwrap(),
+        ];
+        refused += statuses(&answers).1;
+        let other = http.get(&format!("/v1/accounts/bob{round}")).await.unwrap();
+        assert_eq!(other.status, 200, "another user");
+        assert_eq!(http.get("/v1/orders").await.unwrap().status, 200, "nobody in particular");
+    }
+    assert!(refused >= 20, "only {refused} of 40 were refused");
+    assert!(gateway.refused("user_rate").await >= refused as u64);
+}
+
+#[tokio::test]
+async fn nothing_is_limited_unless_it_is_asked_for() {
+    let gateway = Gateway::start(|_| Does::Answers(ok("{}"))).await;
+    let answers = join_all((0..400).map(|_| gateway.http.get("/v1/accounts/alice"))).await;
+    assert!(answers.into_iter().all(|answer| answer.unwrap().status == 200));
+}
