@@ -120,6 +120,11 @@ kill-matrix *arguments:
     cargo build --locked --workspace --bins
     ./dev env ${CARGO_TARGET_DIR:-target}/debug/kill-matrix {{ arguments }}
 
+# Try out everything that can happen in the protocol: at least 50 million states; --threads N, --ways
+[group('check')]
+model *arguments:
+    cargo run --locked --release --quiet --package protocol-model -- {{ arguments }}
+
 # Format the code
 [group('check')]
 fmt:

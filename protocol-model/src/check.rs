@@ -1,0 +1,69 @@
+//! Runs the checker over a model and says what came of it.
+
+use std::num::NonZeroUsize;
+use std::time::{Duration, Instant};
+
+use stateright::{Checker as _, HasDiscoveries, Model as _};
+
+use crate::action::Action;
+use crate::model::Protocol;
+use crate::properties::I7;
+use crate::recovery;
+
+/// Far above what the small models have; they are meant to stay small.
+const SMALL: usize = 3_000_000;
+
+/// What a safety check found.
+#[derive(Debug)]
+pub struct Safety {
+    /// Different states.
+    pub states: usize,
+    /// Steps between them.
+    pub steps: usize,
+    /// Steps of the longest way that had to be looked at.
+    pub depth: usize,
+    /// How long it took.
+    pub took: Duration,
+    /// Properties that do not hold, each with a way there.
+    pub violated: Vec<(&'static str, Vec<Action>)>,
+    /// What should happen somewhere and never does: the model would prove nothing.
+    pub never: Vec<&'static str>,
+}
+
+/// Every state, or up to the first violation.
+pub fn safety(protocol: &Protocol, threads: NonZeroUsize, until_first_violation: bool) -> Safety {
+    let begun = Instant::now();
+    let mut checker = protocol.checker().threads(threads.get());
+    if until_first_violation {
+        checker = checker.finish_when(HasDiscoveries::AnyFailures);
+    }
+    let checker = checker.spawn_bfs().join();
+    let mut found = checker.discoveries();
+    let (mut violated, mut never) = (Vec::new(), Vec::new());
+    for property in protocol.properties() {
+        match (&property.expectation, found.remove(property.name)) {
+            (stateright::Expectation::Sometimes, None) => never.push(property.name),
+            (stateright::Expectation::Sometimes, Some(_)) | (_, None) => {}
+            (_, Some(path)) => violated.push((property.name, path.into_actions())),
+        }
+    }
+    Safety {
+        states: checker.unique_state_count(),
+        steps: checker.state_count(),
+        depth: checker.max_depth(),
+        took: begun.elapsed(),
+        violated,
+        never,
+    }
+}
+
+/// The first property that a broken design violates, and the shortest way there.
+pub fn caught(protocol: &Protocol) -> anyhow::Result<Option<(&'static str, Vec<Action>)>> {
+    let violated: Vec<&str> = safety(protocol, NonZeroUsize::MIN, true).violated.iter().map(|(name, _)| *name).collect();
+    if let Some(property) = protocol.properties().into_iter().find(|property| violated.contains(&property.name)) {
+        let way = recovery::shortest_way(protocol, SMALL, |state| !(property.condition)(protocol, state))?;
+        return Ok(Some((property.name, way)));
+    }
+    let recovery = recovery::check(protocol, SMALL)?;
+    Ok((recovery.stuck > 0).then_some((I7, recovery.way)))
+}

@@ -1,0 +1,158 @@
+//! `just model`: the large models, then whether everything can still be settled, then the broken designs. Ends with a
+//! table; exit code 0 only if all is as it should be.
+
+use std::num::NonZeroUsize;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use protocol_model::check::{caught, safety};
+use protocol_model::design::{BROKEN, SMALLEST, WITHOUT_LOSS_OR_RECONCILER, Window};
+use protocol_model::model::Protocol;
+use protocol_model::recovery;
+
+/// What the safety run must cover together.
+const STATES_MIN: usize = 50_000_000;
+/// Above every model of [`RECOVERY`].
+const RECOVERY_MAX: usize = 5_000_000;
+
+/// Models whose every state is looked at.
+const SAFETY: [Protocol; 7] = [
+    Protocol { relays: 2, workers: 2, losses: 1, money: 0, deposit: true, ..SMALLEST },
+    Protocol { losses: 2, money: 0, deposit: true, ..SMALLEST },
+    Protocol { losses: 1, slow: 1, money: 0, deposit: true, ..SMALLEST },
+    Protocol { workers: 2, losses: 2, ..SMALLEST },
+    Protocol { relays: 2, workers: 2, losses: 1, window: Window::Endless, ..SMALLEST },
+    Protocol { orders: 2, workers: 2, ..SMALLEST },
+    Protocol { orders: 2, relays: 2, workers: 2, ..SMALLEST },
+];
+
+/// Models whose every state must lead to the end.
+const RECOVERY: [Protocol; 7] = [
+    Protocol { relays: 2, workers: 2, losses: 1, ..SMALLEST },
+    Protocol { losses: 2, ..SMALLEST },
+    Protocol { losses: 1, slow: 1, ..SMALLEST },
+    Protocol { losses: 1, slow: 1, window: Window::Endless, ..SMALLEST },
+    Protocol { losses: 1, money: 0, deposit: true, ..SMALLEST },
+    Protocol { orders: 2, ..SMALLEST },
+    WITHOUT_LOSS_OR_RECONCILER,
+];
+
+/// Checks the protocol by trying everything that can happen.
+#[derive(Parser)]
+struct Arguments {
+    /// Threads for the large models.
+    #[arg(long, default_value = "1")]
+    threads: NonZeroUsize,
+    /// Also shows the way to each violation.
+    #[arg(long)]
+    ways: bool,
+}
+
+fn main() -> anyhow::Result<ExitCode> {
+    let arguments = Arguments::parse();
+    let begun = Instant::now();
+    let mut wrong = 0;
+
+    println!("Every state of:{:>59} {:>14} {:>6} {:>8}", "states", "steps", "depth", "time");
+    let (mut states, mut steps) = (0, 0);
+    for protocol in SAFETY {
+        let found = safety(&protocol, arguments.threads, false);
+        states += found.states;
+        steps += found.steps;
+        let verdict = match (found.violated.first(), found.never.first()) {
+            (None, None) => "all hold".to_owned(),
+            (Some((property, way)), _) => format!("VIOLATED {property}: {}", words(way)),
+            (None, Some(property)) => format!("VACUOUS: never {property}"),
+        };
+        wrong += found.violated.len() + found.never.len();
+        let (counted, took) = (thousands(found.states), seconds(found.took));
+        println!(
+            "  {:<60} {counted:>11} {:>14} {:>6} {took:>8}  {verdict}",
+            name(&protocol),
+            thousands(found.steps),
+            found.depth
+        );
+    }
+    println!("  {:<60} {:>11} {:>14}", "together", thousands(states), thousands(steps));
+    if states < STATES_MIN {
+        println!("  TOO FEW: at least {} states were to be looked at", thousands(STATES_MIN));
+        wrong += 1;
+    }
+
+    println!("\nFrom every state, faults included, everything can be settled without further faults:");
+    for protocol in RECOVERY {
+        let begun = Instant::now();
+        let found = recovery::check(&protocol, RECOVERY_MAX)?;
+        let verdict =
+            if found.stuck == 0 { "none is stuck".to_owned() } else { format!("{} STUCK: {}", found.stuck, words(&found.way)) };
+        wrong += usize::from(found.stuck > 0);
+        let (counted, took) = (thousands(found.states), seconds(begun.elapsed()));
+        println!("  {:<60} {counted:>11} {:>14} {:>6} {took:>8}  {verdict}", name(&protocol), thousands(found.steps), "");
+    }
+
+    println!("\nEach of these lacks one guard:");
+    for broken in BROKEN {
+        let verdict = match caught(&broken.protocol)? {
+            Some((property, way)) if property == broken.violates => {
+                let steps = format!("{property}, in {} steps", way.len());
+                if arguments.ways { format!("{steps}\n      {}", words(&way)) } else { steps }
+            }
+            Some((property, _)) => {
+                wrong += 1;
+                format!("VIOLATES {property} instead of {}", broken.violates)
+            }
+            None => {
+                wrong += 1;
+                "NOT CAUGHT".to_owned()
+            }
+        };
+        println!("  {:<50} {verdict}", broken.name);
+    }
+
+    println!("\n{} states, {} steps, {wrong} wrong, {}.", thousands(states), thousands(steps), seconds(begun.elapsed()));
+    Ok(if wrong == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn name(protocol: &Protocol) -> String {
+    let Protocol { orders, relays, workers, losses, slow, money, deposit, window, design } = *protocol;
+    let plural = |number: usize, word: &str| format!("{number} {word}{}", if number == 1 { "" } else { "s" });
+    let mut parts = vec![plural(orders, "order"), plural(relays, "relay"), plural(workers, "worker")];
+    if losses > 0 {
+        parts.push(format!("{losses} lost"));
+    }
+    if slow > 0 {
+        parts.push(format!("{slow} slow"));
+    }
+    parts.push(format!("money for {money}"));
+    if deposit {
+        parts.push("deposit".to_owned());
+    }
+    if window == Window::Endless {
+        parts.push("ids kept".to_owned());
+    }
+    if design.without_reconciler {
+        parts.push("no reconciler".to_owned());
+    }
+    parts.join(", ")
+}
+
+fn words(way: &[protocol_model::action::Action]) -> String {
+    way.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n      ")
+}
+
+fn seconds(time: Duration) -> String {
+    format!("{:.1} s", time.as_secs_f32())
+}
+
+fn thousands(number: usize) -> String {
+    let digits = number.to_string();
+    let mut grouped = String::new();
+    for (at, digit) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            grouped.push(',');
+        }
+        grouped.push(digit);
+    }
+    grouped
+}

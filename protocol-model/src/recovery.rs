@@ -1,0 +1,119 @@
+//! I7: from every state that can be reached, faults included, a settled state can be reached without further faults
+//! (in the language of temporal logic, AG EF settled). The checker knows properties of one state and of one path; this
+//! is one of the whole graph, so it is walked backwards here.
+
+use std::collections::HashMap;
+
+use anyhow::ensure;
+use stateright::Model as _;
+
+use crate::action::Action;
+use crate::model::Protocol;
+use crate::properties::is_settled;
+use crate::state::State;
+
+/// What was found.
+#[derive(Debug)]
+pub struct Recovery {
+    /// States looked at.
+    pub states: usize,
+    /// Steps between them.
+    pub steps: usize,
+    /// States from which nothing leads to the end.
+    pub stuck: usize,
+    /// The shortest way into one.
+    pub way: Vec<Action>,
+}
+
+/// Looks at the whole graph, if it is no larger than `states_max`.
+pub fn check(protocol: &Protocol, states_max: usize) -> anyhow::Result<Recovery> {
+    let mut graph = Graph::explore(protocol, states_max, |_| false)?;
+    let steps = graph.steps;
+    let can_settle = graph.backwards_from_settled(protocol);
+    // States are numbered in the order in which they were reached, so the first is one of the nearest.
+    let first_stuck = can_settle.iter().position(|can| !can);
+    Ok(Recovery {
+        states: graph.states.len(),
+        steps,
+        stuck: can_settle.iter().filter(|can| !**can).count(),
+        way: first_stuck.map_or_else(Vec::new, |stuck| graph.way_to(protocol, stuck)),
+    })
+}
+
+/// The shortest way into a state for which `wrong` holds; empty if there is none.
+pub fn shortest_way(protocol: &Protocol, states_max: usize, wrong: impl Fn(&State) -> bool) -> anyhow::Result<Vec<Action>> {
+    let graph = Graph::explore(protocol, states_max, &wrong)?;
+    Ok(graph.states.iter().position(wrong).map_or_else(Vec::new, |state| graph.way_to(protocol, state)))
+}
+
+struct Graph {
+    states: Vec<State>,
+    /// From which state each was reached first.
+    parents: Vec<u32>,
+    /// Steps that are no faults, as (from, to).
+    sound: Vec<(u32, u32)>,
+    steps: usize,
+}
+
+impl Graph {
+    /// State after state, the nearest first, up to the first that is `enough`.
+    fn explore(protocol: &Protocol, states_max: usize, enough: impl Fn(&State) -> bool) -> anyhow::Result<Self> {
+        let mut graph = Self { states: protocol.init_states(), parents: vec![0], sound: Vec::new(), steps: 0 };
+        let mut numbers: HashMap<State, u32> = HashMap::from([(graph.states[0], 0)]);
+        let mut actions = Vec::new();
+        let mut at = 0;
+        while at < graph.states.len() {
+            ensure!(graph.states.len() <= states_max, "more than {states_max} states");
+            let state = graph.states[at];
+            if enough(&state) {
+                break;
+            }
+            protocol.actions(&state, &mut actions);
+            for action in actions.drain(..) {
+                let Some(next) = protocol.next_state(&state, action) else { continue };
+                graph.steps += 1;
+                let number = *numbers.entry(next).or_insert_with(|| {
+                    graph.states.push(next);
+                    graph.parents.push(at as u32);
+                    graph.states.len() as u32 - 1
+                });
+                if !action.is_fault() {
+                    graph.sound.push((at as u32, number));
+                }
+            }
+            at += 1;
+        }
+        Ok(graph)
+    }
+
+    /// Which states can reach a settled one.
+    fn backwards_from_settled(&mut self, protocol: &Protocol) -> Vec<bool> {
+        self.sound.sort_unstable_by_key(|(_, to)| *to);
+        let mut can: Vec<bool> = self.states.iter().map(|state| is_settled(protocol, state)).collect();
+        let mut todo: Vec<u32> = (0..self.states.len() as u32).filter(|number| can[*number as usize]).collect();
+        while let Some(reached) = todo.pop() {
+            let begin = self.sound.partition_point(|(_, to)| *to < reached);
+            for (from, _) in self.sound[begin..].iter().take_while(|(_, to)| *to == reached) {
+                if !std::mem::replace(&mut can[*from as usize], true) {
+                    todo.push(*from);
+                }
+            }
+        }
+        can
+    }
+
+    fn way_to(&self, protocol: &Protocol, state: usize) -> Vec<Action> {
+        let mut way = Vec::new();
+        let mut at = state;
+        while at != 0 {
+            let parent = self.parents[at] as usize;
+            let mut actions = Vec::new();
+            protocol.actions(&self.states[parent], &mut actions);
+            let leads_here = |action: &Action| protocol.next_state(&self.states[parent], *action) == Some(self.states[at]);
+            way.extend(actions.into_iter().find(leads_here));
+            at = parent;
+        }
+        way.reverse();
+        way
+    }
+}
