@@ -38,6 +38,26 @@ reset:
     ./dev down
     rm -rf ${GOZON_DIR:-.gozon}
 
+# The same in containers: build, start, wait until everything is healthy
+[group('docker')]
+up-docker *arguments:
+    recipes/compose-up.sh {{ arguments }}
+
+# Stop the containers; the data stays in its volumes (--volumes deletes it)
+[group('docker')]
+down-docker *arguments:
+    recipes/compose.sh --profile tools down {{ arguments }}
+
+# Follow the logs of all containers, or of one
+[group('docker')]
+logs-docker *arguments:
+    recipes/compose.sh logs --follow --tail 20 {{ arguments }}
+
+# Build the containers, kill them while orders are placed, and see that the books are right
+[group('docker')]
+compose-test:
+    recipes/compose-test.sh
+
 # Place an order, with an account and money for it, and watch it end
 [group('use')]
 order amount='1299' user='alice':

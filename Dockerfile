@@ -1,0 +1,84 @@
+# All images of Gozon; docker-compose.yml names the stage of each.
+#
+# Builds with BuildKit, the default since Docker 23; before that, set DOCKER_BUILDKIT=1 and COMPOSE_DOCKER_CLI_BUILD=1.
+
+FROM rust:1.95-slim-bookworm AS rust
+WORKDIR /src
+
+# In /manifests, what decides about dependencies and nothing else: manifests and lock file, with an empty program behind
+# each target. In /src, what the programs are built from. BuildKit compares contents, so whatever is not in one of them
+# leaves its layers as they are.
+FROM rust AS sources
+COPY . .
+RUN mkdir /manifests && cp Cargo.toml Cargo.lock /manifests/ \
+ && for manifest in */Cargo.toml; do \
+      crate=${manifest%/*}; \
+      mkdir -p "/manifests/$crate/src" && cp "$manifest" "/manifests/$crate/" || exit 1; \
+      for file in src/lib.rs src/main.rs $(sed -n 's/^path = "\(.*\.rs\)"$/\1/p' "$manifest"); do \
+        if [ -e "$crate/$file" ]; then echo 'fn main() {}' >"/manifests/$crate/$file"; fi; \
+      done; \
+    done \
+ && for crate in e2e protocol-model stack; do rm -rf "$crate" && cp -r "/manifests/$crate" . || exit 1; done \
+ && rm -rf nats recipes
+
+# The layer of the dependencies: made again only when a manifest changes.
+FROM rust AS dependencies
+COPY --from=sources /manifests ./
+RUN --mount=type=cache,target=/usr/local/cargo/registry \
+    cargo build --locked --release --package orders --package payments --package gateway --package ops
+
+FROM dependencies AS build
+COPY --from=sources /src ./
+# Cargo goes by time stamps, and the empty programs are younger than the sources.
+RUN --mount=type=cache,target=/usr/local/cargo/registry \
+    find . -path ./target -prune -o -name '*.rs' -exec touch {} + \
+ && cargo build --locked --release --package orders --package payments --package gateway --package ops
+# Of Debian, an image gets the few libraries that its program names. Without a shell there is nothing to break into.
+RUN for program in orders payments gateway gozon; do \
+      root=/images/$program; \
+      mkdir -p "$root/etc/ssl/certs" && cp "target/release/$program" "$root/" \
+      && cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/" \
+      && echo 'hosts: files dns' >"$root/etc/nsswitch.conf" \
+      && ldd "$root/$program" | grep -o '/[^ ]*' | xargs -I LIBRARY cp --parents --dereference LIBRARY "$root" \
+      && chroot "$root" "/$program" --version || exit 1; \
+    done
+
+FROM scratch AS orders
+COPY --from=build /images/orders /
+USER 65532:65532
+EXPOSE 8080
+ENTRYPOINT ["/orders"]
+
+FROM scratch AS payments
+COPY --from=build /images/payments /
+USER 65532:65532
+EXPOSE 8080
+ENTRYPOINT ["/payments"]
+
+FROM scratch AS gateway
+COPY --from=build /images/gateway /
+USER 65532:65532
+EXPOSE 8080
+ENTRYPOINT ["/gateway"]
+
+# The operator's tool.
+FROM scratch AS gozon
+COPY --from=build /images/gozon /
+USER 65532:65532
+ENTRYPOINT ["/gozon"]
+
+# The broker with our configuration, and a data folder that belongs to its user. Alpine, because its health check needs
+# a shell's tools.
+FROM nats:2.15-alpine AS nats
+COPY nats/container.conf nats/single.conf nats/users.conf /etc/gozon/
+RUN mkdir /data && chown 65532:65532 /data
+USER 65532:65532
+ENTRYPOINT ["nats-server"]
+CMD ["--config", "/etc/gozon/container.conf"]
+
+# PostgreSQL with a role and a database for one service, made when the data folder is.
+FROM postgres:18 AS database
+COPY recipes/compose-database.sh /docker-entrypoint-initdb.d/
+# A tmpfs is mounted there, and takes its mode over.
+RUN chmod 3777 /var/run/postgresql
+USER postgres
