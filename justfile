@@ -145,6 +145,12 @@ kill-matrix *arguments:
 model *arguments:
     cargo run --locked --release --quiet --package protocol-model -- {{ arguments }}
 
+# Break everything while customers order, as a seed decides: --seed N [--seconds S] [--report FOLDER]
+[group('check')]
+chaos *arguments:
+    cargo build --locked --workspace --bins
+    ./dev env ${CARGO_TARGET_DIR:-target}/debug/chaos {{ arguments }}
+
 # Format the code
 [group('check')]
 fmt:

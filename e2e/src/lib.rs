@@ -1,4 +1,4 @@
-//! Tests of the whole system through its front door (`tests/it`), and the kill matrix (`src/kill_matrix.rs`).
+//! Tests of the whole system through its front door (`tests/it`), the kill matrix (`src/kill_matrix.rs`), and chaos.
 
 use std::time::Duration;
 
@@ -7,6 +7,10 @@ use serde_json::Value;
 use stack::http::{Answer, Http};
 use tokio::time::Instant;
 use uuid::Uuid;
+
+pub mod broker;
+pub mod chaos;
+pub mod load;
 
 const RETRY_DELAY: Duration = Duration::from_millis(20);
 

@@ -4,18 +4,22 @@
 //! Depends on what it starts, and on nothing's insides.
 
 mod control;
+mod edges;
 pub mod http;
 pub mod nats;
 pub mod place;
 pub mod ports;
 pub mod postgres;
 pub mod process;
+pub mod proxy;
+pub mod seed;
 mod supervisor;
 mod system;
 pub mod testing;
 pub mod tools;
 
 pub use control::{Request, ask};
+pub use edges::Edges;
 pub use place::Place;
 pub use supervisor::{PartStatus, supervise};
 pub use system::{NAMES, Options, Service, System};

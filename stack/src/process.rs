@@ -86,11 +86,17 @@ impl Process {
     }
 
     /// Ends it politely, and after a while less so.
-    pub async fn stop(mut self) -> anyhow::Result<()> {
+    pub async fn stop(self) -> anyhow::Result<()> {
+        let signal = self.stop_signal;
+        self.stop_by(signal).await
+    }
+
+    /// The same with another signal than the polite one.
+    pub async fn stop_by(mut self, signal: Signal) -> anyhow::Result<()> {
         if self.ended().is_some() {
             return Ok(());
         }
-        self.signal(self.stop_signal)?;
+        self.signal(signal)?;
         // One that is paused could not react.
         self.signal(Signal::CONT)?;
         if tokio::time::timeout(STOP_TIMEOUT, self.child.wait()).await.is_err() {

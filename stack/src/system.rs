@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
@@ -66,6 +66,8 @@ pub struct System {
     nats: Nats,
     binaries: PathBuf,
     environment: Vec<(String, String)>,
+    /// Where a service finds another part, if not at its own port.
+    detours: BTreeMap<(&'static str, &'static str), u16>,
     processes: BTreeMap<&'static str, Process>,
 }
 
@@ -91,7 +93,16 @@ impl System {
         postgres.initialize().await?;
         let nats = Nats::new(tools, place.nats_data(), place.log("nats"), ports.nats, ports.nats_monitor, secrets);
         fs::create_dir_all(&nats.data)?;
-        Ok(Self { place, ports, postgres: PostgresPart(postgres), nats, binaries, environment, processes: BTreeMap::new() })
+        Ok(Self {
+            place,
+            ports,
+            postgres: PostgresPart(postgres),
+            nats,
+            binaries,
+            environment,
+            detours: BTreeMap::new(),
+            processes: BTreeMap::new(),
+        })
     }
 
     /// Where it keeps its things.
@@ -112,6 +123,22 @@ impl System {
     /// Its broker.
     pub fn nats(&self) -> &Nats {
         &self.nats
+    }
+
+    /// The port of a part.
+    pub fn port(&self, name: &str) -> anyhow::Result<u16> {
+        Ok(match known(name)? {
+            "postgres" => self.ports.postgres,
+            "nats" => self.ports.nats,
+            "orders" => self.ports.orders,
+            "payments" => self.ports.payments,
+            _ => self.ports.gateway,
+        })
+    }
+
+    /// From its next start on, `service` finds `part` at this port.
+    pub fn detour(&mut self, service: &'static str, part: &'static str, port: u16) {
+        self.detours.insert((service, part), port);
     }
 
     /// Starts a part and waits until it is ready.
@@ -190,6 +217,14 @@ impl System {
         }
     }
 
+    /// PostgreSQL's immediate shutdown: every session ends at once and nothing is written; the next start recovers.
+    pub async fn stop_postgres_immediately(&mut self) -> anyhow::Result<()> {
+        match self.processes.remove("postgres") {
+            Some(process) => process.stop_by(Signal::QUIT).await,
+            None => Ok(()),
+        }
+    }
+
     /// Pauses a part (SIGSTOP).
     pub fn pause(&self, name: &str) -> anyhow::Result<()> {
         self.running(name)?.signal(Signal::STOP)
@@ -229,6 +264,26 @@ impl System {
         fs::remove_dir_all(&self.nats.data)?;
         fs::create_dir_all(&self.nats.data)?;
         Ok(())
+    }
+
+    /// Keeps a copy of everything that the broker has stored, in place of an earlier one. It must not run.
+    pub fn copy_nats(&mut self) -> anyhow::Result<()> {
+        ensure!(self.pid("nats").is_none(), "stop nats before copying its data");
+        let copy = self.nats_copy();
+        if copy.exists() {
+            fs::remove_dir_all(&copy)?;
+        }
+        copy_folder(&self.nats.data, &copy)
+    }
+
+    /// Puts the broker back to what [`Self::copy_nats`] kept. It must not run.
+    pub fn roll_back_nats(&mut self) -> anyhow::Result<()> {
+        self.wipe_nats()?;
+        copy_folder(&self.nats_copy(), &self.nats.data)
+    }
+
+    fn nats_copy(&self) -> PathBuf {
+        self.nats.data.with_extension("copy")
     }
 
     /// The process id of a part that runs.
@@ -275,31 +330,48 @@ impl System {
         }
     }
 
-    fn service_environment(&self, name: &str) -> Vec<(String, String)> {
+    fn service_environment(&self, name: &'static str) -> Vec<(String, String)> {
         let secrets = &self.place.secrets;
         let local = |port: u16| format!("127.0.0.1:{port}");
+        let port = |part: &'static str, own: u16| self.detours.get(&(name, part)).copied().unwrap_or(own);
+        let postgres = Postgres { port: port("postgres", self.ports.postgres), ..self.postgres().clone() };
+        let nats = format!("nats://{}", local(port("nats", self.ports.nats)));
         let mut environment: Vec<(&str, String)> = match name {
             "orders" => vec![
                 ("GOZON_LISTEN", local(self.ports.orders)),
-                ("DATABASE_URL", self.postgres().url("orders", &secrets.postgres_orders, "orders")),
-                ("NATS_URL", self.nats.url()),
+                ("DATABASE_URL", postgres.url("orders", &secrets.postgres_orders, "orders")),
+                ("NATS_URL", nats),
                 ("NATS_PASSWORD", secrets.nats_orders.clone()),
             ],
             "payments" => vec![
                 ("GOZON_LISTEN", local(self.ports.payments)),
-                ("DATABASE_URL", self.postgres().url("payments", &secrets.postgres_payments, "payments")),
-                ("NATS_URL", self.nats.url()),
+                ("DATABASE_URL", postgres.url("payments", &secrets.postgres_payments, "payments")),
+                ("NATS_URL", nats),
                 ("NATS_PASSWORD", secrets.nats_payments.clone()),
             ],
             _ => vec![
                 ("GOZON_LISTEN", local(self.ports.gateway)),
-                ("GOZON_ORDERS_URL", format!("http://{}", local(self.ports.orders))),
-                ("GOZON_PAYMENTS_URL", format!("http://{}", local(self.ports.payments))),
+                ("GOZON_ORDERS_URL", format!("http://{}", local(port("orders", self.ports.orders)))),
+                ("GOZON_PAYMENTS_URL", format!("http://{}", local(port("payments", self.ports.payments)))),
             ],
         };
         environment.extend(self.environment.iter().map(|(name, value)| (name.as_str(), value.clone())));
         environment.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
     }
+}
+
+fn copy_folder(from: &Path, to: &Path) -> anyhow::Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let target = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            copy_folder(&entry.path(), &target)?;
+        } else {
+            fs::copy(entry.path(), target)?;
+        }
+    }
+    Ok(())
 }
 
 /// Where a part of a stack with these ports listens.

@@ -17,12 +17,14 @@ use tokio::sync::{OnceCell, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::edges::Edges;
 use crate::http::Http;
 use crate::nats::Nats;
 use crate::place::{Place, Secrets};
 use crate::ports::{Ports, free_port};
 use crate::postgres::Postgres;
 use crate::process::{Process, tail};
+use crate::seed::Seed;
 use crate::system::{Options, System};
 use crate::tools::Tools;
 
@@ -329,10 +331,22 @@ impl TestStack {
         let system = System::prepare(&Tools::find()?, place, options).await?;
         Ok(Self { system, _folder: folder })
     }
+
+    /// Starts everything with a proxy on every way between the parts.
+    pub async fn start_behind_proxies(
+        binaries: &Path,
+        environment: Vec<(String, String)>,
+        seed: &mut Seed,
+    ) -> anyhow::Result<(Self, Edges)> {
+        let mut stack = Self::prepare_in(binaries, environment).await?;
+        let edges = Edges::open(&mut stack.system, seed).await?;
+        stack.system.start_all(|_, _| {}).await?;
+        Ok((stack, edges))
+    }
 }
 
 /// Tests live in target/PROFILE/deps, programs in target/PROFILE.
-fn own_programs() -> anyhow::Result<PathBuf> {
+pub fn own_programs() -> anyhow::Result<PathBuf> {
     let test = std::env::current_exe()?;
     Ok(test.ancestors().nth(2).context("a test is in target/PROFILE/deps")?.to_owned())
 }

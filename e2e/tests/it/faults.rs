@@ -1,7 +1,5 @@
 //! Everything is killed at some time, and nothing is lost, doubled or left hanging.
 
-use std::path::Path;
-use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -129,19 +127,14 @@ async fn the_broker_wiped_while_every_answer_is_under_way() {
 #[tokio::test]
 async fn f25_the_broker_rolled_back_to_an_older_copy() {
     let mut shop = shop_with_customers().await;
-    let copy = shop.stack.system.nats().data.with_extension("copy");
-    let data = shop.stack.system.nats().data.clone();
-    let cp = |from: &Path, to: &Path| assert!(Command::new("cp").arg("-a").args([from, to]).status().unwrap().success());
     until_done(&shop.http, "/v1/orders", &json!({ "user_id": "user-0", "amount": 10 })).await;
     shop.assert_settled(1).await;
     shop.stack.system.kill("nats").await.unwrap();
-    cp(&data, &copy);
+    shop.stack.system.copy_nats().unwrap();
     shop.stack.system.start("nats").await.unwrap();
     shop_while(&mut shop, async |shop| {
         shop.stack.system.kill("nats").await.unwrap();
-        shop.stack.system.wipe_nats().unwrap();
-        std::fs::remove_dir(&data).unwrap();
-        cp(&copy, &data);
+        shop.stack.system.roll_back_nats().unwrap();
         shop.stack.system.start("nats").await.unwrap();
     })
     .await;

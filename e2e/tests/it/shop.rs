@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use async_nats::{HeaderMap, jetstream};
-use messaging::broker::{Broker, BrokerConfig};
+use async_nats::jetstream;
+use messaging::broker::Broker;
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, QueryResult, Statement};
 use serde_json::{Value, json};
 use stack::http::{Answer, Http};
@@ -65,32 +65,13 @@ impl Shop {
 
     /// Connected as the operator.
     pub(crate) async fn operator(&self) -> Broker {
-        let password = self.stack.system.place().secrets.nats_ops.clone();
-        let config =
-            BrokerConfig { url: self.stack.system.nats().url(), user: "ops".to_owned(), password, name: "test".to_owned() };
-        let broker = Broker::connect(config).await.unwrap();
-        broker.until_connected().await;
-        broker
+        e2e::broker::operator(&self.stack.system).await.unwrap()
     }
 
     /// Publishes what a stream holds, from its beginning, under new message ids: at least so many messages.
     pub(crate) async fn say_everything_again(&self, broker: &Broker, stream: &str, at_least: usize) -> usize {
-        let mut stream = broker.jetstream().get_stream(stream).await.unwrap();
-        let state = stream.info().await.unwrap().state.clone();
-        for sequence in state.first_sequence..=state.last_sequence {
-            let message = stream.get_raw_message(sequence).await.unwrap();
-            let mut headers = HeaderMap::new();
-            // Without what speaks to the broker: some of these messages were stored as batches.
-            for (name, values) in message.headers.iter().filter(|(name, _)| !name.to_string().starts_with("Nats-")) {
-                headers.insert(name.clone(), values[0].clone());
-            }
-            headers.insert("Nats-Msg-Id", Uuid::new_v4().to_string());
-            let ack =
-                broker.jetstream().publish_with_headers(message.subject.clone(), headers, message.payload.clone()).await.unwrap();
-            assert!(!ack.await.unwrap().duplicate);
-        }
-        let said = usize::try_from(state.messages).unwrap();
-        assert!(said >= at_least, "{said} messages in {}", stream.cached_info().config.name);
+        let said = usize::try_from(e2e::broker::say_again(broker, stream, u64::MAX).await.unwrap()).unwrap();
+        assert!(said >= at_least, "{said} messages in {stream}");
         said
     }
 

@@ -1,0 +1,370 @@
+//! What goes wrong, and when: as often as the time allows, each kind at least once, in an order that the seed decides.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use stack::proxy::Cut;
+use stack::seed::Seed;
+use stack::testing::TestStack;
+use stack::{Edges, NAMES, System};
+use tokio::time::Instant;
+
+use crate::broker::{operator, say_again};
+
+const START_WITHIN: Duration = Duration::from_secs(60);
+const CUTS_WITHIN: Duration = Duration::from_secs(20);
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
+/// The first fault, so that something is there to be harmed.
+const CALM: Duration = Duration::from_secs(2);
+/// What is said again: enough to matter, not so much that nothing else happens.
+const SAID_AGAIN_MAX: u64 = 500;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Act {
+    Kill(&'static str),
+    PostgresImmediate,
+    Pause(&'static str),
+    /// Everything at once; started again in any order.
+    PowerCut,
+    Wipe,
+    /// Keeps what [`Act::RollBack`] goes back to.
+    Copy,
+    RollBack,
+    DeleteStream,
+    RemakeConsumer,
+    SayAgain,
+    CutAll,
+    /// The ways are held one after the other, and opened in another order.
+    Swizzle,
+    Slow,
+    BlackHole(&'static str),
+    /// Armed at the proxies of this service; it fires when the message comes by.
+    Lose(&'static str, &'static str, Cut, usize),
+}
+
+struct Fault {
+    name: &'static str,
+    /// How often in a minute; each kind at least once.
+    per_minute: f64,
+    act: Act,
+}
+
+const fn fault(name: &'static str, per_minute: f64, act: Act) -> Fault {
+    Fault { name, per_minute, act }
+}
+
+const fn unknown(name: &'static str, service: &'static str, after: &'static str) -> Fault {
+    fault(name, 1.0, Act::Lose(service, "postgres", Cut::CommitAnswer { after }, 1))
+}
+
+const FAULTS: [Fault; 33] = [
+    fault("kill -9 orders", 3.0, Act::Kill("orders")),
+    fault("kill -9 payments", 3.0, Act::Kill("payments")),
+    fault("kill -9 gateway", 2.0, Act::Kill("gateway")),
+    fault("kill -9 nats", 2.0, Act::Kill("nats")),
+    fault("crash of postgres (kill -9)", 0.34, Act::Kill("postgres")),
+    fault("immediate stop of postgres", 0.34, Act::PostgresImmediate),
+    fault("SIGSTOP of orders", 0.5, Act::Pause("orders")),
+    fault("SIGSTOP of payments", 0.5, Act::Pause("payments")),
+    fault("SIGSTOP of gateway", 0.34, Act::Pause("gateway")),
+    fault("SIGSTOP of nats", 0.5, Act::Pause("nats")),
+    fault("everything killed at once", 0.34, Act::PowerCut),
+    fault("broker wiped", 0.34, Act::Wipe),
+    fault("broker rolled back", 0.17, Act::RollBack),
+    fault("stream deleted", 0.34, Act::DeleteStream),
+    fault("consumer made again", 0.34, Act::RemakeConsumer),
+    fault("stream said again", 0.5, Act::SayAgain),
+    fault("all connections cut", 1.0, Act::CutAll),
+    fault("ways held one by one", 0.5, Act::Swizzle),
+    fault("slow network", 0.34, Act::Slow),
+    fault("black hole to postgres", 0.34, Act::BlackHole("postgres")),
+    fault("black hole to nats", 0.34, Act::BlackHole("nats")),
+    unknown("unknown commit at intake", "orders", "INSERT INTO orders"),
+    unknown("unknown commit at deposit", "payments", "SET balance = balance + $2"),
+    unknown("unknown commit at charge", "payments", "INSERT INTO payments"),
+    unknown("unknown commit at settle", "orders", "UPDATE orders o SET status"),
+    unknown("unknown commit at the relay of orders", "orders", "UPDATE outbox o SET published_at"),
+    unknown("unknown commit at the relay of payments", "payments", "UPDATE outbox o SET published_at"),
+    fault("COMMIT lost on its way", 1.0, Act::Lose("orders", "postgres", Cut::CommitRequest { after: "INSERT INTO orders" }, 1)),
+    fault("PubAck lost, orders", 2.0, Act::Lose("orders", "nats", Cut::PubAck, 9)),
+    fault("PubAck lost, payments", 1.0, Act::Lose("payments", "nats", Cut::PubAck, 9)),
+    fault("ack lost, payments", 1.0, Act::Lose("payments", "nats", Cut::Ack, 10)),
+    fault("ack lost, orders", 1.0, Act::Lose("orders", "nats", Cut::Ack, 10)),
+    fault("delivery lost, payments", 1.0, Act::Lose("payments", "nats", Cut::Delivery, 10)),
+];
+
+/// The one who does it.
+pub(super) struct Nemesis {
+    stack: TestStack,
+    edges: Edges,
+    seed: Seed,
+    /// When, as a time since the beginning, and what.
+    schedule: Vec<(Duration, usize)>,
+    fired: BTreeMap<&'static str, u64>,
+    copied: bool,
+    unexpected_ends: Vec<String>,
+}
+
+impl Nemesis {
+    pub(super) fn new(stack: TestStack, edges: Edges, over: Duration, only: &[String], seed: &mut Seed) -> anyhow::Result<Self> {
+        let mut seed = seed.branch();
+        let wanted = |fault: &Fault| only.is_empty() || only.iter().any(|word| fault.name.contains(word.as_str()));
+        let mut deck: Vec<usize> = Vec::new();
+        for (index, fault) in FAULTS.iter().enumerate().filter(|(_, fault)| wanted(fault)) {
+            let times = (fault.per_minute * over.as_secs_f64() / 60.0).round().max(1.0);
+            deck.extend(std::iter::repeat_n(index, times as usize));
+        }
+        anyhow::ensure!(
+            !deck.is_empty(),
+            "no fault is named like {only:?}; there are: {}",
+            FAULTS.each_ref().map(|fault| fault.name).join(", ")
+        );
+        seed.shuffle(&mut deck);
+        // A roll-back needs something older to go back to.
+        deck.sort_by_key(|index| u8::from(FAULTS[*index].act == Act::RollBack));
+        if let Some(first) = deck.iter().position(|index| FAULTS[*index].act == Act::RollBack) {
+            let rolls = deck.split_off(first);
+            for roll in rolls {
+                let half = deck.len() / 2;
+                let place = half + usize::try_from(seed.below((deck.len() - half) as u64 + 1))?;
+                deck.insert(place, roll);
+            }
+        }
+        let step = over.saturating_sub(CALM) / u32::try_from(deck.len())?;
+        let times = (0_u32..).map(|number| CALM + step * number);
+        let fired = FAULTS.iter().filter(|fault| wanted(fault)).map(|fault| (fault.name, 0)).collect();
+        Ok(Self { stack, edges, seed, schedule: times.zip(deck).collect(), fired, copied: false, unexpected_ends: Vec::new() })
+    }
+
+    pub(super) fn system(&self) -> &System {
+        &self.stack.system
+    }
+
+    pub(super) fn planned(&self) -> usize {
+        self.schedule.len()
+    }
+
+    pub(super) fn unexpected_ends(&self) -> &[String] {
+        &self.unexpected_ends
+    }
+
+    /// How often each kind really happened.
+    pub(super) fn fired(&self) -> BTreeMap<&'static str, u64> {
+        self.fired.clone()
+    }
+
+    /// Does it all. `words`: how many are done, a space, what is being done.
+    pub(super) async fn run(&mut self, begun: Instant, words: &RefCell<String>) -> anyhow::Result<()> {
+        let schedule = std::mem::take(&mut self.schedule);
+        let has_roll_back = schedule.iter().any(|(_, index)| FAULTS[*index].act == Act::RollBack);
+        for (number, (at, index)) in schedule.iter().enumerate() {
+            tokio::time::sleep_until(begun + *at).await;
+            let fault = &FAULTS[*index];
+            *words.borrow_mut() = format!("{number} {}", fault.name);
+            self.count_cuts();
+            self.look_for_ends().await?;
+            if has_roll_back && !self.copied && number >= schedule.len() / 5 {
+                self.act(Act::Copy).await.context("copying the broker's data")?;
+            }
+            self.act(fault.act).await.with_context(|| fault.name)?;
+            if !matches!(fault.act, Act::Lose(..)) {
+                *self.fired.entry(fault.name).or_default() += 1;
+            }
+        }
+        *words.borrow_mut() = format!("{} waiting for the last cuts", schedule.len());
+        // What is armed fires when its message comes by, and some come only while customers do.
+        let deadline = Instant::now() + CUTS_WITHIN;
+        while self.edges.all().any(|proxy| proxy.waiting() > 0) && Instant::now() < deadline {
+            tokio::time::sleep(RETRY_INTERVAL).await;
+        }
+        for proxy in self.edges.all() {
+            proxy.disarm();
+            proxy.heal();
+        }
+        self.count_cuts();
+        self.look_for_ends().await
+    }
+
+    async fn act(&mut self, act: Act) -> anyhow::Result<()> {
+        let system = &mut self.stack.system;
+        match act {
+            Act::Kill(name) => {
+                system.kill(name).await?;
+                self.pause_up_to(400).await;
+                self.start(name).await
+            }
+            Act::PostgresImmediate => {
+                system.stop_postgres_immediately().await?;
+                self.start("postgres").await
+            }
+            Act::Pause(name) => {
+                system.pause(name)?;
+                // Longer than the broker waits for an ack.
+                tokio::time::sleep(Duration::from_millis(1500 + self.seed.below(1500))).await;
+                self.stack.system.resume(name)
+            }
+            Act::PowerCut => {
+                let mut names = NAMES;
+                self.seed.shuffle(&mut names);
+                for name in names {
+                    self.stack.system.kill(name).await?;
+                }
+                self.seed.shuffle(&mut names);
+                for name in names {
+                    // Not waiting: each must bear that the others are not there.
+                    self.until_spawned(name).await?;
+                }
+                for name in names {
+                    self.start(name).await?;
+                }
+                Ok(())
+            }
+            Act::Wipe => {
+                system.kill("nats").await?;
+                system.wipe_nats()?;
+                self.start("nats").await
+            }
+            Act::Copy => {
+                system.kill("nats").await?;
+                system.copy_nats()?;
+                self.copied = true;
+                self.start("nats").await
+            }
+            Act::RollBack => {
+                system.kill("nats").await?;
+                system.roll_back_nats()?;
+                self.start("nats").await
+            }
+            Act::DeleteStream => {
+                let stream = self.one_of(["ORDERS", "PAYMENTS"]);
+                self.at_the_broker(async |ops| {
+                    ops.jetstream().delete_stream(stream).await?;
+                    Ok(())
+                })
+                .await
+            }
+            Act::RemakeConsumer => {
+                let (stream, consumer) =
+                    self.one_of([("ORDERS", "payments-order-placed"), ("PAYMENTS", "orders-payment-settled")]);
+                self.at_the_broker(async |ops| {
+                    ops.jetstream().delete_consumer_from_stream(consumer, stream).await?;
+                    Ok(())
+                })
+                .await
+            }
+            Act::SayAgain => {
+                let stream = self.one_of(["ORDERS", "PAYMENTS"]);
+                self.at_the_broker(async |ops| {
+                    say_again(ops, stream, SAID_AGAIN_MAX).await?;
+                    Ok(())
+                })
+                .await
+            }
+            Act::CutAll => {
+                self.edges.all().for_each(stack::proxy::Proxy::cut);
+                Ok(())
+            }
+            Act::Swizzle => {
+                let mut ways: Vec<_> = self.edges.all().cloned().collect();
+                self.seed.shuffle(&mut ways);
+                for way in &ways {
+                    way.hold();
+                    self.pause_up_to(300).await;
+                }
+                self.seed.shuffle(&mut ways);
+                for way in &ways {
+                    way.heal();
+                    self.pause_up_to(300).await;
+                }
+                Ok(())
+            }
+            Act::Slow => {
+                let piece = self.one_of([0, 64, 512]);
+                let delay = if piece == 0 { Duration::from_millis(200) } else { Duration::from_millis(2) };
+                self.edges.all().for_each(|way| way.slow(delay, piece));
+                tokio::time::sleep(Duration::from_secs(3)).await;
+                self.edges.all().for_each(stack::proxy::Proxy::heal);
+                Ok(())
+            }
+            Act::BlackHole(part) => {
+                let service = self.one_of(["orders", "payments"]);
+                let way = self.edges.between(service, part).clone();
+                way.black_hole();
+                tokio::time::sleep(Duration::from_millis(1000 + self.seed.below(3000))).await;
+                way.heal();
+                Ok(())
+            }
+            Act::Lose(service, part, cut, times) => {
+                self.edges.between(service, part).arm(cut, times);
+                Ok(())
+            }
+        }
+    }
+
+    /// Cuts are counted where they are made.
+    fn count_cuts(&mut self) {
+        for fault in &FAULTS {
+            if let Act::Lose(service, part, cut, _) = fault.act
+                && let Some(count) = self.fired.get_mut(fault.name)
+            {
+                *count = self.edges.between(service, part).fired(cut);
+            }
+        }
+    }
+
+    /// Nothing ends by itself.
+    async fn look_for_ends(&mut self) -> anyhow::Result<()> {
+        for name in NAMES {
+            if let Some(status) = self.stack.system.ended(name) {
+                let log = stack::process::tail(&self.stack.system.place().log(name), 5);
+                self.unexpected_ends.push(format!("{name} ended by itself ({status}): {log}"));
+                self.start(name).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn at_the_broker(&self, work: impl AsyncFn(&messaging::broker::Broker) -> anyhow::Result<()>) -> anyhow::Result<()> {
+        let deadline = Instant::now() + START_WITHIN;
+        let ops = tokio::time::timeout(START_WITHIN, operator(&self.stack.system)).await.context("the broker is away")??;
+        // A service may just be making again what was deleted a moment ago.
+        loop {
+            match work(&ops).await {
+                Ok(()) => return Ok(()),
+                Err(error) if Instant::now() > deadline => return Err(error),
+                Err(_) => tokio::time::sleep(RETRY_INTERVAL).await,
+            }
+        }
+    }
+
+    /// Starts a part and waits until it is ready. PostgreSQL may need several tries while children of the killed one are
+    /// still going.
+    async fn start(&mut self, name: &'static str) -> anyhow::Result<()> {
+        let deadline = Instant::now() + START_WITHIN;
+        loop {
+            self.until_spawned(name).await?;
+            match self.stack.system.until_ready(name).await {
+                Ok(()) => return Ok(()),
+                Err(error) if Instant::now() > deadline => return Err(error),
+                Err(_) => tokio::time::sleep(RETRY_INTERVAL).await,
+            }
+        }
+    }
+
+    async fn until_spawned(&mut self, name: &'static str) -> anyhow::Result<()> {
+        if self.stack.system.pid(name).is_none() {
+            self.stack.system.spawn(name)?;
+        }
+        Ok(())
+    }
+
+    async fn pause_up_to(&mut self, milliseconds: u64) {
+        tokio::time::sleep(Duration::from_millis(self.seed.below(milliseconds))).await;
+    }
+
+    fn one_of<T: Copy, const N: usize>(&mut self, things: [T; N]) -> T {
+        things[usize::try_from(self.seed.below(N as u64)).unwrap_or(0)]
+    }
+}

@@ -1,0 +1,287 @@
+//! Customers who order, pay in, repeat what was not answered, and write down everything they see.
+
+use std::cell::{Cell, RefCell};
+use std::path::Path;
+use std::time::Duration;
+
+use futures_util::{StreamExt as _, stream};
+use ops::history::{Exchange, History};
+use serde_json::{Value, json};
+use stack::http::Http;
+use stack::seed::Seed;
+use tokio::time::Instant;
+
+/// Longer than the gateway takes to say that a service is away.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+const IN_FLIGHT_MAX: usize = 64;
+const RETRY_DELAY_MIN: Duration = Duration::from_millis(50);
+const RETRY_DELAY_MAX: Duration = Duration::from_secs(1);
+const READ_INTERVAL: Duration = Duration::from_millis(50);
+const ORDER_AMOUNT_MAX: u64 = 50;
+const DEPOSIT_AMOUNT_MAX: u64 = 300;
+
+/// What the customers do at least: they go on in the same way until [`Customers::close`].
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// Customers.
+    pub users: u64,
+    /// Orders, each under a key of its own.
+    pub orders: u64,
+    /// Deposits, likewise.
+    pub deposits: u64,
+    /// Spread over this time.
+    pub over: Duration,
+}
+
+/// What is seen so far.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Seen {
+    /// Orders that were begun.
+    pub orders_begun: u64,
+    /// Deposits that were begun.
+    pub deposits_begun: u64,
+    /// Orders answered with 2xx.
+    pub orders: u64,
+    /// Deposits answered with 2xx.
+    pub deposits: u64,
+    /// Tries whose outcome was unknown.
+    pub unknown: u64,
+}
+
+/// The customers. All of them share a front door and a notebook.
+pub struct Customers {
+    http: Http,
+    begun: Instant,
+    notebook: RefCell<Vec<Exchange>>,
+    seen: Cell<Seen>,
+    /// Orders that were not final when they were last read.
+    open: RefCell<Vec<String>>,
+    ended: RefCell<Vec<String>>,
+    closing: Cell<bool>,
+    /// From here on, nothing is tried again.
+    give_up_at: Cell<Option<Instant>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    Done,
+    Refused,
+    Unknown,
+}
+
+impl Customers {
+    /// Customers who go to this address.
+    pub fn new(front: &str) -> Self {
+        Self {
+            http: Http::new(front),
+            begun: Instant::now(),
+            notebook: RefCell::default(),
+            seen: Cell::default(),
+            open: RefCell::default(),
+            ended: RefCell::default(),
+            closing: Cell::new(false),
+            give_up_at: Cell::new(None),
+        }
+    }
+
+    /// What is seen so far.
+    pub fn seen(&self) -> Seen {
+        self.seen.get()
+    }
+
+    /// No more than was planned is begun, and from that moment on what is not answered stays so.
+    pub fn close(&self, give_up_at: Instant) {
+        self.closing.set(true);
+        self.give_up_at.set(Some(give_up_at));
+    }
+
+    /// Everything that was seen.
+    pub fn into_history(self) -> History {
+        History { exchanges: self.notebook.into_inner() }
+    }
+
+    /// Opens the accounts, then orders and pays in until everything is answered.
+    pub async fn shop(&self, plan: Plan, mut seed: Seed) {
+        stream::iter(0..plan.users)
+            .for_each_concurrent(IN_FLIGHT_MAX, |user| {
+                let mut seed = seed.clone();
+                async move {
+                    let body = json!({ "user_id": user_id(user) });
+                    self.insist("/v1/accounts", &format!("account-{user}"), &body, &mut seed).await;
+                }
+            })
+            .await;
+        let mut planned: Vec<bool> = (0..plan.orders + plan.deposits).map(|number| number < plan.orders).collect();
+        seed.shuffle(&mut planned);
+        let each = plan.over.div_f64((plan.orders + plan.deposits).max(1) as f64);
+        let begun = Instant::now();
+        let wishes = (0_u32..).map_while(|number| {
+            let planned = planned.get(usize::try_from(number).ok()?).copied();
+            let is_order =
+                planned.or_else(|| (!self.closing.get()).then(|| seed.below(plan.orders + plan.deposits) < plan.orders))?;
+            Some((number, is_order, seed.branch()))
+        });
+        stream::iter(wishes)
+            .for_each_concurrent(IN_FLIGHT_MAX, |(number, is_order, seed)| async move {
+                tokio::time::sleep_until(begun + each * number).await;
+                self.wish(number, is_order, plan.users, seed).await;
+            })
+            .await;
+    }
+
+    /// One order or deposit: until it is done, sometimes twice at once, sometimes again, sometimes with other content.
+    async fn wish(&self, number: u32, is_order: bool, users: u64, mut seed: Seed) {
+        let mut seen = self.seen.get();
+        *(if is_order { &mut seen.orders_begun } else { &mut seen.deposits_begun }) += 1;
+        self.seen.set(seen);
+        let user = user_id(seed.below(users));
+        let key = format!("{}-{number}-{:016x}", if is_order { "order" } else { "deposit" }, seed.number());
+        let (path, body, other) = if is_order {
+            let body = |amount: u64| json!({ "user_id": user, "amount": amount, "description": format!("wish {number}") });
+            let amount = 1 + seed.below(ORDER_AMOUNT_MAX);
+            ("/v1/orders".to_owned(), body(amount), body(amount + 1))
+        } else {
+            let amount = 1 + seed.below(DEPOSIT_AMOUNT_MAX);
+            (format!("/v1/accounts/{user}/deposits"), json!({ "amount": amount }), json!({ "amount": amount + 1 }))
+        };
+        let dice = seed.below(100);
+        let done = if dice < 3 {
+            let (mut one, mut twin) = (seed.branch(), seed.branch());
+            let done = tokio::join!(self.insist(&path, &key, &body, &mut one), self.insist(&path, &key, &body, &mut twin));
+            done.0.or(done.1)
+        } else {
+            self.insist(&path, &key, &body, &mut seed).await
+        };
+        let Some(done) = done else { return };
+        let mut seen = self.seen.get();
+        if is_order {
+            seen.orders += 1;
+            let answer: Value = serde_json::from_str(&done.answer).unwrap_or_default();
+            self.open.borrow_mut().extend(answer["id"].as_str().map(str::to_owned));
+        } else {
+            seen.deposits += 1;
+        }
+        self.seen.set(seen);
+        match dice {
+            3..8 => drop(self.ask("POST", &path, Some(&key), &body).await),
+            8..10 => drop(self.ask("POST", &path, Some(&key), &other).await),
+            _ => {}
+        }
+    }
+
+    /// Sends a POST under its key until it is done or refused.
+    async fn insist(&self, path: &str, key: &str, body: &Value, seed: &mut Seed) -> Option<Exchange> {
+        let mut delay = RETRY_DELAY_MIN;
+        loop {
+            let exchange = self.ask("POST", path, Some(key), body).await;
+            match verdict(&exchange) {
+                Verdict::Done => return Some(exchange),
+                Verdict::Refused => return None,
+                Verdict::Unknown => {}
+            }
+            let mut seen = self.seen.get();
+            seen.unknown += 1;
+            self.seen.set(seen);
+            if self.give_up_at.get().is_some_and(|moment| Instant::now() > moment) {
+                return None;
+            }
+            tokio::time::sleep(delay.mul_f64(0.5 + seed.share() / 2.0)).await;
+            delay = (delay * 2).min(RETRY_DELAY_MAX);
+        }
+    }
+
+    /// Reads orders and balances while the others shop, for ever.
+    pub async fn watch(&self, users: u64, mut seed: Seed) {
+        loop {
+            let pick = |list: &RefCell<Vec<String>>, number: u64| {
+                let list = list.borrow();
+                list.get(usize::try_from(number).unwrap_or(0) % list.len().max(1)).cloned()
+            };
+            let (dice, number) = (seed.below(10), seed.number());
+            let order = match dice {
+                0 | 1 => None,
+                2 => pick(&self.ended, number),
+                _ => pick(&self.open, number),
+            };
+            match order {
+                None => drop(self.ask("GET", &format!("/v1/accounts/{}", user_id(seed.below(users))), None, &Value::Null).await),
+                Some(id) => {
+                    let read = self.ask("GET", &format!("/v1/orders/{id}"), None, &Value::Null).await;
+                    let answer: Value = serde_json::from_str(&read.answer).unwrap_or_default();
+                    if dice > 2 && matches!(answer["status"].as_str(), Some("FINISHED" | "CANCELLED")) {
+                        self.open.borrow_mut().retain(|other| *other != id);
+                        self.ended.borrow_mut().push(id);
+                    }
+                }
+            }
+            tokio::time::sleep(READ_INTERVAL).await;
+        }
+    }
+
+    /// Reads every order and every balance once.
+    pub async fn look_at_everything(&self, users: u64) -> anyhow::Result<()> {
+        let mut cursor = String::new();
+        loop {
+            let page = self.ask("GET", &format!("/v1/orders?limit=100{cursor}"), None, &Value::Null).await;
+            anyhow::ensure!(page.status == Some(200), "the orders cannot be listed: {page:?}");
+            match serde_json::from_str::<Value>(&page.answer)?["next_cursor"].as_str() {
+                Some(next) => cursor = format!("&cursor={next}"),
+                None => break,
+            }
+        }
+        for user in 0..users {
+            self.ask("GET", &format!("/v1/accounts/{}", user_id(user)), None, &Value::Null).await;
+        }
+        Ok(())
+    }
+
+    async fn ask(&self, method: &str, path: &str, key: Option<&str>, body: &Value) -> Exchange {
+        let micros = |begun: Instant| u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let begun_us = micros(self.begun);
+        let asked = async {
+            match method {
+                "GET" => self.http.get(path).await,
+                _ => self.http.post(path, key, body).await,
+            }
+        };
+        let answer = tokio::time::timeout(ANSWER_TIMEOUT, asked).await.ok().and_then(Result::ok);
+        let exchange = Exchange {
+            begun_us,
+            ended_us: micros(self.begun),
+            method: method.to_owned(),
+            path: path.to_owned(),
+            key: key.map(str::to_owned),
+            body: body.clone(),
+            status: answer.as_ref().map(|answer| answer.status),
+            replayed: answer.as_ref().is_some_and(|answer| answer.header("idempotency-replayed") == Some("true")),
+            answer: answer.map(|answer| answer.text()).unwrap_or_default(),
+        };
+        self.notebook.borrow_mut().push(exchange.clone());
+        exchange
+    }
+}
+
+/// Writes a history as `gozon audit --history` reads it.
+pub fn write(history: &History, path: &Path) -> anyhow::Result<()> {
+    let mut text = String::new();
+    for exchange in &history.exchanges {
+        text.push_str(&serde_json::to_string(exchange)?);
+        text.push('\n');
+    }
+    Ok(std::fs::write(path, text)?)
+}
+
+fn user_id(number: u64) -> String {
+    format!("customer-{number}")
+}
+
+fn verdict(exchange: &Exchange) -> Verdict {
+    match exchange.status {
+        Some(200..300) => Verdict::Done,
+        // The twin still runs.
+        Some(409) | None => Verdict::Unknown,
+        Some(429) => Verdict::Unknown,
+        Some(400..500) => Verdict::Refused,
+        Some(_) => Verdict::Unknown,
+    }
+}

@@ -1,0 +1,158 @@
+//! Enough of PostgreSQL's protocol to see a COMMIT go by, and what its transaction did before.
+
+use std::collections::HashMap;
+
+use bytes::{Buf as _, Bytes, BytesMut};
+
+use super::{Armory, Cut, Direction, Passed};
+
+const SSL_REQUEST: u32 = 80_877_103;
+const GSS_REQUEST: u32 = 80_877_104;
+const CANCEL_REQUEST: u32 = 80_877_102;
+const HEAD: usize = 5;
+
+/// One connection.
+#[derive(Default)]
+pub(super) struct Session {
+    started: bool,
+    /// Questions about encryption, which are answered with one byte.
+    bare_answers: usize,
+    /// Prepared statements by name.
+    statements: HashMap<String, String>,
+    /// What the transaction did.
+    done: String,
+}
+
+impl Session {
+    /// Takes whole messages from `from`.
+    pub(super) fn pass(&mut self, direction: Direction, from: &mut BytesMut, armory: &Armory) -> Passed {
+        let mut passed = BytesMut::new();
+        while let Some(message) = self.next(direction, from) {
+            let cut = match direction {
+                Direction::ToServer => self.asked(&message).then(|| armory.take(|cut| self.is_meant(cut, false))),
+                Direction::ToClient => message
+                    .starts_with(b"C")
+                    .then(|| body(&message) == b"COMMIT\0" && armory.take(|cut| self.is_meant(cut, true))),
+            };
+            if cut == Some(true) {
+                return Passed::Cut(passed.freeze());
+            }
+            passed.extend_from_slice(&message);
+        }
+        Passed::On(passed.freeze())
+    }
+
+    fn is_meant(&self, cut: &Cut, answer: bool) -> bool {
+        match cut {
+            Cut::CommitAnswer { after } => answer && self.done.contains(after),
+            Cut::CommitRequest { after } => !answer && self.done.contains(after),
+            _ => false,
+        }
+    }
+
+    fn next(&mut self, direction: Direction, from: &mut BytesMut) -> Option<Bytes> {
+        if direction == Direction::ToClient && self.bare_answers > 0 {
+            self.bare_answers -= usize::from(!from.is_empty());
+            return (!from.is_empty()).then(|| from.split_to(1).freeze());
+        }
+        // Before the start, messages have no type.
+        let kind = usize::from(direction == Direction::ToClient || self.started);
+        let mut length = from.get(kind..kind + 4)?;
+        let end = kind + usize::try_from(length.get_u32()).ok()?;
+        if from.len() < end {
+            return None;
+        }
+        let message = from.split_to(end).freeze();
+        if kind == 0 {
+            match message.get(4..8).map(|mut code| code.get_u32()) {
+                Some(SSL_REQUEST | GSS_REQUEST) => self.bare_answers += 1,
+                Some(CANCEL_REQUEST) => {}
+                _ => self.started = true,
+            }
+        }
+        Some(message)
+    }
+
+    /// Remembers what the client asks for; says whether it is COMMIT.
+    fn asked(&mut self, message: &[u8]) -> bool {
+        let mut words = body(message).split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());
+        let mut word = || words.next().unwrap_or_default();
+        match message.first() {
+            Some(b'P') => {
+                let (name, statement) = (word(), word());
+                self.statements.insert(name, statement);
+            }
+            Some(b'B') => {
+                let (_portal, name) = (word(), word());
+                if let Some(statement) = self.statements.get(&name) {
+                    self.done.push_str(statement);
+                }
+            }
+            Some(b'Q') => {
+                let statement = word();
+                match statement.trim().to_ascii_uppercase() {
+                    begin if begin.starts_with("BEGIN") => self.done.clear(),
+                    commit if commit.starts_with("COMMIT") => return true,
+                    _ => self.done.push_str(&statement),
+                }
+            }
+            _ => {}
+        }
+        false
+    }
+}
+
+fn body(message: &[u8]) -> &[u8] {
+    message.get(HEAD..).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(kind: u8, body: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(body.len() + 4).unwrap();
+        [&[kind][..], &length.to_be_bytes(), body].concat()
+    }
+
+    fn start(session: &mut Session, armory: &Armory) {
+        let mut from = BytesMut::from(&[0, 0, 0, 8, 4, 210, 22, 47][..]);
+        assert!(matches!(session.pass(Direction::ToServer, &mut from, armory), Passed::On(bytes) if bytes.len() == 8));
+        assert!(
+            matches!(session.pass(Direction::ToClient, &mut BytesMut::from(&b"N"[..]), armory), Passed::On(bytes) if bytes == "N")
+        );
+        let mut from = BytesMut::from(&[0, 0, 0, 9, 0, 3, 0, 0, 0][..]);
+        assert!(matches!(session.pass(Direction::ToServer, &mut from, armory), Passed::On(bytes) if bytes.len() == 9));
+    }
+
+    #[test]
+    fn only_the_answer_to_the_commit_that_is_meant_is_cut() {
+        let (mut session, armory) = (Session::default(), Armory::default());
+        start(&mut session, &armory);
+        armory.arm(Cut::CommitAnswer { after: "INSERT INTO orders" }, 1);
+        for (statement, cut) in
+            [("SELECT 1", false), ("INSERT INTO orders VALUES ($1)", true), ("INSERT INTO orders VALUES ($1)", false)]
+        {
+            let asked = [
+                message(b'Q', b"BEGIN\0"),
+                message(b'P', format!("s1\0{statement}\0").as_bytes()),
+                message(b'B', b"\0s1\0rest"),
+                message(b'Q', b"COMMIT\0"),
+            ]
+            .concat();
+            // In pieces, as the network has it.
+            let mut from = BytesMut::new();
+            let mut on = 0;
+            for piece in asked.chunks(3) {
+                from.extend_from_slice(piece);
+                let Passed::On(bytes) = session.pass(Direction::ToServer, &mut from, &armory) else { panic!("requests go on") };
+                on += bytes.len();
+            }
+            assert_eq!(on, asked.len());
+            let mut answer = BytesMut::from(&message(b'C', b"COMMIT\0")[..]);
+            let passed = session.pass(Direction::ToClient, &mut answer, &armory);
+            assert_eq!(matches!(passed, Passed::Cut(_)), cut, "{statement}");
+        }
+        assert_eq!((armory.fired(Cut::CommitAnswer { after: "INSERT INTO orders" }), armory.waiting()), (1, 0));
+    }
+}
