@@ -12,11 +12,13 @@ for program in curl python3; do
 done
 work=$(mktemp -d)
 mkdir "$work/orders"
+placing=
 export COMPOSE_PROJECT_NAME=gozon-compose-test
 compose() { "$repo/recipes/compose.sh" "$@"; }
 
 clean_up() {
   local status=$?
+  [ -z "$placing" ] || kill "$placing" 2>/dev/null || true
   if [ $status -ne 0 ]; then
     compose ps || true
     compose logs --tail 30 || true
@@ -131,6 +133,9 @@ if python3 -m venv "$work/venv" >/dev/null 2>&1 && "$work/venv/bin/pip" install 
 else
   echo "Compose itself accepts it; the published schema was not asked, because check-jsonschema could not be installed."
 fi
+# shellcheck disable=SC2016
+diff <(grep -o '\${[A-Z_]*:-[^}]*}' "$repo/docker-compose.yml" | sed 's/[${}]//g; s/:-/=/' | sort --unique) \
+  <(grep '^[A-Z_]*=' "$repo/.env.example" | sort) || fail "docker-compose.yml and .env.example disagree about settings or their defaults"
 
 say "Build, start, wait for health"
 compose --profile tools build gozon >/dev/null
