@@ -9,5 +9,6 @@ mod disk;
 mod faults;
 mod kill_matrix;
 mod metrics;
+mod network;
 mod permissions;
 mod shop;

@@ -1,0 +1,265 @@
+//! The network between the parts does not behave, and the answers that matter are lost.
+
+use std::time::{Duration, Instant};
+
+use e2e::chaos::TIMERS;
+use futures_util::future::join_all;
+use serde_json::json;
+use stack::proxy::Cut;
+use stack::seed::Seed;
+use stack::testing::{TestStack, eventually, own_programs};
+use stack::{Edges, NAMES};
+
+use crate::shop::{SOON, Shop};
+
+/// A dead connection is noticed and replaced within this, also on a busy machine.
+const NOTICED_WITHIN: Duration = Duration::from_secs(40);
+/// The gateway's limit for an answer, and some more.
+const ANSWERED_WITHIN: Duration = Duration::from_secs(10);
+
+async fn shop_behind_proxies() -> (Shop, Edges) {
+    let environment = TIMERS.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
+    let mut seed = Seed::new(1);
+    let (stack, edges) = TestStack::start_behind_proxies(&own_programs().unwrap(), environment, &mut seed).await.unwrap();
+    (Shop::on(stack), edges)
+}
+
+/// One order while this is lost so many times; it must have been lost.
+async fn order_while_lost(shop: &Shop, edges: &Edges, service: &str, part: &str, cut: Cut, times: usize) {
+    let way = edges.between(service, part);
+    way.arm(cut, times);
+    assert_eq!(shop.order("alice", 10).await, ("FINISHED".to_owned(), None), "{service}, {cut:?}");
+    // An ack, or what a relay notes, may come after the end of the order.
+    let fired = async || (way.fired(cut) == times as u64).then_some(());
+    eventually(&format!("{cut:?} at {service} was lost"), SOON, fired).await;
+}
+
+/// COMMIT reached the server, or did not; the client sees the same: a connection that is gone (F8).
+#[tokio::test]
+async fn f08_a_commit_whose_outcome_is_unknown_happens_exactly_once() {
+    let (shop, edges) = shop_behind_proxies().await;
+    shop.customer("alice", 1000).await;
+    let places = [
+        ("orders", "INSERT INTO orders"),
+        ("orders", "UPDATE outbox o SET published_at"),
+        ("payments", "INSERT INTO payments"),
+        ("payments", "UPDATE outbox o SET published_at"),
+        ("orders", "UPDATE orders o SET status"),
+    ];
+    let mut orders = 0;
+    for (service, after) in places {
+        for cut in [Cut::CommitAnswer { after }, Cut::CommitRequest { after }] {
+            order_while_lost(&shop, &edges, service, "postgres", cut, 1).await;
+            orders += 1;
+        }
+    }
+    assert_eq!(shop.assert_settled(orders).await, orders);
+    assert_eq!(shop.balance("alice").await, 1000 - 10 * i64::try_from(orders).unwrap(), "each is debited exactly once");
+
+    let after = "SET balance = balance + $2";
+    for cut in [Cut::CommitAnswer { after }, Cut::CommitRequest { after }] {
+        let before = shop.balance("alice").await;
+        edges.between("payments", "postgres").arm(cut, 1);
+        let paid_in = shop.until_done("/v1/accounts/alice/deposits", &json!({ "amount": 5 })).await;
+        assert_eq!(paid_in.json()["balance"], before + 5);
+        assert_eq!((shop.balance("alice").await, edges.between("payments", "postgres").fired(cut)), (before + 5, 1));
+    }
+}
+
+/// The same while every further try fails too: the client is told that nobody knows, and its key finds out (I9).
+#[tokio::test]
+async fn f08_an_outcome_that_stays_unknown_is_said_to_be_and_its_key_finds_out() {
+    let (shop, edges) = shop_behind_proxies().await;
+    shop.customer("alice", 100).await;
+    let way = edges.between("orders", "postgres");
+    let after = "INSERT INTO orders";
+    way.arm(Cut::CommitAnswer { after }, 1);
+    let body = json!({ "user_id": "alice", "amount": 10 });
+    let unknown = async {
+        eventually("the commit is lost", SOON, async || (way.fired(Cut::CommitAnswer { after }) == 1).then_some(())).await;
+        way.black_hole();
+    };
+    let (answer, ()) = tokio::join!(shop.http.post("/v1/orders", Some("lamp"), &body), unknown);
+    let answer = answer.unwrap();
+    // Its second try may have been quicker than we.
+    if answer.status != 201 {
+        let said = answer.json();
+        assert_eq!(
+            (answer.status, &said["outcome"], &said["idempotency_key"]),
+            (503, &json!("unknown"), &json!("lamp")),
+            "{said}"
+        );
+    }
+    way.heal();
+    let found_out = eventually("it can be asked again", SOON, async || {
+        shop.http.post("/v1/orders", Some("lamp"), &body).await.ok().filter(|answer| answer.status == 201)
+    })
+    .await;
+    assert_eq!(found_out.header("idempotency-replayed"), Some("true"), "it had been done the first time");
+    assert_eq!(shop.assert_settled(1).await, 1);
+}
+
+/// PubAcks, acks and deliveries are lost (F18, F36).
+#[tokio::test]
+async fn f36_a_lost_puback_ack_or_delivery_costs_time_and_nothing_else() {
+    let (shop, edges) = shop_behind_proxies().await;
+    shop.customer("alice", 1000).await;
+    let mut orders = 0;
+    for service in ["orders", "payments"] {
+        for (cut, times) in [(Cut::PubAck, 1), (Cut::PubAck, 3), (Cut::Ack, 2), (Cut::Delivery, 2)] {
+            let fired = edges.between(service, "nats").fired(cut);
+            edges.between(service, "nats").arm(cut, times);
+            assert_eq!(shop.order("alice", 10).await, ("FINISHED".to_owned(), None), "{service}, {cut:?}");
+            eventually("it was lost", SOON, async || {
+                (edges.between(service, "nats").fired(cut) == fired + times as u64).then_some(())
+            })
+            .await;
+            orders += 1;
+        }
+    }
+    assert_eq!(shop.assert_settled(orders).await, orders);
+    assert_eq!(shop.balance("alice").await, 1000 - 10 * i64::try_from(orders).unwrap());
+}
+
+/// Connections lead into nothing, and nobody is told (F48).
+#[tokio::test]
+async fn f48_connections_into_nothing_are_noticed_and_replaced() {
+    let (shop, edges) = shop_behind_proxies().await;
+    shop.customer("alice", 1000).await;
+    let mut orders = 0;
+    for (service, part) in [("orders", "postgres"), ("payments", "postgres"), ("orders", "nats"), ("payments", "nats")] {
+        // Something went over each of them, and something is waiting on each of them.
+        assert_eq!(shop.order("alice", 10).await.0, "FINISHED");
+        edges.between(service, part).black_hole();
+        edges.between(service, part).heal();
+        let begun = Instant::now();
+        let ended = async || {
+            let order = shop.order("alice", 10).await;
+            (order.0 == "FINISHED").then_some(())
+        };
+        tokio::time::timeout(NOTICED_WITHIN, eventually("an order ends", SOON, async || ended().await))
+            .await
+            .unwrap_or_else(|_| panic!("{service} still hangs at {part} after {:?}", begun.elapsed()));
+        orders += 2;
+    }
+    assert!(shop.assert_settled(orders).await >= orders);
+}
+
+/// While the way to a database leads into nothing, requests are answered, and the other service goes on (F48).
+#[tokio::test]
+async fn f48_nothing_hangs_while_a_way_leads_into_nothing() {
+    let (shop, edges) = shop_behind_proxies().await;
+    shop.customer("alice", 1000).await;
+    for (service, request, body) in [
+        ("orders", "/v1/orders", json!({ "user_id": "alice", "amount": 10 })),
+        ("payments", "/v1/accounts/alice/deposits", json!({ "amount": 10 })),
+    ] {
+        let way = edges.between(service, "postgres");
+        way.black_hole();
+        let begun = Instant::now();
+        for answer in join_all((0..5).map(|_| shop.http.post(request, None, &body))).await {
+            let answer = answer.unwrap();
+            assert_eq!(answer.status, 503, "{}", answer.text());
+        }
+        assert!(begun.elapsed() < ANSWERED_WITHIN, "{service} took {:?} to say that its database is away", begun.elapsed());
+        way.heal();
+        let healed = async || shop.http.post(request, None, &body).await.ok().filter(|answer| answer.status == 201);
+        tokio::time::timeout(NOTICED_WITHIN, eventually("it works again", SOON, async || healed().await)).await.unwrap();
+    }
+    // The broker is not needed for taking an order.
+    edges.to("nats").for_each(stack::proxy::Proxy::black_hole);
+    let placed = shop.http.post("/v1/orders", None, &json!({ "user_id": "alice", "amount": 10 })).await.unwrap();
+    assert_eq!(placed.status, 201, "{}", placed.text());
+    edges.to("nats").for_each(stack::proxy::Proxy::heal);
+    let path = format!("/v1/orders/{}?wait=30", placed.json()["id"].as_str().unwrap());
+    eventually("it is paid", SOON, async || shop.http.get(&path).await.ok().filter(|order| order.json()["status"] == "FINISHED"))
+        .await;
+}
+
+/// Every way is slow: late, in single bytes, 10 kB/s (F47).
+#[tokio::test]
+async fn f47_a_slow_network_makes_it_slow_and_nothing_else() {
+    let (shop, edges) = shop_behind_proxies().await;
+    shop.customer("alice", 1000).await;
+    let mut orders = 0;
+    for (delay, piece) in [(Duration::from_millis(200), 0), (Duration::ZERO, 1), (Duration::from_millis(100), 512)] {
+        edges.all().for_each(|way| way.slow(delay, piece));
+        let ended = join_all((0..10).map(|_| shop.order("alice", 10))).await;
+        assert_eq!(ended.iter().filter(|(status, _)| status == "FINISHED").count(), 10, "{delay:?}, {piece}: {ended:?}");
+        orders += 10;
+    }
+    edges.all().for_each(stack::proxy::Proxy::heal);
+    assert_eq!(shop.assert_settled(orders).await, orders);
+    assert_eq!(shop.balance("alice").await, 1000 - 10 * i64::try_from(orders).unwrap());
+}
+
+/// All ways are held one after the other, then all connections are cut, and the ways are opened in another order (F49).
+#[tokio::test]
+async fn f49_ways_closed_one_by_one_and_opened_in_another_order() {
+    let (shop, edges) = shop_behind_proxies().await;
+    shop.customer("alice", 1000).await;
+    let mut seed = Seed::new(49);
+    let body = json!({ "user_id": "alice", "amount": 10 });
+    let orders = join_all((0..40).map(|_| shop.until_done("/v1/orders", &body)));
+    let swizzle = async {
+        for _ in 0..3 {
+            let mut ways: Vec<_> = edges.all().cloned().collect();
+            seed.shuffle(&mut ways);
+            for way in &ways {
+                way.hold();
+                fault_takes(100).await;
+            }
+            ways.iter().for_each(stack::proxy::Proxy::cut);
+            seed.shuffle(&mut ways);
+            for way in &ways {
+                way.heal();
+                fault_takes(100).await;
+            }
+        }
+    };
+    tokio::join!(orders, swizzle);
+    assert_eq!(shop.assert_settled(40).await, 40);
+    assert_eq!(shop.balance("alice").await, 600);
+}
+
+/// A power cut: everything is killed at once in the middle of it, and comes back in any order (F52).
+#[tokio::test]
+async fn f52_everything_killed_at_once() {
+    let (mut shop, _edges) = shop_behind_proxies().await;
+    shop.customer("alice", 1000).await;
+    let http = shop.http.clone();
+    let mut seed = Seed::new(52);
+    for round in 1..=2 {
+        let body = json!({ "user_id": "alice", "amount": 10 });
+        let orders = join_all((0..40).map(|_| crate::shop::until_done(&http, "/v1/orders", &body)));
+        let power_cut = async {
+            fault_takes(50).await;
+            let mut names = NAMES;
+            for name in names {
+                shop.stack.system.kill(name).await.unwrap();
+            }
+            seed.shuffle(&mut names);
+            for name in names {
+                shop.stack.system.spawn(name).unwrap();
+            }
+            for name in names {
+                // PostgreSQL may need a second try while children of the killed one are still going.
+                eventually("it is there again", SOON, async || {
+                    if shop.stack.system.pid(name).is_none() {
+                        shop.stack.system.spawn(name).unwrap();
+                    }
+                    shop.stack.system.until_ready(name).await.ok()
+                })
+                .await;
+            }
+        };
+        tokio::join!(orders, power_cut);
+        assert_eq!(shop.assert_settled(round * 40).await, round * 40);
+    }
+    assert_eq!(shop.balance("alice").await, 200);
+}
+
+/// The fault itself takes time; nothing is waited for.
+async fn fault_takes(milliseconds: u64) {
+    tokio::time::sleep(Duration::from_millis(milliseconds)).await;
+}
