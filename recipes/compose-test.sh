@@ -179,7 +179,8 @@ until_true 120 placed 200
 crash payments-db
 until_true 120 placed 240
 crash gateway
-wait $placing || fail "not every order was taken"
+wait "$placing" || fail "not every order was taken"
+placing=
 
 say "Everything settles: money for 200 of 300"
 address=$(gateway)
