@@ -140,6 +140,7 @@ kill-matrix *arguments:
     cargo build --locked --workspace --bins
     ./dev env ${CARGO_TARGET_DIR:-target}/debug/kill-matrix {{ arguments }}
 
+<<<<<<< HEAD
 # Try out everything that can happen in the protocol: at least 50 million states; --threads N, --ways
 [group('check')]
 model *arguments:
@@ -150,6 +151,22 @@ model *arguments:
 chaos *arguments:
     cargo build --locked --workspace --bins
     ./dev env ${CARGO_TARGET_DIR:-target}/debug/chaos {{ arguments }}
+=======
+# Check the API with tools that know nothing of our code: documents linted, Postman collection run, a short fuzz run
+[group('check')]
+api:
+    ./dev env recipes/api.sh all
+
+# Fuzz the API: schemathesis against a stack of its own, with so many examples per operation and phase
+[group('check')]
+fuzz examples='100':
+    ./dev env recipes/api.sh fuzz {{ examples }}
+
+# Run the Postman collection against the running stack
+[group('check')]
+postman:
+    ./dev env recipes/api.sh postman {{ gateway }}
+>>>>>>> e1637d1 (gateway, services: Document every error, lint, run and fuzz the API from outside)
 
 # Format the code
 [group('check')]
@@ -160,6 +177,7 @@ fmt:
 [group('check')]
 openapi:
     GOZON_UPDATE_SNAPSHOTS=1 cargo test --locked -q -p orders -p payments openapi
+    GOZON_UPDATE_SNAPSHOTS=1 cargo test --locked -q -p gateway openapi
 
 # The newest code documentation, in the browser
 [group('check')]

@@ -12,13 +12,14 @@ use service_kit::metrics::Metrics;
 
 mod config;
 mod cors;
+mod document;
 mod forward;
 mod http;
 mod limits;
 
 pub use config::Config;
 pub use cors::Origin;
-pub use http::openapi;
+pub use document::all as openapi;
 pub use limits::LimitArgs;
 
 use forward::{Forwarder, Service};

@@ -5,9 +5,12 @@ use axum::routing::get;
 use sea_orm::DatabaseConnection;
 use tokio_util::sync::CancellationToken;
 use utoipa::OpenApi;
+use utoipa::openapi::Server;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use utoipa_swagger_ui::SwaggerUi;
+
+use service_kit::openapi::{Told, complete};
 
 use crate::intake::Intake;
 use crate::waiting::Waiting;
@@ -32,6 +35,17 @@ pub(crate) struct State {
 )]
 struct Document;
 
+/// What the errors of this service say, for their examples.
+const TOLD: [Told; 3] = [
+    (404, "order_not_found", "There is no order with this id."),
+    (
+        409,
+        "request_in_progress",
+        "Another request with this Idempotency-Key is still being stored. Send it again with the same key.",
+    ),
+    (503, "service_unavailable", "Orders Service temporarily unavailable."),
+];
+
 fn api() -> OpenApiRouter<State> {
     OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(order::create_order, order::list_orders))
@@ -42,6 +56,8 @@ fn api() -> OpenApiRouter<State> {
 pub fn openapi() -> utoipa::openapi::OpenApi {
     let mut document = api().split_for_parts().1;
     document.info.version = env!("CARGO_PKG_VERSION").to_owned();
+    document.servers = Some(vec![Server::new("/")]);
+    complete(&mut document, false, &TOLD);
     document
 }
 

@@ -6,9 +6,12 @@ use axum::Router;
 use axum::routing::get;
 use sea_orm::DatabaseConnection;
 use utoipa::OpenApi;
+use utoipa::openapi::Server;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use utoipa_swagger_ui::SwaggerUi;
+
+use service_kit::openapi::{Told, complete};
 
 mod account;
 mod deposit;
@@ -28,6 +31,13 @@ pub(crate) struct State {
 )]
 struct Document;
 
+/// What the errors of this service say, for their examples.
+const TOLD: [Told; 3] = [
+    (404, "account_not_found", "This user has no account. Create it with POST /v1/accounts."),
+    (409, "account_already_exists", "This user has an account already. GET it, or choose another user_id."),
+    (503, "service_unavailable", "Payments Service temporarily unavailable."),
+];
+
 fn api() -> OpenApiRouter<State> {
     OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(account::create_account))
@@ -39,6 +49,8 @@ fn api() -> OpenApiRouter<State> {
 pub fn openapi() -> utoipa::openapi::OpenApi {
     let mut document = api().split_for_parts().1;
     document.info.version = env!("CARGO_PKG_VERSION").to_owned();
+    document.servers = Some(vec![Server::new("/")]);
+    complete(&mut document, false, &TOLD);
     document
 }
 

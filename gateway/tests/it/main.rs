@@ -6,4 +6,5 @@ mod cors;
 mod forwarding;
 mod harness;
 mod limits;
+mod openapi;
 mod wire;

@@ -32,7 +32,7 @@ const WAIT_SECONDS_MAX: u64 = 30;
 
 /// An order.
 #[derive(Serialize, ToSchema)]
-#[schema(as = Order, example = json!({"id": "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11", "user_id": "alice", "amount": 1299, "description": "A book", "status": "NEW", "reason": null, "created_at": "2026-11-21T10:00:00.123456Z", "updated_at": "2026-11-21T10:00:00.123456Z"}))]
+#[schema(as = Order, example = json!({"id": "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11", "user_id": "alice", "amount": 700, "description": "A lamp", "status": "NEW", "reason": null, "created_at": "2026-11-21T10:00:00.123456Z", "updated_at": "2026-11-21T10:00:00.123456Z"}))]
 pub(super) struct OrderBody {
     id: Uuid,
     user_id: String,
@@ -88,7 +88,7 @@ impl From<Model> for OrderBody {
 
 /// An order to place.
 #[derive(Deserialize, ToSchema)]
-#[schema(as = NewOrder, example = json!({"user_id": "alice", "amount": 1299, "description": "A book"}))]
+#[schema(as = NewOrder, example = json!({"user_id": "alice", "amount": 700, "description": "A lamp"}))]
 #[serde(deny_unknown_fields)]
 #[expect(dead_code, reason = "describes the body for OpenAPI; Fields reads it and names everything that is wrong")]
 pub(super) struct NewOrderBody {
@@ -99,7 +99,7 @@ pub(super) struct NewOrderBody {
     #[schema(minimum = 1, maximum = 1000000000000_i64)]
     amount: i64,
     /// For people. Empty if absent.
-    #[schema(max_length = 500, required = false)]
+    #[schema(max_length = 500, required = false, pattern = r"^[^\u0000]*$")]
     description: String,
 }
 
@@ -122,11 +122,12 @@ pub(super) struct OrderListBody {
     path = "/v1/orders",
     operation_id = "createOrder",
     tag = "orders",
-    params(("Idempotency-Key" = Option<String>, Header, description = "Names this request: sent again with the same key, it is done once", max_length = 255)),
+    params(("Idempotency-Key" = Option<String>, Header, description = "Names this request: sent again with the same key, it is done once. One is made if there is none", min_length = 1, max_length = 255, pattern = r"^[!#-~]([ -~]*[!-~])?$", nullable = false, example = "lamp")),
     request_body = NewOrderBody,
     responses(
         (status = 201, description = "Placed, now or earlier with this key", body = OrderBody,
-         headers(("Location" = String, description = "Path of the order"), ("Idempotency-Replayed" = bool, description = "true if it had been placed earlier"))),
+         headers(("Location" = String, description = "Path of the order"), ("Idempotency-Replayed" = bool, description = "true if it had been placed earlier")),
+         links(("getOrder" = (operation_id = "getOrder", parameters(("id" = "$response.body#/id")))))),
         (status = 400, description = "The body is not JSON, or the key is malformed", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 409, description = "A request with this key is still being stored; try again with the same key", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 413, description = "The body is too large", body = ProblemDocument, content_type = "application/problem+json"),
@@ -220,10 +221,10 @@ pub(super) async fn get_order(
     operation_id = "listOrders",
     tag = "orders",
     params(
-        ("user_id" = Option<String>, Query, description = "Only this user's; without it, all users'"),
+        ("user_id" = Option<String>, Query, description = "Only this user's; without it, all users'", pattern = "^[A-Za-z0-9._-]{1,64}$", nullable = false, example = "alice"),
         ("status" = Option<OrderStatus>, Query, description = "Only in this status"),
         ("limit" = Option<u64>, Query, description = "At most so many; 20 if absent", minimum = 1, maximum = 100),
-        ("cursor" = Option<String>, Query, description = "next_cursor of the page before"),
+        ("cursor" = Option<String>, Query, description = "next_cursor of the page before", pattern = "^[0-9a-f]{32}$", nullable = false),
     ),
     responses(
         (status = 200, description = "A page", body = OrderListBody),

@@ -54,7 +54,7 @@ pub(super) struct NewDepositBody {
     tag = "accounts",
     params(
         ("user_id" = String, Path, description = "Whose account", example = "alice"),
-        ("Idempotency-Key" = Option<String>, Header, description = "Names this request: sent again with the same key, it is done once", max_length = 255),
+        ("Idempotency-Key" = Option<String>, Header, description = "Names this request: sent again with the same key, it is done once. One is made if there is none", min_length = 1, max_length = 255, pattern = r"^[!#-~]([ -~]*[!-~])?$", nullable = false, example = "salary"),
     ),
     request_body = NewDepositBody,
     responses(

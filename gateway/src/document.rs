@@ -1,0 +1,48 @@
+//! The OpenAPI document of the whole API, merged from those of the services.
+
+use std::sync::LazyLock;
+
+use service_kit::openapi::complete;
+use utoipa::openapi::{InfoBuilder, LicenseBuilder, OpenApi, Server};
+
+/// The services' documents, kept beside them and checked against their code by their tests. Compiled in, so that the
+/// gateway shows the API whether or not the services are up.
+const ORDERS: &str = include_str!("../../orders/openapi.json");
+const PAYMENTS: &str = include_str!("../../payments/openapi.json");
+
+fn read(text: &str) -> OpenApi {
+    serde_json::from_str(text).expect("the documents in this repository are OpenAPI; a test reads them")
+}
+
+pub(crate) fn orders() -> OpenApi {
+    read(ORDERS)
+}
+
+pub(crate) fn payments() -> OpenApi {
+    read(PAYMENTS)
+}
+
+/// The whole API in one document: accounts first, as a newcomer needs them.
+pub fn all() -> OpenApi {
+    let mut all = payments();
+    all.merge(orders());
+    all.info = InfoBuilder::new()
+        .title("Gozon")
+        .version(env!("CARGO_PKG_VERSION"))
+        .license(Some(LicenseBuilder::new().name("MIT OR Apache-2.0").identifier(Some("MIT OR Apache-2.0")).build()))
+        .description(Some(
+            "Orders that are paid exactly once, whatever crashes. Amounts are integers of minor units. Every error is a problem \
+             document (RFC 9457). Send an Idempotency-Key with every POST: repeated with the same key, it is done once.\n\n\
+             Try it from top to bottom: the examples open an account, put money into it, and order something.",
+        ))
+        .build();
+    all.servers = Some(vec![Server::new("/")]);
+    complete(&mut all, true, &[]);
+    all
+}
+
+/// The same as YAML.
+pub(crate) fn yaml() -> &'static str {
+    static YAML: LazyLock<String> = LazyLock::new(|| all().to_yaml().expect("a document that is JSON is YAML too"));
+    &YAML
+}
