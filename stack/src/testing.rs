@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use rustix::process::Signal;
 use sea_orm::DatabaseConnection;
 use tokio::sync::{OnceCell, oneshot};
 use tokio::time::Instant;
@@ -441,6 +442,20 @@ impl TestCluster {
         }
     }
 
+    /// Freezes a server (SIGSTOP): to the others it is cut off.
+    pub fn pause(&self, number: usize) -> anyhow::Result<()> {
+        self.signal(number, Signal::STOP)
+    }
+
+    /// Lets a frozen server go on (SIGCONT).
+    pub fn resume(&self, number: usize) -> anyhow::Result<()> {
+        self.signal(number, Signal::CONT)
+    }
+
+    fn signal(&self, number: usize, signal: Signal) -> anyhow::Result<()> {
+        self.servers[number].1.as_ref().context("the server does not run")?.signal(signal)
+    }
+
     /// Waits until all servers that run work together.
     pub async fn until_ready(&self) -> anyhow::Result<()> {
         let deadline = Instant::now() + READY_TIMEOUT;
@@ -460,7 +475,13 @@ impl TestCluster {
 
     /// Which server leads a stream, if one does.
     pub async fn leader(&self, stream: &str) -> Option<usize> {
-        for (number, (nats, process)) in self.servers.iter().enumerate() {
+        self.leader_among(stream, &[0, 1, 2]).await
+    }
+
+    /// The same, asking only these: one that is frozen does not answer.
+    pub async fn leader_among(&self, stream: &str, numbers: &[usize]) -> Option<usize> {
+        for &number in numbers {
+            let (nats, process) = &self.servers[number];
             if process.is_none() {
                 continue;
             }

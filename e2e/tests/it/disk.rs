@@ -1,5 +1,8 @@
 //! No room on the disk: nothing is accepted that is not stored, and all goes on when there is room again.
 
+use std::process::Stdio;
+
+use sea_orm::ConnectionTrait as _;
 use serde_json::json;
 use stack::testing::{SmallDisk, TestStack, eventually};
 
@@ -58,6 +61,56 @@ async fn f26_the_disk_of_the_broker_is_full() {
         // The server switches its streams off for good: whoever runs it starts it again.
         shop.stack.system.stop("nats").await.unwrap();
         shop.stack.system.start("nats").await.unwrap();
+    })
+    .await;
+    assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);
+}
+
+/// The disk says that it could not write (F13): PostgreSQL does not go on as if nothing had happened, and neither do we.
+#[tokio::test]
+async fn f13_the_disk_of_the_database_fails() {
+    let mut shop = with_customers(Shop::open().await).await;
+    let postgres = shop.stack.system.pid("postgres").unwrap();
+    // New sessions of the server, which write its log when they commit, are told that the disk has failed.
+    let failing = ["-f", "-qq", "-e", "trace=fdatasync,fsync", "-e", "inject=fdatasync,fsync:error=EIO:when=3+", "-p"];
+    let log = shop.stack.system.place().log("postgres");
+    shop_while(&mut shop, async |shop| {
+        let strace = tokio::process::Command::new("strace")
+            .args(failing)
+            .arg(postgres.to_string())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .kill_on_drop(true)
+            .spawn();
+        let Ok(mut strace) = strace else {
+            eprintln!("not tested here: there is no strace");
+            return;
+        };
+        let failed = eventually("it fails", SOON, async || {
+            // Whoever may not watch others' processes ends at once.
+            if strace.try_wait().ok().flatten().is_some() {
+                return Some(false);
+            }
+            let ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname IN ('orders', 'payments')";
+            if let Ok(server) = shop.stack.system.postgres().connect("postgres").await {
+                // It may be failing right now.
+                let _ = server.execute_unprepared(ended).await;
+            }
+            std::fs::read_to_string(&log).is_ok_and(|log| log.contains("PANIC")).then_some(true)
+        })
+        .await;
+        if !failed {
+            eprintln!("not tested here: strace may not watch PostgreSQL");
+        }
+        // Ended politely, it lets go of what it watches.
+        if let Some(pid) = strace.id().and_then(|id| rustix::process::Pid::from_raw(i32::try_from(id).ok()?)) {
+            rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        }
+        strace.wait().await.unwrap();
+        // PostgreSQL starts again by itself, or gives up: then whoever runs it does.
+        if shop.stack.system.ended("postgres").is_some() {
+            eventually("it is there again", SOON, async || shop.stack.system.start("postgres").await.ok()).await;
+        }
     })
     .await;
     assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);

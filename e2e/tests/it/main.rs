@@ -11,5 +11,6 @@ mod faults;
 mod kill_matrix;
 mod metrics;
 mod network;
+mod operating;
 mod permissions;
 mod shop;

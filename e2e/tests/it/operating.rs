@@ -1,0 +1,110 @@
+//! What operators do to a running shop, and what too many customers do.
+
+use std::time::Duration;
+
+use e2e::broker::say_again;
+use futures_util::future::join_all;
+use ops::audit::{self, Databases, Kind};
+use sea_orm::ConnectionTrait as _;
+use serde_json::json;
+use stack::testing::eventually;
+
+use crate::shop::{SOON, Shop};
+
+const AT_ONCE: audit::Options =
+    audit::Options { grace: Duration::ZERO, stuck_after: Duration::from_secs(3600), late_after: Duration::from_secs(3600) };
+
+/// Three orders, a copy of one database, four more orders, and the copy in place of the database.
+async fn shop_with_a_restored_database(name: &'static str) -> Shop {
+    let mut shop = Shop::open().await;
+    shop.customer("alice", 100).await;
+    for _ in 0..3 {
+        assert_eq!(shop.order("alice", 10).await.0, "FINISHED");
+    }
+    let server = shop.database("postgres").await;
+    shop.stack.system.stop(name).await.unwrap();
+    server.execute_unprepared(&format!("CREATE DATABASE kept TEMPLATE {name} OWNER {name}")).await.unwrap();
+    shop.stack.system.start(name).await.unwrap();
+    for _ in 0..4 {
+        assert_eq!(shop.order("alice", 10).await.0, "FINISHED");
+    }
+    assert_eq!(findings(&shop).await, []);
+    shop.stack.system.stop(name).await.unwrap();
+    server.execute_unprepared(&format!("DROP DATABASE {name} WITH (FORCE)")).await.unwrap();
+    server.execute_unprepared(&format!("ALTER DATABASE kept RENAME TO {name}")).await.unwrap();
+    shop.stack.system.start(name).await.unwrap();
+    shop
+}
+
+async fn findings(shop: &Shop) -> Vec<Kind> {
+    let databases = Databases { orders: shop.database("orders").await, payments: shop.database("payments").await };
+    let report = audit::audit(&databases, AT_ONCE).await.unwrap();
+    databases.orders.close().await.unwrap();
+    databases.payments.close().await.unwrap();
+    report.findings.iter().map(|finding| finding.kind).collect()
+}
+
+/// The database of payments is restored to an earlier time (F14): the audit names what it has forgotten, and saying the
+/// orders again debits exactly that.
+#[tokio::test]
+async fn f14_payments_restored_is_noticed_and_healed_by_saying_the_orders_again() {
+    let shop = shop_with_a_restored_database("payments").await;
+    assert_eq!(findings(&shop).await, [Kind::FinishedWithoutDebit; 4]);
+    assert_eq!(shop.balance("alice").await, 70, "as it was when the copy was made");
+    let ops = shop.operator().await;
+    say_again(&ops, "ORDERS", u64::MAX).await.unwrap();
+    eventually("the four are debited again", SOON, async || (shop.balance("alice").await == 30).then_some(())).await;
+    assert_eq!(shop.assert_settled(7).await, 7);
+    assert_eq!(findings(&shop).await, []);
+}
+
+/// The database of orders is restored to an earlier time (F14): the audit names debits for orders that it does not know,
+/// and their answers are kept for a person, never applied.
+#[tokio::test]
+async fn f14_orders_restored_is_noticed_and_nothing_is_debited_twice() {
+    let shop = shop_with_a_restored_database("orders").await;
+    assert_eq!(findings(&shop).await, [Kind::Unexpected; 4]);
+    let ops = shop.operator().await;
+    say_again(&ops, "PAYMENTS", u64::MAX).await.unwrap();
+    say_again(&ops, "ORDERS", u64::MAX).await.unwrap();
+    eventually("all is taken", SOON, async || shop.nothing_is_delivered(&ops).await.then_some(())).await;
+    assert_eq!(shop.balance("alice").await, 30);
+    let named = findings(&shop).await;
+    let number = |kind: Kind| named.iter().filter(|found| **found == kind).count();
+    assert_eq!((number(Kind::Unexpected), number(Kind::DeadLetter), named.len()), (4, 4, 8), "{named:?}");
+}
+
+/// Far more requests at once than can be worked on (F50): each is answered, what is refused says when to come again, and
+/// all of it is done once when it comes again.
+#[tokio::test]
+async fn f50_far_too_many_orders_at_once() {
+    const MANY: usize = 1500;
+    let shop = Shop::open().await;
+    shop.customer("alice", 1000).await;
+    let body = json!({ "user_id": "alice", "amount": 1 });
+    let answers = join_all((0..MANY).map(|number| {
+        let (shop, body) = (&shop, &body);
+        async move { (number, shop.http.post("/v1/orders", Some(&format!("order-{number}")), body).await.unwrap()) }
+    }))
+    .await;
+    let mut again = Vec::new();
+    for (number, answer) in &answers {
+        match answer.status {
+            201 => {}
+            429 | 503 => {
+                assert!(answer.header("retry-after").is_some(), "{}", answer.text());
+                again.push(*number);
+            }
+            other => panic!("{other}: {}", answer.text()),
+        }
+    }
+    assert_eq!(shop.http.get("/readyz").await.unwrap().status, 200);
+    for number in again {
+        eventually("it is done", SOON, async || {
+            let answer = shop.http.post("/v1/orders", Some(&format!("order-{number}")), &body).await.unwrap();
+            (answer.status == 201).then_some(())
+        })
+        .await;
+    }
+    assert_eq!(shop.assert_settled(MANY).await, 1000, "as many as there was money for");
+}
