@@ -140,6 +140,12 @@ kill-matrix *arguments:
     cargo build --locked --workspace --bins
     ./dev env ${CARGO_TARGET_DIR:-target}/debug/kill-matrix {{ arguments }}
 
+# Take away one guard after the other; a test must notice each time; NAME selects some
+[group('check')]
+bounty *arguments:
+    cargo build --locked --workspace --bins
+    ./dev env ${CARGO_TARGET_DIR:-target}/debug/bounty {{ arguments }}
+
 # Try out everything that can happen in the protocol: at least 50 million states; --threads N, --ways
 [group('check')]
 model *arguments:

@@ -1,4 +1,5 @@
-//! Tests of the whole system through its front door (`tests/it`), the kill matrix (`src/kill_matrix.rs`), and chaos.
+//! Tests of the whole system through its front door (`tests/it`), the kill matrix (`src/kill_matrix.rs`), chaos, the
+//! tests of the tests (`src/bounty.rs`), and the demonstration (`src/demo.rs`).
 
 use std::time::Duration;
 

@@ -1,7 +1,10 @@
-//! A program with a failpoint, for the test that a release build has none.
+//! A program with a failpoint and a guard, for the test that a release build has none and takes none away.
 
 fn main() {
     if let Err(injected) = failpoint::failpoint!("relay.after_send") {
         println!("{injected}");
+    }
+    if failpoint::removed!("relay.puback") {
+        println!("without relay.puback");
     }
 }

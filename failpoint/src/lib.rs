@@ -7,6 +7,12 @@
 
 use std::fmt;
 
+mod guard;
+
+#[cfg(debug_assertions)]
+pub use guard::is_removed;
+pub use guard::{GUARDS, REMOVED_GUARD, is_guard};
+
 /// Every failpoint, with the services that have it. The kill matrix runs each; a name that is not here does not compile.
 pub const ALL: &[(&str, &[&str])] = &[
     ("gateway.before_forward", &["gateway"]),

@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use async_nats::jetstream::consumer::PullConsumer;
 use async_nats::jetstream::consumer::pull::{MessagesErrorKind, Stream};
 use async_nats::jetstream::{AckKind, Message};
-use failpoint::{Injected, failpoint};
+use failpoint::{Injected, failpoint, removed};
 use futures_util::{FutureExt as _, StreamExt as _};
 use metrics::{counter, histogram};
 use sea_orm::{DatabaseConnection, DatabaseTransaction, DbErr, TransactionTrait};
@@ -252,6 +252,9 @@ impl Consumer {
             return true;
         }
         let decoded: Vec<Incoming<'_, E>> = batch.iter().map(Incoming::decode).collect();
+        if removed!("consumer.ack_after_commit") {
+            self.acknowledge(&decoded, &HashMap::new()).await;
+        }
         let error = match self.deliver_until_settled(&decoded, handle, committed, shutdown).await {
             Settled::Committed => return true,
             Settled::Shutdown => return false,

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use failpoint::failpoint;
+use failpoint::{failpoint, removed};
 use sea_orm::DatabaseTransaction;
 use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
@@ -26,7 +26,13 @@ pub(crate) async fn charge(txn: &DatabaseTransaction, batch: &[Received<OrderPla
     // Accounts are locked first, so that of two workers with the same order the second reads what the first decided.
     let funds = account::lock(txn, batch.iter().map(|one| one.event.user_id.to_string()).collect()).await?;
     failpoint!("charge.after_lock")?;
-    let decided = payment::find_all(txn, batch.iter().map(|one| one.event.order_id.as_uuid()).collect()).await?;
+    let mut decided = payment::find_all(txn, batch.iter().map(|one| one.event.order_id.as_uuid()).collect()).await?;
+    if removed!("charge.decision_check") {
+        decided.clear();
+    }
+    if removed!("charge.decision_over_inbox") {
+        decided.retain(|row| batch.iter().any(|one| one.event.order_id.as_uuid() == row.order_id && !one.first));
+    }
     let plan = decide(
         batch,
         funds.into_iter().map(|one| (one.user_id, Purse { balance: one.balance, entry_no: one.entry_no })).collect(),
@@ -40,10 +46,14 @@ pub(crate) async fn charge(txn: &DatabaseTransaction, batch: &[Received<OrderPla
             debug!(order.id = %made.request.order_id, outcome = made.outcome.as_str(), "Order decided");
             answers.push(Message::first(made.event_id, &answer(&made.request, made.outcome), now, made.traceparent.as_deref()));
         }
-        let rows: Vec<NewDecision> = plan.decisions.iter().map(NewDecision::from).collect();
+        let mut rows: Vec<NewDecision> = plan.decisions.iter().map(NewDecision::from).collect();
+        if removed!("charge.refusal_stored") {
+            rows.retain(|row| row.transfer_id.is_some());
+        }
+        let decisions = rows.len() as u64;
         // Only orders without a decision move money. If another worker decided one meanwhile (possible only where no
         // account is there to be locked), nothing of this plan is to be trusted: run again and see its row.
-        if payment::insert_new(txn, rows).await? != plan.decisions.len() as u64 {
+        if payment::insert_new(txn, rows).await? != decisions {
             return Err(LostRace("a payment decision").into());
         }
         failpoint!("charge.after_decisions")?;
@@ -61,7 +71,7 @@ pub(crate) async fn charge(txn: &DatabaseTransaction, batch: &[Received<OrderPla
             failpoint!("charge.after_transfers")?;
         }
     }
-    if !plan.asked_again.is_empty() {
+    if !plan.asked_again.is_empty() && !removed!("charge.re_arm") {
         let raised: HashSet<Uuid> =
             payment::raise_asks(txn, plan.asked_again.iter().map(|one| (one.order_id, one.ask)).collect())
                 .await?
@@ -155,7 +165,7 @@ fn decide(batch: &[Received<OrderPlaced>], mut purses: BTreeMap<String, Purse>, 
         let request_hash = request_hash(request);
         let ask = i32::try_from(received.ask).unwrap_or(i32::MAX);
         match decided.get_mut(&order_id) {
-            Some(earlier) if earlier.request_hash != request_hash => {
+            Some(earlier) if earlier.request_hash != request_hash && !removed!("charge.same_request") => {
                 let cause = format!("order {order_id} is decided with another user or amount; this request is not applied");
                 plan.quarantined.push(Quarantined { index, cause });
             }
@@ -174,7 +184,9 @@ fn decide(batch: &[Received<OrderPlaced>], mut purses: BTreeMap<String, Purse>, 
             }
             None => {
                 let (outcome, payment) = pay(request, purses.get_mut(request.user_id.as_str()));
-                decided.insert(order_id, Decided { request_hash, last_ask: ask });
+                if !removed!("charge.one_decision_in_a_batch") {
+                    decided.insert(order_id, Decided { request_hash, last_ask: ask });
+                }
                 plan.decisions.push(Made {
                     request: request.clone(),
                     request_event_id: received.event_id,
@@ -195,7 +207,8 @@ fn pay(request: &OrderPlaced, purse: Option<&mut Purse>) -> (PaymentOutcome, Opt
     let Some(purse) = purse else {
         return declined(DeclineReason::NoAccount);
     };
-    let Some(balance_after) = purse.balance.checked_sub(request.amount.minor_units()).filter(|left| *left >= 0) else {
+    let enough = |left: &i64| *left >= 0 || removed!("charge.enough_money");
+    let Some(balance_after) = purse.balance.checked_sub(request.amount.minor_units()).filter(enough) else {
         return declined(DeclineReason::InsufficientFunds);
     };
     purse.balance = balance_after;

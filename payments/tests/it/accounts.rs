@@ -56,6 +56,17 @@ async fn fifty_parallel_deposits_with_one_key_add_once() {
 }
 
 #[tokio::test]
+async fn fifty_parallel_deposits_with_fifty_keys_all_count() {
+    let payments = Payments::start().await;
+    payments.open_account("alice", 0).await;
+    let keys: Vec<String> = (0..50).map(|number| format!("deposit {number}")).collect();
+    let answers = join_all(keys.iter().map(|key| deposit(&payments, key, 100))).await;
+    assert!(answers.iter().all(|answer| answer.status == 201));
+    assert_eq!(payments.balance("alice").await, 5000);
+    payments.assert_books_balance().await;
+}
+
+#[tokio::test]
 async fn bad_input_is_refused_with_what_to_do_and_nothing_is_stored() {
     let payments = Payments::start().await;
     payments.open_account("alice", 0).await;
