@@ -63,6 +63,12 @@ compose-test:
 order amount='1299' user='alice':
     @recipes/order.sh {{ gateway }} {{ user }} {{ amount }}
 
+# Twenty orders while payments is killed, messages come twice and the broker is wiped; on a stack of its own
+[group('use')]
+demo:
+    @cargo build --locked --quiet --workspace --bins
+    @./dev env ${CARGO_TARGET_DIR:-target}/debug/demo
+
 # Open psql on the database of orders or payments
 [group('look')]
 psql database='orders' *arguments:

@@ -1,0 +1,309 @@
+//! `just demo`: twenty orders while payments dies, messages come twice and the broker loses its disk. Tells what happens
+//! while it happens, and ends with what an audit of both databases finds.
+
+use std::fmt;
+use std::io::{IsTerminal as _, Write as _};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use async_nats::jetstream;
+use e2e::broker::operator;
+use e2e::until_done;
+use messaging::broker::Broker;
+use ops::audit::{self, Databases, Kind};
+use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, Statement};
+use serde_json::{Value, json};
+use stack::http::Http;
+use stack::testing::TestStack;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+const ORDERS: usize = 20;
+const PRICE: i64 = 100;
+/// Money for this many of them.
+const AFFORDABLE: i64 = 15;
+/// The messages of the first orders are delivered twice after this many.
+const REPEAT_AFTER: usize = 8;
+const REPEATED: u64 = 2;
+const KILL_AT: usize = 10;
+/// Much longer than it takes.
+const WITHIN: Duration = Duration::from_secs(60);
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+/// The broker waits this long before it delivers again what a dead process had taken; 30 s by default.
+const TIMERS: [(&str, &str); 2] = [("GOZON_ACK_WAIT_MS", "1000"), ("GOZON_ASK_AGAIN_MS", "2000")];
+
+// One thread: the processes of a stack end when the thread that started them does.
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> anyhow::Result<ExitCode> {
+    let teller = Teller { begun: Instant::now(), colours: std::io::stdout().is_terminal() };
+    teller.title("Twenty orders, and what can go wrong.");
+    teller.say("PostgreSQL, NATS, orders, payments and gateway start, as processes of their own ...");
+    let timers = TIMERS.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
+    let binaries = std::env::current_exe()?.parent().context("this program is in a folder")?.to_owned();
+    let mut stack = TestStack::start_in(&binaries, timers).await?;
+    let postgres = stack.system.postgres();
+    let databases = Databases { orders: postgres.connect("orders").await?, payments: postgres.connect("payments").await? };
+    let http = Http::new(stack.system.address("gateway"));
+
+    let mut shop = Shop { http, orders: Vec::new() };
+    until_done(&shop.http, "/v1/accounts", &json!({ "user_id": "alice" }), WITHIN).await?;
+    let deposit = json!({ "amount": AFFORDABLE * PRICE });
+    let paid_in = until_done(&shop.http, "/v1/accounts/alice/deposits", &deposit, WITHIN).await?.json();
+    let money = paid_in["balance"].as_i64().context("a balance")?;
+    teller.say(format!("Alice has {money}. She orders {ORDERS} times for {PRICE}: there is money for {}.", money / PRICE));
+
+    while shop.orders.len() < REPEAT_AFTER {
+        shop.order().await?;
+    }
+    shop.until(|final_ones| final_ones == REPEAT_AFTER).await?;
+    teller.orders(&shop, "are paid.");
+
+    let broker = operator(&stack.system).await?;
+    repeat(&broker, REPEATED).await?;
+    let repeats = "SELECT coalesce(sum(repeats), 0)::bigint FROM inbox WHERE consumer = 'payments-order-placed'";
+    until(async || Ok(count(&databases.payments, repeats).await? >= REPEATED as i64)).await.context("the repetitions")?;
+    let recognised = count(&databases.payments, repeats).await?;
+    let debits = count(&databases.payments, DEBITS).await?;
+    teller.fault(format!("The requests for orders 1 and {REPEATED} are delivered a second time."));
+    teller.say(format!("Payments recognises {recognised} repetitions. There are still {debits} debits."));
+
+    while shop.orders.len() < KILL_AT {
+        shop.order().await?;
+    }
+    let pid = stack.system.pid("payments").context("payments runs")?;
+    stack.system.kill("payments").await?;
+    teller.fault(format!("Order {KILL_AT} is placed, and in that moment payments is killed: kill -9 {pid}."));
+    while shop.orders.len() < ORDERS {
+        shop.order().await?;
+    }
+    shop.look().await?;
+    teller.orders(&shop, "are taken all the same. Those that are open wait for payments.");
+
+    let nothing_waits = "SELECT count(*) FROM outbox WHERE published_at IS NULL";
+    until(async || Ok(count(&databases.orders, nothing_waits).await? == 0)).await.context("the requests are published")?;
+    let held = held(&broker).await?;
+    drop(broker);
+    stack.system.kill("nats").await?;
+    stack.system.wipe_nats()?;
+    teller.fault(format!("The broker is killed and its disk is wiped: {held} messages, acknowledged and gone."));
+    stack.system.start("nats").await?;
+    stack.system.start("payments").await?;
+    teller.say("The broker is back, empty. Payments is back. Nobody repairs anything.");
+
+    shop.until(|final_ones| final_ones == ORDERS).await?;
+    let asked_again = count(&databases.orders, "SELECT count(*) FROM orders WHERE asks > 0").await?;
+    teller.say(format!("Orders has asked again for {asked_again} orders that stayed NEW."));
+    teller.orders(&shop, "are final.");
+
+    let verdict = audited(&databases, &shop).await?;
+    teller.end(&verdict);
+    stack.system.stop_all().await?;
+    Ok(if verdict.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Alice's orders, as they were last seen.
+struct Shop {
+    http: Http,
+    orders: Vec<(String, Value)>,
+}
+
+impl Shop {
+    async fn order(&mut self) -> anyhow::Result<()> {
+        let order = until_done(&self.http, "/v1/orders", &json!({ "user_id": "alice", "amount": PRICE }), WITHIN).await?.json();
+        let id = order["id"].as_str().context("an order has an id")?.to_owned();
+        self.orders.push((id, order["status"].clone()));
+        Ok(())
+    }
+
+    async fn look(&mut self) -> anyhow::Result<()> {
+        for (id, status) in self.orders.iter_mut().filter(|(_, status)| status == "NEW") {
+            *status = self.http.get(&format!("/v1/orders/{id}")).await?.json()["status"].clone();
+        }
+        Ok(())
+    }
+
+    fn count(&self, status: &str) -> usize {
+        self.orders.iter().filter(|(_, other)| other == status).count()
+    }
+
+    fn final_ones(&self) -> usize {
+        self.count("FINISHED") + self.count("CANCELLED")
+    }
+
+    async fn until(&mut self, enough: impl Fn(usize) -> bool) -> anyhow::Result<()> {
+        let deadline = Instant::now() + WITHIN;
+        loop {
+            self.look().await?;
+            if enough(self.final_ones()) {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "after {WITHIN:?} only {} of {} are final", self.final_ones(), self.orders.len());
+            tokio::time::sleep(LOOK_INTERVAL).await;
+        }
+    }
+}
+
+/// Publishes the oldest requests once more, under new ids, so that the broker cannot recognise them.
+async fn repeat(broker: &Broker, messages: u64) -> anyhow::Result<()> {
+    let stream = broker.jetstream().get_stream("ORDERS").await?;
+    let mut sequence = stream.cached_info().state.first_sequence;
+    let mut repeated = 0;
+    while repeated < messages {
+        let message = stream.get_raw_message(sequence).await.context("a message of the stream")?;
+        sequence += 1;
+        // The ends of orders are in the same stream.
+        if message.subject.as_str() != "gozon.orders.placed" {
+            continue;
+        }
+        let mut headers = message.headers.clone();
+        headers.insert("Nats-Msg-Id", Uuid::new_v4().to_string());
+        let ack = broker.jetstream().publish_with_headers(message.subject, headers, message.payload).await?;
+        ensure!(!ack.await?.duplicate, "the broker has recognised the repetition");
+        repeated += 1;
+    }
+    Ok(())
+}
+
+/// How many messages the broker holds.
+async fn held(broker: &Broker) -> anyhow::Result<u64> {
+    let mut held = 0;
+    for name in ["ORDERS", "PAYMENTS"] {
+        let stream: jetstream::stream::Stream = broker.jetstream().get_stream(name).await?;
+        held += stream.cached_info().state.messages;
+    }
+    Ok(held)
+}
+
+async fn until(mut check: impl AsyncFnMut() -> anyhow::Result<bool>) -> anyhow::Result<()> {
+    let deadline = Instant::now() + WITHIN;
+    while !check().await? {
+        ensure!(Instant::now() < deadline, "not within {WITHIN:?}");
+        tokio::time::sleep(LOOK_INTERVAL).await;
+    }
+    Ok(())
+}
+
+const DEBITS: &str = "SELECT count(*) FROM transfers WHERE kind = 'payment'";
+
+async fn count(db: &DatabaseConnection, sql: &str) -> anyhow::Result<i64> {
+    let row = db.query_one_raw(Statement::from_string(DbBackend::Postgres, sql)).await?;
+    Ok(row.context("a count is one row")?.try_get_by_index(0)?)
+}
+
+/// What the audit of both databases says, and what Alice has left.
+struct Verdict {
+    report: audit::Report,
+    debits: i64,
+    balance: i64,
+    expected_balance: i64,
+}
+
+async fn audited(databases: &Databases, shop: &Shop) -> anyhow::Result<Verdict> {
+    let options = audit::Options { grace: Duration::from_secs(1), late_after: Duration::ZERO, stuck_after: Duration::ZERO };
+    let report = audit::audit(databases, options).await?;
+    let debits = count(&databases.payments, DEBITS).await?;
+    let account = shop.http.get("/v1/accounts/alice").await?.json();
+    let balance = account["balance"].as_i64().context("a balance")?;
+    Ok(Verdict { report, debits, balance, expected_balance: (AFFORDABLE - shop.count("FINISHED") as i64) * PRICE })
+}
+
+impl Verdict {
+    fn number(&self, kinds: &[Kind]) -> usize {
+        self.report.findings.iter().filter(|finding| kinds.contains(&finding.kind)).count()
+    }
+
+    fn status(&self, status: &str) -> u64 {
+        self.report.by_status.get(status).copied().unwrap_or_default()
+    }
+
+    fn final_ones(&self) -> u64 {
+        self.status("FINISHED") + self.status("CANCELLED")
+    }
+
+    fn balances_are_exact(&self) -> bool {
+        let kinds = [Kind::BalanceDrift, Kind::NegativeBalance, Kind::BrokenStatement, Kind::MalformedTransfer];
+        self.balance == self.expected_balance && self.number(&kinds) == 0
+    }
+
+    fn is_good(&self) -> bool {
+        self.report.findings.is_empty()
+            && self.report.orders == ORDERS as u64
+            && self.final_ones() == ORDERS as u64
+            && self.debits == AFFORDABLE
+            && self.balances_are_exact()
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let exact = if self.balances_are_exact() { "balances exact" } else { "BALANCES WRONG" };
+        let doubled = self.number(&[Kind::DoubledDebit]);
+        write!(f, "{} final, {} debits, {doubled} twice, {exact}", self.final_ones(), self.debits)
+    }
+}
+
+/// Tells the story.
+struct Teller {
+    begun: Instant,
+    colours: bool,
+}
+
+impl Teller {
+    fn title(&self, words: &str) {
+        self.print(&format!("\n{}\n", self.in_colour("1", words)));
+    }
+
+    fn say(&self, words: impl AsRef<str>) {
+        self.print(&format!("{:>5.1} s  {}", self.begun.elapsed().as_secs_f32(), words.as_ref()));
+    }
+
+    fn fault(&self, words: impl AsRef<str>) {
+        self.say(self.in_colour("31", &format!("✗ {}", words.as_ref())));
+    }
+
+    /// One mark an order.
+    fn orders(&self, shop: &Shop, words: &str) {
+        let marks: String = shop
+            .orders
+            .iter()
+            .map(|(_, status)| match status.as_str() {
+                Some("FINISHED") => self.in_colour("32", "●"),
+                Some("CANCELLED") => self.in_colour("33", "◌"),
+                _ => "·".to_owned(),
+            })
+            .collect();
+        self.say(format!("{marks} {} orders {words}", shop.orders.len()));
+    }
+
+    fn end(&self, verdict: &Verdict) {
+        let Verdict { report, debits, balance, expected_balance } = verdict;
+        self.print("");
+        self.print("  The books, read in both databases:");
+        self.print(&format!(
+            "    {} orders: {} FINISHED ●, {} CANCELLED ◌ for want of money, {} NEW",
+            report.orders,
+            verdict.status("FINISHED"),
+            verdict.status("CANCELLED"),
+            verdict.status("NEW")
+        ));
+        self.print(&format!("    {} decisions, {debits} debits of {PRICE}", report.decisions));
+        self.print(&format!("    Alice has {balance}, and should have {expected_balance}"));
+        for finding in &report.findings {
+            self.print(&self.in_colour("31", &format!("    {} {}: {}", finding.kind, finding.id, finding.detail)));
+        }
+        let colour = if verdict.is_good() { "1;32" } else { "1;31" };
+        let took = self.begun.elapsed().as_secs_f32();
+        self.print(&format!("\n{}  ({took:.1} s)", self.in_colour(colour, &format!("{verdict}."))));
+    }
+
+    fn in_colour(&self, colour: &str, words: &str) -> String {
+        if self.colours { format!("\u{1b}[{colour}m{words}\u{1b}[0m") } else { words.to_owned() }
+    }
+
+    fn print(&self, line: &str) {
+        let mut out = std::io::stdout();
+        // Whoever reads may stop reading; the exit code still tells.
+        let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+    }
+}
