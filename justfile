@@ -189,6 +189,11 @@ openapi:
     GOZON_UPDATE_SNAPSHOTS=1 cargo test --locked -q -p orders -p payments openapi
     GOZON_UPDATE_SNAPSHOTS=1 cargo test --locked -q -p gateway openapi
 
+# Make the JSON Schemas and the AsyncAPI document anew after a change of the events
+[group('check')]
+schemas:
+    GOZON_UPDATE_SNAPSHOTS=1 cargo test --locked -q -p shared-contracts schemas
+
 # The newest code documentation, in the browser
 [group('check')]
 doc:

@@ -10,6 +10,8 @@ pub const BALANCE_MAX: i64 = 9_000_000_000_000_000;
 /// What one order costs or one deposit adds, in minor units: 1 to [`Amount::MAX`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "i64", into = "i64")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(extend("minimum" = 1, "maximum" = Amount::MAX)))]
 pub struct Amount(i64);
 
 /// The number is no amount.

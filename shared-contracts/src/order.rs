@@ -7,6 +7,7 @@ use crate::{Amount, DeclineReason, Event, ORDERS_STREAM, OrderId, UserId};
 /// An order was accepted and waits for its payment. `payments` answers with
 /// [`PaymentSettled`](crate::PaymentSettled).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct OrderPlaced {
     /// The order.
     pub order_id: OrderId,
@@ -18,6 +19,7 @@ pub struct OrderPlaced {
 
 /// An order was paid and is final.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct OrderFinished {
     /// The order.
     pub order_id: OrderId,
@@ -29,6 +31,7 @@ pub struct OrderFinished {
 
 /// An order was not paid and is final.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct OrderCancelled {
     /// The order.
     pub order_id: OrderId,

@@ -8,6 +8,7 @@ use crate::{Amount, Event, OrderId, PAYMENTS_STREAM, UserId};
 
 /// How the payment of an order ended. Decided once, for ever.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct PaymentSettled {
     /// The order.
     pub order_id: OrderId,
@@ -22,6 +23,7 @@ pub struct PaymentSettled {
 
 /// Whether the money was debited; on the wire `outcome` and `reason`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(tag = "outcome", rename_all = "snake_case")]
 pub enum PaymentOutcome {
     /// Debited, once.
@@ -35,6 +37,7 @@ pub enum PaymentOutcome {
 
 /// Why an order was not paid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum DeclineReason {
     /// The balance was lower than the amount.

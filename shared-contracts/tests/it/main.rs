@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
 
+mod schemas;
+
 use std::fmt::Debug;
 
 use serde_json::Value;
