@@ -1,0 +1,238 @@
+//! `just overload`: five times as many orders as can be taken, for a while. The system must answer quickly, go on taking
+//! what it can, settle all that it took, and be as quick as before afterwards. Ends with figures, and 1 if it did not.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use clap::Parser;
+use e2e::until_done;
+use futures_util::future::join_all;
+use futures_util::stream::{FuturesUnordered, StreamExt as _};
+use ops::audit::{self, Databases};
+use serde_json::{Value, json};
+use stack::http::Http;
+use stack::testing::TestStack;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+const CUSTOMERS: usize = 200;
+/// Enough to keep the services busy, far below every limit.
+const WORKERS: usize = 48;
+const MEASURE: Duration = Duration::from_secs(5);
+/// Requests under way at once: four times what the gateway works on, and no more connections than it accepts.
+const OPEN_MAX: usize = 2000;
+const TICK: Duration = Duration::from_millis(5);
+const SETTLED_WITHIN: Duration = Duration::from_secs(120);
+/// A client that hears nothing for longer gives up; so nearly everyone must hear something before.
+const ANSWER_P99_MAX: Duration = Duration::from_secs(3);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
+/// The generator takes its share of the machine, so less is taken than without it, but not much less.
+const TAKEN_SHARE_MIN: f64 = 0.3;
+const RECOVERED_SHARE_MIN: f64 = 0.7;
+
+/// Sends more orders than can be taken.
+#[derive(Parser)]
+struct Arguments {
+    /// How many times as many.
+    #[arg(long, default_value_t = 5.0)]
+    times: f64,
+    /// For how long.
+    #[arg(long, default_value_t = 20)]
+    seconds: u64,
+    /// Folder with our programs; this one's if absent.
+    #[arg(long)]
+    binaries: Option<PathBuf>,
+}
+
+// One thread: the processes of a stack end when the thread that started them does.
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> anyhow::Result<ExitCode> {
+    let arguments = Arguments::parse();
+    let own = std::env::current_exe()?.parent().context("this program is in a folder")?.to_owned();
+    let stack = TestStack::start_in(arguments.binaries.as_ref().unwrap_or(&own), Vec::new()).await?;
+    let shop = Shop { http: Http::new(stack.system.address("gateway")), taken: Cell::new(0) };
+    shop.open().await?;
+
+    // The first orders warm everything up.
+    shop.capacity(MEASURE / 2).await?;
+    let before = shop.capacity(MEASURE).await?;
+    println!("capacity before      {before:8.0} orders/s, {WORKERS} customers at a time");
+
+    let rate = before * arguments.times;
+    let seconds = Duration::from_secs(arguments.seconds);
+    let storm = shop.storm(rate, seconds).await;
+    let taken = storm.taken.len() as f64 / arguments.seconds as f64;
+    let sent = storm.sent as f64 / arguments.seconds as f64;
+    println!("asked for            {rate:8.0} orders/s for {seconds:?}; {sent:.0} orders/s sent, {OPEN_MAX} at a time at most");
+    println!("taken                {taken:8.0} orders/s, answered after {}", Quantiles::of(&storm.taken));
+    println!(
+        "told to come again   {:8.0} orders/s, answered after {}",
+        storm.refused.len() as f64 / arguments.seconds as f64,
+        Quantiles::of(&storm.refused)
+    );
+    println!("other answers        {:?}", storm.others);
+
+    let begun = Instant::now();
+    let postgres = stack.system.postgres();
+    let databases = Databases { orders: postgres.connect("orders").await?, payments: postgres.connect("payments").await? };
+    let options = audit::Options { grace: Duration::from_secs(2), late_after: Duration::ZERO, stuck_after: Duration::ZERO };
+    let settled = loop {
+        let report = audit::audit(&databases, options).await?;
+        if report.findings.is_empty() || begun.elapsed() > SETTLED_WITHIN {
+            break report;
+        }
+    };
+    println!("all settled after    {:8.1} s, {} orders", begun.elapsed().as_secs_f64(), settled.orders);
+    for finding in settled.findings.iter().take(10) {
+        println!("  {} {} {}", finding.kind, finding.id, finding.detail);
+    }
+    let taken_in_all = shop.taken.get();
+    let after = shop.capacity(MEASURE).await?;
+    println!("capacity after       {after:8.0} orders/s");
+
+    let all: Vec<Duration> = storm.taken.iter().chain(&storm.refused).copied().collect();
+    for (holds, what) in [
+        (sent > before && !storm.refused.is_empty(), "more came than can be taken, and some were told to come again"),
+        (storm.others.is_empty(), "everyone is answered with 201 or with 503, a problem document and Retry-After"),
+        (Quantiles::of(&all).p99 <= ANSWER_P99_MAX, "99 of 100 are answered within 3 s"),
+        (taken >= before * TAKEN_SHARE_MIN, "what can be taken is taken: no collapse"),
+        (settled.findings.is_empty(), "everything that was taken is settled, and the books are right"),
+        (settled.orders == taken_in_all, "exactly the orders that were answered with 201 are there"),
+        (after >= before * RECOVERED_SHARE_MIN, "it is as quick as before"),
+    ] {
+        println!("{} {what}", if holds { "ok    " } else { "FAILED" });
+        if !holds {
+            return Ok(ExitCode::FAILURE);
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+struct Shop {
+    http: Http,
+    /// Orders answered with 201.
+    taken: Cell<u64>,
+}
+
+#[derive(Default)]
+struct Storm {
+    sent: usize,
+    taken: Vec<Duration>,
+    refused: Vec<Duration>,
+    others: BTreeMap<String, usize>,
+}
+
+impl Shop {
+    async fn open(&self) -> anyhow::Result<()> {
+        for customer in 0..CUSTOMERS {
+            until_done(&self.http, "/v1/accounts", &json!({ "user_id": user(customer) }), SETTLED_WITHIN).await?;
+            let path = format!("/v1/accounts/{}/deposits", user(customer));
+            until_done(&self.http, &path, &json!({ "amount": 1_000_000_000 }), SETTLED_WITHIN).await?;
+        }
+        Ok(())
+    }
+
+    /// Orders a second that are taken when each customer waits for the answer before the next one.
+    async fn capacity(&self, time: Duration) -> anyhow::Result<f64> {
+        let begun = Instant::now();
+        let taken = Cell::new(0_u64);
+        let workers = (0..WORKERS).map(async |worker| {
+            let mut number = worker;
+            while begun.elapsed() < time {
+                let (answer, _) = self.order(number).await;
+                number += WORKERS;
+                match answer {
+                    Ok((201, _)) => taken.set(taken.get() + 1),
+                    other => anyhow::bail!("an order was not taken although there is no overload: {other:?}"),
+                }
+            }
+            Ok(())
+        });
+        join_all(workers).await.into_iter().collect::<anyhow::Result<()>>()?;
+        let rate = taken.get() as f64 / begun.elapsed().as_secs_f64();
+        ensure!(rate > 0.0, "no order was taken");
+        Ok(rate)
+    }
+
+    /// Orders at a rate that does not care for answers, as long as not too many are under way.
+    async fn storm(&self, rate: f64, time: Duration) -> Storm {
+        let storm = RefCell::new(Storm::default());
+        let begun = Instant::now();
+        let mut open = FuturesUnordered::new();
+        let mut ticks = tokio::time::interval(TICK);
+        let note = |(answer, took): (anyhow::Result<(u16, Value)>, Duration)| {
+            let mut storm = storm.borrow_mut();
+            match answer {
+                Ok((201, _)) => storm.taken.push(took),
+                Ok((503, problem)) if problem["code"].is_string() && problem["outcome"].is_null() => storm.refused.push(took),
+                Ok((status, problem)) => *storm.others.entry(format!("{status} {problem}")).or_default() += 1,
+                Err(error) => *storm.others.entry(format!("{error:#}")).or_default() += 1,
+            }
+        };
+        while begun.elapsed() < time {
+            tokio::select! {
+                _ = ticks.tick() => {
+                    let due = (begun.elapsed().as_secs_f64() * rate) as usize;
+                    let sent = storm.borrow().sent;
+                    let now = due.saturating_sub(sent).min(OPEN_MAX - open.len());
+                    open.extend((sent..sent + now).map(|number| self.order(number)));
+                    storm.borrow_mut().sent += now;
+                }
+                Some(answered) = open.next() => note(answered),
+            }
+        }
+        while let Some(answered) = open.next().await {
+            note(answered);
+        }
+        storm.into_inner()
+    }
+
+    /// One order under a key of its own: status, problem if any, and how long the answer took.
+    async fn order(&self, number: usize) -> (anyhow::Result<(u16, Value)>, Duration) {
+        let begun = Instant::now();
+        let (key, body) = (Uuid::new_v4().to_string(), json!({ "user_id": user(number % CUSTOMERS), "amount": 1 }));
+        let answered = tokio::time::timeout(ANSWER_TIMEOUT, self.http.post("/v1/orders", Some(&key), &body)).await;
+        let took = begun.elapsed();
+        let answer = match answered {
+            Err(_) => Err(anyhow::anyhow!("no answer within {ANSWER_TIMEOUT:?}")),
+            Ok(Err(error)) => Err(error),
+            Ok(Ok(answer)) if answer.status == 201 => {
+                self.taken.set(self.taken.get() + 1);
+                Ok((201, Value::Null))
+            }
+            Ok(Ok(answer)) if answer.header("retry-after").is_none() => Ok((answer.status, json!("no Retry-After"))),
+            Ok(Ok(answer)) => Ok((answer.status, answer.json())),
+        };
+        (answer, took)
+    }
+}
+
+fn user(number: usize) -> String {
+    format!("customer-{number}")
+}
+
+struct Quantiles {
+    p50: Duration,
+    p99: Duration,
+    max: Duration,
+}
+
+impl Quantiles {
+    fn of(times: &[Duration]) -> Self {
+        let mut sorted = times.to_vec();
+        sorted.sort_unstable();
+        let at = |share: f64| sorted.get(((sorted.len() as f64 * share) as usize).min(sorted.len().saturating_sub(1))).copied();
+        Self { p50: at(0.5).unwrap_or_default(), p99: at(0.99).unwrap_or_default(), max: at(1.0).unwrap_or_default() }
+    }
+}
+
+impl std::fmt::Display for Quantiles {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let ms = |time: Duration| time.as_secs_f64() * 1000.0;
+        write!(f, "p50 {:.0} ms, p99 {:.0} ms, at most {:.0} ms", ms(self.p50), ms(self.p99), ms(self.max))
+    }
+}
