@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use axum::http::Uri;
 use service_kit::telemetry::LogFormat;
 
+use crate::broker::BrokerArgs;
 use crate::cors::Origin;
 use crate::limits::LimitArgs;
 
@@ -30,6 +31,11 @@ pub struct Config {
     /// (`https://shop.example`). Without it, only pages of this gateway may.
     #[arg(long, env = "GOZON_CORS_ORIGINS", value_delimiter = ',')]
     pub cors_origins: Vec<Origin>,
+    #[command(flatten)]
+    pub broker: BrokerArgs,
+    /// Clients that follow events at once; one more is told to come again.
+    #[arg(long, env = "GOZON_EVENT_STREAMS_MAX", default_value_t = 1024)]
+    pub event_streams_max: usize,
     /// How log lines look.
     #[arg(long, env = "GOZON_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,

@@ -1,9 +1,11 @@
-//! The OpenAPI document of the whole API, merged from those of the services.
+//! The OpenAPI document of the whole API, merged from those of the services and what the gateway answers itself.
 
 use std::sync::LazyLock;
 
 use service_kit::openapi::complete;
 use utoipa::openapi::{InfoBuilder, LicenseBuilder, OpenApi, Server};
+
+use crate::events;
 
 /// The services' documents, kept beside them and checked against their code by their tests. Compiled in, so that the
 /// gateway shows the API whether or not the services are up.
@@ -26,6 +28,7 @@ pub(crate) fn payments() -> OpenApi {
 pub fn all() -> OpenApi {
     let mut all = payments();
     all.merge(orders());
+    all.merge(events::api().into_openapi());
     all.info = InfoBuilder::new()
         .title("Gozon")
         .version(env!("CARGO_PKG_VERSION"))

@@ -10,11 +10,12 @@ use utoipa_swagger_ui::{Config, SwaggerUi, Url};
 
 use crate::cors::{self, Origin};
 use crate::document;
+use crate::events::{self, Events};
 use crate::forward::{Forwarder, Service};
 use crate::limits::{self, Limits};
 
 /// `probes` are the routes for machines: health, metrics.
-pub(crate) fn router(forwarder: Forwarder, limits: Limits, origins: &[Origin], probes: Router) -> Router {
+pub(crate) fn router(forwarder: Forwarder, events: Events, limits: Limits, origins: &[Origin], probes: Router) -> Router {
     let swagger = SwaggerUi::new("/swagger")
         .urls(vec![
             (Url::with_primary("all", "/openapi.json", true), document::all()),
@@ -28,8 +29,9 @@ pub(crate) fn router(forwarder: Forwarder, limits: Limits, origins: &[Origin], p
         .route("/v1/accounts", post(to_payments))
         .route("/v1/accounts/{user_id}", get(to_payments))
         .route("/v1/accounts/{user_id}/deposits", post(to_payments))
-        .route_layer(from_fn_with_state(limits, limits::admit))
         .with_state(forwarder)
+        .merge(events::api().with_state(events).split_for_parts().0)
+        .route_layer(from_fn_with_state(limits, limits::admit))
         .merge(probes)
         .merge(swagger)
         .route("/openapi.yaml", get(async || ([(header::CONTENT_TYPE, "application/yaml")], document::yaml())))

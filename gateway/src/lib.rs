@@ -1,5 +1,5 @@
-//! The gateway: the one address that clients need. It forwards what it knows to orders and payments ([`forward`]) and
-//! shows the API ([`http`]). It has no database and decides nothing.
+//! The gateway: the one address that clients need. It forwards what it knows to orders and payments ([`forward`]), tells
+//! browsers how orders change ([`live`], [`events`]) and shows the API ([`http`]). It has no database and decides nothing.
 
 use std::net::SocketAddr;
 
@@ -10,20 +10,28 @@ use tracing::info;
 use service_kit::health::Health;
 use service_kit::metrics::Metrics;
 
+mod broker;
+mod change;
 mod config;
 mod cors;
 mod document;
+mod events;
 mod forward;
 mod http;
 mod limits;
+mod live;
 
+pub use broker::BrokerArgs;
 pub use config::Config;
 pub use cors::Origin;
 pub use document::all as openapi;
 pub use limits::LimitArgs;
 
+use broker::Broker;
+use events::Events;
 use forward::{Forwarder, Service};
 use limits::Limits;
+use live::Live;
 
 /// Everything the process consists of.
 pub struct App {
@@ -31,6 +39,8 @@ pub struct App {
     forwarder: Forwarder,
     limits: Limits,
     origins: Vec<Origin>,
+    live: Option<Live>,
+    event_streams_max: usize,
 }
 
 impl App {
@@ -39,7 +49,9 @@ impl App {
         let listener = service_kit::config::listen(config.listen, config.listen_unprotected).await?;
         let limits = Limits::new(config.limits);
         let forwarder = Forwarder::new(&config.orders_url, &config.payments_url, limits.clone())?;
-        Ok(Self { listener, forwarder, limits, origins: config.cors_origins })
+        let live = Broker::connect(config.broker).await?.map(Live::new);
+        let event_streams_max = config.event_streams_max;
+        Ok(Self { listener, forwarder, limits, origins: config.cors_origins, live, event_streams_max })
     }
 
     /// Where it listens.
@@ -52,17 +64,28 @@ impl App {
         info!(address = %self.listener.local_addr()?, "gateway listens");
         let metrics = Metrics::start("gateway", env!("CARGO_PKG_VERSION"))?;
         let probes = self.health().routes(shutdown.clone()).merge(metrics.routes());
-        let router = http::router(self.forwarder, self.limits.clone(), &self.origins, probes);
-        let (served, ()) =
-            tokio::join!(service_kit::server::serve(self.listener, router, shutdown.clone()), self.limits.run(shutdown));
+        let events = Events::new(self.live.clone(), self.forwarder.clone(), self.event_streams_max, shutdown.clone());
+        let router = http::router(self.forwarder, events, self.limits.clone(), &self.origins, probes);
+        let follow = async {
+            if let Some(live) = &self.live {
+                live.run(shutdown.clone()).await;
+            }
+        };
+        let serve = service_kit::server::serve(self.listener, router, shutdown.clone());
+        let (served, (), ()) = tokio::join!(serve, self.limits.run(shutdown.clone()), follow);
         served
     }
 
     /// Ready as soon as it runs: it answers for a service that is away, so nobody's health depends on another's.
     fn health(&self) -> Health {
         let (orders, payments) = (self.forwarder.clone(), self.forwarder.clone());
+        let live = self.live.clone();
         Health::default()
             .informative("orders", move || orders.clone().probe(Service::Orders))
             .informative("payments", move || payments.clone().probe(Service::Payments))
+            .informative("events", move || {
+                let health = live.as_ref().map_or_else(|| Err("switched off: NATS_PASSWORD is not set".to_owned()), Live::health);
+                std::future::ready(health)
+            })
     }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
+use hyper::body::Incoming;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
@@ -40,6 +41,27 @@ impl Answer {
     }
 }
 
+/// An answer whose body is still coming.
+#[derive(Debug)]
+pub struct Opened {
+    /// Status code.
+    pub status: u16,
+    /// The content type.
+    pub content_type: String,
+    body: Incoming,
+}
+
+impl Opened {
+    /// The next piece of the body; `None` when it has ended, or broke off.
+    pub async fn next(&mut self) -> Option<Bytes> {
+        loop {
+            if let Ok(bytes) = self.body.frame().await?.ok()?.into_data() {
+                return Some(bytes);
+            }
+        }
+    }
+}
+
 /// Speaks to one server.
 #[derive(Clone, Debug)]
 pub struct Http {
@@ -71,6 +93,18 @@ impl Http {
         let mut headers = vec![("content-type", "application/json")];
         headers.extend(key.map(|key| ("idempotency-key", key)));
         self.request("POST", path, &headers, body.to_string().into()).await
+    }
+
+    /// GET of something that may never end.
+    pub async fn open(&self, path: &str, headers: &[(&str, &str)]) -> anyhow::Result<Opened> {
+        let mut request = hyper::Request::get(format!("{}{path}", self.base));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let request = request.body(Full::new(Bytes::new())).context("a request is not well formed")?;
+        let (parts, body) = tokio::time::timeout(TIMEOUT, self.client.request(request)).await??.into_parts();
+        let content_type = parts.headers.get("content-type").and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
+        Ok(Opened { status: parts.status.as_u16(), content_type, body })
     }
 
     /// Anything.

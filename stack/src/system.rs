@@ -353,6 +353,8 @@ impl System {
                 ("GOZON_LISTEN", local(self.ports.gateway)),
                 ("GOZON_ORDERS_URL", format!("http://{}", local(port("orders", self.ports.orders)))),
                 ("GOZON_PAYMENTS_URL", format!("http://{}", local(port("payments", self.ports.payments)))),
+                ("NATS_URL", nats),
+                ("NATS_PASSWORD", secrets.nats_gateway.clone()),
             ],
         };
         environment.extend(self.environment.iter().map(|(name, value)| (name.as_str(), value.clone())));

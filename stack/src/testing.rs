@@ -24,7 +24,7 @@ use crate::nats::Nats;
 use crate::place::{Place, Secrets};
 use crate::ports::{Ports, free_port};
 use crate::postgres::Postgres;
-use crate::process::{Process, tail};
+use crate::process::{Process, Program, tail};
 use crate::seed::Seed;
 use crate::system::{Options, System};
 use crate::tools::Tools;
@@ -293,6 +293,19 @@ impl TestBroker {
     pub fn secrets(&self) -> &Secrets {
         &self.nats.secrets
     }
+}
+
+/// One of our own programs, as cargo has built it, for a test that runs more of them than a stack has.
+pub fn service_program(name: &str, log: PathBuf) -> anyhow::Result<Program> {
+    Ok(Program {
+        name: name.to_owned(),
+        executable: own_programs()?.join(name),
+        arguments: Vec::new(),
+        environment: Vec::new(),
+        log,
+        stop_signal: Signal::TERM,
+        unprivileged: false,
+    })
 }
 
 /// A whole stack of a test's own, with real processes.

@@ -49,7 +49,15 @@ async fn the_gateway_shows_the_whole_api() {
     let paths: Vec<_> = document["paths"].as_object().unwrap().keys().collect();
     assert_eq!(
         paths,
-        ["/v1/accounts", "/v1/accounts/{user_id}", "/v1/accounts/{user_id}/deposits", "/v1/orders", "/v1/orders/{id}"]
+        [
+            "/v1/accounts",
+            "/v1/accounts/{user_id}",
+            "/v1/accounts/{user_id}/deposits",
+            "/v1/orders",
+            "/v1/orders/events",
+            "/v1/orders/{id}",
+            "/v1/orders/{id}/events",
+        ]
     );
     for door in ["gateway", "orders", "payments"] {
         let http = stack::http::Http::new(shop.stack.system.address(door));

@@ -6,6 +6,7 @@ mod chaos;
 mod checkout;
 mod cluster;
 mod disk;
+mod events;
 mod examples;
 mod faults;
 mod kill_matrix;

@@ -100,9 +100,34 @@ async fn each_nats_user_can_do_its_work_and_nothing_else() {
     }
 
     let mut gateway = User::log_in(&stack, "gateway", &secrets.nats_gateway).await;
-    for subject in ["gozon.orders.placed", "gozon.payments.settled", "$JS.API.STREAM.DELETE.ORDERS"] {
+    for subject in [
+        "gozon.orders.placed",
+        "gozon.payments.settled",
+        "gozon.dlq.orders",
+        "$JS.API.STREAM.CREATE.ORDERS",
+        "$JS.API.STREAM.UPDATE.ORDERS",
+        "$JS.API.STREAM.DELETE.ORDERS",
+        "$JS.API.STREAM.PURGE.ORDERS",
+        "$JS.API.STREAM.INFO.PAYMENTS",
+        "$JS.API.DIRECT.GET.PAYMENTS",
+        "$JS.API.CONSUMER.CREATE.ORDERS",
+        "$JS.API.CONSUMER.CREATE.ORDERS.payments-order-placed",
+        "$JS.API.CONSUMER.CREATE.ORDERS.payments-order-placed.gozon.orders.placed",
+        "$JS.API.CONSUMER.CREATE.ORDERS.payments-order-placed.gozon.orders.>",
+        "$JS.API.CONSUMER.DURABLE.CREATE.ORDERS.payments-order-placed",
+        "$JS.API.CONSUMER.CREATE.PAYMENTS.mine.gozon.payments.>",
+        "$JS.API.CONSUMER.DELETE.ORDERS.payments-order-placed",
+        "$JS.API.CONSUMER.MSG.NEXT.ORDERS.payments-order-placed",
+        "$JS.API.CONSUMER.MSG.NEXT.PAYMENTS.orders-payment-settled",
+        "$JS.ACK.ORDERS.payments-order-placed.1.1.1.1.1",
+    ] {
         gateway.may_not_publish(subject).await;
     }
+    for subject in ["gozon.orders.>", "_INBOX_orders.>", "_INBOX.>", ">"] {
+        gateway.may_not_subscribe(subject).await;
+    }
+    gateway.may_request("$JS.API.STREAM.INFO.ORDERS", "").await;
+    gateway.may_request("$JS.API.DIRECT.GET.ORDERS", r#"{"seq":1}"#).await;
 
     let mut viewer = User::log_in(&stack, "viewer", &secrets.nats_viewer).await;
     for subject in [

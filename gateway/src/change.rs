@@ -1,0 +1,217 @@
+//! A change of an order's status, as a message of the stream ORDERS tells it, and the place where it stands there.
+
+use std::collections::{HashMap, VecDeque};
+use std::fmt;
+use std::str::FromStr;
+
+use async_nats::HeaderMap;
+use serde::Serialize;
+use serde_json::Value;
+use shared_contracts::{DeclineReason, Event, OrderCancelled, OrderFinished, OrderId, OrderPlaced, UserId, header};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+/// A request that is stored so much later than its fact was made is no news: somebody publishes old events again.
+const NEWS_AGE_MAX: time::Duration = time::Duration::hours(1);
+
+/// A place in the stream, with the event that stands there: sequences start again when a stream is made anew, so a number
+/// alone says nothing. As text `<stream sequence>.<event id>`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Position {
+    pub(crate) sequence: u64,
+    /// Absent where no event can be named: the stream is empty.
+    pub(crate) event_id: Option<Uuid>,
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.event_id {
+            Some(event_id) => write!(f, "{}.{event_id}", self.sequence),
+            None => write!(f, "{}.-", self.sequence),
+        }
+    }
+}
+
+impl FromStr for Position {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        const RULE: &str = "must be the id of an event of this stream";
+        let (sequence, event_id) = text.split_once('.').ok_or(RULE)?;
+        let event_id = match event_id {
+            "-" => None,
+            id => Some(id.parse().map_err(|_| RULE)?),
+        };
+        Ok(Self { sequence: sequence.parse().map_err(|_| RULE)?, event_id })
+    }
+}
+
+/// Where a message stands.
+pub(crate) fn position(sequence: u64, headers: Option<&HeaderMap>) -> Position {
+    Position { sequence, event_id: text_header(headers, header::ID).and_then(|id| id.parse().ok()) }
+}
+
+/// The status of an order, and since when.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[schema(as = OrderChange, example = json!({"order_id": "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11", "user_id": "alice", "amount": 1299, "status": "FINISHED", "reason": null, "at": "2026-11-21T10:00:00.123456Z"}))]
+pub(crate) struct Change {
+    /// Which order.
+    #[schema(value_type = Uuid)]
+    pub(crate) order_id: OrderId,
+    /// Whose.
+    #[schema(value_type = String)]
+    pub(crate) user_id: UserId,
+    /// Minor units.
+    pub(crate) amount: i64,
+    /// NEW, FINISHED or CANCELLED.
+    #[schema(value_type = String)]
+    pub(crate) status: &'static str,
+    /// Why it was cancelled.
+    #[schema(required = true, value_type = Option<String>)]
+    pub(crate) reason: Option<DeclineReason>,
+    /// Since when.
+    #[serde(with = "time::serde::rfc3339")]
+    #[schema(value_type = String, format = DateTime)]
+    pub(crate) at: OffsetDateTime,
+}
+
+impl Change {
+    /// What a message tells, if it tells a change: no repetition of a request, and nothing that is not understood.
+    pub(crate) fn read(headers: Option<&HeaderMap>, payload: &[u8], stored_at: OffsetDateTime) -> Option<Self> {
+        let at = OffsetDateTime::parse(text_header(headers, header::TIME)?, &Rfc3339).ok()?;
+        let kind = text_header(headers, header::TYPE)?;
+        if kind == OrderPlaced::TYPE {
+            if text_header(headers, header::ASK).is_some() || stored_at - at > NEWS_AGE_MAX {
+                return None;
+            }
+            let OrderPlaced { order_id, user_id, amount } = serde_json::from_slice(payload).ok()?;
+            return Some(Self { order_id, user_id, amount: amount.minor_units(), status: "NEW", reason: None, at });
+        }
+        if kind == OrderFinished::TYPE {
+            let OrderFinished { order_id, user_id, amount } = serde_json::from_slice(payload).ok()?;
+            return Some(Self { order_id, user_id, amount: amount.minor_units(), status: "FINISHED", reason: None, at });
+        }
+        if kind == OrderCancelled::TYPE {
+            let OrderCancelled { order_id, user_id, amount, reason } = serde_json::from_slice(payload).ok()?;
+            let amount = amount.minor_units();
+            return Some(Self { order_id, user_id, amount, status: "CANCELLED", reason: Some(reason), at });
+        }
+        None
+    }
+
+    /// An order as its service describes it.
+    pub(crate) fn of_order(order: &Value) -> Option<Self> {
+        let text = |name: &str| order.get(name)?.as_str();
+        Some(Self {
+            order_id: text("id")?.parse().ok()?,
+            user_id: UserId::parse(text("user_id")?).ok()?,
+            amount: order.get("amount")?.as_i64()?,
+            status: ["NEW", "FINISHED", "CANCELLED"].into_iter().find(|status| text("status") == Some(status))?,
+            reason: text("reason").and_then(DeclineReason::parse),
+            at: OffsetDateTime::parse(text("updated_at")?, &Rfc3339).ok()?,
+        })
+    }
+
+    pub(crate) fn is_final(&self) -> bool {
+        self.status != "NEW"
+    }
+}
+
+fn text_header<'a>(headers: Option<&'a HeaderMap>, name: &str) -> Option<&'a str> {
+    Some(headers?.get(name)?.as_str())
+}
+
+/// Which orders ended, and where in the stream: what is told about an order after its end is a repetition, and would make
+/// its status go backwards.
+#[derive(Debug, Default)]
+pub(crate) struct Ended {
+    at: HashMap<Uuid, u64>,
+    oldest_first: VecDeque<Uuid>,
+}
+
+impl Ended {
+    /// Orders remembered, about 60 bytes each. Far more than a replay may reach back.
+    const MAX: usize = 100_000;
+
+    /// Whether the order had ended before this place.
+    pub(crate) fn before(&self, order_id: OrderId, sequence: u64) -> bool {
+        self.at.get(&order_id.as_uuid()).is_some_and(|end| *end < sequence)
+    }
+
+    /// Notes the first end of an order.
+    pub(crate) fn note(&mut self, order_id: OrderId, sequence: u64) {
+        if self.at.contains_key(&order_id.as_uuid()) {
+            return;
+        }
+        self.at.insert(order_id.as_uuid(), sequence);
+        self.oldest_first.push_back(order_id.as_uuid());
+        if self.oldest_first.len() > Self::MAX
+            && let Some(oldest) = self.oldest_first.pop_front()
+        {
+            self.at.remove(&oldest);
+        }
+    }
+
+    /// The stream was made anew: everything known ended before all that comes.
+    pub(crate) fn all_before_everything(&mut self) {
+        self.at.values_mut().for_each(|end| *end = 0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(kind: &str, at: &str, ask: Option<&str>) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::TYPE, kind);
+        headers.insert(header::TIME, at);
+        if let Some(ask) = ask {
+            headers.insert(header::ASK, ask);
+        }
+        headers
+    }
+
+    #[test]
+    fn a_position_is_written_and_read() {
+        for text in ["7.01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11", "0.-"] {
+            assert_eq!(text.parse::<Position>().unwrap().to_string(), text);
+        }
+        for bad in ["", "7", "7.", "7.x", "x.-", "-1.-", "7.8.9"] {
+            assert!(bad.parse::<Position>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn only_what_changes_a_status_is_a_change() {
+        let body = br#"{"order_id":"01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11","user_id":"alice","amount":5,"reason":"no_account"}"#;
+        let stored_at = OffsetDateTime::parse("2026-11-21T10:00:05Z", &Rfc3339).unwrap();
+        let read = |headers: HeaderMap| Change::read(Some(&headers), body, stored_at).map(|change| change.status);
+        let at = "2026-11-21T10:00:00Z";
+        assert_eq!(read(headers(OrderPlaced::TYPE, at, None)), Some("NEW"));
+        assert_eq!(read(headers(OrderFinished::TYPE, at, None)), Some("FINISHED"));
+        assert_eq!(read(headers(OrderCancelled::TYPE, at, None)), Some("CANCELLED"));
+        assert_eq!(read(headers(OrderPlaced::TYPE, at, Some("1"))), None, "a re-ask is no change");
+        assert_eq!(read(headers(OrderPlaced::TYPE, "2026-11-21T08:00:00Z", None)), None, "old, published again");
+        assert_eq!(read(headers(OrderFinished::TYPE, "2026-11-21T08:00:00Z", None)), Some("FINISHED"));
+        assert_eq!(read(headers("gozon.order.placed.v2", at, None)), None);
+        assert_eq!(Change::read(Some(&headers(OrderPlaced::TYPE, at, None)), b"{", stored_at), None);
+    }
+
+    #[test]
+    fn what_is_told_after_the_end_is_a_repetition() {
+        let (order, mut ended) = (OrderId::mint(), Ended::default());
+        ended.note(order, 5);
+        ended.note(order, 9);
+        assert!(!ended.before(order, 4) && !ended.before(order, 5) && ended.before(order, 6));
+        ended.all_before_everything();
+        assert!(ended.before(order, 1));
+        for _ in 0..Ended::MAX {
+            ended.note(OrderId::mint(), 10);
+        }
+        assert!(!ended.before(order, 1), "bounded: the oldest is forgotten");
+        assert_eq!(ended.at.len(), Ended::MAX);
+    }
+}

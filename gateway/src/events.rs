@@ -1,0 +1,368 @@
+//! Live status of orders as server-sent events.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::{Path, Query, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use axum::response::sse::{Event, Sse};
+use axum::response::{IntoResponse as _, Response};
+use futures_util::stream;
+use http_body_util::BodyExt as _;
+use serde_json::Value;
+use service_kit::Problem;
+use service_kit::body::{self, Fields};
+use service_kit::http::REQUEST_ID;
+use service_kit::problem::ProblemDocument;
+use shared_contracts::{OrderId, UserId};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc};
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::change::{Change, Position};
+use crate::forward::{Forwarder, Service};
+use crate::live::{Live, News, REPLAY_MAX, Told};
+
+const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
+/// Proxies close what is silent; this keeps them from it, and tells the client how far it is.
+const HEARTBEAT: Duration = Duration::from_secs(15);
+/// Events on their way to one client.
+const OUTGOING: usize = 64;
+/// A client that takes nothing for this long is cut off. It resumes where it was.
+const SLOW_CLIENT_TIMEOUT: Duration = Duration::from_secs(20);
+/// Browsers connect again after this long.
+const RECONNECT_AFTER: Duration = Duration::from_secs(1);
+const BROKER_RETRY_DELAY: Duration = Duration::from_millis(250);
+
+/// What handlers need.
+#[derive(Clone)]
+pub(crate) struct Events {
+    live: Option<Live>,
+    forwarder: Forwarder,
+    places: Arc<Semaphore>,
+    shutdown: CancellationToken,
+}
+
+impl Events {
+    /// `live` is absent where no broker is configured.
+    pub(crate) fn new(live: Option<Live>, forwarder: Forwarder, streams_max: usize, shutdown: CancellationToken) -> Self {
+        Self { live, forwarder, places: Arc::new(Semaphore::new(streams_max)), shutdown }
+    }
+
+    fn open(&self) -> Result<(Live, OwnedSemaphorePermit), Problem> {
+        let Some(live) = self.live.clone() else {
+            let detail = "This gateway was started without NATS_PASSWORD, so it has no live events. Poll instead.";
+            return Err(Problem::new(StatusCode::SERVICE_UNAVAILABLE, "no_live_events", detail));
+        };
+        let place = self.places.clone().try_acquire_owned().map_err(|_| {
+            let detail = "Too many clients follow events already. Try again soon.";
+            Problem::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", detail).retry_after(1)
+        })?;
+        Ok((live, place))
+    }
+}
+
+pub(crate) fn api() -> OpenApiRouter<Events> {
+    OpenApiRouter::new().routes(routes!(follow_orders)).routes(routes!(follow_order))
+}
+
+/// Follow orders as they change
+///
+/// Server-sent events. `order`: an order is now NEW, FINISHED or CANCELLED. `reset`: events may be missing; read the orders
+/// afresh, it goes on from here. Ids are opaque; send the last one as Last-Event-ID, to this gateway or another, to go on
+/// after it (browsers do so by themselves). Comments keep the connection alive. A status never goes backwards here, but an
+/// event may tell of a time before the list that you have read: what you know as final is final.
+#[utoipa::path(
+    get,
+    path = "/v1/orders/events",
+    operation_id = "followOrders",
+    tag = "orders",
+    params(
+        ("user_id" = Option<String>, Query, description = "Only this user's; without it, all users'"),
+        ("Last-Event-ID" = Option<String>, Header, description = "Go on after this event"),
+        ("last_event_id" = Option<String>, Query, description = "The same, for clients that cannot set the header; the header counts more"),
+    ),
+    responses(
+        (status = 200, description = "Events, until one side closes the connection", body = Change, content_type = "text/event-stream"),
+        (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Too many follow already, or live events are switched off", body = ProblemDocument, content_type = "application/problem+json"),
+    )
+)]
+async fn follow_orders(
+    State(events): State<Events>,
+    Query(query): Query<Vec<(String, String)>>,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    let mut parameters = Fields::from_query(&query);
+    let user_id = parameters
+        .optional("user_id", None, |value| UserId::parse(body::text(value)?).map(Some).map_err(|error| error.to_string()));
+    let after = resume_after(&mut parameters, &headers);
+    parameters.finish()?;
+    let (live, place) = events.open()?;
+    let (news, head) = live.subscribe();
+    let filter = match user_id.flatten() {
+        Some(user_id) => Filter::User(user_id),
+        None => Filter::All,
+    };
+    let after = after.flatten().unwrap_or(After::Now);
+    Ok(respond(Session { live, news, head, filter, opening: None, ended: false, place }, after, events.shutdown))
+}
+
+/// Follow one order
+///
+/// As all orders are followed. Unless it resumes, it begins with the order as it is, or with `reset` if that cannot be said.
+#[utoipa::path(
+    get,
+    path = "/v1/orders/{id}/events",
+    operation_id = "followOrder",
+    tag = "orders",
+    params(
+        ("id" = Uuid, Path, description = "Which order"),
+        ("Last-Event-ID" = Option<String>, Header, description = "Go on after this event"),
+        ("last_event_id" = Option<String>, Query, description = "The same, for clients that cannot set the header; the header counts more"),
+    ),
+    responses(
+        (status = 200, description = "Events, until one side closes the connection", body = Change, content_type = "text/event-stream"),
+        (status = 404, description = "There is no such order", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Too many follow already, or live events are switched off", body = ProblemDocument, content_type = "application/problem+json"),
+    )
+)]
+async fn follow_order(
+    State(events): State<Events>,
+    Path(id): Path<String>,
+    Query(query): Query<Vec<(String, String)>>,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    let mut parameters = Fields::from_query(&query);
+    let after = resume_after(&mut parameters, &headers);
+    parameters.finish()?;
+    let Ok(order_id) = id.parse::<OrderId>() else {
+        return Err(Problem::new(StatusCode::NOT_FOUND, "order_not_found", "There is no order with this id."));
+    };
+    let (live, place) = events.open()?;
+    // Listening comes before looking: then no change is between the two.
+    let (news, head) = live.subscribe();
+    let found = order_as_it_is(&events.forwarder, order_id, &headers).await;
+    let opening = match found {
+        Ok(found) => found,
+        Err(refusal) => return Ok(refusal),
+    };
+    let after = match (after.flatten(), &opening) {
+        (Some(after), _) => after,
+        (None, Some(_)) => After::Now,
+        (None, None) => After::Unknown,
+    };
+    let opening = opening.filter(|_| matches!(after, After::Now));
+    Ok(respond(
+        Session { live, news, head, filter: Filter::Order(order_id), opening, ended: false, place },
+        after,
+        events.shutdown,
+    ))
+}
+
+/// Where to begin.
+#[derive(Clone, Copy, Debug)]
+enum After {
+    Now,
+    Event(Position),
+    /// After something that nobody knows.
+    Unknown,
+}
+
+/// What a browser sends by itself is newer than what stands in the URL.
+fn resume_after(parameters: &mut Fields, headers: &HeaderMap) -> Option<Option<After>> {
+    let in_query = parameters.optional("last_event_id", None, |value| match body::text(value)? {
+        "" => Ok(None),
+        id => Ok(Some(After::Event(id.parse().map_err(str::to_owned)?))),
+    });
+    let in_header = headers.get(LAST_EVENT_ID).map(HeaderValue::to_str).filter(|value| !matches!(value, Ok("")));
+    match in_header {
+        // Of another server, perhaps. A browser that is refused gives up for ever.
+        Some(id) => Some(Some(id.ok().and_then(|id| id.parse().ok()).map_or(After::Unknown, After::Event))),
+        None => in_query,
+    }
+}
+
+/// The order as its service knows it, `None` if the service is away, or an answer that ends the matter.
+async fn order_as_it_is(forwarder: &Forwarder, id: OrderId, headers: &HeaderMap) -> Result<Option<Change>, Response> {
+    let mut request = axum::http::Request::get(format!("/v1/orders/{id}"));
+    if let Some(request_id) = headers.get(REQUEST_ID) {
+        request = request.header(REQUEST_ID, request_id);
+    }
+    let request = request.body(axum::body::Body::empty()).expect("a path and a header make a request");
+    let answer = forwarder.clone().forward(Service::Orders, request).await;
+    match answer.status() {
+        StatusCode::OK => {
+            let bytes = answer.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+            Ok(serde_json::from_slice(&bytes).ok().and_then(|order: Value| Change::of_order(&order)))
+        }
+        StatusCode::NOT_FOUND => Err(answer),
+        _ => Ok(None),
+    }
+}
+
+fn respond(session: Session, after: After, shutdown: CancellationToken) -> Response {
+    let (to, mut outgoing) = mpsc::channel(OUTGOING);
+    tokio::spawn(async move {
+        let closed = to.clone();
+        tokio::select! {
+            () = session.run(after, &to) => {}
+            () = closed.closed() => {}
+            () = shutdown.cancelled() => {}
+        }
+    });
+    let frames = stream::poll_fn(move |cx| outgoing.poll_recv(cx).map(|event: Option<Event>| event.map(Ok::<_, Infallible>)));
+    // nginx would otherwise keep events back.
+    ([("x-accel-buffering", "no")], Sse::new(frames)).into_response()
+}
+
+enum Filter {
+    All,
+    User(UserId),
+    Order(OrderId),
+}
+
+impl Filter {
+    fn wants(&self, change: &Change) -> bool {
+        match self {
+            Self::All => true,
+            Self::User(user_id) => change.user_id == *user_id,
+            Self::Order(order_id) => change.order_id == *order_id,
+        }
+    }
+}
+
+/// One client.
+struct Session {
+    live: Live,
+    news: broadcast::Receiver<News>,
+    head: Option<Position>,
+    filter: Filter,
+    opening: Option<Change>,
+    /// The one order that is followed has ended: what still comes is older.
+    ended: bool,
+    /// Given back when the session ends.
+    #[expect(dead_code, reason = "held, not read")]
+    place: OwnedSemaphorePermit,
+}
+
+/// The client is gone, or too slow.
+struct CutOff;
+
+impl Session {
+    async fn run(mut self, after: After, to: &mpsc::Sender<Event>) {
+        // Whoever was cut off comes back and resumes.
+        let _: Result<(), CutOff> = self.tell(after, to).await;
+    }
+
+    async fn tell(&mut self, after: After, to: &mpsc::Sender<Event>) -> Result<(), CutOff> {
+        let mut here = self.head;
+        let hello = Event::default().retry(RECONNECT_AFTER).comment("orders");
+        send(to, with_id(hello, here.filter(|_| matches!(after, After::Now)))).await?;
+        match after {
+            After::Now => {}
+            After::Unknown => self.reset(here, to).await?,
+            After::Event(place) => here = self.catch_up(place, to).await?,
+        }
+        if let Some(opening) = self.opening.take() {
+            self.ended = opening.is_final();
+            let json = serde_json::to_string(&opening).expect("a change is plain data");
+            send(to, with_id(Event::default().event("order").data(json), here)).await?;
+        }
+        let mut heartbeat = tokio::time::interval_at(Instant::now() + HEARTBEAT, HEARTBEAT);
+        loop {
+            tokio::select! {
+                news = self.news.recv() => match news {
+                    // Told already, while catching up.
+                    Ok(News::Change(told)) if here.is_some_and(|here| told.position.sequence <= here.sequence) => {}
+                    Ok(News::Change(told)) => {
+                        here = Some(told.position);
+                        self.show(&told, to).await?;
+                    }
+                    Ok(News::Reset(position)) => {
+                        here = Some(position);
+                        self.reset(here, to).await?;
+                    }
+                    // The ring went on without this client.
+                    Err(_) => return Err(CutOff),
+                },
+                _ = heartbeat.tick() => {
+                    here = self.live.head_if_taken(&self.news).filter(|head| here.is_none_or(|here| here.sequence <= head.sequence)).or(here);
+                    send(to, with_id(Event::default().comment("heartbeat"), here)).await?;
+                }
+            }
+        }
+    }
+
+    /// Reads what the client has missed from the stream itself, until the live events join on.
+    async fn catch_up(&mut self, after: Position, to: &mpsc::Sender<Event>) -> Result<Option<Position>, CutOff> {
+        let mut here = after;
+        let mut heartbeat = tokio::time::interval_at(Instant::now() + HEARTBEAT, HEARTBEAT);
+        loop {
+            // Anew for each page, so that the ring need not hold what comes during the whole of a long replay.
+            (self.news, self.head) = self.live.subscribe();
+            let page = match self.head {
+                Some(head) if head == here => return Ok(Some(here)),
+                Some(head) if head.sequence.saturating_sub(here.sequence) > REPLAY_MAX => Ok(None),
+                Some(_) => self.live.page_after(here).await,
+                None => Err(anyhow::anyhow!("the broker was not reached yet")),
+            };
+            match page {
+                Ok(Some((page, reached))) => {
+                    for told in page {
+                        self.show(&told, to).await?;
+                    }
+                    let joined = self.head.is_some_and(|head| reached.sequence >= head.sequence);
+                    let stuck = reached == here;
+                    here = reached;
+                    if joined {
+                        return Ok(Some(here));
+                    }
+                    // A copy of the stream that lags behind.
+                    if stuck {
+                        tokio::time::sleep(BROKER_RETRY_DELAY).await;
+                    }
+                }
+                Ok(None) => {
+                    self.reset(self.head, to).await?;
+                    return Ok(self.head);
+                }
+                // The broker is away; the client waits with us.
+                Err(_) => tokio::select! {
+                    _ = heartbeat.tick() => send(to, with_id(Event::default().comment("heartbeat"), Some(here))).await?,
+                    () = tokio::time::sleep(BROKER_RETRY_DELAY) => {}
+                },
+            }
+        }
+    }
+
+    async fn show(&mut self, told: &Told, to: &mpsc::Sender<Event>) -> Result<(), CutOff> {
+        if !self.filter.wants(&told.change) || self.ended {
+            return Ok(());
+        }
+        self.ended = matches!(self.filter, Filter::Order(_)) && told.change.is_final();
+        send(to, with_id(Event::default().event("order").data(&told.json), Some(told.position))).await
+    }
+
+    async fn reset(&self, here: Option<Position>, to: &mpsc::Sender<Event>) -> Result<(), CutOff> {
+        send(to, with_id(Event::default().event("reset").data("{}"), here)).await
+    }
+}
+
+fn with_id(event: Event, position: Option<Position>) -> Event {
+    match position {
+        Some(position) => event.id(position.to_string()),
+        None => event,
+    }
+}
+
+async fn send(to: &mpsc::Sender<Event>, event: Event) -> Result<(), CutOff> {
+    match timeout(SLOW_CLIENT_TIMEOUT, to.send(event)).await {
+        Ok(Ok(())) => Ok(()),
+        _ => Err(CutOff),
+    }
+}

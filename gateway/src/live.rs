@@ -1,0 +1,314 @@
+//! Follows the order events of the broker, once per process, and hands them to everyone who listens.
+//!
+//! Listeners share one bounded ring (a broadcast channel): a slow one misses its turn and is cut off, and holds up neither
+//! the others nor the following. Where a listener resumes, it reads from the stream itself, on any gateway.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use async_nats::StatusCode;
+use async_nats::jetstream::consumer::pull::{self, MessagesErrorKind};
+use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy};
+use async_nats::jetstream::message::StreamMessage;
+use async_nats::jetstream::stream::Stream;
+use async_nats::jetstream::{self, Message};
+use futures_util::StreamExt as _;
+use serde_json::json;
+use shared_contracts::ORDERS_STREAM;
+use time::OffsetDateTime;
+use tokio::sync::{Semaphore, broadcast};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+use uuid::Uuid;
+
+use crate::broker::{ANSWER_TIMEOUT, Broker};
+use crate::change::{Change, Ended, Position, position};
+
+const SUBJECTS: &str = "gozon.orders.>";
+/// Events in the shared ring, below 1 KiB each: some seconds of full load.
+const RING: usize = 8192;
+/// A listener that missed more than so many events reads its orders afresh, which is cheaper for everybody.
+pub(crate) const REPLAY_MAX: u64 = 20_000;
+/// Messages in one read.
+const READ_MAX: u64 = 500;
+/// Reads at once. After a restart everybody comes back together.
+const READS_MAX: usize = 16;
+const PULL_EXPIRES: Duration = Duration::from_secs(10);
+/// Without heartbeats a stream that vanished would look like a quiet one, for ever.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+const MISSING_HEARTBEATS_MAX: u32 = 2;
+/// How often the stream is looked at: one that was made anew or rolled back may deliver nothing for long.
+const LOOK_INTERVAL: Duration = Duration::from_secs(2);
+/// The broker removes the consumer of a gateway that is gone after this long.
+const CONSUMER_INACTIVE_MAX: Duration = Duration::from_secs(30);
+const RETRY_DELAY: Duration = Duration::from_millis(250);
+
+/// What listeners are told.
+#[derive(Clone, Debug)]
+pub(crate) enum News {
+    Change(Arc<Told>),
+    /// The stream is not the one that it was. Read afresh; it goes on from here.
+    Reset(Position),
+}
+
+/// A change at its place in the stream.
+#[derive(Debug)]
+pub(crate) struct Told {
+    pub(crate) position: Position,
+    pub(crate) change: Change,
+    pub(crate) json: String,
+}
+
+impl Told {
+    fn new(position: Position, change: Change) -> Self {
+        let json = serde_json::to_string(&change).expect("a change is plain data");
+        Self { position, change, json }
+    }
+}
+
+/// Follows and tells, cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Live(Arc<Inner>);
+
+struct Inner {
+    broker: Broker,
+    state: Mutex<State>,
+    news: broadcast::Sender<News>,
+    reads: Semaphore,
+    health: RwLock<Result<(), String>>,
+}
+
+/// Told and noted under one lock, so that who subscribes knows exactly what comes next.
+#[derive(Default)]
+struct State {
+    head: Option<Head>,
+    ended: Ended,
+}
+
+/// How far this process has followed, and which stream.
+#[derive(Clone, Copy, Debug)]
+struct Head {
+    position: Position,
+    made_at: OffsetDateTime,
+}
+
+impl Live {
+    pub(crate) fn new(broker: Broker) -> Self {
+        let (news, _) = broadcast::channel(RING);
+        let health = RwLock::new(Err("starting".to_owned()));
+        Self(Arc::new(Inner { broker, state: Mutex::default(), news, reads: Semaphore::new(READS_MAX), health }))
+    }
+
+    /// From here on: what comes after the head, which is absent until the broker was reached once.
+    pub(crate) fn subscribe(&self) -> (broadcast::Receiver<News>, Option<Position>) {
+        let state = self.state();
+        (self.0.news.subscribe(), state.head.map(|head| head.position))
+    }
+
+    /// How far a listener who has taken everything is.
+    pub(crate) fn head_if_taken(&self, news: &broadcast::Receiver<News>) -> Option<Position> {
+        let state = self.state();
+        state.head.filter(|_| news.is_empty()).map(|head| head.position)
+    }
+
+    /// How it goes.
+    pub(crate) fn health(&self) -> Result<(), String> {
+        self.0.health.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Follows until `shutdown`, whatever the broker does.
+    pub(crate) async fn run(&self, shutdown: CancellationToken) {
+        let following = async {
+            loop {
+                if !self.0.broker.is_connected() {
+                    self.say("the broker is away");
+                    self.0.broker.until_connected().await;
+                }
+                if let Err(error) = self.follow().await {
+                    self.say(&format!("{error:#}"));
+                }
+                tokio::time::sleep(RETRY_DELAY).await;
+            }
+        };
+        shutdown.run_until_cancelled(following).await;
+    }
+
+    fn say(&self, why: &str) {
+        let mut health = self.0.health.write().unwrap_or_else(PoisonError::into_inner);
+        if health.as_ref().err().is_none_or(|before| before != why) {
+            info!(why, "Not following order events; trying again");
+        }
+        *health = Err(why.to_owned());
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Follows as long as nothing is doubtful; says what became so.
+    async fn follow(&self) -> anyhow::Result<()> {
+        let connection_number = self.0.broker.connection_number();
+        let mut stream = self.0.broker.jetstream.get_stream(ORDERS_STREAM).await.context("stream ORDERS cannot be looked up")?;
+        let made_at = stream.cached_info().created;
+        let from = self.settle(&stream).await?;
+        let mut messages = self.pull(&stream, from).await?;
+        *self.0.health.write().unwrap_or_else(PoisonError::into_inner) = Ok(());
+        let mut look = tokio::time::interval(LOOK_INTERVAL);
+        let (mut taken, mut missing_heartbeats) = (0, 0);
+        loop {
+            tokio::select! {
+                message = messages.next() => match message.context("the stream of messages ended")? {
+                    Ok(message) => {
+                        let number = message.info().map_err(anyhow::Error::from_boxed)?.consumer_sequence;
+                        ensure!(number == taken + 1, "a message is missing between {taken} and {number}");
+                        (taken, missing_heartbeats) = (number, 0);
+                        self.take(&message, made_at)?;
+                    }
+                    Err(error) if matches!(error.kind(), MessagesErrorKind::MissingHeartbeat) => {
+                        missing_heartbeats += 1;
+                        ensure!(missing_heartbeats < MISSING_HEARTBEATS_MAX, "no heartbeat from the consumer; it may be gone");
+                    }
+                    Err(error) => return Err(error.into()),
+                },
+                _ = look.tick() => {
+                    let info = stream.info().await.context("stream ORDERS cannot be looked up")?;
+                    ensure!(info.created == made_at, "stream ORDERS was made anew");
+                    let last = info.state.last_sequence;
+                    let here = self.state().head.map_or(0, |head| head.position.sequence);
+                    ensure!(last >= here, "stream ORDERS was rolled back from {here} to {last}");
+                }
+                () = self.0.broker.until_reconnected(connection_number) => bail!("there is a new connection to the broker"),
+            }
+        }
+    }
+
+    /// Where to go on: at the head, if it is still there; else at the end of the stream, and everybody reads afresh.
+    async fn settle(&self, stream: &Stream) -> anyhow::Result<Position> {
+        let info = stream.cached_info();
+        let known = self.state().head;
+        if let Some(Head { position: known, made_at }) = known {
+            let there = match known.event_id {
+                Some(_) => self.find(known.sequence).await? == Some(known),
+                None => made_at == info.created && info.state.last_sequence >= known.sequence,
+            };
+            if there {
+                return Ok(known);
+            }
+            warn!(position = %known, "Stream ORDERS is not what it was; listeners read afresh");
+        }
+        let last = info.state.last_sequence;
+        let mut ended = Vec::new();
+        let mut here = Position { sequence: last, event_id: None };
+        let mut next = info.state.first_sequence.max(last.saturating_sub(REPLAY_MAX) + 1);
+        while next <= last {
+            let messages = self.read(next, READ_MAX).await?;
+            let Some(newest) = messages.last() else { break };
+            next = newest.sequence + 1;
+            for message in messages {
+                if message.sequence == last {
+                    here = position(last, Some(&message.headers));
+                }
+                if let Some(change) = change_of(&message).filter(Change::is_final) {
+                    ended.push((change.order_id, message.sequence));
+                }
+            }
+        }
+        let mut state = self.state();
+        state.ended.all_before_everything();
+        ended.into_iter().for_each(|(order_id, sequence)| state.ended.note(order_id, sequence));
+        state.head = Some(Head { position: here, made_at: info.created });
+        // Nobody may listen.
+        let _ = self.0.news.send(News::Reset(here));
+        Ok(here)
+    }
+
+    /// A consumer of this process: in memory, without acks, gone with the process. What it does not deliver in order is
+    /// noticed, and it is made again.
+    async fn pull(&self, stream: &Stream, after: Position) -> anyhow::Result<pull::Stream> {
+        let config = pull::Config {
+            // A name of its own in the subject of the request: that is what the permissions can see.
+            name: Some(format!("gateway-{}", Uuid::new_v4().simple())),
+            filter_subject: SUBJECTS.to_owned(),
+            deliver_policy: DeliverPolicy::ByStartSequence { start_sequence: after.sequence + 1 },
+            ack_policy: AckPolicy::None,
+            inactive_threshold: CONSUMER_INACTIVE_MAX,
+            memory_storage: true,
+            num_replicas: 1,
+            ..Default::default()
+        };
+        let consumer = stream.create_consumer(config).await.context("a consumer cannot be made")?;
+        consumer
+            .stream()
+            .max_messages_per_batch(READ_MAX as usize)
+            .expires(PULL_EXPIRES)
+            .heartbeat(HEARTBEAT)
+            .messages()
+            .await
+            .context("pulling cannot begin")
+    }
+
+    fn take(&self, message: &Message, made_at: OffsetDateTime) -> anyhow::Result<()> {
+        let info = message.info().map_err(anyhow::Error::from_boxed)?;
+        let here = position(info.stream_sequence, message.headers.as_ref());
+        let change = Change::read(message.headers.as_ref(), &message.payload, info.published);
+        let mut state = self.state();
+        state.head = Some(Head { position: here, made_at });
+        let Some(change) = change.filter(|change| !state.ended.before(change.order_id, here.sequence)) else { return Ok(()) };
+        if change.is_final() {
+            state.ended.note(change.order_id, here.sequence);
+        }
+        // Nobody may listen.
+        let _ = self.0.news.send(News::Change(Arc::new(Told::new(here, change))));
+        Ok(())
+    }
+
+    /// What came after a place, up to a page of it, and how far that reaches. `None`: the place is not there (any more).
+    pub(crate) async fn page_after(&self, place: Position) -> anyhow::Result<Option<(Vec<Told>, Position)>> {
+        let _turn = self.0.reads.acquire().await.context("the gateway stops")?;
+        // The place itself is read too: what stands there must be what stood there.
+        let messages = self.read(place.sequence.max(1), READ_MAX).await?;
+        let mut messages = messages.into_iter();
+        let found = messages.next().map(|message| position(message.sequence, Some(&message.headers)));
+        if place.event_id.is_none() || found != Some(place) {
+            return Ok(None);
+        }
+        let (mut page, mut reached) = (Vec::new(), place);
+        for message in messages {
+            reached = position(message.sequence, Some(&message.headers));
+            page.extend(change_of(&message).map(|change| Told::new(reached, change)));
+        }
+        let state = self.state();
+        page.retain(|told| !state.ended.before(told.change.order_id, told.position.sequence));
+        Ok(Some((page, reached)))
+    }
+
+    async fn find(&self, sequence: u64) -> anyhow::Result<Option<Position>> {
+        let found = self.read(sequence, 1).await?;
+        Ok(found.first().map(|message| position(message.sequence, Some(&message.headers))))
+    }
+
+    /// Messages from a sequence on, in order, with one request and without a consumer.
+    async fn read(&self, from: u64, count: u64) -> anyhow::Result<Vec<StreamMessage>> {
+        let client = &self.0.broker.client;
+        let inbox = client.new_inbox();
+        let mut answers = client.subscribe(inbox.clone()).await?;
+        let request = json!({ "seq": from, "batch": count, "next_by_subj": SUBJECTS }).to_string();
+        client.publish_with_reply(format!("$JS.API.DIRECT.GET.{ORDERS_STREAM}"), inbox, request.into()).await?;
+        let mut messages: Vec<StreamMessage> = Vec::new();
+        loop {
+            let answer = tokio::time::timeout(ANSWER_TIMEOUT, answers.next()).await;
+            let answer = answer.context("the broker does not answer")?.context("the broker is away")?;
+            match answer.status {
+                None => messages.push(jetstream::message::StreamMessage::try_from(answer)?),
+                // The end of the batch, or nothing is there.
+                Some(status) if status.as_u16() == 204 || status == StatusCode::NOT_FOUND => return Ok(messages),
+                Some(status) => bail!("the broker answers {status}"),
+            }
+        }
+    }
+}
+
+fn change_of(message: &StreamMessage) -> Option<Change> {
+    Change::read(Some(&message.headers), &message.payload, message.time)
+}
