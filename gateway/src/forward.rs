@@ -62,11 +62,11 @@ pub(crate) enum Service {
 }
 
 impl Service {
-    fn unavailable(self) -> Problem {
-        Problem::unavailable(match self {
+    fn unavailable(self) -> &'static str {
+        match self {
             Self::Orders => "Orders Service temporarily unavailable.",
             Self::Payments => "Payments Service temporarily unavailable.",
-        })
+        }
     }
 }
 
@@ -148,14 +148,11 @@ impl Forwarder {
         match failed {
             Failed::NotReached(error) => {
                 warn!(service = ?service, error, "A service is not reached");
-                Err(service.unavailable())
+                Err(Problem::unavailable(service.unavailable()))
             }
             Failed::Midway(error) => {
                 warn!(service = ?service, error, "A service did not answer to the end");
-                Err(match key {
-                    Some(key) => service.unavailable().outcome_unknown(key.as_str()),
-                    None => service.unavailable(),
-                })
+                Err(Problem::in_doubt(service.unavailable(), key.as_ref()))
             }
         }
     }

@@ -5,6 +5,8 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use crate::idempotency::IdempotencyKey;
+
 /// Media type of a problem document.
 pub const CONTENT_TYPE: &str = "application/problem+json";
 
@@ -82,6 +84,20 @@ impl Problem {
     /// A service that is needed is away; nothing was done.
     pub fn unavailable(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable", detail).retry_after(1)
+    }
+
+    /// A bug of ours, or data that nobody expected; nothing was done. The cause belongs into the log, not here.
+    pub fn internal() -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", "Something went wrong on our side. Nothing was done.")
+    }
+
+    /// A service was lost midway. A request with a key may or may not have been done, and the key tells.
+    pub fn in_doubt(detail: impl Into<String>, key: Option<&IdempotencyKey>) -> Self {
+        let problem = Self::unavailable(detail);
+        match key {
+            Some(key) => problem.outcome_unknown(key.as_str()),
+            None => problem,
+        }
     }
 
     /// Says when trying again makes sense.

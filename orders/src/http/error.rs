@@ -20,15 +20,10 @@ pub(super) fn problem(error: Error, key: Option<&IdempotencyKey>) -> Problem {
         ),
         Error::Overloaded => {
             warn!("A request is turned away: too many wait already");
+            service_kit::metrics::refused("orders_queue");
             Problem::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", UNAVAILABLE).retry_after(1)
         }
-        Error::Stopping => {
-            let problem = Problem::unavailable(UNAVAILABLE);
-            match key {
-                Some(key) => problem.outcome_unknown(key.as_str()),
-                None => problem,
-            }
-        }
+        Error::Stopping => Problem::in_doubt(UNAVAILABLE, key),
         Error::Database(cause) if messaging::db::is_lock_timeout(&cause) => Problem::new(
             StatusCode::CONFLICT,
             "request_in_progress",
@@ -41,19 +36,11 @@ pub(super) fn problem(error: Error, key: Option<&IdempotencyKey>) -> Problem {
         }
         Error::Database(cause) => {
             error!(error = %cause, "A database query failed");
-            Problem::new(
-                StatusCode::INTERNAL_SERVER_ERROR,
-                "internal_error",
-                "Something went wrong on our side. Nothing was done.",
-            )
+            Problem::internal()
         }
         Error::OutcomeUnknown(cause) => {
             error!(error = %cause, "The outcome of a transaction is not known");
-            let problem = Problem::unavailable(UNAVAILABLE);
-            match key {
-                Some(key) => problem.outcome_unknown(key.as_str()),
-                None => problem,
-            }
+            Problem::in_doubt(UNAVAILABLE, key)
         }
     }
 }

@@ -38,19 +38,11 @@ pub(super) fn problem(error: Error, key: Option<&IdempotencyKey>) -> Problem {
         }
         Error::Database(cause) => {
             error!(error = %cause, "A database query failed");
-            Problem::new(
-                StatusCode::INTERNAL_SERVER_ERROR,
-                "internal_error",
-                "Something went wrong on our side. Nothing was done.",
-            )
+            Problem::internal()
         }
         Error::OutcomeUnknown(cause) => {
             error!(error = %cause, "The outcome of a transaction is not known");
-            let problem = Problem::unavailable(UNAVAILABLE);
-            match key {
-                Some(key) => problem.outcome_unknown(key.as_str()),
-                None => problem,
-            }
+            Problem::in_doubt(UNAVAILABLE, key)
         }
     }
 }
