@@ -53,9 +53,6 @@ struct Arguments {
 
 fn main() -> anyhow::Result<ExitCode> {
     let arguments = Arguments::parse();
-    let known: BTreeSet<&str> = GUARDS.iter().map(|(name, _)| *name).collect();
-    let tested: BTreeSet<&str> = CAUGHT_BY.iter().map(|(name, _, _)| *name).collect();
-    ensure!(known == tested, "guards and tests are not the same: {:?}", known.symmetric_difference(&tested).collect::<Vec<_>>());
     let chosen: Vec<_> = CAUGHT_BY.iter().filter(|(guard, _, _)| guard.contains(&arguments.only)).collect();
     ensure!(!chosen.is_empty(), "no guard is named like {:?}", arguments.only);
 
@@ -141,4 +138,16 @@ fn why(said: &str) -> String {
         .map(str::trim)
         .collect();
     message.join(" ").chars().take(160).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_guard_that_can_be_taken_away_has_a_test_that_must_notice() {
+        let guards: Vec<&str> = GUARDS.iter().map(|(name, _)| *name).collect();
+        let caught: Vec<&str> = CAUGHT_BY.iter().map(|(name, _, _)| *name).collect();
+        assert_eq!(guards, caught);
+    }
 }

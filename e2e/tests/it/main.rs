@@ -5,6 +5,7 @@
 mod chaos;
 mod checkout;
 mod cluster;
+mod demo;
 mod disk;
 mod events;
 mod examples;
