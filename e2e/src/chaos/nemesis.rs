@@ -14,7 +14,9 @@ use tokio::time::Instant;
 use crate::broker::{operator, say_again};
 
 const START_WITHIN: Duration = Duration::from_secs(60);
-const CUTS_WITHIN: Duration = Duration::from_secs(20);
+const CUTS_WITHIN: Duration = Duration::from_secs(45);
+/// A relay waits 4 seconds for each, and marks nothing meanwhile: with many in a row no other fault would reach it.
+const LOST_PUBACKS: usize = 3;
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 /// The first fault, so that something is there to be harmed.
 const CALM: Duration = Duration::from_secs(2);
@@ -88,8 +90,8 @@ const FAULTS: [Fault; 33] = [
     unknown("unknown commit at the relay of orders", "orders", "UPDATE outbox o SET published_at"),
     unknown("unknown commit at the relay of payments", "payments", "UPDATE outbox o SET published_at"),
     fault("COMMIT lost on its way", 1.0, Act::Lose("orders", "postgres", Cut::CommitRequest { after: "INSERT INTO orders" }, 1)),
-    fault("PubAck lost, orders", 2.0, Act::Lose("orders", "nats", Cut::PubAck, 9)),
-    fault("PubAck lost, payments", 1.0, Act::Lose("payments", "nats", Cut::PubAck, 9)),
+    fault("PubAck lost, orders", 3.0, Act::Lose("orders", "nats", Cut::PubAck, LOST_PUBACKS)),
+    fault("PubAck lost, payments", 2.0, Act::Lose("payments", "nats", Cut::PubAck, LOST_PUBACKS)),
     fault("ack lost, payments", 1.0, Act::Lose("payments", "nats", Cut::Ack, 10)),
     fault("ack lost, orders", 1.0, Act::Lose("orders", "nats", Cut::Ack, 10)),
     fault("delivery lost, payments", 1.0, Act::Lose("payments", "nats", Cut::Delivery, 10)),
@@ -178,6 +180,7 @@ impl Nemesis {
         let deadline = Instant::now() + CUTS_WITHIN;
         while self.edges.all().any(|proxy| proxy.waiting() > 0) && Instant::now() < deadline {
             tokio::time::sleep(RETRY_INTERVAL).await;
+            self.look_for_ends().await?;
         }
         for proxy in self.edges.all() {
             proxy.disarm();

@@ -1,5 +1,6 @@
 //! Faults planted in what a client recorded, and in what is there.
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use ops::audit::{Databases, Kind, Options, Report, audit_with};
@@ -7,7 +8,7 @@ use ops::history::{Exchange, History};
 use sea_orm::ConnectionTrait as _;
 use serde_json::{Value, json};
 use stack::http::Http;
-use stack::testing::{TestStack, eventually};
+use stack::testing::{TemporaryFolder, TestStack, eventually};
 
 const AT_ONCE: Options =
     Options { grace: Duration::ZERO, stuck_after: Duration::from_secs(3600), late_after: Duration::from_secs(3600) };
@@ -183,6 +184,25 @@ const IN_DATABASES: [(bool, Kind, &str); 5] = [
     ),
 ];
 
+/// The exit code of the operator's tool.
+fn gozon_audit(stack: &TestStack, history: &History) -> Option<i32> {
+    let folder = TemporaryFolder::new().unwrap();
+    let file = folder.path().join("history.jsonl");
+    let lines: Vec<String> = history.exchanges.iter().map(|one| serde_json::to_string(one).unwrap() + "\n").collect();
+    std::fs::write(&file, lines.concat()).unwrap();
+    let postgres = stack.system.postgres();
+    let output = Command::new(env!("CARGO_BIN_EXE_gozon"))
+        .args(["audit", "--grace-seconds", "0", "--history"])
+        .arg(&file)
+        .env("GOZON_ORDERS_DATABASE_URL", postgres.url("postgres", &postgres.password, "orders"))
+        .env("GOZON_PAYMENTS_DATABASE_URL", postgres.url("postgres", &postgres.password, "payments"))
+        .output()
+        .unwrap();
+    let words = String::from_utf8_lossy(&output.stdout);
+    assert!(words.contains(&format!("against {} exchanges", history.exchanges.len())), "{words}{output:?}");
+    output.status.code()
+}
+
 async fn databases(stack: &TestStack, orders: &str, payments: &str) -> Databases {
     let connect = async |name: &str| stack.system.postgres().connect(name).await.unwrap();
     Databases { orders: connect(orders).await, payments: connect(payments).await }
@@ -201,6 +221,11 @@ async fn every_fault_planted_in_a_history_or_against_it_is_named_and_an_honest_o
     let report = audit_with(&live, Options::default(), Some(&honest)).await.unwrap();
     assert_eq!(report.findings, [], "an honest history of a shop in order");
     assert_eq!(report.exchanges, seen.len() as u64);
+
+    assert_eq!(gozon_audit(&stack, &honest), Some(0));
+    let mut doubled = honest.clone();
+    last_of(&mut doubled.exchanges, "money").replayed = false;
+    assert_eq!(gozon_audit(&stack, &doubled), Some(1));
 
     for (kind, words, plant) in IN_HISTORIES.into_iter().chain(BACKWARDS) {
         let mut exchanges = seen.clone();
