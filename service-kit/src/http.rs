@@ -54,6 +54,7 @@ async fn finish(mut request: Request, next: Next) -> Response {
         };
         let mut response = as_problem_document(response, &id_text, &method);
         response.headers_mut().insert(REQUEST_ID, request_id);
+        protect(response.headers_mut(), &route);
         if !PROBES.contains(&route.as_str()) {
             metrics::answered(method_label(&method), &route, response.status().as_u16(), begun.elapsed());
         }
@@ -62,6 +63,14 @@ async fn finish(mut request: Request, next: Next) -> Response {
     }
     .instrument(span)
     .await
+}
+
+/// Browsers must not guess what an answer is, and nobody keeps copies of what is about money.
+fn protect(headers: &mut HeaderMap, route: &str) {
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    if route.starts_with("/v1/") {
+        headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    }
 }
 
 /// A client may invent methods; they are one to us.
@@ -187,6 +196,7 @@ mod tests {
             assert_eq!(headers[header::CONTENT_TYPE], problem::CONTENT_TYPE, "{what}");
             assert_eq!(document["code"], code, "{what}");
             assert_eq!(document["status"], status, "{what}");
+            assert_eq!(headers[header::X_CONTENT_TYPE_OPTIONS], "nosniff", "{what}");
             assert_eq!(document["request_id"], headers[REQUEST_ID].to_str().unwrap(), "{what}");
             assert!(!document.to_string().contains("innards"), "{what}");
         }

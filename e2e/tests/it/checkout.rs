@@ -11,6 +11,7 @@ async fn a_customer_orders_until_the_money_is_gone() {
     // Alice opens an account and puts 1,000 into it.
     let opened = shop.http.post("/v1/accounts", Some("alice's account"), &json!({ "user_id": "alice" })).await.unwrap();
     assert_eq!((opened.status, &opened.json()["balance"]), (201, &json!(0)));
+    assert_eq!(opened.header("cache-control"), Some("no-store"), "nobody keeps copies of what is about money");
     let paid_in = shop.http.post("/v1/accounts/alice/deposits", Some("salary"), &json!({ "amount": 1000 })).await.unwrap();
     assert_eq!((paid_in.status, &paid_in.json()["balance"]), (201, &json!(1000)));
 
