@@ -152,7 +152,7 @@ bounty *arguments:
     cargo build --locked --workspace --bins
     ./dev env ${CARGO_TARGET_DIR:-target}/debug/bounty {{ arguments }}
 
-# Try out everything that can happen in the protocol: at least 50 million states; --threads N, --ways
+# Try out everything that can happen in the protocol: at least 50 million states; --small, --threads N, --ways
 [group('check')]
 model *arguments:
     cargo run --locked --release --quiet --package protocol-model -- {{ arguments }}
