@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 use service_kit::openapi::complete;
 use utoipa::openapi::{InfoBuilder, LicenseBuilder, OpenApi, Server};
 
-use crate::events;
+use crate::{events, ops};
 
 /// The services' documents, kept beside them and checked against their code by their tests. Compiled in, so that the
 /// gateway shows the API whether or not the services are up.
@@ -27,8 +27,12 @@ pub(crate) fn payments() -> OpenApi {
 /// The whole API in one document: accounts first, as a newcomer needs them.
 pub fn all() -> OpenApi {
     let mut all = payments();
+    // What the gateway puts together from both services it describes itself.
+    all.paths.paths.retain(|path, _| !path.starts_with("/v1/ops/"));
     all.merge(orders());
+    all.paths.paths.retain(|path, _| !path.starts_with("/v1/ops/"));
     all.merge(events::api().into_openapi());
+    all.merge(ops::api().into_openapi());
     all.info = InfoBuilder::new()
         .title("Gozon")
         .version(env!("CARGO_PKG_VERSION"))

@@ -13,6 +13,7 @@ use crate::document;
 use crate::events::{self, Events};
 use crate::forward::{Forwarder, Service};
 use crate::limits::{self, Limits};
+use crate::ops;
 
 /// `probes` are the routes for machines: health, metrics.
 pub(crate) fn router(forwarder: Forwarder, events: Events, limits: Limits, origins: &[Origin], probes: Router) -> Router {
@@ -29,7 +30,8 @@ pub(crate) fn router(forwarder: Forwarder, events: Events, limits: Limits, origi
         .route("/v1/accounts", post(to_payments))
         .route("/v1/accounts/{user_id}", get(to_payments))
         .route("/v1/accounts/{user_id}/deposits", post(to_payments))
-        .with_state(forwarder)
+        .with_state(forwarder.clone())
+        .merge(ops::api().with_state(forwarder).split_for_parts().0)
         .merge(events::api().with_state(events).split_for_parts().0)
         .route_layer(from_fn_with_state(limits, limits::admit))
         .merge(probes)

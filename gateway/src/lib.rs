@@ -20,6 +20,7 @@ mod forward;
 mod http;
 mod limits;
 mod live;
+mod ops;
 
 pub use broker::BrokerArgs;
 pub use config::Config;

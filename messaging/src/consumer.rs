@@ -458,7 +458,7 @@ enum Settled {
 
 /// Whether the same batch can succeed later. What is neither a database error nor a lost race is a bug or bad data,
 /// and would fail every time.
-fn is_transient(error: &anyhow::Error) -> bool {
+pub(crate) fn is_transient(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         cause.is::<LostRace>() || cause.is::<Injected>() || cause.downcast_ref::<DbErr>().is_some_and(db::is_transient)
     })

@@ -6,6 +6,7 @@ pub mod config;
 pub mod consumer;
 pub mod db;
 pub mod dead_letter;
+pub mod desk;
 pub mod inbox;
 mod incoming;
 pub mod measure;

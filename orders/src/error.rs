@@ -9,6 +9,8 @@ pub(crate) enum Error {
     OrderNotFound,
     #[error("the idempotency key was used for another request")]
     KeyReused,
+    #[error("there is no such dead letter")]
+    DeadLetterNotFound,
     #[error("too many requests wait already")]
     Overloaded,
     #[error("the process ended before the answer was known")]
@@ -27,6 +29,7 @@ impl Error {
         match self {
             Self::OrderNotFound => Self::OrderNotFound,
             Self::KeyReused => Self::KeyReused,
+            Self::DeadLetterNotFound => Self::DeadLetterNotFound,
             Self::Overloaded => Self::Overloaded,
             Self::Stopping => Self::Stopping,
             Self::Database(error) => Self::Database(error.clone()),

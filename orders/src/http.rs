@@ -1,7 +1,10 @@
 //! The HTTP API: extract, call, map. No SQL here.
 
+use std::sync::Arc;
+
 use axum::Router;
 use axum::routing::get;
+use messaging::broker::Broker;
 use sea_orm::DatabaseConnection;
 use tokio_util::sync::CancellationToken;
 use utoipa::OpenApi;
@@ -13,15 +16,20 @@ use utoipa_swagger_ui::SwaggerUi;
 use service_kit::openapi::{Told, complete};
 
 use crate::intake::Intake;
+use crate::order as cases;
 use crate::waiting::Waiting;
 
 mod error;
+mod ops;
 mod order;
 
 /// What handlers need.
 #[derive(Clone)]
 pub(crate) struct State {
     pub(crate) db: DatabaseConnection,
+    pub(crate) broker: Broker,
+    /// What is to be done after the commit of what a message did.
+    pub(crate) committed: Arc<dyn Fn(cases::Settled) + Send + Sync>,
     pub(crate) intake: Intake,
     pub(crate) waiting: Waiting,
     /// Waiting requests end when the process does.
@@ -31,7 +39,7 @@ pub(crate) struct State {
 #[derive(OpenApi)]
 #[openapi(
     info(title = "Gozon orders", description = "Orders and how they ended. Amounts are integers of minor units."),
-    tags((name = "orders", description = "Orders: NEW until their payment is decided, then FINISHED or CANCELLED for ever"))
+    tags((name = "orders", description = "Orders: NEW until their payment is decided, then FINISHED or CANCELLED for ever"), (name = "operators", description = "How the flow goes, and messages that were not applied"))
 )]
 struct Document;
 
@@ -50,6 +58,9 @@ fn api() -> OpenApiRouter<State> {
     OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(order::create_order, order::list_orders))
         .routes(routes!(order::get_order))
+        .routes(routes!(ops::flow))
+        .routes(routes!(ops::dead_letters))
+        .routes(routes!(ops::replay))
 }
 
 /// The OpenAPI document of this service.

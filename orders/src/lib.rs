@@ -116,22 +116,32 @@ impl App {
         let Self { listener, db, wake, flow, relay, consumer, reconciler, retention, schema, metrics } = self;
         let waiting = Waiting::default();
         let (intake, clerk) = intake::open();
-        let state = http::State { db: db.clone(), intake, waiting: waiting.clone(), shutdown: shutdown.clone() };
-        let router = http::router(state, health.routes(shutdown.clone()).merge(metrics.routes()));
-        let settled = |settled: order::Settled| {
-            if settled.enqueued {
-                wake.notify_one();
-            }
-            measured::ended(&settled.ended);
-            waiting.wake(&settled.ended.iter().map(|one| one.id).collect::<Vec<_>>());
+        let committed: Arc<dyn Fn(order::Settled) + Send + Sync> = {
+            let (wake, waiting) = (wake.clone(), waiting.clone());
+            Arc::new(move |settled| {
+                if settled.enqueued {
+                    wake.notify_one();
+                }
+                measured::ended(&settled.ended);
+                waiting.wake(&settled.ended.iter().map(|one| one.id).collect::<Vec<_>>());
+            })
         };
+        let state = http::State {
+            broker: consumer.broker.clone(),
+            committed: committed.clone(),
+            db: db.clone(),
+            intake,
+            waiting: waiting.clone(),
+            shutdown: shutdown.clone(),
+        };
+        let router = http::router(state, health.routes(shutdown.clone()).merge(metrics.routes()));
         let flow = async {
             if !db::migrate_when_possible::<migration::Migrator>(&flow, &schema, &shutdown).await {
                 return Ok(());
             }
             tokio::try_join!(
                 relay.run(shutdown.clone()),
-                consumer.run(order::settle, settled, shutdown.clone()),
+                consumer.run(order::settle, |settled| committed(settled), shutdown.clone()),
                 reconciler.run(shutdown.clone()),
                 retention.run(shutdown.clone()),
                 waiting.run(&flow, shutdown.clone()),

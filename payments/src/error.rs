@@ -13,6 +13,8 @@ pub(crate) enum Error {
     BalanceLimit,
     #[error("the idempotency key was used for another request")]
     KeyReused,
+    #[error("there is no such dead letter")]
+    DeadLetterNotFound,
     /// Nothing was stored.
     #[error("database query failed")]
     Database(#[from] DbErr),

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::routing::get;
+use messaging::broker::Broker;
 use sea_orm::DatabaseConnection;
 use utoipa::OpenApi;
 use utoipa::openapi::Server;
@@ -13,21 +14,27 @@ use utoipa_swagger_ui::SwaggerUi;
 
 use service_kit::openapi::{Told, complete};
 
+use crate::charge;
+
 mod account;
 mod deposit;
 mod error;
+mod ops;
 
 /// What handlers need.
 #[derive(Clone)]
 pub(crate) struct State {
     pub(crate) db: DatabaseConnection,
+    pub(crate) broker: Broker,
+    /// What is to be done after the commit of what a message did.
+    pub(crate) committed: Arc<dyn Fn(charge::Charged) + Send + Sync>,
     pub(crate) currency: Arc<str>,
 }
 
 #[derive(OpenApi)]
 #[openapi(
     info(title = "Gozon payments", description = "Accounts, deposits and balances. Amounts are integers of minor units."),
-    tags((name = "accounts", description = "Accounts and the money in them"))
+    tags((name = "accounts", description = "Accounts and the money in them"), (name = "operators", description = "How the flow goes, and messages that were not applied"))
 )]
 struct Document;
 
@@ -43,6 +50,9 @@ fn api() -> OpenApiRouter<State> {
         .routes(routes!(account::create_account))
         .routes(routes!(account::get_account))
         .routes(routes!(deposit::create_deposit))
+        .routes(routes!(ops::flow))
+        .routes(routes!(ops::dead_letters))
+        .routes(routes!(ops::replay))
 }
 
 /// The OpenAPI document of this service.

@@ -42,8 +42,6 @@ pub struct App {
     relay: Relay,
     consumer: Consumer,
     retention: Retention,
-    /// Wakes the relay after a commit that enqueued something.
-    wake: Arc<Notify>,
     schema: Vital,
     metrics: Metrics,
 }
@@ -59,9 +57,18 @@ impl App {
         let wake = Arc::new(Notify::new());
         // Nobody listens: an answer that is lost is given again when orders asks again.
         let lost = Arc::new(Notify::new());
+        let committed: Arc<dyn Fn(charge::Charged) + Send + Sync> = {
+            let wake = wake.clone();
+            Arc::new(move |charged| {
+                measured::charged(&charged);
+                if charged.enqueued {
+                    wake.notify_one();
+                }
+            })
+        };
         Ok(Self {
             listener,
-            http: http::State { db: http_db, currency: config.currency.into() },
+            http: http::State { db: http_db, broker: broker.clone(), committed, currency: config.currency.into() },
             relay: Relay {
                 db: flow.clone(),
                 broker: broker.clone(),
@@ -86,7 +93,6 @@ impl App {
             },
             metrics: measured::metrics(&flow)?,
             flow,
-            wake,
             schema: Vital::starting("the tables are not there yet"),
         })
     }
@@ -99,22 +105,16 @@ impl App {
     /// Runs until `shutdown`. All parts are futures of one task; if one fails for good, the process ends.
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         info!(address = %self.listener.local_addr()?, "payments listens");
-        let (state, health) = (self.http.clone(), self.health());
-        let Self { listener, metrics, flow, relay, consumer, retention, wake, schema, .. } = self;
+        let (state, health, committed) = (self.http.clone(), self.health(), self.http.committed.clone());
+        let Self { listener, metrics, flow, relay, consumer, retention, schema, .. } = self;
         let router = http::router(state, health.routes(shutdown.clone()).merge(metrics.routes()));
-        let charged = |charged: charge::Charged| {
-            measured::charged(&charged);
-            if charged.enqueued {
-                wake.notify_one();
-            }
-        };
         let flow = async {
             if !db::migrate_when_possible::<migration::Migrator>(&flow, &schema, &shutdown).await {
                 return Ok(());
             }
             tokio::try_join!(
                 relay.run(shutdown.clone()),
-                consumer.run(charge::charge, charged, shutdown.clone()),
+                consumer.run(charge::charge, |charged| committed(charged), shutdown.clone()),
                 retention.run(shutdown.clone()),
             )?;
             Ok(())

@@ -14,5 +14,6 @@ mod kill_matrix;
 mod metrics;
 mod network;
 mod operating;
+mod operators;
 mod permissions;
 mod shop;

@@ -206,6 +206,20 @@ pub(crate) async fn oldest_new_seconds(db: &DatabaseConnection) -> Result<f64, D
     row.map_or(Ok(0.0), |row| row.try_get("", "seconds"))
 }
 
+/// Orders that are not final.
+#[derive(FromQueryResult)]
+pub(crate) struct New {
+    /// Counts to 100000.
+    pub(crate) number: i64,
+    pub(crate) oldest_seconds: f64,
+}
+
+pub(crate) async fn new(db: &DatabaseConnection) -> Result<New, DbErr> {
+    let query = "SELECT count(*) AS number, coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0)::float8 AS oldest_seconds
+                 FROM (SELECT created_at FROM orders WHERE status = 'NEW' ORDER BY id LIMIT 100000) AS new";
+    New::find_by_statement(sql(query, [])).one(db).await?.ok_or_else(|| DbErr::RecordNotFound("a count".to_owned()))
+}
+
 /// Which of these orders are final.
 pub(crate) async fn final_among(db: &DatabaseConnection, ids: Vec<Uuid>) -> Result<Vec<Uuid>, DbErr> {
     Entity::find()

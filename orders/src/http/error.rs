@@ -18,6 +18,9 @@ pub(super) fn problem(error: Error, key: Option<&IdempotencyKey>) -> Problem {
             "idempotency_key_reused",
             "This Idempotency-Key was used for a request with other content, which is not repeated. Use a new key for a new request.",
         ),
+        Error::DeadLetterNotFound => {
+            Problem::new(StatusCode::NOT_FOUND, "dead_letter_not_found", "There is no dead letter with this id.")
+        }
         Error::Overloaded => {
             warn!("A request is turned away: too many wait already");
             service_kit::metrics::refused("orders_queue");

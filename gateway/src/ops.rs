@@ -1,0 +1,224 @@
+//! The operator's view of both services at once. A service that is away is named, and the rest is shown.
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::request::Parts;
+use axum::http::{Method, StatusCode};
+use axum::response::{IntoResponse as _, Response};
+use http_body_util::BodyExt as _;
+use serde::Serialize;
+use serde_json::Value;
+use service_kit::problem::ProblemDocument;
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::forward::{Forwarder, Service};
+
+const LIMIT_DEFAULT: usize = 20;
+const SERVICES: [(Service, &str); 2] = [(Service::Orders, "orders"), (Service::Payments, "payments")];
+
+pub(crate) fn api() -> OpenApiRouter<Forwarder> {
+    OpenApiRouter::new().routes(routes!(flow)).routes(routes!(dead_letters)).routes(routes!(replay))
+}
+
+/// How the flow of both services goes.
+#[derive(Serialize, ToSchema)]
+#[schema(as = WholeFlow)]
+struct FlowBody {
+    /// As orders says; null if it is away.
+    #[schema(required = true, value_type = Option<Object>)]
+    orders: Option<Value>,
+    /// As payments says; null if it is away.
+    #[schema(required = true, value_type = Option<Object>)]
+    payments: Option<Value>,
+    /// Services that are away.
+    unavailable: Vec<&'static str>,
+}
+
+/// Messages that were not applied, of both services, newest first.
+#[derive(Serialize, ToSchema)]
+#[schema(as = AllDeadLetters)]
+struct DeadLettersBody {
+    /// Each with `service`, whose it is.
+    #[schema(value_type = Vec<Object>)]
+    items: Vec<Value>,
+    /// Ask with it for the next page; null on the last one.
+    #[schema(required = true)]
+    next_cursor: Option<String>,
+    /// Services that are away: theirs are missing here.
+    unavailable: Vec<&'static str>,
+}
+
+/// What applying a message again did, or would do.
+#[derive(Serialize, ToSchema)]
+#[schema(as = ReplayResult)]
+struct ReplayBody {
+    /// Which dead letter.
+    #[schema(value_type = Uuid)]
+    id: String,
+    /// Whether all was rolled back.
+    dry_run: bool,
+    /// `applied`, `nothing_to_do` (it was applied meanwhile), `poison` or `quarantine` (it is refused as before).
+    outcome: String,
+    /// What happened, in words.
+    detail: String,
+}
+
+/// How the flow goes
+///
+/// What waits in each service, for how long, and what its consumer has not done yet.
+#[utoipa::path(
+    get,
+    path = "/v1/ops/flow",
+    operation_id = "getFlow",
+    tag = "operators",
+    responses((status = 200, description = "Both services, or the one that is there", body = FlowBody))
+)]
+async fn flow(State(forwarder): State<Forwarder>, request: Parts) -> Response {
+    let Both { mut found, unavailable } = match ask_both(&forwarder, &request).await {
+        Ok(both) => both,
+        Err(refusal) => return refusal,
+    };
+    let mut take = |name| found.iter().position(|(other, _)| *other == name).map(|place| found.swap_remove(place).1);
+    Json(FlowBody { orders: take("orders"), payments: take("payments"), unavailable }).into_response()
+}
+
+/// Messages that were not applied, newest first
+#[utoipa::path(
+    get,
+    path = "/v1/ops/dead-letters",
+    operation_id = "listDeadLetters",
+    tag = "operators",
+    params(
+        ("limit" = Option<u64>, Query, description = "At most so many; 20 if absent", minimum = 1, maximum = 100),
+        ("cursor" = Option<String>, Query, description = "next_cursor of the page before"),
+    ),
+    responses(
+        (status = 200, description = "A page", body = DeadLettersBody),
+        (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
+    )
+)]
+async fn dead_letters(State(forwarder): State<Forwarder>, request: Parts) -> Response {
+    let both = match ask_both(&forwarder, &request).await {
+        Ok(both) => both,
+        Err(refusal) => return refusal,
+    };
+    // Checked by the services already.
+    let limit = crate::limits::parameter(&request.uri, "limit").and_then(|limit| limit.parse().ok()).unwrap_or(LIMIT_DEFAULT);
+    Json(merge(both, limit)).into_response()
+}
+
+/// Ids are made in time order, so each page of both is the newest of the two pages.
+fn merge(both: Both, limit: usize) -> DeadLettersBody {
+    let mut more = false;
+    let mut items: Vec<Value> = Vec::new();
+    for (service, mut page) in both.found {
+        more |= page["next_cursor"].is_string();
+        for mut item in page["items"].as_array_mut().map(std::mem::take).unwrap_or_default() {
+            item["service"] = service.into();
+            items.push(item);
+        }
+    }
+    items.sort_by(|a, b| b["id"].as_str().cmp(&a["id"].as_str()));
+    more |= items.len() > limit;
+    items.truncate(limit);
+    let last = items.last().and_then(|item| item["id"].as_str()).filter(|_| more);
+    let next_cursor = last.map(|id| id.replace('-', ""));
+    DeadLettersBody { items, next_cursor, unavailable: both.unavailable }
+}
+
+/// Apply a message again
+///
+/// In the service whose it is, through the same handler, in one transaction. What was applied meanwhile changes nothing;
+/// what is refused again goes on waiting. With `dry_run` all is rolled back, and the answer says what would happen.
+#[utoipa::path(
+    post,
+    path = "/v1/ops/dead-letters/{id}/replay",
+    operation_id = "replayDeadLetter",
+    tag = "operators",
+    params(
+        ("id" = Uuid, Path, description = "Which dead letter"),
+        ("dry_run" = Option<bool>, Query, description = "Only say what would happen"),
+    ),
+    responses(
+        (status = 200, description = "What happened, or would happen", body = ReplayBody),
+        (status = 404, description = "There is no such dead letter", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
+    )
+)]
+async fn replay(State(forwarder): State<Forwarder>, request: Parts) -> Response {
+    let mut away = None;
+    let mut missing = None;
+    for (service, _) in SERVICES {
+        let answer = forwarder.clone().forward(service, again(&request)).await;
+        match answer.status() {
+            StatusCode::NOT_FOUND => missing = Some(answer),
+            StatusCode::SERVICE_UNAVAILABLE => away = Some(answer),
+            _ => return answer,
+        }
+    }
+    // It may be in the one that is away.
+    away.or(missing).unwrap_or_else(|| StatusCode::NOT_FOUND.into_response())
+}
+
+/// What the services answered.
+struct Both {
+    found: Vec<(&'static str, Value)>,
+    unavailable: Vec<&'static str>,
+}
+
+/// Asks both services the same. An answer that is neither success nor absence ends it, as does the absence of both.
+async fn ask_both(forwarder: &Forwarder, request: &Parts) -> Result<Both, Response> {
+    let [orders, payments] = SERVICES.map(|(service, _)| forwarder.clone().forward(service, again(request)));
+    let (orders, payments) = tokio::join!(orders, payments);
+    let mut both = Both { found: Vec::new(), unavailable: Vec::new() };
+    let mut away = None;
+    for ((_, name), answer) in SERVICES.into_iter().zip([orders, payments]) {
+        match answer.status() {
+            StatusCode::OK => {
+                let body = answer.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+                both.found.push((name, serde_json::from_slice(&body).unwrap_or_default()));
+            }
+            StatusCode::SERVICE_UNAVAILABLE => {
+                both.unavailable.push(name);
+                away = Some(answer);
+            }
+            _ => return Err(answer),
+        }
+    }
+    match away {
+        Some(away) if both.found.is_empty() => Err(away),
+        _ => Ok(both),
+    }
+}
+
+/// The same request once more; none of these has a body.
+fn again(request: &Parts) -> Request {
+    let mut copy = Request::new(Body::empty());
+    *copy.method_mut() = if request.method == Method::POST { Method::POST } else { Method::GET };
+    *copy.uri_mut() = request.uri.clone();
+    *copy.headers_mut() = request.headers.clone();
+    copy
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn pages_of_both_services_make_one_page_without_gaps() {
+        let page = |ids: &[&str], cursor: Option<&str>| json!({ "items": ids.iter().map(|id| json!({ "id": id })).collect::<Vec<_>>(), "next_cursor": cursor });
+        let found = vec![("orders", page(&["9", "3"], Some("3"))), ("payments", page(&["8", "7"], None))];
+        let merged = merge(Both { found, unavailable: Vec::new() }, 2);
+        let ids: Vec<_> =
+            merged.items.iter().map(|item| (item["id"].as_str().unwrap(), item["service"].as_str().unwrap())).collect();
+        assert_eq!(ids, [("9", "orders"), ("8", "payments")]);
+        assert_eq!(merged.next_cursor.as_deref(), Some("8"), "the next page begins with 7, then 3");
+        let found = vec![("orders", page(&["3"], None)), ("payments", page(&[], None))];
+        assert_eq!(merge(Both { found, unavailable: Vec::new() }, 2).next_cursor, None);
+    }
+}

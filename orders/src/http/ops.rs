@@ -1,0 +1,135 @@
+//! The operator's view of this service.
+
+use axum::Json;
+use axum::extract::{Path, Query, State};
+use messaging::desk::{self, DeadLetters, Flow, Replay};
+use messaging::{db, topology};
+use serde::Serialize;
+use service_kit::Problem;
+use service_kit::body::{self, Fields};
+use service_kit::problem::ProblemDocument;
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use super::error::problem;
+use crate::entity;
+use crate::error::Error;
+use crate::order::{self, Settled};
+
+const LIMIT_DEFAULT: u64 = 20;
+const LIMIT_MAX: u64 = 100;
+
+/// How the flow of this service goes.
+#[derive(Serialize, ToSchema)]
+#[schema(as = OrdersFlow)]
+pub(super) struct FlowBody {
+    #[serde(flatten)]
+    flow: Flow,
+    /// Orders that are not final yet; counts to 100000.
+    new_orders: i64,
+    /// How long the oldest of them has waited.
+    new_oldest_seconds: f64,
+}
+
+/// How the flow goes
+#[utoipa::path(
+    get,
+    path = "/v1/ops/flow",
+    operation_id = "getFlow",
+    tag = "operators",
+    responses(
+        (status = 200, description = "What waits, and for how long", body = FlowBody),
+        (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
+    )
+)]
+pub(super) async fn flow(State(state): State<super::State>) -> Result<Json<FlowBody>, Problem> {
+    let read = || desk::flow(&state.db, &state.broker, &topology::ORDERS_PAYMENT_SETTLED);
+    let flow = db::read(read).await.map_err(|error| problem(error.into(), None))?;
+    let new = db::read(|| entity::order::new(&state.db)).await.map_err(|error| problem(error.into(), None))?;
+    Ok(Json(FlowBody { flow, new_orders: new.number, new_oldest_seconds: new.oldest_seconds }))
+}
+
+/// Messages that were not applied, newest first
+#[utoipa::path(
+    get,
+    path = "/v1/ops/dead-letters",
+    operation_id = "listDeadLetters",
+    tag = "operators",
+    params(
+        ("limit" = Option<u64>, Query, description = "At most so many; 20 if absent", minimum = 1, maximum = 100),
+        ("cursor" = Option<String>, Query, description = "next_cursor of the page before"),
+    ),
+    responses(
+        (status = 200, description = "A page", body = DeadLetters),
+        (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
+    )
+)]
+pub(super) async fn dead_letters(
+    State(state): State<super::State>,
+    Query(query): Query<Vec<(String, String)>>,
+) -> Result<Json<DeadLetters>, Problem> {
+    let mut parameters = Fields::from_query(&query);
+    let limit = parameters.optional("limit", LIMIT_DEFAULT, |value| {
+        let rule = || format!("must be an integer from 1 to {LIMIT_MAX}");
+        body::text(value)?.parse().ok().filter(|limit| (1..=LIMIT_MAX).contains(limit)).ok_or_else(rule)
+    });
+    let before = parameters.optional("cursor", None, |value| {
+        Uuid::parse_str(body::text(value)?).map(Some).map_err(|_| "must be the next_cursor of a page".to_owned())
+    });
+    parameters.finish()?;
+    let (before, limit) = (before.flatten(), limit.unwrap_or(LIMIT_DEFAULT));
+    let page = db::read(|| desk::dead_letters(&state.db, before, limit)).await;
+    Ok(Json(page.map_err(|error| problem(error.into(), None))?))
+}
+
+/// Apply a message again
+///
+/// Through the same handler, in one transaction. What was applied meanwhile changes nothing; what is refused again goes on
+/// waiting. With `dry_run` all is rolled back, and the answer says what would happen.
+#[utoipa::path(
+    post,
+    path = "/v1/ops/dead-letters/{id}/replay",
+    operation_id = "replayDeadLetter",
+    tag = "operators",
+    params(
+        ("id" = Uuid, Path, description = "Which dead letter"),
+        ("dry_run" = Option<bool>, Query, description = "Only say what would happen"),
+    ),
+    responses(
+        (status = 200, description = "What happened, or would happen", body = Replay),
+        (status = 404, description = "There is no such dead letter", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
+    )
+)]
+pub(super) async fn replay(
+    State(state): State<super::State>,
+    Path(id): Path<String>,
+    Query(query): Query<Vec<(String, String)>>,
+) -> Result<Json<Replay>, Problem> {
+    let mut parameters = Fields::from_query(&query);
+    let dry_run = parameters.optional("dry_run", false, |value| match body::text(value)? {
+        "true" => Ok(true),
+        "false" => Ok(false),
+        _ => Err("must be true or false".to_owned()),
+    });
+    parameters.finish()?;
+    let id: Uuid = id.parse().map_err(|_| problem(Error::DeadLetterNotFound, None))?;
+    let dry_run = dry_run.unwrap_or_default();
+    let replayed = desk::replay(&state.db, &topology::ORDERS_PAYMENT_SETTLED, id, dry_run, order::settle, describe).await;
+    let (replay, effect) =
+        replayed.map_err(|error| problem(error.into(), None))?.ok_or_else(|| problem(Error::DeadLetterNotFound, None))?;
+    if let Some(effect) = effect {
+        (state.committed)(effect);
+    }
+    Ok(Json(replay))
+}
+
+fn describe(settled: &Settled) -> Option<String> {
+    let ended = settled.ended.first()?;
+    Some(match ended.reason {
+        None => "The order ends FINISHED.".to_owned(),
+        Some(reason) => format!("The order ends CANCELLED: {reason}."),
+    })
+}
