@@ -10,6 +10,7 @@ mod disk;
 mod events;
 mod examples;
 mod faults;
+mod idempotency;
 mod kill_matrix;
 mod metrics;
 mod network;
