@@ -184,6 +184,12 @@ overload *arguments:
 postman:
     ./dev env recipes/api.sh postman {{ gateway }}
 
+# Measure the speed on a stack of its own; `--report docs/bench` writes the report
+[group('check')]
+bench *arguments:
+    cargo build --locked --release --workspace --bins
+    @./dev env ${CARGO_TARGET_DIR:-target}/release/bench {{ arguments }}
+
 # Format the code
 [group('check')]
 fmt:

@@ -322,7 +322,7 @@ impl System {
                 name: name.to_owned(),
                 executable: self.binaries.join(name),
                 arguments: Vec::new(),
-                environment: self.service_environment(name),
+                environment: self.service_environment(name, &self.ports),
                 log: self.place.log(name),
                 stop_signal: Signal::TERM,
                 unprivileged: false,
@@ -330,7 +330,15 @@ impl System {
         }
     }
 
-    fn service_environment(&self, name: &'static str) -> Vec<(String, String)> {
+    /// A second process of a service, on ports of its own, with the same databases and broker. Its peers are the ones on
+    /// its ports.
+    pub fn replica(&self, service: Service, ports: &Ports) -> Program {
+        let name = service.name();
+        let log = self.place.log(&format!("{name}-{}", ports.gateway));
+        Program { environment: self.service_environment(name, ports), log, ..self.program(name) }
+    }
+
+    fn service_environment(&self, name: &'static str, ports: &Ports) -> Vec<(String, String)> {
         let secrets = &self.place.secrets;
         let local = |port: u16| format!("127.0.0.1:{port}");
         let port = |part: &'static str, own: u16| self.detours.get(&(name, part)).copied().unwrap_or(own);
@@ -338,21 +346,21 @@ impl System {
         let nats = format!("nats://{}", local(port("nats", self.ports.nats)));
         let mut environment: Vec<(&str, String)> = match name {
             "orders" => vec![
-                ("GOZON_LISTEN", local(self.ports.orders)),
+                ("GOZON_LISTEN", local(ports.orders)),
                 ("DATABASE_URL", postgres.url("orders", &secrets.postgres_orders, "orders")),
                 ("NATS_URL", nats),
                 ("NATS_PASSWORD", secrets.nats_orders.clone()),
             ],
             "payments" => vec![
-                ("GOZON_LISTEN", local(self.ports.payments)),
+                ("GOZON_LISTEN", local(ports.payments)),
                 ("DATABASE_URL", postgres.url("payments", &secrets.postgres_payments, "payments")),
                 ("NATS_URL", nats),
                 ("NATS_PASSWORD", secrets.nats_payments.clone()),
             ],
             _ => vec![
-                ("GOZON_LISTEN", local(self.ports.gateway)),
-                ("GOZON_ORDERS_URL", format!("http://{}", local(port("orders", self.ports.orders)))),
-                ("GOZON_PAYMENTS_URL", format!("http://{}", local(port("payments", self.ports.payments)))),
+                ("GOZON_LISTEN", local(ports.gateway)),
+                ("GOZON_ORDERS_URL", format!("http://{}", local(port("orders", ports.orders)))),
+                ("GOZON_PAYMENTS_URL", format!("http://{}", local(port("payments", ports.payments)))),
                 ("NATS_URL", nats),
                 ("NATS_PASSWORD", secrets.nats_gateway.clone()),
             ],

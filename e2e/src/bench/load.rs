@@ -1,0 +1,154 @@
+//! Load through the front door, and what the databases say became of it.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use futures_util::future::try_join_all;
+use futures_util::{StreamExt as _, stream};
+use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, FromQueryResult, Statement};
+use serde_json::json;
+use stack::http::Http;
+use uuid::Uuid;
+
+/// Clients that each wait for an answer before they send the next order.
+pub(crate) const CLIENTS: usize = 64;
+pub(crate) const USERS: usize = 1000;
+const SETTLED_WITHIN: Duration = Duration::from_secs(120);
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+
+/// What a closed loop of clients got done.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Saturation {
+    pub(crate) accepted_per_s: f64,
+    pub(crate) finished_per_s: f64,
+    pub(crate) orders: u64,
+    pub(crate) p50_ms: f64,
+    pub(crate) p99_ms: f64,
+    /// Accepted and finished in each second.
+    pub(crate) over_time: Vec<(u64, u64)>,
+}
+
+/// As many orders as go in, from `CLIENTS` clients, spread over `users` customers. Ends when all are final.
+pub(crate) async fn saturate(
+    doors: &[Http],
+    orders: &DatabaseConnection,
+    users: usize,
+    time: Duration,
+) -> anyhow::Result<Saturation> {
+    let before = newest(orders).await?;
+    let begun = Instant::now();
+    let clients = (0..CLIENTS).map(async |client| {
+        let http = &doors[client % doors.len()];
+        let mut number = client;
+        while begun.elapsed() < time {
+            place(http, &format!("user-{}", number % users)).await?;
+            number += CLIENTS + 1;
+        }
+        anyhow::Ok(())
+    });
+    try_join_all(clients).await?;
+    until_settled(orders).await?;
+
+    #[derive(FromQueryResult)]
+    struct Row {
+        number: i64,
+        accepting: f64,
+        finishing: f64,
+        p50: f64,
+        p99: f64,
+    }
+    let row = Row::find_by_statement(Statement::from_sql_and_values(
+        DbBackend::Postgres,
+        "SELECT count(*) AS number,
+                extract(epoch FROM max(created_at) - min(created_at))::float8 AS accepting,
+                extract(epoch FROM max(updated_at) - min(created_at))::float8 AS finishing,
+                1000 * percentile_cont(0.5) WITHIN GROUP (ORDER BY extract(epoch FROM updated_at - created_at)::float8) AS p50,
+                1000 * percentile_cont(0.99) WITHIN GROUP (ORDER BY extract(epoch FROM updated_at - created_at)::float8) AS p99
+         FROM orders WHERE id > $1",
+        [before.into()],
+    ));
+    let row = row.one(orders).await?.context("an aggregate has one row")?;
+    #[derive(FromQueryResult)]
+    struct Second {
+        accepted: i64,
+        finished: i64,
+    }
+    let seconds = Second::find_by_statement(Statement::from_sql_and_values(
+        DbBackend::Postgres,
+        "WITH placed AS (SELECT created_at, updated_at, min(created_at) OVER () AS start FROM orders WHERE id > $1),
+              accepted AS (SELECT floor(extract(epoch FROM created_at - start))::int AS second, count(*) AS n FROM placed GROUP BY 1),
+              finished AS (SELECT floor(extract(epoch FROM updated_at - start))::int AS second, count(*) AS n FROM placed GROUP BY 1)
+         SELECT coalesce(a.n, 0) AS accepted, coalesce(f.n, 0) AS finished
+         FROM accepted a FULL JOIN finished f USING (second) ORDER BY second",
+        [before.into()],
+    ));
+    let over_time = seconds.all(orders).await?;
+    Ok(Saturation {
+        accepted_per_s: row.number as f64 / row.accepting,
+        finished_per_s: row.number as f64 / row.finishing,
+        orders: row.number.unsigned_abs(),
+        p50_ms: row.p50,
+        p99_ms: row.p99,
+        over_time: over_time.iter().map(|one| (one.accepted.unsigned_abs(), one.finished.unsigned_abs())).collect(),
+    })
+}
+
+/// Places so many orders as fast as they go in, and does not wait for their end.
+pub(crate) async fn place_all(http: &Http, number: usize) -> anyhow::Result<()> {
+    let all = stream::iter(0..number).map(async |number| place(http, &format!("user-{}", number % USERS)).await);
+    all.buffer_unordered(CLIENTS).fold(Ok(()), async |all, one| all.and(one.map(|_| ()))).await
+}
+
+/// Milliseconds from the moment an order was due to the answer that it is final, at so many orders a second, sorted.
+/// An order is sent when it is due, however slow the ones before it are.
+pub(crate) async fn latencies(http: &Http, per_second: u32, time: Duration) -> anyhow::Result<Vec<f64>> {
+    let number = per_second * u32::try_from(time.as_secs())?;
+    let begun = tokio::time::Instant::now();
+    let orders = (0..number).map(async |number| {
+        let due = begun + Duration::from_secs(1) * number / per_second;
+        tokio::time::sleep_until(due).await;
+        let id = place(http, &format!("user-{}", number as usize % USERS)).await?;
+        let answer = http.get(&format!("/v1/orders/{id}?wait=30")).await?;
+        let took = due.elapsed();
+        match answer.json()["status"].as_str() {
+            Some("FINISHED") => Ok(took.as_secs_f64() * 1000.0),
+            _ => bail!("order {id} did not finish: {}", answer.text()),
+        }
+    });
+    let mut latencies = try_join_all(orders).await?;
+    latencies.sort_by(f64::total_cmp);
+    Ok(latencies)
+}
+
+async fn place(http: &Http, user: &str) -> anyhow::Result<String> {
+    let body = json!({ "user_id": user, "amount": 1, "description": "A lamp" });
+    let answer = http.post("/v1/orders", Some(&Uuid::new_v4().to_string()), &body).await?;
+    // Also a 429 or a 503: turned away orders would make the rest look fast.
+    anyhow::ensure!(answer.status == 201, "an order was answered with {}: {}", answer.status, answer.text());
+    answer.json()["id"].as_str().map(str::to_owned).context("an order has an id")
+}
+
+/// The newest order there is.
+async fn newest(orders: &DatabaseConnection) -> anyhow::Result<Uuid> {
+    let row =
+        orders.query_one_raw(Statement::from_string(DbBackend::Postgres, "SELECT max(id::text)::uuid AS id FROM orders")).await?;
+    Ok(row.context("an aggregate has one row")?.try_get::<Option<Uuid>>("", "id")?.unwrap_or_default())
+}
+
+/// Waits until no order is NEW.
+pub(crate) async fn until_settled(orders: &DatabaseConnection) -> anyhow::Result<()> {
+    until(orders, "SELECT NOT EXISTS (SELECT 1 FROM orders WHERE status = 'NEW')").await
+}
+
+/// Waits until a query says true.
+pub(crate) async fn until(db: &DatabaseConnection, query: &str) -> anyhow::Result<()> {
+    let begun = Instant::now();
+    loop {
+        let row = db.query_one_raw(Statement::from_string(DbBackend::Postgres, query)).await?;
+        if row.context("a question has an answer")?.try_get_by_index::<bool>(0)? {
+            return Ok(());
+        }
+        anyhow::ensure!(begun.elapsed() < SETTLED_WITHIN, "not within {SETTLED_WITHIN:?}: {query}");
+        tokio::time::sleep(LOOK_INTERVAL).await;
+    }
+}

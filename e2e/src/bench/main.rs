@@ -1,0 +1,277 @@
+//! `just bench`: how fast it is, against what the database and the broker can do in the same run.
+//!
+//! Everything that is compared is measured in turns, so that a noisy moment hits all alike; the medians of the runs
+//! count. A run in which an order is turned away, or after which the audit finds anything, is a failed run.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use clap::Parser;
+use ops::audit::{self, Databases, Options};
+use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, FromQueryResult, Statement};
+use stack::http::Http;
+use stack::ports::Ports;
+use stack::process::Process;
+use stack::testing::{TestStack, eventually};
+use stack::{Service, System};
+
+mod floor;
+mod load;
+mod report;
+mod usage;
+
+use load::Saturation;
+
+/// Orders in the backlog that payments works off.
+const BACKLOG: usize = 10_000;
+const ORDERS_PER_SECOND: u32 = 100;
+const SOON: Duration = Duration::from_secs(60);
+
+/// Measures how fast the whole system is.
+#[derive(Parser)]
+struct Arguments {
+    /// How often everything is measured; the medians count.
+    #[arg(long, default_value_t = 3)]
+    runs: usize,
+    /// How long one measurement takes.
+    #[arg(long, default_value_t = 8)]
+    seconds: u64,
+    /// Fills the tables with so many orders first.
+    #[arg(long, default_value_t = 0)]
+    prefilled: u64,
+    /// Where the report goes; `latest.json` goes to target/bench in any case.
+    #[arg(long)]
+    report: Option<PathBuf>,
+}
+
+/// Figures by name, each with its unit in the name.
+type Figures = BTreeMap<String, f64>;
+
+/// What is measured.
+struct Bench {
+    stack: TestStack,
+    http: Http,
+    databases: Databases,
+    time: Duration,
+}
+
+// One thread: the processes of a stack end when the thread that started them does.
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    let program = std::env::current_exe()?;
+    let binaries = program.parent().context("this program is in a folder")?;
+    ensure!(!cfg!(debug_assertions), "a debug build measures nothing: run `just bench`");
+    let stack = TestStack::start_in(binaries, Vec::new()).await?;
+    let http = Http::new(stack.system.address("gateway"));
+    let connect = async |name: &str| stack.system.postgres().connect(name).await;
+    let databases = Databases { orders: connect("orders").await?, payments: connect("payments").await? };
+    let mut bench = Bench { stack, http, databases, time: Duration::from_secs(arguments.seconds) };
+    bench.assert_durable().await?;
+    say("durable: fsync, synchronous_commit and sync_interval are as they should be");
+    bench.open_accounts().await?;
+    if arguments.prefilled > 0 {
+        say(format!("filling the tables with {} orders ...", arguments.prefilled));
+        bench.prefill(arguments.prefilled).await?;
+    }
+    floor::prepare(&bench.stack.system).await?;
+    load::saturate(std::slice::from_ref(&bench.http), &bench.databases.orders, load::USERS, Duration::from_secs(3)).await?;
+    say("warm");
+
+    let mut runs = Vec::new();
+    let mut latencies = Vec::new();
+    let mut saturation = Saturation::default();
+    for number in 1..=arguments.runs {
+        say(format!("run {number} of {}", arguments.runs));
+        let mut figures = Figures::new();
+        latencies = bench.run(&mut figures, &mut saturation).await?;
+        runs.push(figures);
+    }
+    let mut figures = report::medians(&runs);
+    for part in usage::PARTS {
+        figures.insert(format!("memory_{part}_peak_mib"), usage::peak_memory_mib(&mut bench.stack.system, part)?);
+    }
+    figures.insert("prefilled_orders".to_owned(), arguments.prefilled as f64);
+    let found = audit::audit(&bench.databases, Options::default()).await?;
+    ensure!(found.findings.is_empty(), "fast, but wrong: {:?}", found.findings);
+    say(format!("audit: {} orders, everything fits together", found.orders));
+    report::write(&figures, &latencies, &saturation, binaries, arguments.report.as_deref())
+}
+
+fn say(text: impl std::fmt::Display) {
+    eprintln!("{text}");
+}
+
+impl Bench {
+    /// Durability is never traded: what would make the figures worthless stops the run.
+    async fn assert_durable(&self) -> anyhow::Result<()> {
+        for db in [&self.databases.orders, &self.databases.payments] {
+            for setting in ["fsync", "synchronous_commit", "full_page_writes"] {
+                let row = db.query_one_raw(Statement::from_string(DbBackend::Postgres, format!("SHOW {setting}"))).await?;
+                let value: String = row.context("SHOW shows")?.try_get_by_index(0)?;
+                ensure!(value == "on", "{setting} is {value}");
+            }
+        }
+        let monitor = Http::new(format!("http://127.0.0.1:{}", self.stack.system.ports().nats_monitor));
+        let config = monitor.get("/jsz?config=true").await?.json();
+        ensure!(config["config"]["sync_always"] == true, "sync_interval of NATS is not `always`: {}", config["config"]);
+        Ok(())
+    }
+
+    async fn open_accounts(&self) -> anyhow::Result<()> {
+        let statement = format!(
+            "INSERT INTO accounts (user_id, balance, entry_no, idempotency_key, created_at)
+             SELECT 'user-' || n, 1000000000, 1, 'bench', now() FROM generate_series(0, {}) n;
+             INSERT INTO transfers (id, kind, user_id, entry_no, debit_account, credit_account, amount, balance_after, idempotency_key, request_hash)
+             SELECT gen_random_uuid(), 'deposit', user_id, 1, 'world', 'user:' || user_id, 1000000000, 1000000000, 'bench', '' FROM accounts",
+            load::USERS - 1
+        );
+        self.databases.payments.execute_unprepared(&statement).await?;
+        Ok(())
+    }
+
+    /// Old orders of one customer, all of them declined, with everything that is kept for ever.
+    async fn prefill(&self, orders: u64) -> anyhow::Result<()> {
+        let id = "('01000000-0000-7000-8000-' || lpad(to_hex(n), 12, '0'))::uuid";
+        let old = "now() - interval '30 days'";
+        let series = format!("generate_series(1, {orders}) n");
+        self.databases
+            .orders
+            .execute_unprepared(&format!(
+                "INSERT INTO orders (id, user_id, amount, description, status, reason, idempotency_key, request_hash, placed_event_id, final_event_id, created_at, updated_at)
+                 SELECT {id}, 'old-' || n % 100000, 1, 'A lamp', 'CANCELLED', 'no_account', n::text, sha256(n::text::bytea), {id}, {id}, {old}, {old} FROM {series};
+                 ANALYZE orders"
+            ))
+            .await?;
+        self.databases
+            .payments
+            .execute_unprepared(&format!(
+                "INSERT INTO payments (order_id, user_id, amount, request_hash, outcome, reason, request_event_id, event_id, decided_at)
+                 SELECT {id}, 'old-' || n % 100000, 1, sha256(n::text::bytea), 'declined', 'no_account', {id}, {id}, {old} FROM {series};
+                 ANALYZE payments"
+            ))
+            .await?;
+        Ok(())
+    }
+
+    /// One turn of everything.
+    async fn run(&mut self, figures: &mut Figures, saturation: &mut Saturation) -> anyhow::Result<Vec<f64>> {
+        let floor_time = self.time / 2;
+        for clients in [1, 8, 32] {
+            let rate = floor::debits(&self.stack.system, clients, floor_time).await?;
+            say(format!("  floor: {rate:.0} debits/s, one a transaction, {clients} clients"));
+            figures.insert(format!("floor_c{clients}_debits_per_s"), rate);
+        }
+        let rate = floor::publishes(&self.stack.system, floor_time).await?;
+        say(format!("  floor: {rate:.0} messages/s acknowledged by the broker, one by one"));
+        figures.insert("floor_publishes_per_s".to_owned(), rate);
+
+        let rate = self.drain().await?;
+        say(format!("  backlog: {rate:.0} orders/s decided and answered"));
+        figures.insert("drain_decisions_per_s".to_owned(), rate);
+
+        let doors = [self.http.clone()];
+        let before = self.cpu()?;
+        *saturation = load::saturate(&doors, &self.databases.orders, load::USERS, self.time).await?;
+        let Saturation { accepted_per_s, finished_per_s, orders, p50_ms, p99_ms, .. } = &*saturation;
+        say(format!(
+            "  end to end: {accepted_per_s:.0} orders/s accepted, {finished_per_s:.0}/s FINISHED, {p50_ms:.1} ms p50, {p99_ms:.1} ms p99"
+        ));
+        figures.insert("e2e_accepted_per_s".to_owned(), *accepted_per_s);
+        figures.insert("e2e_finished_per_s".to_owned(), *finished_per_s);
+        figures.insert("e2e_p50_ms".to_owned(), *p50_ms);
+        figures.insert("e2e_p99_ms".to_owned(), *p99_ms);
+        let mut total = 0.0;
+        for (part, (before, after)) in usage::PARTS.into_iter().zip(before.into_iter().zip(self.cpu()?)) {
+            let per_thousand = (after - before) * 1000.0 / *orders as f64;
+            figures.insert(format!("cpu_{part}_s_per_1000_orders"), per_thousand);
+            total += per_thousand;
+        }
+        figures.insert("cpu_s_per_1000_orders".to_owned(), total);
+        say(format!("  CPU: {total:.2} s for 1,000 orders"));
+
+        let hot = load::saturate(&doors, &self.databases.orders, 1, self.time).await?;
+        let ratio = hot.finished_per_s / saturation.finished_per_s;
+        say(format!("  one account: {:.0} orders/s, {ratio:.2} of {} accounts", hot.finished_per_s, load::USERS));
+        figures.insert("hot_account_finished_per_s".to_owned(), hot.finished_per_s);
+        figures.insert("hot_account_ratio".to_owned(), ratio);
+
+        let twice = self.with_replicas().await?;
+        let ratio = twice.finished_per_s / saturation.finished_per_s;
+        say(format!("  two replicas of each service: {:.0} orders/s, {ratio:.2} of one", twice.finished_per_s));
+        figures.insert("replicas_finished_per_s".to_owned(), twice.finished_per_s);
+        figures.insert("replicas_ratio".to_owned(), ratio);
+
+        let latencies = load::latencies(&self.http, ORDERS_PER_SECOND, self.time).await?;
+        let (p50, p99) = (report::percentile(&latencies, 0.5), report::percentile(&latencies, 0.99));
+        say(format!("  at {ORDERS_PER_SECOND} orders/s: {p50:.1} ms p50, {p99:.1} ms p99 from POST to FINISHED"));
+        figures.insert("latency_100_p50_ms".to_owned(), p50);
+        figures.insert("latency_100_p99_ms".to_owned(), p99);
+        Ok(latencies)
+    }
+
+    fn cpu(&mut self) -> anyhow::Result<Vec<f64>> {
+        usage::PARTS.into_iter().map(|part| usage::cpu_seconds(&mut self.stack.system, part)).collect()
+    }
+
+    /// Orders a second that payments decides and whose answers it publishes, when they all lie ready in the stream.
+    async fn drain(&mut self) -> anyhow::Result<f64> {
+        let Self { stack, http, databases, .. } = self;
+        let system = &mut stack.system;
+        let last: DecidedAt = one(&databases.payments, "SELECT max(decided_at) AS at FROM payments").await?;
+        system.stop("payments").await?;
+        load::place_all(http, BACKLOG).await?;
+        load::until(&databases.orders, "SELECT NOT EXISTS (SELECT 1 FROM outbox WHERE published_at IS NULL)").await?;
+        // It would take a share of the machine.
+        system.stop("orders").await?;
+        system.start("payments").await?;
+        let since = last
+            .at
+            .map_or_else(|| "'-infinity'".to_owned(), |at| format!("to_timestamp({})", at.unix_timestamp_nanos() as f64 / 1e9));
+        let all = format!("FROM payments p JOIN outbox o USING (event_id) WHERE p.decided_at > {since}");
+        load::until(&databases.payments, &format!("SELECT count(o.published_at) >= {BACKLOG} {all}")).await?;
+        let query =
+            format!("SELECT count(*) / extract(epoch FROM max(o.published_at) - min(p.decided_at))::float8 AS rate {all}");
+        let rate: Rate = one(&databases.payments, &query).await?;
+        system.start("orders").await?;
+        load::until_settled(&databases.orders).await?;
+        Ok(rate.rate)
+    }
+
+    async fn with_replicas(&mut self) -> anyhow::Result<Saturation> {
+        let ports = Ports::free()?;
+        let system: &System = &self.stack.system;
+        let mut replicas = Vec::new();
+        for service in [Service::Orders, Service::Payments, Service::Gateway] {
+            replicas.push(Process::start(&system.replica(service, &ports))?);
+        }
+        let second = Http::new(format!("http://127.0.0.1:{}", ports.gateway));
+        for port in [ports.orders, ports.payments, ports.gateway] {
+            let http = Http::new(format!("http://127.0.0.1:{port}"));
+            let ready = async || http.get("/readyz").await.ok().filter(|answer| answer.status == 200);
+            eventually("the replicas are ready", SOON, ready).await;
+        }
+        let doors = [self.http.clone(), second];
+        let result = load::saturate(&doors, &self.databases.orders, load::USERS, self.time).await;
+        for replica in replicas {
+            replica.stop().await?;
+        }
+        result
+    }
+}
+
+#[derive(FromQueryResult)]
+struct DecidedAt {
+    at: Option<sea_orm::prelude::TimeDateTimeWithTimeZone>,
+}
+
+#[derive(FromQueryResult)]
+struct Rate {
+    rate: f64,
+}
+
+async fn one<T: FromQueryResult>(db: &DatabaseConnection, query: &str) -> anyhow::Result<T> {
+    T::find_by_statement(Statement::from_string(DbBackend::Postgres, query)).one(db).await?.context("an aggregate has one row")
+}
