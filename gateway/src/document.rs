@@ -33,6 +33,8 @@ pub fn all() -> OpenApi {
     all.paths.paths.retain(|path, _| !path.starts_with("/v1/ops/"));
     all.merge(events::api().into_openapi());
     all.merge(ops::api().into_openapi());
+    // Only half of what /v1/orders/{id}/timeline tells, and not served here.
+    all.paths.paths.remove("/v1/payments/{order_id}/timeline");
     all.info = InfoBuilder::new()
         .title("Gozon")
         .version(env!("CARGO_PKG_VERSION"))

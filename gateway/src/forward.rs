@@ -157,6 +157,27 @@ impl Forwarder {
         }
     }
 
+    /// What a service answers to a GET, if that is a success.
+    pub(crate) async fn read(&self, service: Service, path: &str) -> Result<serde_json::Value, Problem> {
+        let path = path.parse::<PathAndQuery>().map_err(|_| Problem::unavailable(service.unavailable()))?;
+        let mut request = axum::http::Request::new(Full::default());
+        *request.uri_mut() = self.uri(service, Some(path));
+        let exchange = async {
+            let answer = self.client.request(request).await.map_err(|error| error.to_string())?;
+            let status = answer.status();
+            let body = Limited::new(answer.into_body(), ANSWER_BYTES_MAX).collect().await.map_err(|error| error.to_string())?;
+            if status != StatusCode::OK {
+                return Err(format!("answers {status}"));
+            }
+            serde_json::from_slice(&body.to_bytes()).map_err(|error| error.to_string())
+        };
+        let read = tokio::time::timeout(ANSWER_TIMEOUT, exchange).await;
+        read.unwrap_or_else(|_| Err(format!("no answer within {ANSWER_TIMEOUT:?}"))).map_err(|error| {
+            warn!(service = ?service, error, "A service did not say what it knows");
+            Problem::unavailable(service.unavailable())
+        })
+    }
+
     /// Whether a service says that it is ready.
     pub(crate) async fn probe(self, service: Service) -> Result<(), String> {
         let mut request = axum::http::Request::new(Full::default());

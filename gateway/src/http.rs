@@ -14,6 +14,7 @@ use crate::events::{self, Events};
 use crate::forward::{Forwarder, Service};
 use crate::limits::{self, Limits};
 use crate::ops;
+use crate::timeline;
 
 /// `probes` are the routes for machines: health, metrics.
 pub(crate) fn router(forwarder: Forwarder, events: Events, limits: Limits, origins: &[Origin], probes: Router) -> Router {
@@ -27,9 +28,11 @@ pub(crate) fn router(forwarder: Forwarder, events: Events, limits: Limits, origi
     let router = Router::new()
         .route("/v1/orders", get(to_orders).post(to_orders))
         .route("/v1/orders/{id}", get(to_orders))
+        .route("/v1/orders/{id}/timeline", get(timeline::timeline))
         .route("/v1/accounts", post(to_payments))
         .route("/v1/accounts/{user_id}", get(to_payments))
         .route("/v1/accounts/{user_id}/deposits", post(to_payments))
+        .route("/v1/accounts/{user_id}/entries", get(to_payments))
         .with_state(forwarder.clone())
         .merge(ops::api().with_state(forwarder).split_for_parts().0)
         .merge(events::api().with_state(events).split_for_parts().0)

@@ -21,6 +21,7 @@ mod http;
 mod limits;
 mod live;
 mod ops;
+mod timeline;
 
 pub use broker::BrokerArgs;
 pub use config::Config;

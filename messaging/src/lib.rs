@@ -15,6 +15,7 @@ pub mod outbox;
 mod publish;
 pub mod relay;
 pub mod retention;
+pub mod timeline;
 pub mod topology;
 mod vital;
 

@@ -22,6 +22,7 @@ use crate::waiting::Waiting;
 mod error;
 mod ops;
 mod order;
+mod timeline;
 
 /// What handlers need.
 #[derive(Clone)]
@@ -61,6 +62,7 @@ fn api() -> OpenApiRouter<State> {
         .routes(routes!(ops::flow))
         .routes(routes!(ops::dead_letters))
         .routes(routes!(ops::replay))
+        .routes(routes!(timeline::get_timeline))
 }
 
 /// The OpenAPI document of this service.

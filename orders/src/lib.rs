@@ -32,6 +32,7 @@ mod measured;
 mod migration;
 mod order;
 mod reconcile;
+mod timeline;
 mod waiting;
 
 pub use config::Config;

@@ -73,6 +73,20 @@ pub(crate) async fn find(db: &DatabaseConnection, user_id: &UserId) -> Result<ac
     db::read(|| account::Entity::find_by_id(user_id.to_string()).one(db)).await?.ok_or(Error::AccountNotFound)
 }
 
+/// A page of the user's movements of money, newest first, and whether there are more.
+pub(crate) async fn statement(
+    db: &DatabaseConnection,
+    user_id: &UserId,
+    before: Option<i64>,
+    limit: usize,
+) -> Result<(Vec<transfer::Model>, bool), Error> {
+    find(db, user_id).await?;
+    let mut entries = db::read(|| transfer::statement(db, user_id.as_str(), before, limit as u64 + 1)).await?;
+    let more = entries.len() > limit;
+    entries.truncate(limit);
+    Ok((entries, more))
+}
+
 /// Adds money, or finds that this key added it before.
 pub(crate) async fn top_up(db: &DatabaseConnection, new: &NewDeposit) -> Result<(transfer::Model, Delivery), Error> {
     let mut retry = Retry::begin();

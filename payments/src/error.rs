@@ -9,6 +9,8 @@ pub(crate) enum Error {
     AccountExists,
     #[error("the user has no account")]
     AccountNotFound,
+    #[error("there is no such order")]
+    OrderNotFound,
     #[error("the balance would exceed its limit")]
     BalanceLimit,
     #[error("the idempotency key was used for another request")]

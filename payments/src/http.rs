@@ -18,8 +18,10 @@ use crate::charge;
 
 mod account;
 mod deposit;
+mod entry;
 mod error;
 mod ops;
+mod timeline;
 
 /// What handlers need.
 #[derive(Clone)]
@@ -34,7 +36,11 @@ pub(crate) struct State {
 #[derive(OpenApi)]
 #[openapi(
     info(title = "Gozon payments", description = "Accounts, deposits and balances. Amounts are integers of minor units."),
-    tags((name = "accounts", description = "Accounts and the money in them"), (name = "operators", description = "How the flow goes, and messages that were not applied"))
+    tags(
+        (name = "accounts", description = "Accounts and the money in them"),
+        (name = "payments", description = "What was decided about orders"),
+        (name = "operators", description = "How the flow goes, and messages that were not applied")
+    )
 )]
 struct Document;
 
@@ -53,6 +59,8 @@ fn api() -> OpenApiRouter<State> {
         .routes(routes!(ops::flow))
         .routes(routes!(ops::dead_letters))
         .routes(routes!(ops::replay))
+        .routes(routes!(entry::list_entries))
+        .routes(routes!(timeline::get_timeline))
 }
 
 /// The OpenAPI document of this service.

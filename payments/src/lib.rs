@@ -29,6 +29,7 @@ mod error;
 mod http;
 mod measured;
 mod migration;
+mod timeline;
 
 pub use config::Config;
 pub use http::openapi;

@@ -143,6 +143,21 @@ pub fn text(value: &Value) -> Result<&str, String> {
     value.as_str().ok_or_else(|| "must be a string".to_owned())
 }
 
+/// Entries of a list in one answer, if the client does not say.
+pub const LIMIT_DEFAULT: usize = 20;
+const LIMIT_MAX: u64 = 100;
+
+/// A parameter that is a number in this range.
+pub fn number(value: &Value, range: std::ops::RangeInclusive<u64>) -> Result<u64, String> {
+    let rule = || format!("must be an integer from {} to {}", range.start(), range.end());
+    text(value)?.parse().ok().filter(|number| range.contains(number)).ok_or_else(rule)
+}
+
+/// The parameter `limit` of a list.
+pub fn limit(value: &Value) -> Result<usize, String> {
+    number(value, 1..=LIMIT_MAX).map(|number| usize::try_from(number).unwrap_or(LIMIT_DEFAULT))
+}
+
 /// The value must be written as an integer: no fraction, no exponent, no quotes.
 pub fn integer(value: &Value, otherwise: &str) -> Result<i64, String> {
     value.as_i64().ok_or_else(|| otherwise.to_owned())

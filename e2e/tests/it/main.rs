@@ -18,3 +18,4 @@ mod operating;
 mod operators;
 mod permissions;
 mod shop;
+mod timeline;

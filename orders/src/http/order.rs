@@ -26,8 +26,6 @@ use crate::error::Error;
 use crate::order::{self, NewOrder};
 
 const DESCRIPTION_CHARACTERS_MAX: usize = 500;
-const LIMIT_DEFAULT: usize = 20;
-const LIMIT_MAX: usize = 100;
 const WAIT_SECONDS_MAX: u64 = 30;
 
 /// An order.
@@ -198,7 +196,7 @@ pub(super) async fn get_order(
     Query(query): Query<Vec<(String, String)>>,
 ) -> Result<Json<OrderBody>, Problem> {
     let mut parameters = Fields::from_query(&query);
-    let wait = parameters.optional("wait", 0, |value| number(value, 0..=WAIT_SECONDS_MAX));
+    let wait = parameters.optional("wait", 0, |value| body::number(value, 0..=WAIT_SECONDS_MAX));
     parameters.finish()?;
     let id: OrderId = id.parse().map_err(|_| problem(Error::OrderNotFound, None))?;
 
@@ -239,7 +237,7 @@ pub(super) async fn list_orders(
     let mut parameters = Fields::from_query(&query);
     let user_id = parameters.optional("user_id", None, |value| user_id(value).map(Some));
     let status = parameters.optional("status", None, |value| status(value).map(Some));
-    let limit = parameters.optional("limit", LIMIT_DEFAULT as u64, |value| number(value, 1..=LIMIT_MAX as u64));
+    let limit = parameters.optional("limit", body::LIMIT_DEFAULT, body::limit);
     let before = parameters.optional("cursor", None, |value| cursor(value).map(Some));
     parameters.finish()?;
     let filter = Filter {
@@ -247,7 +245,7 @@ pub(super) async fn list_orders(
         status: status.flatten(),
         before: before.flatten(),
     };
-    let limit = usize::try_from(limit.unwrap_or_default()).unwrap_or(LIMIT_MAX);
+    let limit = limit.unwrap_or(body::LIMIT_DEFAULT);
     let (orders, more) = order::list(&state.db, filter, limit).await.map_err(|error| problem(error, None))?;
     let next_cursor = orders.last().filter(|_| more).map(|order| order.id.simple().to_string());
     Ok(Json(OrderListBody { items: orders.into_iter().map(OrderBody::from).collect(), next_cursor }))
@@ -283,11 +281,6 @@ fn status(value: &Value) -> Result<Status, String> {
         "CANCELLED" => Ok(Status::Cancelled),
         _ => Err("must be NEW, FINISHED or CANCELLED".to_owned()),
     }
-}
-
-fn number(value: &Value, range: std::ops::RangeInclusive<u64>) -> Result<u64, String> {
-    let rule = || format!("must be an integer from {} to {}", range.start(), range.end());
-    body::text(value)?.parse().ok().filter(|number| range.contains(number)).ok_or_else(rule)
 }
 
 fn cursor(value: &Value) -> Result<Uuid, String> {

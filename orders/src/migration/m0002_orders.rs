@@ -63,6 +63,8 @@ CREATE UNIQUE INDEX orders_idempotency_key ON orders (user_id, idempotency_key);
 CREATE INDEX orders_of_user ON orders (user_id, id);
 -- What is not final yet, oldest first. Small, however many orders there are.
 CREATE INDEX orders_new ON orders (id) WHERE status = 'NEW';
+-- The list of cancelled ones, which may be few among very many.
+CREATE INDEX orders_cancelled ON orders (id) WHERE status = 'CANCELLED';
 
 -- What the reconciler remembers, one row: whatever was published before `lost_at` may be lost and is asked for again.
 CREATE TABLE reconciliation (

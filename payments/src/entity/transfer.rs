@@ -2,7 +2,7 @@
 
 use messaging::db::{self, sql};
 use sea_orm::entity::prelude::*;
-use sea_orm::{ActiveValue::Set, DatabaseTransaction};
+use sea_orm::{ActiveValue::Set, DatabaseConnection, DatabaseTransaction, QueryOrder as _, QuerySelect as _};
 
 pub(crate) const KIND_DEPOSIT: &str = "deposit";
 const KIND_PAYMENT: &str = "payment";
@@ -38,6 +38,21 @@ impl ActiveModelBehavior for ActiveModel {}
 /// The deposit that this user made with this key.
 pub(crate) async fn find_deposit(txn: &DatabaseTransaction, user_id: &str, key: &str) -> Result<Option<Model>, DbErr> {
     Entity::find().filter(Column::UserId.eq(user_id)).filter(Column::IdempotencyKey.eq(key)).one(txn).await
+}
+
+/// Up to `limit` movements on an account, newest first. Entry numbers only grow, so a page stays what it was while others
+/// come in.
+pub(crate) async fn statement(
+    db: &DatabaseConnection,
+    user_id: &str,
+    before: Option<i64>,
+    limit: u64,
+) -> Result<Vec<Model>, DbErr> {
+    let mut query = Entity::find().filter(Column::UserId.eq(user_id)).order_by_desc(Column::EntryNo).limit(limit);
+    if let Some(before) = before {
+        query = query.filter(Column::EntryNo.lt(before));
+    }
+    query.all(db).await
 }
 
 /// A deposit to store.

@@ -17,6 +17,7 @@ pub(super) fn problem(error: Error, key: Option<&IdempotencyKey>) -> Problem {
             "account_already_exists",
             "This user has an account already. GET it, or choose another user_id.",
         ),
+        Error::OrderNotFound => Problem::new(StatusCode::NOT_FOUND, "order_not_found", "There is no order with this id."),
         Error::AccountNotFound => Problem::new(
             StatusCode::NOT_FOUND,
             "account_not_found",

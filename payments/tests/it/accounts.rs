@@ -4,7 +4,7 @@ use futures_util::future::join_all;
 use serde_json::{Value, json};
 use stack::http::Answer;
 
-use crate::harness::Payments;
+use crate::harness::{Payments, request};
 
 async fn deposit(payments: &Payments, key: &str, amount: i64) -> Answer {
     payments.http.post("/v1/accounts/alice/deposits", Some(key), &json!({ "amount": amount })).await.unwrap()
@@ -64,6 +64,41 @@ async fn fifty_parallel_deposits_with_fifty_keys_all_count() {
     assert!(answers.iter().all(|answer| answer.status == 201));
     assert_eq!(payments.balance("alice").await, 5000);
     payments.assert_books_balance().await;
+}
+
+#[tokio::test]
+async fn a_statement_is_read_page_by_page_and_its_sums_match() {
+    let payments = Payments::start().await;
+    payments.open_account("alice", 0).await;
+    for number in 1..=5 {
+        payments.deposit("alice", number * 100).await;
+    }
+    let order = request("alice", 50);
+    payments.publish(&order).await;
+    payments.decision(&order).await;
+
+    let path = "/v1/accounts/alice/entries?limit=2";
+    let mut page = payments.http.get(path).await.unwrap().json();
+    // What comes in meanwhile does not move the pages.
+    payments.deposit("alice", 7).await;
+    let mut entries = page["items"].as_array().unwrap().clone();
+    while let Some(cursor) = page["next_cursor"].as_str() {
+        page = payments.http.get(&format!("{path}&cursor={cursor}")).await.unwrap().json();
+        entries.extend(page["items"].as_array().unwrap().clone());
+    }
+    let number = |entry: &Value, name: &str| entry[name].as_i64().unwrap();
+    assert_eq!(entries.iter().map(|entry| number(entry, "entry_no")).collect::<Vec<_>>(), [6, 5, 4, 3, 2, 1]);
+    assert_eq!(entries[0]["order_id"], json!(order.order_id()));
+    assert_eq!((entries[0]["kind"].as_str(), number(&entries[0], "amount")), (Some("payment"), -50));
+    for (entry, earlier) in entries.iter().zip(&entries[1..]) {
+        assert_eq!(number(entry, "balance_after"), number(earlier, "balance_after") + number(entry, "amount"));
+    }
+
+    assert_eq!(payments.http.get("/v1/accounts/nobody/entries").await.unwrap().status, 404);
+    for bad in ["limit=0", "limit=101", "limit=x", "cursor=0", "cursor=x", "page=2"] {
+        let answer = payments.http.get(&format!("/v1/accounts/alice/entries?{bad}")).await.unwrap();
+        assert_eq!((answer.status, &answer.json()["code"]), (422, &json!("validation_failed")), "{bad}");
+    }
 }
 
 #[tokio::test]

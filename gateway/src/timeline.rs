@@ -1,0 +1,78 @@
+//! The timeline of an order, put together from the halves of orders and payments.
+
+use axum::Json;
+use axum::extract::{Path, Request, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse as _, Response};
+use serde_json::{Value, json};
+
+use service_kit::Problem;
+
+use crate::forward::{Forwarder, Service};
+
+/// Asks both services. Without payments the timeline is partial and says so; without orders nobody knows the order.
+pub(crate) async fn timeline(
+    State(forwarder): State<Forwarder>,
+    Path(id): Path<String>,
+    request: Request,
+) -> Result<Response, Problem> {
+    // What is no id is nobody's order, and must not end up in a path.
+    let id: uuid::Uuid = id.parse().map_err(|_| not_found())?;
+    let of_payments = format!("/v1/payments/{id}/timeline");
+    let (orders, payments) =
+        tokio::join!(forwarder.clone().forward(Service::Orders, request), forwarder.read(Service::Payments, &of_payments));
+    if orders.status() != StatusCode::OK {
+        return Ok(orders);
+    }
+    let whole = axum::body::to_bytes(orders.into_body(), usize::MAX).await.ok();
+    let whole = whole.and_then(|bytes| serde_json::from_slice::<Value>(&bytes).ok());
+    let mut whole = whole.ok_or_else(|| Problem::unavailable("Orders Service temporarily unavailable."))?;
+    if let Ok(half) = payments {
+        merge(&mut whole, half);
+    }
+    Ok(Json(whole).into_response())
+}
+
+fn not_found() -> Problem {
+    Problem::new(StatusCode::NOT_FOUND, "order_not_found", "There is no order with this id.")
+}
+
+/// Puts the steps of both in the order of time. Of one time, those of orders come first, as they do in the flow.
+fn merge(whole: &mut Value, mut half: Value) {
+    let take = |value: &mut Value| value["steps"].as_array_mut().map(std::mem::take).unwrap_or_default();
+    let mut steps = take(whole);
+    steps.extend(take(&mut half));
+    steps.sort_by_key(time);
+    whole["steps"] = Value::Array(steps);
+    whole["pruned"] = json!(whole["pruned"] == true || half["pruned"] == true);
+    whole["missing"] = json!([]);
+}
+
+/// RFC 3339 in UTC; the fraction of a second has as many digits as it needs, so text alone does not sort.
+fn time(step: &Value) -> (String, String) {
+    let text = step["at"].as_str().unwrap_or_default().trim_end_matches('Z');
+    let (second, fraction) = text.split_once('.').unwrap_or((text, ""));
+    (second.to_owned(), format!("{fraction:0<9}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_halves_are_put_in_the_order_of_time() {
+        let step = |service: &str, at: &str| json!({ "service": service, "at": at });
+        let mut whole = json!({
+            "order_id": "x",
+            "steps": [step("orders", "2026-11-21T10:00:00Z"), step("orders", "2026-11-21T10:00:00.25Z"), step("orders", "2026-11-21T10:00:01.1Z")],
+            "missing": ["payments"],
+            "pruned": false
+        });
+        let half = json!({ "steps": [step("payments", "2026-11-21T10:00:00.25Z"), step("payments", "2026-11-21T10:00:00.3Z")], "pruned": true });
+        merge(&mut whole, half);
+        let services: Vec<&str> =
+            whole["steps"].as_array().unwrap().iter().map(|step| step["service"].as_str().unwrap()).collect();
+        assert_eq!(services, ["orders", "orders", "payments", "payments", "orders"]);
+        assert_eq!((&whole["missing"], &whole["pruned"]), (&json!([]), &json!(true)));
+    }
+}
