@@ -101,13 +101,14 @@ pub(crate) fn consumers(consumers: &[ConsumerLook]) -> String {
             one.name.clone(),
             one.stream.clone(),
             one.subject.clone(),
+            if one.durable { "yes" } else { "no" }.to_owned(),
             one.lag.to_string(),
             one.unacked.to_string(),
             one.redelivered.to_string(),
             one.acked_up_to.to_string(),
         ]
     });
-    table(&["consumer", "stream", "takes", "lag", "unacked", "redelivered", "acked up to"], rows)
+    table(&["consumer", "stream", "takes", "durable", "lag", "unacked", "redelivered", "acked up to"], rows)
 }
 
 /// A message, with headers and body.

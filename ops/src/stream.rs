@@ -44,6 +44,8 @@ pub struct ConsumerLook {
     pub stream: String,
     /// What it takes of it.
     pub subject: String,
+    /// Whether it outlives the process that reads with it. Those of `gozon tail` and of the gateways' live events do not.
+    pub durable: bool,
     /// Messages that were not delivered yet.
     pub lag: u64,
     /// Messages delivered and not acknowledged yet.
@@ -119,6 +121,7 @@ pub async fn consumers(jetstream: &Context, stream: Option<&str>) -> anyhow::Res
             name: info.name,
             stream: info.stream_name,
             subject: info.config.filter_subject,
+            durable: info.config.durable_name.is_some(),
             lag: info.num_pending,
             unacked: info.num_ack_pending,
             redelivered: info.num_redelivered,

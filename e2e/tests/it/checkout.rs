@@ -54,6 +54,7 @@ async fn the_gateway_shows_the_whole_api() {
             "/v1/accounts",
             "/v1/accounts/{user_id}",
             "/v1/accounts/{user_id}/deposits",
+            "/v1/accounts/{user_id}/entries",
             "/v1/ops/dead-letters",
             "/v1/ops/dead-letters/{id}/replay",
             "/v1/ops/flow",
@@ -61,6 +62,7 @@ async fn the_gateway_shows_the_whole_api() {
             "/v1/orders/events",
             "/v1/orders/{id}",
             "/v1/orders/{id}/events",
+            "/v1/orders/{id}/timeline",
         ]
     );
     for door in ["gateway", "orders", "payments"] {

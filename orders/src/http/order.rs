@@ -125,7 +125,10 @@ pub(super) struct OrderListBody {
     responses(
         (status = 201, description = "Placed, now or earlier with this key", body = OrderBody,
          headers(("Location" = String, description = "Path of the order"), ("Idempotency-Replayed" = bool, description = "true if it had been placed earlier")),
-         links(("getOrder" = (operation_id = "getOrder", parameters(("id" = "$response.body#/id")))))),
+         links(
+             ("getOrder" = (operation_id = "getOrder", parameters(("id" = "$response.body#/id")))),
+             ("getTimeline" = (operation_id = "getTimeline", parameters(("id" = "$response.body#/id")))),
+         )),
         (status = 400, description = "The body is not JSON, or the key is malformed", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 409, description = "A request with this key is still being stored; try again with the same key", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 413, description = "The body is too large", body = ProblemDocument, content_type = "application/problem+json"),
