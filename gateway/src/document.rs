@@ -47,7 +47,21 @@ pub fn all() -> OpenApi {
         .build();
     all.servers = Some(vec![Server::new("/")]);
     complete(&mut all, true, &[]);
+    forget_what_nothing_names(&mut all);
     all
+}
+
+/// Takes out the schemas of the paths that are not served here.
+fn forget_what_nothing_names(document: &mut OpenApi) {
+    loop {
+        let text = document.to_json().expect("a document is JSON");
+        let Some(components) = &mut document.components else { return };
+        let before = components.schemas.len();
+        components.schemas.retain(|name, _| text.contains(&format!("\"#/components/schemas/{name}\"")));
+        if components.schemas.len() == before {
+            return;
+        }
+    }
 }
 
 /// The same as YAML.

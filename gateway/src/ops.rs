@@ -11,6 +11,8 @@ use serde::Serialize;
 use serde_json::Value;
 use service_kit::problem::ProblemDocument;
 use utoipa::ToSchema;
+use utoipa::openapi::Ref;
+use utoipa::openapi::schema::{AllOfBuilder, Array, ArrayBuilder, ObjectBuilder, OneOfBuilder, Schema, Type};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -27,11 +29,9 @@ pub(crate) fn api() -> OpenApiRouter<Forwarder> {
 #[derive(Serialize, ToSchema)]
 #[schema(as = WholeFlow)]
 struct FlowBody {
-    /// As orders says; null if it is away.
-    #[schema(required = true, value_type = Option<Object>)]
+    #[schema(required = true, schema_with = flow_of_orders)]
     orders: Option<Value>,
-    /// As payments says; null if it is away.
-    #[schema(required = true, value_type = Option<Object>)]
+    #[schema(required = true, schema_with = flow_of_payments)]
     payments: Option<Value>,
     /// Services that are away.
     unavailable: Vec<&'static str>,
@@ -41,14 +41,40 @@ struct FlowBody {
 #[derive(Serialize, ToSchema)]
 #[schema(as = AllDeadLetters)]
 struct DeadLettersBody {
-    /// Each with `service`, whose it is.
-    #[schema(value_type = Vec<Object>)]
+    #[schema(schema_with = dead_letters_of_both)]
     items: Vec<Value>,
     /// Ask with it for the next page; null on the last one.
     #[schema(required = true)]
     next_cursor: Option<String>,
     /// Services that are away: theirs are missing here.
     unavailable: Vec<&'static str>,
+}
+
+// The schemas of the services' own documents, to which the gateway adds what it knows.
+
+fn or_null(name: &str, whose: &str) -> Schema {
+    OneOfBuilder::new()
+        .description(Some(format!("As {whose} says; null if it is away.")))
+        .item(Ref::from_schema_name(name))
+        .item(ObjectBuilder::new().schema_type(Type::Null))
+        .into()
+}
+
+fn flow_of_orders() -> Schema {
+    or_null("OrdersFlow", "orders")
+}
+
+fn flow_of_payments() -> Schema {
+    or_null("Flow", "payments")
+}
+
+fn dead_letters_of_both() -> Array {
+    let service = ObjectBuilder::new().schema_type(Type::String).enum_values(Some(SERVICES.map(|(_, name)| name)));
+    let whose = ObjectBuilder::new().property("service", service).required("service");
+    ArrayBuilder::new()
+        .description(Some("Newest first, each with the service whose it is."))
+        .items(AllOfBuilder::new().item(Ref::from_schema_name("DeadLetter")).item(whose))
+        .build()
 }
 
 /// What applying a message again did, or would do.
@@ -93,7 +119,7 @@ async fn flow(State(forwarder): State<Forwarder>, request: Parts) -> Response {
     tag = "operators",
     params(
         ("limit" = Option<u64>, Query, description = "At most so many; 20 if absent", minimum = 1, maximum = 100),
-        ("cursor" = Option<String>, Query, description = "next_cursor of the page before"),
+        ("cursor" = Option<String>, Query, description = "next_cursor of the page before", pattern = "^[0-9a-f]{32}$", nullable = false),
     ),
     responses(
         (status = 200, description = "A page", body = DeadLettersBody),

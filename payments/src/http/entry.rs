@@ -82,7 +82,7 @@ pub(super) struct StatementBody {
     params(
         ("user_id" = String, Path, description = "Whose account", example = "alice"),
         ("limit" = Option<u64>, Query, description = "At most so many; 20 if absent", minimum = 1, maximum = 100),
-        ("cursor" = Option<String>, Query, description = "next_cursor of the page before"),
+        ("cursor" = Option<String>, Query, description = "next_cursor of the page before", pattern = "^[1-9][0-9]{0,17}$", nullable = false),
     ),
     responses(
         (status = 200, description = "A page", body = StatementBody),

@@ -41,7 +41,7 @@ pub(super) async fn flow(State(state): State<super::State>) -> Result<Json<Flow>
     tag = "operators",
     params(
         ("limit" = Option<u64>, Query, description = "At most so many; 20 if absent", minimum = 1, maximum = 100),
-        ("cursor" = Option<String>, Query, description = "next_cursor of the page before"),
+        ("cursor" = Option<String>, Query, description = "next_cursor of the page before", pattern = "^[0-9a-f]{32}$", nullable = false),
     ),
     responses(
         (status = 200, description = "A page", body = DeadLetters),
