@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use axum::body::Body;
 use axum::extract::Request;
+use axum::http::response::Parts;
 use axum::http::uri::{Authority, PathAndQuery, Scheme};
 use axum::http::{HeaderMap, HeaderName, Method, Response, StatusCode, Uri, header};
 use axum::response::IntoResponse as _;
@@ -14,12 +15,15 @@ use http_body_util::{BodyExt as _, Full, Limited};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use service_kit::Problem;
 use service_kit::body;
 use service_kit::http::REQUEST_ID;
 use service_kit::idempotency::{IDEMPOTENCY_KEY, IDEMPOTENCY_REPLAYED, IdempotencyKey};
+use service_kit::server::DRAIN_TIMEOUT;
 
 use crate::limits::{Limits, parameter};
 
@@ -29,6 +33,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// As for `?wait=` of an order.
 const WAIT_SECONDS_MAX: u64 = 30;
+/// After a shutdown begins, a service gets this long for an answer: less than [`DRAIN_TIMEOUT`], so that the client is told.
+const LAST_ANSWER_TIMEOUT: Duration = Duration::from_secs(4);
+const _: () = assert!(LAST_ANSWER_TIMEOUT.as_secs() < DRAIN_TIMEOUT.as_secs());
 /// Shorter than a server of ours keeps an idle connection, so that no request meets a closing one.
 const IDLE_CONNECTION_TIMEOUT: Duration = Duration::from_secs(20);
 /// The largest answer is a page of 100 orders, a few kilobytes each.
@@ -70,6 +77,8 @@ impl Service {
     }
 }
 
+type Outgoing = axum::http::Request<Full<Bytes>>;
+
 /// Connections to the services, cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Forwarder {
@@ -77,6 +86,7 @@ pub(crate) struct Forwarder {
     orders: Authority,
     payments: Authority,
     limits: Limits,
+    shutdown: CancellationToken,
 }
 
 impl Forwarder {
@@ -93,7 +103,13 @@ impl Forwarder {
             orders: authority(orders).context("GOZON_ORDERS_URL")?,
             payments: authority(payments).context("GOZON_PAYMENTS_URL")?,
             limits,
+            shutdown: CancellationToken::new(),
         })
+    }
+
+    /// The same, which answers while it still can once `shutdown` begins.
+    pub(crate) fn until(self, shutdown: CancellationToken) -> Self {
+        Self { shutdown, ..self }
     }
 
     /// Forwards a request and hands back the answer, whatever it is.
@@ -122,28 +138,31 @@ impl Forwarder {
                 key = found;
             }
         }
-        let deadline = ANSWER_TIMEOUT + wait_asked_for(&parts.uri);
+        let wait = wait_asked_for(&parts.uri);
+        let at_once = (!wait.is_zero()).then(|| format!("{}?wait=0", parts.uri.path()).parse().expect("a path of a URI"));
         let mut outgoing = axum::http::Request::new(Full::new(body));
         *outgoing.method_mut() = parts.method;
         *outgoing.uri_mut() = self.uri(service, parts.uri.path_and_query().cloned());
         *outgoing.headers_mut() = only(&REQUEST_HEADERS, &parts.headers);
+        let at_once = at_once.map(|path| {
+            let mut outgoing = outgoing.clone();
+            *outgoing.uri_mut() = self.uri(service, Some(path));
+            outgoing
+        });
 
-        let exchange = async {
-            failpoint!("gateway.before_forward").map_err(|injected| Failed::NotReached(injected.to_string()))?;
-            let (parts, body) = self.client.request(outgoing).await.map_err(Failed::from)?.into_parts();
-            let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await.map_err(|error| Failed::Midway(error.to_string()))?;
-            failpoint!("gateway.after_forward").map_err(|injected| Failed::Midway(injected.to_string()))?;
-            Ok((parts, body.to_bytes()))
+        let answered = tokio::select! {
+            answered = self.exchange(outgoing, ANSWER_TIMEOUT + wait) => answered,
+            // Whoever waits is told how it is now.
+            answered = self.last_exchange(at_once) => answered,
         };
-        let failed = match tokio::time::timeout(deadline, exchange).await {
-            Ok(Ok((parts, body))) => {
+        let failed = match answered {
+            Ok((parts, body)) => {
                 let mut answer = Response::new(Body::from(body));
                 *answer.status_mut() = parts.status;
                 *answer.headers_mut() = only(&ANSWER_HEADERS, &parts.headers);
                 return Ok(answer);
             }
-            Ok(Err(failed)) => failed,
-            Err(_) => Failed::Midway(format!("no answer within {deadline:?}")),
+            Err(failed) => failed,
         };
         match failed {
             Failed::NotReached(error) => {
@@ -153,6 +172,30 @@ impl Forwarder {
             Failed::Midway(error) => {
                 warn!(service = ?service, error, "A service did not answer to the end");
                 Err(Problem::in_doubt(service.unavailable(), key.as_ref()))
+            }
+        }
+    }
+
+    /// Sends a request, and takes the whole answer within this time.
+    async fn exchange(&self, request: Outgoing, within: Duration) -> Result<(Parts, Bytes), Failed> {
+        let exchange = async {
+            failpoint!("gateway.before_forward").map_err(|injected| Failed::NotReached(injected.to_string()))?;
+            let (parts, body) = self.client.request(request).await.map_err(Failed::from)?.into_parts();
+            let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await.map_err(|error| Failed::Midway(error.to_string()))?;
+            failpoint!("gateway.after_forward").map_err(|injected| Failed::Midway(injected.to_string()))?;
+            Ok((parts, body.to_bytes()))
+        };
+        timeout(within, exchange).await.unwrap_or_else(|_| Err(Failed::Midway(format!("no answer within {within:?}"))))
+    }
+
+    /// When a shutdown begins: what there is to say instead of what is waited for. Never before.
+    async fn last_exchange(&self, instead: Option<Outgoing>) -> Result<(Parts, Bytes), Failed> {
+        self.shutdown.cancelled().await;
+        match instead {
+            Some(request) => self.exchange(request, LAST_ANSWER_TIMEOUT).await,
+            None => {
+                tokio::time::sleep(LAST_ANSWER_TIMEOUT).await;
+                Err(Failed::Midway("the gateway stops".to_owned()))
             }
         }
     }
@@ -171,7 +214,7 @@ impl Forwarder {
             }
             serde_json::from_slice(&body.to_bytes()).map_err(|error| error.to_string())
         };
-        let read = tokio::time::timeout(ANSWER_TIMEOUT, exchange).await;
+        let read = timeout(ANSWER_TIMEOUT, exchange).await;
         read.unwrap_or_else(|_| Err(format!("no answer within {ANSWER_TIMEOUT:?}"))).map_err(|error| {
             warn!(service = ?service, error, "A service did not say what it knows");
             Problem::unavailable(service.unavailable())

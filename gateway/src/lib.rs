@@ -66,8 +66,9 @@ impl App {
         info!(address = %self.listener.local_addr()?, "gateway listens");
         let metrics = Metrics::start("gateway", env!("CARGO_PKG_VERSION"))?;
         let probes = self.health().routes(shutdown.clone()).merge(metrics.routes());
-        let events = Events::new(self.live.clone(), self.forwarder.clone(), self.event_streams_max, shutdown.clone());
-        let router = http::router(self.forwarder, events, self.limits.clone(), &self.origins, probes);
+        let forwarder = self.forwarder.until(shutdown.clone());
+        let events = Events::new(self.live.clone(), forwarder.clone(), self.event_streams_max, shutdown.clone());
+        let router = http::router(forwarder, events, self.limits.clone(), &self.origins, probes);
         let follow = async {
             if let Some(live) = &self.live {
                 live.run(shutdown.clone()).await;

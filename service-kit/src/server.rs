@@ -29,7 +29,7 @@ use crate::http::{HEAD_BYTES_MAX, REQUEST_ID, foreign};
 use crate::problem::{self, Problem};
 
 /// After a shutdown begins, open requests get this long.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// The accept queue of the system is tried again after this long when it fails (no file descriptors are left).
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(50);
 /// A client that was refused gets this long to take the answer. Closing at once would destroy it on its way, if the client

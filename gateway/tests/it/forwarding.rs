@@ -1,9 +1,13 @@
 //! What is handed on, what is not, and what is said when a service is away.
 
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
 use bytes::Bytes;
 use serde_json::json;
+use stack::testing::eventually;
 
-use crate::harness::{Does, Gateway, ok};
+use crate::harness::{Does, Gateway, SOON, ok};
 
 #[tokio::test]
 async fn only_what_is_known_is_handed_on_in_both_directions() {
@@ -134,4 +138,26 @@ async fn an_answer_that_is_nonsense_or_too_large_is_not_handed_on() {
         assert_eq!((answer.status, &answer.json()["code"]), (503, &json!("service_unavailable")), "{path}");
         assert!(!answer.text().contains("SSH"), "no innards");
     }
+}
+
+#[tokio::test]
+async fn a_gateway_that_stops_answers_whoever_it_has_let_in() {
+    let gateway = Gateway::start(|seen| match seen.line.as_str() {
+        "GET /v1/orders/7?wait=0" => Does::Answers(ok(r#"{"status":"NEW"}"#)),
+        _ => Does::AnswersWhen(Arc::default()),
+    })
+    .await;
+    let http = gateway.http.clone();
+    let body = json!({ "user_id": "a", "amount": 1 });
+    let begun = Instant::now();
+    let stopping = async {
+        eventually("both are let in", SOON, async || (gateway.behind.seen().len() == 2).then_some(())).await;
+        gateway.stop().await;
+    };
+    let (waits, orders, ()) = tokio::join!(http.get("/v1/orders/7?wait=30"), http.post("/v1/orders", Some("k"), &body), stopping);
+    let (waits, orders) = (waits.unwrap(), orders.unwrap());
+    assert_eq!((waits.status, &waits.json()["status"]), (200, &json!("NEW")), "it is told how the order is now");
+    let told = orders.json();
+    assert_eq!((orders.status, &told["outcome"], &told["idempotency_key"]), (503, &json!("unknown"), &json!("k")), "{told}");
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
 }

@@ -113,7 +113,7 @@ pub(crate) struct Gateway {
     pub(crate) http: Http,
     pub(crate) address: SocketAddr,
     pub(crate) behind: Service,
-    _process: Apart,
+    process: Apart,
 }
 
 impl Gateway {
@@ -135,7 +135,12 @@ impl Gateway {
         });
         let process = process.await.unwrap();
         let address = process.address;
-        Self { http: Http::new(format!("http://{address}")), address, behind, _process: process }
+        Self { http: Http::new(format!("http://{address}")), address, behind, process }
+    }
+
+    /// Stops it politely.
+    pub(crate) async fn stop(self) {
+        self.process.stop().await.unwrap();
     }
 
     /// Sends bytes as they are, and reads until the gateway closes the connection.
