@@ -1,10 +1,9 @@
-//! The routes: what is forwarded where, and where the API is shown.
+//! The routes: what is forwarded where, and where the API and the page are shown.
 
 use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::header;
 use axum::middleware::from_fn_with_state;
-use axum::response::Redirect;
 use axum::routing::{get, post};
 use utoipa_swagger_ui::{Config, SwaggerUi, Url};
 
@@ -14,6 +13,7 @@ use crate::events::{self, Events};
 use crate::forward::{Forwarder, Service};
 use crate::limits::{self, Limits};
 use crate::ops;
+use crate::page;
 use crate::timeline;
 
 /// `probes` are the routes for machines: health, metrics.
@@ -40,7 +40,7 @@ pub(crate) fn router(forwarder: Forwarder, events: Events, limits: Limits, origi
         .merge(probes)
         .merge(swagger)
         .route("/openapi.yaml", get(async || ([(header::CONTENT_TYPE, "application/yaml")], document::yaml())))
-        .route("/", get(async || Redirect::temporary("/swagger/")));
+        .merge(page::routes());
     cors::allow(origins, service_kit::http::edge(router))
 }
 

@@ -1,5 +1,6 @@
 //! The gateway: the one address that clients need. It forwards what it knows to orders and payments ([`forward`]), tells
-//! browsers how orders change ([`live`], [`events`]) and shows the API ([`http`]). It has no database and decides nothing.
+//! browsers how orders change ([`live`], [`events`]), and shows the page ([`page`]) and the API ([`http`]). It has no
+//! database and decides nothing.
 
 use std::net::SocketAddr;
 
@@ -21,6 +22,7 @@ mod http;
 mod limits;
 mod live;
 mod ops;
+mod page;
 mod timeline;
 
 pub use broker::BrokerArgs;

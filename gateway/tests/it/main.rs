@@ -7,4 +7,5 @@ mod forwarding;
 mod harness;
 mod limits;
 mod openapi;
+mod page;
 mod wire;

@@ -1,0 +1,14 @@
+// Starts the page.
+
+import { html, render } from './vendor/htm-preact.js';
+import { resumeAll } from './errands.js';
+import { speak } from './i18n.js';
+import { connect } from './live.js';
+import { count } from './rates.js';
+import { App } from './app.js';
+
+count();
+connect();
+resumeAll();
+await speak();
+render(html`<${App} />`, document.getElementById('page'));

@@ -1,0 +1,31 @@
+// Who shops in this browser. The API keeps no list of customers for everybody to read; this browser remembers its own.
+
+import { resumed } from './errands.js';
+import { recall, remember } from './storage.js';
+import { store } from './store.js';
+
+const USERS_MAX = 20;
+
+export const users = store(recall('users', []));
+
+/// The one who shops now, or null.
+export const shopper = store(recall('shopper', null));
+
+export function shopAs(userId) {
+  users.set([userId, ...users.get().filter((other) => other !== userId)].slice(0, USERS_MAX));
+  shopper.set(userId);
+  remember('users', users.get());
+  remember('shopper', userId);
+}
+
+// An account whose making was met by a reload.
+resumed.subscribe((outcomes) => {
+  const { steps, answers } = outcomes.at(-1) ?? {};
+  if (answers && steps[0].kind === 'account') shopAs(steps[0].body.user_id);
+});
+
+/// A name that nobody has: 40 random bits.
+export function demoName() {
+  const bytes = crypto.getRandomValues(new Uint8Array(5));
+  return `demo-${Array.from(bytes, (byte) => byte.toString(16).padStart(2, '0')).join('')}`;
+}

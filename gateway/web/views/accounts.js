@@ -1,0 +1,155 @@
+// An account: what is there, how it came about, and whether it adds up.
+
+import { html, useEffect, useState } from '../vendor/htm-preact.js';
+import { read } from '../api.js';
+import { t } from '../i18n.js';
+import { money } from '../money.js';
+import { go, links } from '../router.js';
+import { curl, just } from '../shell.js';
+import { useStore } from '../store.js';
+import { Copy, Field, Money, OrderLink, ProblemNote, Shell, Waiting, When } from '../ui.js';
+import { shopAs, shopper, users } from '../users.js';
+import { Sparkline } from './sparkline.js';
+import { OpenAccount, useAccount } from './account-card.js';
+
+const PAGE = 50;
+const TRIES_MAX = 3;
+const TRY_AGAIN_MS = 300;
+const USER_ID = /^[A-Za-z0-9._-]{1,64}$/;
+
+export function Accounts({ userId }) {
+  return userId ? html`<${Account} userId=${userId} />` : html`<${Choose} />`;
+}
+
+function Choose() {
+  const known = useStore(users);
+  const [text, setText] = useState('');
+  const [wrong, setWrong] = useState(false);
+  const choose = (event) => {
+    event.preventDefault();
+    if (USER_ID.test(text.trim())) go(links.account(text.trim()));
+    else setWrong(true);
+  };
+  return html`
+    <h1 tabindex="-1">${t('nav.accounts')}</h1>
+    <section class="card narrow">
+      <form class="form" role="search" onSubmit=${choose} noValidate>
+        <${Field} name="user" label=${t('accounts.user')} hint=${t('accounts.user-hint')} value=${text} data-search spellcheck=${false} autocapitalize="none"
+          onInput=${(event) => { setText(event.target.value); setWrong(false); }} error=${wrong && t('accounts.user-wrong')}>
+          <button type="submit" class="button button-main" data-test="user-go">${t('accounts.show')}</button>
+        <//>
+      </form>
+      ${known.length > 0 && html`<h2 class="card-title">${t('accounts.known')}</h2>
+        <ul class="names">${known.map((user) => html`<li key=${user} data-row><a class="order-link" href=${links.account(user)}>${user}</a></li>`)}</ul>`}
+    </section>`;
+}
+
+function Account({ userId }) {
+  const { account, problem, reload } = useAccount(userId);
+  const statement = useStatement(userId, account);
+  useAgainIfDiffers(account, statement.entries, reload);
+  const current = useStore(shopper);
+  const path = `/v1/accounts/${encodeURIComponent(userId)}`;
+  if (problem?.code === 'account_not_found') {
+    return html`<h1 tabindex="-1">${userId}</h1><section class="card narrow"><${OpenAccount} userId=${userId} onOpened=${reload} /></section>`;
+  }
+  return html`
+    <h1 tabindex="-1">${userId} <${Copy} text=${userId} /></h1>
+    ${problem && html`<${ProblemNote} problem=${problem} />`}
+    <section class="card account-summary">
+      <div>
+        <h2 class="card-title">${t('shop.balance')}</h2>
+        <p class="balance" data-test="balance" data-minor=${account?.balance}><span class="money">${account ? money(account.balance) : '\u2007'}</span></p>
+        ${account && html`<p class="quiet">${t('account.since')} <${When} at=${account.created_at} /></p>`}
+      </div>
+      ${statement.entries?.length > 1 && html`<${Sparkline} values=${statement.entries.map((entry) => entry.balance_after).reverse()} label=${t('account.plot')} wide />`}
+      <div class="account-actions">
+        <a class="button" href=${links.orders({ user_id: userId })}>${t('account.orders')}</a>
+        ${current !== userId && html`<button type="button" class="button button-main" onClick=${() => { shopAs(userId); go(links.shop()); }} data-test="shop-as">${t('account.shop-as')}</button>`}
+      </div>
+    </section>
+    <section class="card card-flush" aria-labelledby="statement">
+      <h2 id="statement" class="card-title">${t('account.statement')}</h2>
+      <${Statement} account=${account} ...${statement} />
+    </section>
+    <${Shell} commands=${[curl(path), curl(`${path}/entries`), just('psql payments'), just('audit')]} />`;
+}
+
+/// The entries that were read, and the account as it was beside them.
+function useStatement(userId, account) {
+  const [state, setState] = useState({});
+  const path = `/v1/accounts/${encodeURIComponent(userId)}/entries?limit=${PAGE}`;
+  useEffect(() => {
+    if (!account) return;
+    let current = true;
+    read(path).then(
+      (page) => current && setState((before) => ({ entries: joined(before.entries, page), next: before.entries ? before.next : page.next_cursor })),
+      (problem) => current && setState((before) => ({ ...before, problem })),
+    );
+    return () => { current = false; };
+  }, [account]);
+  const readMore = async (before) => {
+    const page = await read(`${path}&cursor=${before.next}`);
+    return { entries: [...before.entries, ...page.items], next: page.next_cursor };
+  };
+  const loadMore = () => readMore(state).then(setState, (problem) => setState({ ...state, problem }));
+  const loadAll = async () => {
+    try {
+      for (let all = state; all.next; ) setState((all = await readMore(all)));
+    } catch (problem) {
+      setState((before) => ({ ...before, problem }));
+    }
+  };
+  return { ...state, loadMore, loadAll };
+}
+
+/// The two are read one after the other: money may have moved in between. What still differs then is shown.
+function useAgainIfDiffers(account, entries, reload) {
+  const [tries, setTries] = useState(0);
+  const differs = account && entries?.length > 0 && entries[0].balance_after !== account.balance;
+  useEffect(() => {
+    if (!differs) return setTries(0);
+    if (tries >= TRIES_MAX) return;
+    const timer = setTimeout(() => {
+      setTries(tries + 1);
+      reload();
+    }, TRY_AGAIN_MS);
+    return () => clearTimeout(timer);
+  }, [differs, tries]);
+}
+
+/// The newest page put before what was read; entries are counted, so that a gap shows.
+function joined(entries, page) {
+  if (!entries?.length || !page.items.length) return page.items;
+  const newer = page.items.filter((entry) => entry.entry_no > entries[0].entry_no);
+  return newer.length === 0 || newer.at(-1).entry_no === entries[0].entry_no + 1 ? [...newer, ...entries] : page.items;
+}
+
+function Statement({ account, entries, next, problem, loadMore, loadAll }) {
+  if (problem) return html`<${ProblemNote} problem=${problem} />`;
+  if (!entries) return html`<${Waiting} rows=${6} />`;
+  if (!entries.length) return html`<p class="empty">${t('account.empty')} <code>just order 1299 ${account.user_id}</code></p>`;
+  return html`
+    <${Check} account=${account} entries=${entries} next=${next} loadAll=${loadAll} />
+    <table class="statement" data-test="statement">
+      <thead><tr><th scope="col">${t('account.when')}</th><th scope="col">${t('account.what')}</th><th scope="col" class="number">${t('account.amount')}</th><th scope="col" class="number">${t('account.after')}</th></tr></thead>
+      <tbody>${entries.map((entry) => html`<tr key=${entry.entry_no} data-row data-test="entry">
+        <td><${When} at=${entry.created_at} /></td>
+        <td>${t(`entry.${entry.kind}`)}${entry.order_id && html` <${OrderLink} id=${entry.order_id} />`}</td>
+        <td class=${`number ${entry.amount > 0 ? 'is-in' : ''}`}><${Money} minor=${entry.amount} signed /></td>
+        <td class="number"><${Money} minor=${entry.balance_after} /></td>
+      </tr>`)}</tbody>
+    </table>
+    ${next && html`<p class="card-foot"><button type="button" class="button" onClick=${loadMore} data-test="more">${t('more')}</button></p>`}`;
+}
+
+/// Added up here, from what the API tells, and compared with the balance that it tells.
+function Check({ account, entries, next, loadAll }) {
+  const wrong = entries.find((entry, place) => entry.balance_after - entry.amount !== (entries[place + 1]?.balance_after ?? (next ? entry.balance_after - entry.amount : 0)));
+  const matches = !wrong && entries[0].balance_after === account.balance;
+  return html`<p class=${`check ${matches ? 'is-good' : 'is-bad'}`} role="status" data-test="sums" data-match=${matches}>
+    <span aria-hidden="true">${matches ? '✓' : '✗'}</span>
+    ${!matches ? t('check.differs') : next ? t('check.some', { n: entries.length, all: entries[0].entry_no }) : t('check.all', { n: entries.length })}
+    ${matches && next && html` <button type="button" class="link" onClick=${loadAll} data-test="check-all">${t('check.load')}</button>`}
+  </p>`;
+}

@@ -1,0 +1,101 @@
+// Messages that were not applied: why, what they say, and applying them again, after seeing what that would do.
+
+import { html, useEffect, useState } from '../vendor/htm-preact.js';
+import { act, read } from '../api.js';
+import { t, tOr } from '../i18n.js';
+import { useResource } from '../resource.js';
+import { curl, curlPost, just } from '../shell.js';
+import { Dialog, OrderLink, ProblemNote, Shell, Waiting, When, announce } from '../ui.js';
+
+const PAGE = 50;
+
+/// `waiting`: how many there are now; the list is read again when that changes.
+export function DeadLetters({ waiting }) {
+  const { data, problem, reload } = useResource(`/v1/ops/dead-letters?limit=${PAGE}`, waiting);
+  const [older, setOlder] = useState([]);
+  const [chosen, setChosen] = useState();
+  const letters = data && [...data.items, ...older.flatMap((page) => page.items)];
+  const next = older.length ? older.at(-1).next_cursor : data?.next_cursor;
+  const open = letters?.filter((letter) => letter.waits) ?? [];
+  const loadMore = async () => setOlder([...older, await read(`/v1/ops/dead-letters?limit=${PAGE}&cursor=${next}`)]);
+  const done = () => {
+    setOlder([]);
+    reload();
+  };
+  return html`<section class="card card-flush" aria-labelledby="dead-letters" data-test="dead-letters">
+    <div class="card-head">
+      <h2 id="dead-letters" class="card-title">${t('dlq.title')}</h2>
+      ${open.length > 1 && html`<button type="button" class="button" onClick=${() => setChosen(open)} data-test="replay-all">${t('dlq.preview-all', { n: open.length })}</button>`}
+    </div>
+    ${problem && html`<${ProblemNote} problem=${problem} />`}
+    ${!letters && !problem && html`<${Waiting} rows=${2} />`}
+    ${letters && !letters.length && html`<p class="empty">${t('dlq.none')}</p>`}
+    <ul class="letters">${letters?.map((letter) => html`<${Letter} key=${letter.id} letter=${letter} onReplay=${() => setChosen([letter])} />`)}</ul>
+    ${next && html`<p class="card-foot"><button type="button" class="button" onClick=${loadMore} data-test="more">${t('more')}</button></p>`}
+    ${chosen && html`<${Replay} letters=${chosen} onDone=${done} onClose=${() => setChosen(undefined)} />`}
+  </section>`;
+}
+
+function Letter({ letter, onReplay }) {
+  return html`<li class=${`letter ${letter.waits ? '' : 'is-done'}`} data-row data-test="letter" data-id=${letter.id} data-waits=${letter.waits}>
+    <div class="letter-head">
+      <span class="badge badge-kind-${letter.kind}">${tOr(`dlq.${letter.kind}`, letter.kind)}</span>
+      <span class="badge badge-${letter.service}">${letter.service}</span>
+      ${letter.order_id && html`<${OrderLink} id=${letter.order_id} />`}
+      <span class="quiet"><${When} at=${letter.last_seen_at} /> · ${t('dlq.times', { n: letter.times })}</span>
+      ${letter.waits
+        ? html`<button type="button" class="button" onClick=${onReplay} data-test="replay">${t('dlq.preview')}</button>`
+        : html`<span class="quiet">${t('dlq.applied')} ${letter.replayed_at && html`<${When} at=${letter.replayed_at} />`}</span>`}
+    </div>
+    <p class="letter-cause" lang="en">${letter.cause}</p>
+    <details><summary>${t('timeline.message')}</summary>
+      <p class="quiet"><code>${letter.subject}</code> · ${letter.stream} #${letter.stream_sequence} · <code>${letter.consumer}</code></p>
+      <pre class="payload" tabindex="0">${letter.headers}</pre>
+      <pre class="payload" tabindex="0">${letter.payload}</pre>
+      <${Shell} commands=${[curlPost(`/v1/ops/dead-letters/${letter.id}/replay?dry_run=true`), just(`dlq show ${letter.id}`), just(`dlq replay --dry-run ${letter.id}`)]} />
+    </details>
+  </li>`;
+}
+
+/// First what it would do; only then it can be done.
+function Replay({ letters, onDone, onClose }) {
+  const [preview, setPreview] = useState();
+  const [results, setResults] = useState();
+  const [problem, setProblem] = useState();
+  const replay = async (dryRun) => {
+    const said = [];
+    for (const { id } of letters) said.push(await act(`/v1/ops/dead-letters/${id}/replay?dry_run=${dryRun}`));
+    return said;
+  };
+  const apply = async () => {
+    try {
+      const done = await replay(false);
+      setResults(done);
+      announce(summary(done));
+    } catch (refused) {
+      setProblem(refused);
+    }
+    onDone();
+  };
+  useEffect(() => {
+    replay(true).then(setPreview, setProblem);
+  }, []);
+  const shown = results ?? preview;
+  return html`<${Dialog} title=${t('dlq.title')} onClose=${onClose} data-test="replay-dialog">
+    ${problem && html`<${ProblemNote} problem=${problem} />`}
+    ${!shown && !problem && html`<${Waiting} rows=${2} />`}
+    ${shown && html`
+      <p><strong data-test="replay-summary">${results ? t('dlq.did') : t('dlq.would')} ${summary(shown)}</strong></p>
+      <ul class="previews">${shown.map((one) => html`<li key=${one.id} data-test="preview" data-outcome=${one.outcome}><span class="badge">${t(`replay.${one.outcome}`)}</span> <span lang="en">${one.detail}</span></li>`)}</ul>
+      ${results
+        ? html`<button type="button" class="button button-main" onClick=${onClose}>${t('close')}</button>`
+        : html`<button type="button" class="button button-main" onClick=${apply} data-test="replay-apply">${t('dlq.apply', { n: letters.length })}</button>`}`}
+    <${Shell} commands=${[curl('/v1/ops/dead-letters'), just('dlq replay --dry-run')]} />
+  <//>`;
+}
+
+function summary(outcomes) {
+  const counts = new Map();
+  for (const { outcome } of outcomes) counts.set(outcome, (counts.get(outcome) ?? 0) + 1);
+  return [...counts].map(([outcome, n]) => `${t(`replay.${outcome}`)}: ${n}`).join(', ');
+}

@@ -1,0 +1,113 @@
+// For who operates it: what waits where, for how long, how fast it goes, and what was set aside.
+
+import { html, useEffect, useState } from '../vendor/htm-preact.js';
+import { read } from '../api.js';
+import { duration } from '../clock.js';
+import { language, t } from '../i18n.js';
+import { rates } from '../rates.js';
+import { curl, just, nats } from '../shell.js';
+import { ProblemNote, Shell, Waiting } from '../ui.js';
+import { DeadLetters } from './dead-letters.js';
+import { Sparkline } from './sparkline.js';
+
+const ASK_MS = 2_000;
+/// Five minutes.
+const SAMPLES_MAX = 150;
+/// As the alarms in the README.
+const OUTBOX_AGE_MAX_S = 60;
+const NEW_AGE_MAX_S = 180;
+
+/// Kept while other views are shown.
+const samples = [];
+
+export function Flow() {
+  const { flow, problem } = useFlow();
+  const waiting = flow && ['orders', 'payments'].reduce((sum, name) => sum + (flow[name] ? flow[name].poison + flow[name].quarantine : 0), 0);
+  return html`
+    <h1 tabindex="-1">${t('nav.flow')}</h1>
+    ${problem && html`<${ProblemNote} problem=${problem} />`}
+    ${!flow && !problem && html`<${Waiting} rows=${8} />`}
+    ${flow && html`
+      <${Rates} />
+      <div class="services">
+        ${['orders', 'payments'].map((name) => html`<${Service} key=${name} name=${name} flow=${flow[name]} />`)}
+      </div>`}
+    <${DeadLetters} waiting=${waiting} />
+    <${Shell} commands=${[curl('/v1/ops/flow'), just('outbox'), just('consumers ORDERS'), just('audit'), nats('consumer report ORDERS')]} />`;
+}
+
+function useFlow() {
+  const [state, setState] = useState({ flow: samples.at(-1) });
+  useEffect(() => {
+    const leaving = new AbortController();
+    let timer;
+    const ask = async () => {
+      if (!document.hidden) {
+        try {
+          const flow = await read('/v1/ops/flow', { signal: leaving.signal });
+          samples.push(flow);
+          if (samples.length > SAMPLES_MAX) samples.shift();
+          setState({ flow });
+        } catch (problem) {
+          if (leaving.signal.aborted) return;
+          setState((before) => ({ ...before, problem }));
+        }
+      }
+      timer = setTimeout(ask, ASK_MS);
+    };
+    ask();
+    return () => {
+      leaving.abort();
+      clearTimeout(timer);
+    };
+  }, []);
+  return state;
+}
+
+function Rates() {
+  return html`<section class="card rates" aria-labelledby="rates" data-test="rates">
+    <h2 id="rates" class="card-title">${t('flow.rates')}</h2>
+    <div class="figures">${['NEW', 'FINISHED', 'CANCELLED'].map((status) => {
+      const values = rates(status);
+      return html`<${Figure} key=${status} name=${t(`rate.${status}`)} value=${perSecond(values.at(-1))} values=${values} />`;
+    })}</div>
+  </section>`;
+}
+
+function Service({ name, flow }) {
+  if (!flow) return html`<section class="card service is-away" data-test="service-${name}"><h2><span class="badge badge-${name}">${name}</span></h2><p role="status">${t('flow.away', { service: name })}</p></section>`;
+  const past = (pick) => samples.map((sample) => (sample[name] ? pick(sample[name]) : 0));
+  return html`<section class="card service" aria-labelledby="service-${name}" data-test="service-${name}">
+    <h2 id="service-${name}"><span class="badge badge-${name}">${name}</span></h2>
+    <div class="figures">
+      ${flow.new_orders !== undefined && html`<${Figure} name=${t('flow.new')} value=${whole(flow.new_orders)} values=${past((one) => one.new_orders)} more=${age(flow.new_orders, flow.new_oldest_seconds)} alarm=${flow.new_oldest_seconds > NEW_AGE_MAX_S} test="new" />`}
+      <${Figure} name=${t('flow.outbox')} value=${whole(flow.outbox_pending)} values=${past((one) => one.outbox_pending)} more=${age(flow.outbox_pending, flow.outbox_oldest_seconds)} alarm=${flow.outbox_oldest_seconds > OUTBOX_AGE_MAX_S} test="outbox" />
+      ${flow.consumer
+        ? html`<${Figure} name=${t('flow.pending')} value=${whole(flow.consumer.pending)} values=${past((one) => one.consumer?.pending ?? 0)} more=${t('flow.under-way', { n: whole(flow.consumer.ack_pending), again: whole(flow.consumer.redelivered) })} test="consumer" />`
+        : html`<p class="figure" role="status">${t('flow.no-broker')}</p>`}
+      <div class=${`figure ${flow.poison + flow.quarantine ? 'is-alarm' : ''}`} data-test="set-aside"><span class="figure-name">${t('flow.set-aside')}</span><span class="figure-value">${whole(flow.poison + flow.quarantine)}</span><span class="figure-more">${t('flow.kinds', { poison: flow.poison, quarantine: flow.quarantine })}</span></div>
+    </div>
+    ${flow.consumer && html`<p class="quiet">${t('flow.consumer')} <code>${flow.consumer.name}</code></p>`}
+  </section>`;
+}
+
+function Figure({ name, value, values, more, alarm, test }) {
+  return html`<div class=${`figure ${alarm ? 'is-alarm' : ''}`} data-test=${test}>
+    <span class="figure-name">${name}</span>
+    <span class="figure-value">${value}</span>
+    <${Sparkline} values=${values} label=${t('flow.plot', { name })} />
+    <span class="figure-more">${more ?? '\u00a0'}</span>
+  </div>`;
+}
+
+function age(count, seconds) {
+  return count ? t('flow.oldest', { age: duration(1000 * seconds) }) : t('flow.nothing');
+}
+
+function whole(number) {
+  return new Intl.NumberFormat(language.get()).format(number);
+}
+
+function perSecond(number) {
+  return t('rate.per-second', { n: new Intl.NumberFormat(language.get(), { maximumFractionDigits: 1 }).format(number) });
+}

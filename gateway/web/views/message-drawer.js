@@ -1,0 +1,23 @@
+// A message as it was published: headers and body, and how to get it without this page.
+
+import { html } from '../vendor/htm-preact.js';
+import { t, tOr } from '../i18n.js';
+import { just, nats } from '../shell.js';
+import { Copy, Dialog, Shell } from '../ui.js';
+
+/// `published`: the step that tells where the broker stored it, if it did.
+export function MessageDrawer({ step, published, onClose }) {
+  const { subject, headers, payload } = step.message;
+  const stream = subject.startsWith('gozon.payments.') ? 'PAYMENTS' : 'ORDERS';
+  const body = JSON.stringify(payload, null, 2);
+  const commands = [just(`peek ${stream}`)];
+  if (published?.stream_sequence) commands.push(nats(`stream get ${stream} ${published.stream_sequence}`));
+  return html`<${Dialog} title=${tOr(`event.${step.event}`, step.event)} onClose=${onClose} data-test="drawer">
+    <p class="quiet"><code>${subject}</code>${published?.stream_sequence && html` · ${t('fact.sequence', { n: published.stream_sequence, stream })}`}</p>
+    <h3>${t('drawer.headers')}</h3>
+    <dl class="headers">${Object.entries(headers).map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd><code>${String(value)}</code></dd></div>`)}</dl>
+    <h3>${t('drawer.payload')} <${Copy} text=${body} /></h3>
+    <pre class="payload" tabindex="0">${body}</pre>
+    <${Shell} commands=${commands} />
+  <//>`;
+}
