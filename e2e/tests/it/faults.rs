@@ -60,32 +60,32 @@ async fn killed_in_the_middle(name: &str) {
 }
 
 #[tokio::test]
-async fn orders_killed_in_the_middle() {
+async fn f07_orders_killed_in_the_middle() {
     killed_in_the_middle("orders").await;
 }
 
 #[tokio::test]
-async fn payments_killed_in_the_middle() {
+async fn f34_payments_killed_in_the_middle() {
     killed_in_the_middle("payments").await;
 }
 
 #[tokio::test]
-async fn the_gateway_killed_in_the_middle() {
+async fn f04_the_gateway_killed_in_the_middle() {
     killed_in_the_middle("gateway").await;
 }
 
 #[tokio::test]
-async fn the_broker_killed_in_the_middle() {
+async fn f22_the_broker_killed_in_the_middle() {
     killed_in_the_middle("nats").await;
 }
 
 #[tokio::test]
-async fn the_database_killed_in_the_middle() {
+async fn f09_the_database_killed_in_the_middle() {
     killed_in_the_middle("postgres").await;
 }
 
 #[tokio::test]
-async fn the_broker_wiped_in_the_middle() {
+async fn f24_the_broker_wiped_in_the_middle() {
     // Every message and every consumer is gone, acknowledged or not. Nobody does anything about it.
     let mut shop = shop_with_customers().await;
     shop_while(&mut shop, async |shop| {
@@ -100,7 +100,7 @@ async fn the_broker_wiped_in_the_middle() {
 }
 
 #[tokio::test]
-async fn the_broker_wiped_while_every_answer_is_under_way() {
+async fn f24_the_broker_wiped_while_every_answer_is_under_way() {
     // The worst moment: money is debited, and no answer has arrived.
     let mut shop = shop_with_customers().await;
     shop.stack.system.stop("payments").await.unwrap();
@@ -262,7 +262,7 @@ async fn frozen(time: Duration) {
 }
 
 #[tokio::test]
-async fn a_service_that_is_away_is_named_and_the_other_goes_on() {
+async fn f05_a_service_that_is_away_is_named_and_the_other_goes_on() {
     let mut shop = Shop::open().await;
     shop.customer("alice", 100).await;
     shop.stack.system.stop("payments").await.unwrap();

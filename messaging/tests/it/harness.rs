@@ -11,7 +11,10 @@ use messaging::outbox::{self, Message, Model};
 use messaging::relay::Relay;
 use messaging::topology::{self, TopologySettings};
 use messaging::{Vital, db};
-use sea_orm::{ConnectionTrait as _, DatabaseConnection, EntityTrait as _, QueryOrder as _, TransactionTrait as _};
+use sea_orm::{
+    ConnectionTrait as _, DatabaseConnection, DatabaseTransaction, DbBackend, EntityTrait as _, QueryOrder as _, Statement,
+    TransactionTrait as _,
+};
 use sea_orm_migration::{MigrationTrait, MigratorTrait};
 use shared_contracts::{Amount, EventId, OrderId, OrderPlaced, UserId};
 use stack::testing::{TestBroker, TestDatabase, eventually};
@@ -77,12 +80,17 @@ impl Outbox {
 
     /// Enqueues as many facts in one transaction.
     pub(crate) async fn enqueue(&self, number: usize) {
+        self.uncommitted(number).await.commit().await.unwrap();
+        self.wake.notify_one();
+    }
+
+    /// A transaction with as many facts that is still open.
+    pub(crate) async fn uncommitted(&self, number: usize) -> DatabaseTransaction {
         let now = db::now();
         let messages = (0..number).map(|_| Message::first(EventId::mint(), &event(1), now, None)).collect();
         let txn = self.db.begin().await.unwrap();
         outbox::enqueue(&txn, messages).await.unwrap();
-        txn.commit().await.unwrap();
-        self.wake.notify_one();
+        txn
     }
 
     pub(crate) async fn rows(&self) -> Vec<Model> {
@@ -100,6 +108,15 @@ impl Outbox {
             (rows.iter().filter(|row| row.published_at.is_some()).count() == number).then_some(rows)
         })
         .await
+    }
+
+    /// Waits until no relay asks the database for anything, for now.
+    pub(crate) async fn until_idle(&self) {
+        let busy = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
+                    AND clock_timestamp() - state_change < interval '0.2 s'";
+        let busy = Statement::from_string(DbBackend::Postgres, busy);
+        eventually("all is quiet", SOON, async || self.db.query_one_raw(busy.clone()).await.unwrap().is_none().then_some(()))
+            .await;
     }
 
     pub(crate) async fn message(&self, sequence: u64) -> StreamMessage {

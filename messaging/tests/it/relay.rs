@@ -52,7 +52,7 @@ async fn a_batch_with_a_message_that_the_broker_knows_already_is_published_all_t
 }
 
 #[tokio::test]
-async fn a_row_that_the_broker_never_takes_holds_up_none_of_the_others() {
+async fn f19_a_row_that_the_broker_never_takes_holds_up_none_of_the_others() {
     let outbox = Outbox::new().await;
     outbox.enqueue(1).await;
     outbox.execute("UPDATE outbox SET payload = repeat('x', 70000)").await;
@@ -87,7 +87,7 @@ async fn rows_whose_stream_cannot_be_made_hold_up_none_of_the_others() {
 }
 
 #[tokio::test]
-async fn several_relays_publish_a_backlog_once() {
+async fn f17_several_relays_publish_a_backlog_once() {
     let outbox = Outbox::new().await;
     outbox.enqueue(3000).await;
     let mut relays = Vec::new();
@@ -101,4 +101,19 @@ async fn several_relays_publish_a_backlog_once() {
     for relay in relays {
         relay.await.unwrap().unwrap();
     }
+}
+
+/// The transaction that began first commits last, and nobody wakes the relay (F20, F21).
+#[tokio::test]
+async fn f20_f21_rows_that_commit_late_and_unannounced_are_published_too() {
+    let outbox = Outbox::new().await;
+    let _relay = outbox.relay(&TopologySettings::default()).await;
+    let late = outbox.uncommitted(2).await;
+    outbox.enqueue(5).await;
+    let rows = outbox.until_published(5).await;
+    outbox.until_idle().await;
+    late.commit().await.unwrap();
+    let after = outbox.until_published(7).await;
+    assert!(after[1].event_id < rows[0].event_id, "their ids are the oldest");
+    assert_in_place(&outbox).await;
 }

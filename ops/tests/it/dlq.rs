@@ -9,7 +9,7 @@ use stack::testing::eventually;
 use crate::desk::{Desk, SOON};
 
 #[tokio::test]
-async fn what_could_not_be_applied_is_applied_by_a_replay_once() {
+async fn f51_what_could_not_be_applied_is_applied_by_a_replay_once() {
     let desk = Desk::open().await;
     let execute = async |sql: &str| desk.databases.payments.execute_unprepared(sql).await.unwrap();
     execute(

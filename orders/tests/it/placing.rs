@@ -61,7 +61,7 @@ async fn the_same_key_gets_the_first_answer_and_other_content_is_refused() {
 }
 
 #[tokio::test]
-async fn fifty_parallel_posts_with_one_key_on_two_replicas_make_one_order() {
+async fn f02_fifty_parallel_posts_with_one_key_on_two_replicas_make_one_order() {
     let orders = Orders::start().await;
     let second = orders.replica().await;
     let doors = [orders.http.clone(), stack::http::Http::new(format!("http://{}", second.address))];

@@ -74,7 +74,7 @@ async fn f32_ten_copies_of_every_answer_in_any_order_end_each_order_once() {
 }
 
 #[tokio::test]
-async fn an_answer_that_contradicts_is_quarantined_and_changes_nothing() {
+async fn f33_an_answer_that_contradicts_is_quarantined_and_changes_nothing() {
     let orders = Orders::start().await;
     let payments = orders.payments().await;
     let (finished, new) = (orders.placed().await, orders.placed().await);

@@ -28,7 +28,7 @@ async fn an_account_is_opened_once_and_the_same_key_gets_the_same_answer() {
 }
 
 #[tokio::test]
-async fn a_retried_deposit_adds_once() {
+async fn f41_a_retried_deposit_adds_once() {
     let payments = Payments::start().await;
     payments.open_account("alice", 0).await;
     let first = deposit(&payments, "d", 100).await;
@@ -45,7 +45,7 @@ async fn a_retried_deposit_adds_once() {
 }
 
 #[tokio::test]
-async fn fifty_parallel_deposits_with_one_key_add_once() {
+async fn f41_fifty_parallel_deposits_with_one_key_add_once() {
     let payments = Payments::start().await;
     payments.open_account("alice", 0).await;
     let answers = join_all((0..50).map(|_| deposit(&payments, "one", 100))).await;

@@ -23,7 +23,7 @@ async fn an_order_is_debited_and_answered() {
 }
 
 #[tokio::test]
-async fn a_refusal_stands_even_after_a_top_up() {
+async fn f41_a_refusal_stands_even_after_a_top_up() {
     // Otherwise an order that was cancelled would be debited by a late repetition (I2).
     let payments = Payments::start().await;
     payments.open_account("alice", 10).await;
@@ -131,7 +131,7 @@ async fn the_decision_guards_even_without_an_inbox_row() {
 }
 
 #[tokio::test]
-async fn two_replicas_on_one_account_with_money_for_37_of_100_orders_pay_exactly_37() {
+async fn f40_two_replicas_on_one_account_with_money_for_37_of_100_orders_pay_exactly_37() {
     let payments = Payments::start().await;
     payments.open_account("alice", 370).await;
     let second = payments.replica().await;

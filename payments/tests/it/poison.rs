@@ -40,7 +40,7 @@ fn with(name: &str, value: Option<&str>, request: &Request) -> HeaderMap {
 }
 
 #[tokio::test]
-async fn poison_in_a_batch_goes_aside_and_the_rest_is_applied() {
+async fn f37_poison_in_a_batch_goes_aside_and_the_rest_is_applied() {
     let payments = Payments::start().await;
     let body = |request: &Request| serde_json::to_string(&request.event).unwrap();
     let spare: Vec<Request> = (0..10).map(|_| request("alice", 1)).collect();
@@ -88,7 +88,7 @@ async fn poison_in_a_batch_goes_aside_and_the_rest_is_applied() {
 }
 
 #[tokio::test]
-async fn the_same_poison_again_is_the_same_dead_letter() {
+async fn f38_the_same_poison_again_is_the_same_dead_letter() {
     let payments = Payments::start().await;
     let order = request("alice", 1);
     for _ in 0..3 {
@@ -104,7 +104,7 @@ async fn the_same_poison_again_is_the_same_dead_letter() {
 }
 
 #[tokio::test]
-async fn another_amount_or_user_for_a_decided_order_is_quarantined() {
+async fn f33_another_amount_or_user_for_a_decided_order_is_quarantined() {
     let payments = Payments::start().await;
     payments.open_account("alice", 1000).await;
     payments.open_account("bob", 1000).await;
@@ -171,7 +171,7 @@ async fn a_damaged_account_holds_back_its_own_orders_only_and_they_are_paid_once
 }
 
 #[tokio::test]
-async fn a_serialization_failure_or_deadlock_runs_the_batch_again_and_is_no_poison() {
+async fn f11_a_serialization_failure_or_deadlock_runs_the_batch_again_and_is_no_poison() {
     let payments = Payments::start().await;
     let orders: Vec<Request> = (0..20).map(|_| request("nobody", 1)).collect();
     payments
