@@ -24,6 +24,9 @@ use tokio_util::sync::CancellationToken;
 
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 
+/// By this name the database knows the relays.
+const RELAY: &str = "relay";
+
 struct Migrator;
 
 impl MigratorTrait for Migrator {
@@ -67,7 +70,7 @@ impl Outbox {
 
     pub(crate) async fn relay_for(&self, streams: Vec<stream::Config>) -> JoinHandle<anyhow::Result<()>> {
         let relay = Relay {
-            db: db::connect(&self.database.url, "test", db::Role::Flow, 4).await.unwrap(),
+            db: db::connect(&self.database.url, RELAY, db::Role::Flow, 4).await.unwrap(),
             broker: connect(&self.broker, "orders", &self.broker.secrets().nats_orders).await,
             streams,
             wake: self.wake.clone(),
@@ -112,8 +115,10 @@ impl Outbox {
 
     /// Waits until no relay asks the database for anything, for now.
     pub(crate) async fn until_idle(&self) {
-        let busy = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
-                    AND clock_timestamp() - state_change < interval '0.2 s'";
+        let busy = format!(
+            "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE '{RELAY}%'
+             AND clock_timestamp() - state_change < interval '0.2 s'"
+        );
         let busy = Statement::from_string(DbBackend::Postgres, busy);
         eventually("all is quiet", SOON, async || self.db.query_one_raw(busy.clone()).await.unwrap().is_none().then_some(()))
             .await;
