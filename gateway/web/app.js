@@ -88,7 +88,7 @@ function Connection() {
 
 function Language({ spoken }) {
   return html`<div class="languages" role="group" aria-label=${t('language')}>
-    ${Object.entries(LANGUAGES).map(([tag, name]) => html`<button key=${tag} type="button" lang=${tag} aria-label=${name} aria-pressed=${tag === spoken ? 'true' : 'false'} onClick=${() => choose(tag)} data-test="language-${tag}">${tag.toUpperCase()}</button>`)}
+    ${Object.entries(LANGUAGES).map(([tag, name]) => html`<button key=${tag} type="button" lang=${tag} aria-label="${tag.toUpperCase()}, ${name}" aria-pressed=${tag === spoken ? 'true' : 'false'} onClick=${() => choose(tag)} data-test="language-${tag}">${tag.toUpperCase()}</button>`)}
   </div>`;
 }
 

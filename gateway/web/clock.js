@@ -21,7 +21,7 @@ export function absolute(at) {
 
 /// With milliseconds.
 export function timeOfDay(at) {
-  const options = { hour: '2-digit', minute: '2-digit', second: '2-digit', fractionalSecondDigits: 3 };
+  const options = { hour: '2-digit', minute: '2-digit', second: '2-digit', fractionalSecondDigits: 3, hourCycle: 'h23' };
   return new Intl.DateTimeFormat(language.get(), options).format(new Date(at));
 }
 

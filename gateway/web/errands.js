@@ -34,8 +34,10 @@ export function resumeAll() {
       // Another tab may have ended it meanwhile.
       const errand = recall(name);
       if (!errand) return;
-      const outcome = await work(errand).then((answers) => ({ answers }), (problem) => ({ problem }));
-      resumed.set([...resumed.get(), { id, steps: errand.steps, ...outcome }]);
+      const doneBefore = errand.answers.length;
+      const problem = await work(errand).then(() => undefined, (refused) => refused);
+      const { steps, answers } = errand;
+      resumed.set([...resumed.get(), { id, steps, answers, doneBefore, problem }]);
     });
   }
 }
@@ -103,11 +105,10 @@ function keep(errand) {
   remember(PREFIX + errand.id, errand);
 }
 
-/// One tab at a time works on an errand. Where browsers have no locks (plain HTTP from elsewhere), two may ask: the keys
-/// see to it that nothing is done twice.
+/// One tab at a time works on an errand; another takes over when that one is closed. Where browsers have no locks (plain
+/// HTTP from elsewhere), two may ask: the keys see to it that nothing is done twice.
 function holding(id, work) {
-  if (!navigator.locks) return work();
-  return navigator.locks.request(`gozon.${PREFIX}${id}`, { ifAvailable: true }, (lock) => lock && work());
+  return navigator.locks ? navigator.locks.request(`gozon.${PREFIX}${id}`, work) : work();
 }
 
 function newKey() {

@@ -52,9 +52,10 @@ export function connect() {
   });
   source.addEventListener('error', () => {
     connection.set('reconnecting');
-    // After an answer that is no event stream, browsers give up for ever.
+    // After an answer that is no event stream, browsers give up for ever. Until there is one, what is shown is read again.
     if (source.readyState !== EventSource.CLOSED) return;
     setTimeout(connect, retryMs);
+    opened.set(opened.get() + 1);
     retryMs = Math.min(2 * retryMs, RETRY_MAX_MS);
   });
 }

@@ -54,7 +54,8 @@ export function ProblemNote({ problem }) {
   const title = tOr(`problem.${problem.code}`, problem.title || t('problem.other'));
   return html`<div class="note note-problem" role="alert" data-test="problem" data-code=${problem.code}>
     <strong>${title}</strong>
-    ${problem.detail && html`<p lang="en">${problem.detail}</p>`}
+    ${problem.errors.length > 1 ? html`<ul lang="en">${problem.errors.map(({ pointer, detail }) => html`<li key=${pointer}><code>${pointer}</code> ${detail}</li>`)}</ul>`
+      : problem.detail && html`<p lang="en">${problem.detail}</p>`}
     ${problem.request_id && html`<p class="quiet">${t('request-id')} <code>${problem.request_id}</code> <${Copy} text=${problem.request_id} label=${t('copy-request-id')} /></p>`}
   </div>`;
 }

@@ -21,7 +21,7 @@ export function shopAs(userId) {
 // An account whose making was met by a reload.
 resumed.subscribe((outcomes) => {
   const { steps, answers } = outcomes.at(-1) ?? {};
-  if (answers && steps[0].kind === 'account') shopAs(steps[0].body.user_id);
+  if (answers?.length && steps[0].kind === 'account') shopAs(steps[0].body.user_id);
 });
 
 /// A name that nobody has: 40 random bits.

@@ -147,7 +147,7 @@ function Statement({ account, entries, next, problem, loadMore, loadAll }) {
 function Check({ account, entries, next, loadAll }) {
   const wrong = entries.find((entry, place) => entry.balance_after - entry.amount !== (entries[place + 1]?.balance_after ?? (next ? entry.balance_after - entry.amount : 0)));
   const matches = !wrong && entries[0].balance_after === account.balance;
-  return html`<p class=${`check ${matches ? 'is-good' : 'is-bad'}`} role="status" data-test="sums" data-match=${matches}>
+  return html`<p class=${`check ${matches ? 'is-good' : 'is-bad'}`} role="status" data-test="sums" data-match=${String(matches)}>
     <span aria-hidden="true">${matches ? '✓' : '✗'}</span>
     ${!matches ? t('check.differs') : next ? t('check.some', { n: entries.length, all: entries[0].entry_no }) : t('check.all', { n: entries.length })}
     ${matches && next && html` <button type="button" class="link" onClick=${loadAll} data-test="check-all">${t('check.load')}</button>`}

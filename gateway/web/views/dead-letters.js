@@ -8,6 +8,8 @@ import { curl, curlPost, just } from '../shell.js';
 import { Dialog, OrderLink, ProblemNote, Shell, Waiting, When, announce } from '../ui.js';
 
 const PAGE = 50;
+/// Where applying again helps; the others would only be refused as before.
+const USEFUL = ['applied', 'nothing_to_do'];
 
 /// `waiting`: how many there are now; the list is read again when that changes.
 export function DeadLetters({ waiting }) {
@@ -29,7 +31,8 @@ export function DeadLetters({ waiting }) {
     </div>
     ${problem && html`<${ProblemNote} problem=${problem} />`}
     ${!letters && !problem && html`<${Waiting} rows=${2} />`}
-    ${letters && !letters.length && html`<p class="empty">${t('dlq.none')}</p>`}
+    ${data?.unavailable.map((service) => html`<div key=${service} class="note note-waiting" role="status" data-test="letters-missing"><strong>${t('timeline.missing', { service })}</strong><p>${t('dlq.missing')}</p></div>`)}
+    ${letters && !letters.length && !data.unavailable.length && html`<p class="empty">${t('dlq.none')}</p>`}
     <ul class="letters">${letters?.map((letter) => html`<${Letter} key=${letter.id} letter=${letter} onReplay=${() => setChosen([letter])} />`)}</ul>
     ${next && html`<p class="card-foot"><button type="button" class="button" onClick=${loadMore} data-test="more">${t('more')}</button></p>`}
     ${chosen && html`<${Replay} letters=${chosen} onDone=${done} onClose=${() => setChosen(undefined)} />`}
@@ -37,7 +40,7 @@ export function DeadLetters({ waiting }) {
 }
 
 function Letter({ letter, onReplay }) {
-  return html`<li class=${`letter ${letter.waits ? '' : 'is-done'}`} data-row data-test="letter" data-id=${letter.id} data-waits=${letter.waits}>
+  return html`<li class=${`letter ${letter.waits ? '' : 'is-done'}`} data-row data-test="letter" data-id=${letter.id} data-waits=${String(letter.waits)}>
     <div class="letter-head">
       <span class="badge badge-kind-${letter.kind}">${tOr(`dlq.${letter.kind}`, letter.kind)}</span>
       <span class="badge badge-${letter.service}">${letter.service}</span>
@@ -62,14 +65,15 @@ function Replay({ letters, onDone, onClose }) {
   const [preview, setPreview] = useState();
   const [results, setResults] = useState();
   const [problem, setProblem] = useState();
-  const replay = async (dryRun) => {
+  const replay = async (which, dryRun) => {
     const said = [];
-    for (const { id } of letters) said.push(await act(`/v1/ops/dead-letters/${id}/replay?dry_run=${dryRun}`));
+    for (const { id } of which) said.push(await act(`/v1/ops/dead-letters/${id}/replay?dry_run=${dryRun}`));
     return said;
   };
+  const useful = preview?.filter(({ outcome }) => USEFUL.includes(outcome)) ?? [];
   const apply = async () => {
     try {
-      const done = await replay(false);
+      const done = await replay(useful, false);
       setResults(done);
       announce(summary(done));
     } catch (refused) {
@@ -78,7 +82,7 @@ function Replay({ letters, onDone, onClose }) {
     onDone();
   };
   useEffect(() => {
-    replay(true).then(setPreview, setProblem);
+    replay(letters, true).then(setPreview, setProblem);
   }, []);
   const shown = results ?? preview;
   return html`<${Dialog} title=${t('dlq.title')} onClose=${onClose} data-test="replay-dialog">
@@ -89,7 +93,9 @@ function Replay({ letters, onDone, onClose }) {
       <ul class="previews">${shown.map((one) => html`<li key=${one.id} data-test="preview" data-outcome=${one.outcome}><span class="badge">${t(`replay.${one.outcome}`)}</span> <span lang="en">${one.detail}</span></li>`)}</ul>
       ${results
         ? html`<button type="button" class="button button-main" onClick=${onClose}>${t('close')}</button>`
-        : html`<button type="button" class="button button-main" onClick=${apply} data-test="replay-apply">${t('dlq.apply', { n: letters.length })}</button>`}`}
+        : useful.length
+          ? html`<button type="button" class="button button-main" onClick=${apply} data-test="replay-apply">${t('dlq.apply', { n: useful.length })}</button>`
+          : html`<p data-test="replay-useless">${t('dlq.useless')}</p>`}`}
     <${Shell} commands=${[curl('/v1/ops/dead-letters'), just('dlq replay --dry-run')]} />
   <//>`;
 }

@@ -66,10 +66,10 @@ function useFlow() {
 
 function Rates() {
   return html`<section class="card rates" aria-labelledby="rates" data-test="rates">
-    <h2 id="rates" class="card-title">${t('flow.rates')}</h2>
+    <div><h2 id="rates" class="card-title">${t('flow.rates')}</h2><p class="quiet">${t('flow.rates-since')}</p></div>
     <div class="figures">${['NEW', 'FINISHED', 'CANCELLED'].map((status) => {
       const values = rates(status);
-      return html`<${Figure} key=${status} name=${t(`rate.${status}`)} value=${perSecond(values.at(-1))} values=${values} />`;
+      return html`<${Figure} key=${status} name=${t(`rate.${status}`)} value=${perSecond(values.at(-1))} values=${values} more=${t('rate.peak', { n: perSecond(Math.max(...values)) })} />`;
     })}</div>
   </section>`;
 }

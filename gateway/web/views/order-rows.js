@@ -11,7 +11,7 @@ export function OrderRows({ orders, withUser }) {
       <div class="row-main">
         <${OrderLink} id=${order.id}><span class="row-title">${order.description || t('order.undescribed')}</span><//>
         <span class="row-facts">
-          ${withUser && html`<a href=${links.account(order.user_id)}>${order.user_id}</a> · `}<${When} at=${order.created_at} /> · <code title=${order.id}>…${order.id.slice(-8)}</code>
+          ${withUser && html`<a href=${links.account(order.user_id)}>${order.user_id}</a> · `}<${When} at=${order.created_at} /><span class="row-id"> · <code title=${order.id}>…${order.id.slice(-8)}</code></span>
         </span>
       </div>
       <${Status} status=${order.status} reason=${order.reason} />

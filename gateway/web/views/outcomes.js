@@ -26,15 +26,15 @@ function Unanswered({ errand }) {
 }
 
 function Resumed({ outcome }) {
-  const { id, steps, answers, problem } = outcome;
+  const { id, steps, answers, doneBefore, problem } = outcome;
   const text = problem ? t('resumed.refused') : t('resumed.done');
   useEffect(() => announce(`${t('resumed.title')} ${text}`), []);
-  return html`<div class="note note-resumed" data-test="resumed" data-replayed=${answers ? answers.some((answer) => answer.replayed) : undefined}>
+  return html`<div class="note note-resumed" data-test="resumed" data-replayed=${String(answers.some((answer) => answer.replayed))}>
     <div>
       <strong>${t('resumed.title')}</strong>
       ${problem && html`<p>${text} <span lang="en">${problem.detail}</span></p>`}
-      <ul>${steps.slice(0, answers?.length ?? 0).map((step, place) => html`<li key=${step.key}>
-        ${described(step)}: ${t(answers[place].replayed ? 'resumed.replayed' : 'resumed.sent')}
+      <ul>${steps.slice(0, answers.length).map((step, place) => html`<li key=${step.key}>
+        ${described(step)}: ${t(place < doneBefore ? 'resumed.before' : answers[place].replayed ? 'resumed.replayed' : 'resumed.sent')}
         ${step.kind === 'order' && html` <${OrderLink} id=${answers[place].answer.id} />`}
       </li>`)}</ul>
     </div>

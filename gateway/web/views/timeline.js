@@ -2,7 +2,7 @@
 // was recognised and changed nothing.
 
 import { html, useEffect, useState } from '../vendor/htm-preact.js';
-import { absolute, duration, precise, timeOfDay } from '../clock.js';
+import { absolute, duration, now, precise, timeOfDay } from '../clock.js';
 import { t, tOr } from '../i18n.js';
 import { latest } from '../known.js';
 import { onChange, opened } from '../live.js';
@@ -16,6 +16,9 @@ import { MessageDrawer } from './message-drawer.js';
 
 /// While the order is under way, a service is away, or its end is not published yet.
 const AGAIN_MS = 1_500;
+/// Below it, two steps are of one moment.
+const INSTANT_MS = 0.05;
+const WRITTEN = ['placed', 'taken', 'decided', 'ended', 'enqueued'];
 
 export function Timeline({ id }) {
   const turn = useStore(opened);
@@ -43,20 +46,26 @@ export function Timeline({ id }) {
   return html`
     <p class="crumb"><a href=${links.orders()}>← ${t('nav.orders')}</a></p>
     <h1 tabindex="-1">${known ? known.description || t('order.undescribed') : '\u2007'}</h1>
+    <div class="columns columns-way">
     <${Summary} id=${id} order=${known} steps=${steps} />
+    <div class="stack">
     ${way.data?.missing.map((service) => html`<div key=${service} class="note note-waiting" role="status" data-test="missing"><strong>${t('timeline.missing', { service })}</strong><p>${t('timeline.missing-why')}</p></div>`)}
     ${way.data?.pruned && html`<div class="note" data-test="pruned"><p>${t('timeline.pruned')}</p></div>`}
     ${way.problem && html`<${ProblemNote} problem=${way.problem} />`}
     ${!steps && !way.problem && html`<${Waiting} rows=${8} />`}
     ${steps && html`<${Bar} steps=${steps} />
-      <ol class="way" data-test="timeline">${steps.map((step, place) => html`<${Step} key=${`${step.service}${step.step}${step.event_id}${step.n}${place}`} step=${step} onMessage=${() => setMessage(step)} />`)}</ol>`}
+      <ol class="card way" data-test="timeline">${transactions(steps).map((group, place) => {
+        const drawn = group.map((step) => html`<${Step} key=${`${step.step}${step.event_id}${step.n}`} step=${step} onMessage=${() => setMessage(step)} />`);
+        return group.length === 1 ? drawn : html`<li key=${`group${place}`} class="transaction"><ol aria-label=${t('timeline.transaction')}>${drawn}</ol><p class="transaction-name" aria-hidden="true">${t('timeline.transaction')}</p></li>`;
+      })}${known?.status === 'NEW' && html`<${UnderWay} since=${steps.at(-1).at} />`}</ol>`}
+    </div></div>
     <${Shell} commands=${[curl(`/v1/orders/${id}/timeline`), just(`trace ${id}`), nats(`stream view ORDERS --subject 'gozon.orders.>'`)]} />
     ${message && html`<${MessageDrawer} step=${message} published=${way.data.steps.find((step) => step.step === 'published' && step.event_id === message.event_id && step.n === message.n)} onClose=${() => setMessage(undefined)} />`}`;
 }
 
 function Summary({ id, order, steps }) {
   const end = steps?.findLast((step) => step.step === 'ended');
-  return html`<div class="card summary" data-test="summary">
+  return html`<section class="card summary" aria-label=${t('timeline.title')} data-test="summary">
     <dl>
       <div><dt>${t('summary.status')}</dt><dd>${order ? html`<${Status} status=${order.status} reason=${order.reason} />` : '\u2007'}</dd></div>
       <div><dt>${t('summary.amount')}</dt><dd>${order && html`<${Money} minor=${order.amount} />`}</dd></div>
@@ -65,7 +74,7 @@ function Summary({ id, order, steps }) {
       <div><dt>${t('summary.took')}</dt><dd data-test="took">${end ? duration(end.total) : '—'}</dd></div>
     </dl>
     <p class="summary-id"><code>${id}</code> <${Copy} text=${id} label=${t('copy-id')} /></p>
-  </div>`;
+  </section>`;
 }
 
 /// Where the time went, to scale, until the order ended.
@@ -91,7 +100,7 @@ function Bar({ steps }) {
 function Step({ step, onMessage }) {
   const ignored = step.step === 'repeated';
   return html`<li class=${`step step-${step.step} step-of-${step.service} ${step.slowest ? 'is-slowest' : ''}`} data-test="step" data-step=${step.step} data-service=${step.service}>
-    <span class="step-delta" title=${absolute(step.at)}>${step.delta === undefined ? timeOfDay(step.at) : `+${duration(step.delta)}`}</span>
+    <span class="step-delta" title=${absolute(step.at)}>${delta(step)}</span>
     <span class="step-dot" aria-hidden="true"></span>
     <div class="step-body">
       <p class="step-title">${title(step)} <span class=${`badge badge-${step.service}`}>${step.service}</span>${step.slowest && html`<span class="badge badge-slow" data-test="slowest">${t('timeline.slowest')}</span>`}</p>
@@ -101,6 +110,21 @@ function Step({ step, onMessage }) {
       </p>
     </div>
   </li>`;
+}
+
+/// What comes next is still awaited.
+function UnderWay({ since }) {
+  const time = useStore(now);
+  return html`<li class="step step-under-way" data-test="under-way">
+    <span class="step-delta">${duration(Math.max(0, Math.floor((time - Date.parse(since)) / 1000)) * 1000)}</span>
+    <span class="step-dot" aria-hidden="true"></span>
+    <div class="step-body"><p class="step-title">${t('timeline.under-way')}</p></div>
+  </li>`;
+}
+
+function delta(step) {
+  if (step.delta === undefined) return '';
+  return step.delta < INSTANT_MS ? t('timeline.together') : `+${duration(step.delta)}`;
 }
 
 function title(step) {
@@ -117,7 +141,7 @@ function facts(step) {
   if (step.step === 'taken') said.push(t('fact.delivery', { n: step.times ?? 1 }));
   if (step.reason) said.push(tOr(`reason.${step.reason}`, step.reason));
   if (step.balance_after !== undefined) said.push(t('fact.balance', { amount: money(step.balance_after) }));
-  if (step.delta !== undefined) said.push(timeOfDay(step.at));
+  said.push(timeOfDay(step.at));
   return said;
 }
 
@@ -125,21 +149,45 @@ function streamOf(step) {
   return step.event?.startsWith('gozon.payment.') ? 'PAYMENTS' : 'ORDERS';
 }
 
-/// Each step with the time since the one before and since the first. What was only repeated delayed nothing.
+/// Each step with the time since all before it, and since the first. What was only repeated delayed nothing.
 function measured(steps) {
   const first = steps.length && precise(steps[0].at);
-  let before;
-  const all = steps.map((step) => {
+  let latest;
+  const all = causal(steps).map((step) => {
     const at = precise(step.at);
-    const delta = before === undefined ? undefined : Math.max(0, at - before);
-    before = at;
+    const delta = latest === undefined ? undefined : Math.max(0, at - latest);
+    latest = Math.max(at, latest ?? at);
     return { ...step, delta, total: at - first };
   });
   const end = all.findLastIndex((step) => step.step === 'ended');
-  const counted = all.slice(0, end < 0 ? undefined : end + 1).filter((step) => step.step !== 'repeated' && step.delta);
+  const counted = all.slice(0, end + 1).filter((step) => step.step !== 'repeated' && step.delta);
   const slowest = counted.reduce((most, step) => (step.delta > (most?.delta ?? 0) ? step : most), undefined);
   if (slowest) slowest.slowest = true;
   return all;
+}
+
+/// A service may have taken a message before the other has noted that it is published: cause comes before effect here.
+function causal(steps) {
+  const ordered = [];
+  for (const step of steps) {
+    const taken = step.step === 'published' && step.n === 0 ? ordered.findIndex((other) => other.step === 'taken' && other.event_id === step.event_id) : -1;
+    if (taken < 0) ordered.push(step);
+    else ordered.splice(taken, 0, step);
+  }
+  return ordered;
+}
+
+/// Neighbours that one transaction has written: what a service took, what it made of it, and what it says about that.
+function transactions(steps) {
+  const groups = [];
+  for (const step of steps) {
+    const before = groups.at(-1)?.at(-1);
+    const opens = step.step === 'placed' || step.step === 'taken';
+    const joins = before && !opens && before.service === step.service && WRITTEN.includes(before.step) && WRITTEN.includes(step.step) && !step.n;
+    if (joins) groups.at(-1).push(step);
+    else groups.push([step]);
+  }
+  return groups;
 }
 
 /// Nothing more is expected: the order ended, its end is published, and both services answered.
