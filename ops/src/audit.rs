@@ -52,6 +52,8 @@ pub enum Kind {
     DoubledKey,
     /// A fact that should have been enqueued and was not.
     MissingEvent,
+    /// A message about an order was taken, and nothing came of it (I7).
+    NotApplied,
     /// A fact that waits for too long to be published.
     LatePublication,
     /// A message that was not applied and waits for a person.

@@ -154,7 +154,7 @@ impl fmt::Display for Report {
         writeln!(f, "| lost | {} |", self.found(&[Kind::Lost, Kind::MissingEvent]))?;
         writeln!(f, "| doubled | {} |", self.found(&[Kind::DoubledDebit, Kind::DoubledKey]))?;
         writeln!(f, "| not asked for | {} |", self.found(&[Kind::Unexpected]))?;
-        writeln!(f, "| stuck | {} |", self.found(&[Kind::Stuck, Kind::Quarantined, Kind::LatePublication]))?;
+        writeln!(f, "| stuck | {} |", self.found(&[Kind::Stuck, Kind::NotApplied, Kind::Quarantined, Kind::LatePublication]))?;
         writeln!(f, "| drift | {} |", self.found(&[Kind::BalanceDrift, Kind::BrokenStatement, Kind::NegativeBalance]))?;
         writeln!(f, "| findings of the audit, all in all | {} |", self.findings.values().sum::<u64>())?;
         writeln!(f, "\n| fault | times |\n|---|---|")?;

@@ -1,8 +1,9 @@
 //! Outboxes, inboxes and dead letters: facts that should be there, that wait for too long, or that nobody could take.
 
-use sea_orm::DbErr;
+use sea_orm::{DatabaseConnection, DbErr, FromQueryResult, Value};
+use uuid::Uuid;
 
-use super::{Databases, Kind, Options, Report, find};
+use super::{Databases, FINDINGS_MAX, Kind, Options, Report, find, rows};
 
 /// Orders whose fact was never enqueued. Old rows are pruned, the older one first: where the first fact is still there,
 /// the last one must be too; where it is not, the order must be older than everything that is left.
@@ -23,10 +24,29 @@ const DOUBLED_ORDER_KEYS: &str = "
     SELECT user_id || ' ' || idempotency_key AS id, format('%s orders under one key', count(*)) AS detail
     FROM orders GROUP BY user_id, idempotency_key HAVING count(*) > 1";
 
+/// Requests that payments has taken without deciding by them. A row of the inbox and what it stands for are one
+/// transaction, and what could not be applied is a dead letter.
+const REQUESTS_NOT_APPLIED: &str = "
+    SELECT i.event_id AS id FROM inbox i LEFT JOIN payments p ON p.request_event_id = i.event_id
+    WHERE i.consumer = 'payments-order-placed' AND p.order_id IS NULL
+      AND NOT EXISTS (SELECT FROM dead_letters d WHERE d.event_id = i.event_id)
+    ORDER BY i.event_id LIMIT $1";
+const ORDERS_OF_REQUESTS: &str = "SELECT id FROM orders WHERE placed_event_id = ANY($1::uuid[])";
+
+/// Answers that orders has taken without ending an order by them.
+const ANSWERS_NOT_APPLIED: &str = "
+    SELECT i.event_id AS id FROM inbox i LEFT JOIN orders o ON o.settlement_event_id = i.event_id
+    WHERE i.consumer = 'orders-payment-settled' AND o.id IS NULL
+      AND NOT EXISTS (SELECT FROM dead_letters d WHERE d.event_id = i.event_id)
+    ORDER BY i.event_id LIMIT $1";
+const ORDERS_OF_ANSWERS: &str = "SELECT order_id AS id FROM payments WHERE event_id = ANY($1::uuid[])";
+const ORDERS_STILL_NEW: &str = "SELECT id FROM orders WHERE id = ANY($1::uuid[]) AND status = 'NEW'";
+
 pub(super) async fn check(databases: &Databases, options: Options, report: &mut Report) -> Result<(), DbErr> {
     find(&databases.orders, Kind::MissingEvent, ORDERS_WITHOUT_EVENT, report).await?;
     find(&databases.payments, Kind::MissingEvent, DECISIONS_WITHOUT_ANSWER, report).await?;
     find(&databases.orders, Kind::DoubledKey, DOUBLED_ORDER_KEYS, report).await?;
+    not_applied(databases, report).await?;
     let late = format!(
         "SELECT event_id || '.' || n AS id, format('%s waits since %s, tried %s times', subject, created_at, attempts) AS detail
          FROM outbox WHERE published_at IS NULL AND created_at < now() - make_interval(secs => {})",
@@ -40,4 +60,30 @@ pub(super) async fn check(databases: &Databases, options: Options, report: &mut 
         find(db, Kind::DeadLetter, dead, report).await?;
     }
     Ok(())
+}
+
+/// Inboxes against what they stand for. Only facts of ours count: what a stranger said was quarantined, and whoever drops
+/// such a dead letter is done with it.
+async fn not_applied(databases: &Databases, report: &mut Report) -> Result<(), DbErr> {
+    let (orders, payments) = (&databases.orders, &databases.payments);
+    let requests = ids(payments, REQUESTS_NOT_APPLIED, vec![(FINDINGS_MAX as i64).into()]).await?;
+    for id in ids(orders, ORDERS_OF_REQUESTS, vec![requests.into()]).await? {
+        report.find(Kind::NotApplied, id, "payments has taken its request, but nothing was decided");
+    }
+    // The second answer to one order, given after payments was restored from a backup, ends nothing either.
+    let answers = ids(orders, ANSWERS_NOT_APPLIED, vec![(FINDINGS_MAX as i64).into()]).await?;
+    let answered = ids(payments, ORDERS_OF_ANSWERS, vec![answers.into()]).await?;
+    for id in ids(orders, ORDERS_STILL_NEW, vec![answered.into()]).await? {
+        report.find(Kind::NotApplied, id, "orders has taken the answer, but the order is still NEW");
+    }
+    Ok(())
+}
+
+async fn ids(db: &DatabaseConnection, query: &str, values: Vec<Value>) -> Result<Vec<Uuid>, DbErr> {
+    #[derive(FromQueryResult)]
+    struct Row {
+        id: Uuid,
+    }
+    let found: Vec<Row> = rows(db, query, values).await?;
+    Ok(found.into_iter().map(|row| row.id).collect())
 }

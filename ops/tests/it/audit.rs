@@ -68,7 +68,7 @@ const FIRST_CANCELLED: &str = "SELECT min(id::text) FROM orders WHERE status = '
 const FIRST_PAID: &str = "SELECT min(order_id::text) FROM payments WHERE outcome = 'paid'";
 const FIRST_DECLINED: &str = "SELECT min(order_id::text) FROM payments WHERE outcome = 'declined'";
 
-const FAULTS: [Fault; 20] = [
+const FAULTS: [Fault; 22] = [
     in_orders(
         Kind::CancelledButDebited,
         FIRST_FINISHED,
@@ -107,6 +107,12 @@ const FAULTS: [Fault; 20] = [
         "SELECT min(event_id || '.' || n) FROM outbox",
         "UPDATE outbox SET published_at = NULL, stream_sequence = NULL, created_at = now() - interval '2 hours' WHERE event_id || '.' || n = $id",
     ),
+    in_orders(
+        Kind::NotApplied,
+        FIRST_FINISHED,
+        "UPDATE orders SET status = 'NEW', settlement_event_id = NULL, final_event_id = NULL WHERE id::text = $id",
+    ),
+    in_payments(Kind::NotApplied, FIRST_DECLINED, "DELETE FROM payments WHERE order_id::text = $id"),
     in_payments(
         Kind::DoubledDebit,
         FIRST_PAID,
@@ -202,10 +208,16 @@ async fn a_hundred_thousand_orders_are_checked_in_seconds() {
     let live = databases(&stack, "orders", "payments").await;
     // The same order of one rich user a hundred thousand times; ids that agree between the databases.
     let id = "('00000000-0000-7000-8000-' || lpad(to_hex(n), 12, '0'))::uuid";
+    let published = format!(
+        "INSERT INTO outbox (event_id, n, subject, headers, payload, attempts, created_at, published_at, stream_sequence)
+         SELECT {id}, 0, 's', '{{}}', '{{}}', 1, now() - interval '1 day', now(), n FROM generate_series(1, 100000) n"
+    );
     live.orders
         .execute_unprepared(&format!(
-            "INSERT INTO orders (id, user_id, amount, description, status, idempotency_key, request_hash, placed_event_id, final_event_id, created_at, updated_at)
-             SELECT {id}, 'rich', 1, '', 'FINISHED', n::text, '', {id}, {id}, now() - interval '1 day', now() FROM generate_series(1, 100000) n"
+            "INSERT INTO orders (id, user_id, amount, description, status, idempotency_key, request_hash, placed_event_id, settlement_event_id, final_event_id, created_at, updated_at)
+             SELECT {id}, 'rich', 1, '', 'FINISHED', n::text, '', {id}, {id}, {id}, now() - interval '1 day', now() FROM generate_series(1, 100000) n;
+             INSERT INTO inbox (consumer, event_id, stream_sequence, delivered) SELECT 'orders-payment-settled', {id}, n, 1 FROM generate_series(1, 100000) n;
+             {published}"
         ))
         .await
         .unwrap();
@@ -217,7 +229,9 @@ async fn a_hundred_thousand_orders_are_checked_in_seconds() {
              INSERT INTO transfers (id, kind, user_id, entry_no, debit_account, credit_account, amount, balance_after, order_id)
              SELECT {id}, 'payment', 'rich', n + 1, 'user:rich', 'shop', 1, 100000 - n, {id} FROM generate_series(1, 100000) n;
              INSERT INTO payments (order_id, user_id, amount, request_hash, outcome, transfer_id, request_event_id, event_id, decided_at)
-             SELECT {id}, 'rich', 1, '', 'paid', {id}, {id}, {id}, now() - interval '1 day' FROM generate_series(1, 100000) n"
+             SELECT {id}, 'rich', 1, '', 'paid', {id}, {id}, {id}, now() - interval '1 day' FROM generate_series(1, 100000) n;
+             INSERT INTO inbox (consumer, event_id, stream_sequence, delivered) SELECT 'payments-order-placed', {id}, n, 1 FROM generate_series(1, 100000) n;
+             {published}"
         ))
         .await
         .unwrap();
