@@ -7,7 +7,7 @@ import { connection } from './live.js';
 import { currency } from './money.js';
 import { links, route } from './router.js';
 import { useStore } from './store.js';
-import { Dialog, announcement } from './ui.js';
+import { Dialog, announcement, focusTitle } from './ui.js';
 import { Accounts } from './views/accounts.js';
 import { Flow } from './views/flow.js';
 import { Orders } from './views/orders.js';
@@ -64,7 +64,7 @@ function isCurrent(name, view) {
 
 function skip(event) {
   event.preventDefault();
-  document.querySelector('main h1')?.focus();
+  focusTitle();
 }
 
 /// A new view is a new page to who cannot see it: its title is told and its heading gets the focus.
@@ -74,7 +74,7 @@ function useFocusOnRoute(view, id, spoken) {
     document.title = `${id ?? t(`nav.${view}`)} · Gozon`;
     if (first) return setFirst(false);
     scrollTo(0, 0);
-    document.querySelector('main h1')?.focus({ preventScroll: true });
+    focusTitle();
   }, [view, id]);
   useEffect(() => {
     document.title = `${id ?? t(`nav.${view}`)} · Gozon`;

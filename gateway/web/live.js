@@ -8,6 +8,8 @@ import { store } from './store.js';
 
 const RETRY_FIRST_MS = 1_000;
 const RETRY_MAX_MS = 10_000;
+/// A tab that nobody looks at gives its connection back after this long: six are all that a browser has for one host.
+const HIDDEN_MAX_MS = 60_000;
 
 /// `connecting`, `open` or `reconnecting`.
 export const connection = store('connecting');
@@ -18,6 +20,8 @@ export const opened = store(0);
 const listeners = new Set();
 let lastEventId = '';
 let retryMs = RETRY_FIRST_MS;
+let source;
+let timer;
 
 /// Calls `listener` with each change of an order, until the returned function is called.
 export function onChange(listener) {
@@ -36,7 +40,7 @@ function tell(change) {
 }
 
 export function connect() {
-  const source = new EventSource('/v1/orders/events' + (lastEventId && `?last_event_id=${encodeURIComponent(lastEventId)}`));
+  source = new EventSource('/v1/orders/events' + (lastEventId && `?last_event_id=${encodeURIComponent(lastEventId)}`));
   source.addEventListener('open', () => {
     retryMs = RETRY_FIRST_MS;
     connection.set('open');
@@ -54,8 +58,23 @@ export function connect() {
     connection.set('reconnecting');
     // After an answer that is no event stream, browsers give up for ever. Until there is one, what is shown is read again.
     if (source.readyState !== EventSource.CLOSED) return;
-    setTimeout(connect, retryMs);
+    timer = setTimeout(connect, retryMs);
     opened.set(opened.get() + 1);
     retryMs = Math.min(2 * retryMs, RETRY_MAX_MS);
   });
+}
+
+let resting;
+
+document.addEventListener('visibilitychange', () => {
+  clearTimeout(resting);
+  if (document.hidden) resting = setTimeout(rest, HIDDEN_MAX_MS);
+  else if (!source) connect();
+});
+
+/// Until somebody looks again. It goes on after the last event then.
+function rest() {
+  clearTimeout(timer);
+  source?.close();
+  source = undefined;
 }

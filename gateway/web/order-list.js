@@ -12,6 +12,8 @@ const GATHER_MS = 200;
 /// New orders come without their description: the newest page is read for it, at most this often.
 const READ_AGAIN_MS = 1_000;
 const RETRY_MS = 2_000;
+/// Beyond those that were asked for. Then the list begins anew with the newest.
+const GROWTH_MAX = 200;
 
 /// { orders, problem, more, loadMore }. `orders` is undefined until the first page is there.
 export function useOrderList({ userId, status, limit = 20 }) {
@@ -73,7 +75,10 @@ export function useOrderList({ userId, status, limit = 20 }) {
   const loadMore = async () => {
     try {
       const page = await readPage(current.more);
-      setState((before) => ({ ...before, orders: merged(before.orders, page.items), more: page.next_cursor, problem: undefined }));
+      setState((before) => {
+        const orders = merged(before.orders, page.items);
+        return { ...before, orders, more: page.next_cursor, asked: orders.length, problem: undefined };
+      });
     } catch (problem) {
       setState((before) => ({ ...before, problem }));
     }
@@ -86,8 +91,9 @@ export function useOrderList({ userId, status, limit = 20 }) {
 function withNewest(before, page, filter) {
   const known = new Set(before.orders?.map(({ id }) => id));
   const joins = !page.next_cursor || page.items.some(({ id }) => known.has(id));
-  if (!before.orders || !joins) return { filter, orders: page.items, more: page.next_cursor };
-  return { ...before, orders: merged(before.orders, page.items), problem: undefined };
+  const orders = merged(before.orders ?? [], page.items);
+  if (!joins || orders.length > (before.asked ?? 0) + GROWTH_MAX) return { filter, orders: page.items, more: page.next_cursor, asked: page.items.length };
+  return { ...before, filter, orders, more: before.orders ? before.more : page.next_cursor, asked: before.asked ?? page.items.length, problem: undefined };
 }
 
 /// Ids are made in time order.

@@ -9,6 +9,11 @@ import { store, useStore } from './store.js';
 
 const COPIED_MS = 1_500;
 
+/// After what had the focus is gone.
+export function focusTitle() {
+  document.querySelector('main h1')?.focus({ preventScroll: true });
+}
+
 /// What a screen reader says next.
 export const announcement = store('');
 

@@ -43,8 +43,7 @@ export function AccountCard({ userId }) {
       </div>
     </div>
     ${problem?.code === 'account_not_found' ? html`<${OpenAccount} userId=${userId} onOpened=${reload} />`
-      : problem ? html`<${ProblemNote} problem=${problem} />`
-      : html`<${TopUp} userId=${userId} onAdded=${reload} />`}
+      : html`<${TopUp} userId=${userId} onAdded=${reload} />${problem && html`<${ProblemNote} problem=${problem} />`}`}
   </section>`;
 }
 

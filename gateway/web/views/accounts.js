@@ -8,7 +8,7 @@ import { go, links } from '../router.js';
 import { curl, just } from '../shell.js';
 import { useStore } from '../store.js';
 import { Copy, Field, Money, OrderLink, ProblemNote, Shell, Waiting, When } from '../ui.js';
-import { shopAs, shopper, users } from '../users.js';
+import { shopAs, users } from '../users.js';
 import { Sparkline } from './sparkline.js';
 import { OpenAccount, useAccount } from './account-card.js';
 
@@ -48,8 +48,11 @@ function Account({ userId }) {
   const { account, problem, reload } = useAccount(userId);
   const statement = useStatement(userId, account);
   useAgainIfDiffers(account, statement.entries, reload);
-  const current = useStore(shopper);
   const path = `/v1/accounts/${encodeURIComponent(userId)}`;
+  const shop = () => {
+    shopAs(userId);
+    go(links.shop());
+  };
   if (problem?.code === 'account_not_found') {
     return html`<h1 tabindex="-1">${userId}</h1><section class="card narrow"><${OpenAccount} userId=${userId} onOpened=${reload} /></section>`;
   }
@@ -60,12 +63,12 @@ function Account({ userId }) {
       <div>
         <h2 class="card-title">${t('shop.balance')}</h2>
         <p class="balance" data-test="balance" data-minor=${account?.balance}><span class="money">${account ? money(account.balance) : '\u2007'}</span></p>
-        ${account && html`<p class="quiet">${t('account.since')} <${When} at=${account.created_at} /></p>`}
+        <p class="quiet">${t('account.since')} ${account && html`<${When} at=${account.created_at} />`}</p>
       </div>
-      ${statement.entries?.length > 1 && html`<${Sparkline} values=${statement.entries.map((entry) => entry.balance_after).reverse()} label=${t('account.plot')} wide />`}
+      <${Sparkline} values=${(statement.entries ?? []).map((entry) => entry.balance_after).reverse()} label=${t('account.plot')} wide />
       <div class="account-actions">
         <a class="button" href=${links.orders({ user_id: userId })}>${t('account.orders')}</a>
-        ${current !== userId && html`<button type="button" class="button button-main" onClick=${() => { shopAs(userId); go(links.shop()); }} data-test="shop-as">${t('account.shop-as')}</button>`}
+        <button type="button" class="button button-main" onClick=${shop} data-test="shop-as">${t('account.shop-as')}</button>
       </div>
     </section>
     <section class="card card-flush" aria-labelledby="statement">

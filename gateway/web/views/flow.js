@@ -26,14 +26,14 @@ export function Flow() {
   return html`
     <h1 tabindex="-1">${t('nav.flow')}</h1>
     ${problem && html`<${ProblemNote} problem=${problem} />`}
-    ${!flow && !problem && html`<${Waiting} rows=${8} />`}
+    ${!flow && !problem && html`<${Waiting} rows=${16} />`}
     ${flow && html`
       <${Rates} />
       <div class="services">
         ${['orders', 'payments'].map((name) => html`<${Service} key=${name} name=${name} flow=${flow[name]} />`)}
       </div>`}
-    <${DeadLetters} waiting=${waiting} />
-    <${Shell} commands=${[curl('/v1/ops/flow'), just('outbox'), just('consumers ORDERS'), just('audit'), nats('consumer report ORDERS')]} />`;
+    ${(flow || problem) && html`<${DeadLetters} waiting=${waiting} />
+      <${Shell} commands=${[curl('/v1/ops/flow'), just('outbox'), just('consumers ORDERS'), just('audit'), nats('consumer report ORDERS')]} />`}`;
 }
 
 function useFlow() {

@@ -10,13 +10,14 @@ import { useOrderList } from '../order-list.js';
 import { links } from '../router.js';
 import { curl, curlPost, just } from '../shell.js';
 import { useStore } from '../store.js';
-import { Field, Icon, ProblemNote, Shell, Waiting, announce, fieldError } from '../ui.js';
+import { Field, Icon, ProblemNote, Shell, Waiting, announce, fieldError, focusTitle } from '../ui.js';
 import { demoName, shopAs, shopper } from '../users.js';
 import { OrderRows } from './order-rows.js';
 import { AccountCard } from './account-card.js';
 
 const DEMO_MONEY = 100_000;
 const GOODS = [['tea', 450], ['lamp', 1_299], ['book', 2_400], ['bike', 125_000]];
+const SHOWN = 10;
 const WAIT_SECONDS = 10;
 
 export function Shop() {
@@ -43,6 +44,7 @@ function FirstVisit() {
       ]);
       shopAs(userId);
       follow(answers.at(-1).answer);
+      requestAnimationFrame(focusTitle);
     } catch (refused) {
       setProblem(refused);
       setPressed(false);
@@ -59,7 +61,7 @@ function FirstVisit() {
 }
 
 function Open({ userId }) {
-  const { orders, problem } = useOrderList({ userId, limit: 10 });
+  const { orders, problem } = useOrderList({ userId, limit: SHOWN });
   const path = `/v1/orders?user_id=${encodeURIComponent(userId)}`;
   return html`
     <h1 tabindex="-1">${t('nav.shop')}</h1>
@@ -73,7 +75,7 @@ function Open({ userId }) {
         ${problem && html`<${ProblemNote} problem=${problem} />`}
         ${!orders && !problem && html`<${Waiting} rows=${5} />`}
         ${orders && !orders.length && html`<p class="empty">${t('shop.none')}</p>`}
-        ${orders?.length > 0 && html`<${OrderRows} orders=${orders} />
+        ${orders?.length > 0 && html`<${OrderRows} orders=${orders.slice(0, SHOWN)} />
           <p class="card-foot"><a href=${links.orders({ user_id: userId })}>${t('shop.all')}</a></p>`}
       </section>
     </div>

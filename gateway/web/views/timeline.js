@@ -43,6 +43,7 @@ export function Timeline({ id }) {
 
   if (order.problem && !known) return html`<h1 tabindex="-1">${t('timeline.title')}</h1><${ProblemNote} problem=${order.problem} />`;
   const steps = way.data && measured(way.data.steps);
+  const request = steps?.find((step) => step.step === 'published');
   return html`
     <p class="crumb"><a href=${links.orders()}>← ${t('nav.orders')}</a></p>
     <h1 tabindex="-1">${known ? known.description || t('order.undescribed') : '\u2007'}</h1>
@@ -59,7 +60,7 @@ export function Timeline({ id }) {
         return group.length === 1 ? drawn : html`<li key=${`group${place}`} class="transaction"><ol aria-label=${t('timeline.transaction')}>${drawn}</ol><p class="transaction-name" aria-hidden="true">${t('timeline.transaction')}</p></li>`;
       })}${known?.status === 'NEW' && html`<${UnderWay} since=${steps.at(-1).at} />`}</ol>`}
     </div></div>
-    <${Shell} commands=${[curl(`/v1/orders/${id}/timeline`), just(`trace ${id}`), nats(`stream view ORDERS --subject 'gozon.orders.>'`)]} />
+    <${Shell} commands=${[curl(`/v1/orders/${id}/timeline`), just(`trace ${id}`), nats(request?.stream_sequence ? `stream get ORDERS ${request.stream_sequence}` : 'stream view ORDERS')]} />
     ${message && html`<${MessageDrawer} step=${message} published=${way.data.steps.find((step) => step.step === 'published' && step.event_id === message.event_id && step.n === message.n)} onClose=${() => setMessage(undefined)} />`}`;
 }
 
