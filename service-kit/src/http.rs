@@ -199,6 +199,9 @@ mod tests {
             assert_eq!(headers[header::X_CONTENT_TYPE_OPTIONS], "nosniff", "{what}");
             assert_eq!(document["request_id"], headers[REQUEST_ID].to_str().unwrap(), "{what}");
             assert!(!document.to_string().contains("innards"), "{what}");
+            let title = document["title"].as_str().unwrap();
+            assert!(!title.contains("json") && !title.contains("Url"), "{title}");
+            assert!(document["detail"].as_str().unwrap().starts_with(|first: char| first.is_ascii_uppercase()), "{document}");
         }
     }
 

@@ -75,6 +75,7 @@ impl Problem {
     /// The request was understood, but parts of it are not acceptable.
     pub fn validation(errors: Vec<FieldError>) -> Self {
         let detail = match errors.as_slice() {
+            [one] if one.pointer.is_empty() => format!("The body {}.", one.detail),
             [one] => format!("{} {}.", one.pointer, one.detail),
             several => format!("{} parts of the request are not acceptable; see errors.", several.len()),
         };
@@ -141,7 +142,7 @@ impl Problem {
 }
 
 fn title(code: &str) -> String {
-    let mut words = code.replace('_', " ");
+    let mut words = code.replace('_', " ").replace("json", "JSON").replace("url", "URL");
     if let Some(first) = words.get_mut(..1) {
         first.make_ascii_uppercase();
     }
