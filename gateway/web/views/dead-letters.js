@@ -92,7 +92,7 @@ function Replay({ letters, onDone, onClose }) {
       <p><strong data-test="replay-summary">${results ? t('dlq.did') : t('dlq.would')} ${summary(shown)}</strong></p>
       <ul class="previews">${shown.map((one) => html`<li key=${one.id} data-test="preview" data-outcome=${one.outcome}><span class="badge">${t(`replay.${one.outcome}`)}</span> <span lang="en">${one.detail}</span></li>`)}</ul>
       ${results
-        ? html`<button type="button" class="button button-main" onClick=${onClose}>${t('close')}</button>`
+        ? html`<button type="button" class="button button-main" onClick=${(event) => event.target.closest('dialog').close()}>${t('close')}</button>`
         : useful.length
           ? html`<button type="button" class="button button-main" onClick=${apply} data-test="replay-apply">${t('dlq.apply', { n: useful.length })}</button>`
           : html`<p data-test="replay-useless">${t('dlq.useless')}</p>`}`}

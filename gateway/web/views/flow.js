@@ -76,14 +76,14 @@ function Rates() {
 
 function Service({ name, flow }) {
   if (!flow) return html`<section class="card service is-away" data-test="service-${name}"><h2><span class="badge badge-${name}">${name}</span></h2><p role="status">${t('flow.away', { service: name })}</p></section>`;
-  const past = (pick) => samples.map((sample) => (sample[name] ? pick(sample[name]) : 0));
+  const past = (pick) => samples.map((sample) => (sample[name] ? pick(sample[name]) : null));
   return html`<section class="card service" aria-labelledby="service-${name}" data-test="service-${name}">
     <h2 id="service-${name}"><span class="badge badge-${name}">${name}</span></h2>
     <div class="figures">
       ${flow.new_orders !== undefined && html`<${Figure} name=${t('flow.new')} value=${whole(flow.new_orders)} values=${past((one) => one.new_orders)} more=${age(flow.new_orders, flow.new_oldest_seconds)} alarm=${flow.new_oldest_seconds > NEW_AGE_MAX_S} test="new" />`}
       <${Figure} name=${t('flow.outbox')} value=${whole(flow.outbox_pending)} values=${past((one) => one.outbox_pending)} more=${age(flow.outbox_pending, flow.outbox_oldest_seconds)} alarm=${flow.outbox_oldest_seconds > OUTBOX_AGE_MAX_S} test="outbox" />
       ${flow.consumer
-        ? html`<${Figure} name=${t('flow.pending')} value=${whole(flow.consumer.pending)} values=${past((one) => one.consumer?.pending ?? 0)} more=${t('flow.under-way', { n: whole(flow.consumer.ack_pending), again: whole(flow.consumer.redelivered) })} test="consumer" />`
+        ? html`<${Figure} name=${t('flow.pending')} value=${whole(flow.consumer.pending)} values=${past((one) => one.consumer?.pending ?? null)} more=${t('flow.under-way', { n: whole(flow.consumer.ack_pending), again: whole(flow.consumer.redelivered) })} test="consumer" />`
         : html`<p class="figure" role="status">${t('flow.no-broker')}</p>`}
       <div class=${`figure ${flow.poison + flow.quarantine ? 'is-alarm' : ''}`} data-test="set-aside"><span class="figure-name">${t('flow.set-aside')}</span><span class="figure-value">${whole(flow.poison + flow.quarantine)}</span><span class="figure-more">${t('flow.kinds', { poison: flow.poison, quarantine: flow.quarantine })}</span></div>
     </div>

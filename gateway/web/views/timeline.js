@@ -71,7 +71,7 @@ function Summary({ id, order, steps }) {
       <div><dt>${t('summary.status')}</dt><dd>${order ? html`<${Status} status=${order.status} reason=${order.reason} />` : '\u2007'}</dd></div>
       <div><dt>${t('summary.amount')}</dt><dd>${order && html`<${Money} minor=${order.amount} />`}</dd></div>
       <div><dt>${t('summary.user')}</dt><dd>${order && html`<a href=${links.account(order.user_id)}>${order.user_id}</a>`}</dd></div>
-      <div><dt>${t('summary.placed')}</dt><dd>${order && html`<${When} at=${order.created_at} />`}</dd></div>
+      <div><dt>${t('summary.placed')}</dt><dd>${order && html`<${When} at=${order.created_at} /><span class="summary-more">${absolute(order.created_at)}</span>`}</dd></div>
       <div><dt>${t('summary.took')}</dt><dd data-test="took">${end ? duration(end.total) : '—'}</dd></div>
     </dl>
     <p class="summary-id"><code>${id}</code> <${Copy} text=${id} label=${t('copy-id')} /></p>
