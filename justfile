@@ -116,8 +116,8 @@ outbox *arguments: (shown_as "stream subjects ORDERS")
 
 # Everything that both databases hold about an order
 [group('look')]
-trace id: (shown_as "stream view ORDERS  (look for ce-subject: " + id + ")")
-    @./dev env recipes/gozon.sh order {{ id }}
+trace id *arguments: (shown_as "stream view ORDERS  (look for ce-subject: " + id + ")")
+    @./dev env recipes/gozon.sh order {{ id }} {{ arguments }}
 
 # Messages that were not applied: ls, show ID, replay [--dry-run] [ID ...], drop ID
 [group('look')]

@@ -176,9 +176,8 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             print(json, &report, |report| show::report(report, begun.elapsed()))?;
             return Ok(if report.findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
-        // A tree of rows: the same for people and scripts.
         Command::Order { id } => {
-            println!("{}", serde_json::to_string_pretty(&look::order(&databases(&arguments).await?, *id).await?)?);
+            print(json, &look::order(&databases(&arguments).await?, *id).await?, show::order)?;
         }
         Command::Outbox { command: None } => {
             print(json, &look::outboxes(&databases(&arguments).await?).await?, |outboxes| show::outboxes(outboxes))?;
@@ -259,24 +258,25 @@ async fn dead_letters(arguments: &Arguments, databases: &Databases, command: &Dl
             }
             letters.retain(|letter| if ids.is_empty() { letter.waits } else { ids.contains(&letter.id) });
             let broker = if *dry_run { None } else { Some(broker(arguments).await?) };
+            let (mut replays, mut ended) = (Vec::new(), Ok(()));
             for letter in &letters {
                 let foreseen = dlq::foresee(databases, letter).await?;
-                match &broker {
-                    None => println!("{} {foreseen}", letter.id),
-                    Some(broker) => {
-                        replay(databases, broker.jetstream(), letter).await?;
-                        println!("{} sent again; it {foreseen}", letter.id);
-                    }
+                if let Some(broker) = &broker {
+                    ended = replay(databases, broker.jetstream(), letter).await;
                 }
+                if ended.is_err() {
+                    break;
+                }
+                replays.push(show::Replay { id: letter.id, foreseen, sent: broker.is_some() });
             }
-            if letters.is_empty() {
-                println!("No dead letter waits.");
-            }
+            // Also what was sent before one could not be.
+            print(arguments.json, &replays, |replays| show::replays(replays, *dry_run))?;
+            ended?;
         }
         Dlq::Drop { id } => {
             let letter = dlq::find(databases, *id).await?;
             dlq::remove(databases, &letter).await?;
-            println!("{id} is gone");
+            print(arguments.json, &serde_json::json!({ "id": id, "gone": true }), |_| format!("{id} is gone"))?;
         }
     }
     Ok(ExitCode::SUCCESS)

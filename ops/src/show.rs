@@ -6,8 +6,20 @@ use ops::audit::Report;
 use ops::dlq::Letter;
 use ops::look;
 use ops::stream::{ConsumerLook, MessageLook, StreamLook};
+use serde::Serialize;
+use serde_json::Value;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
+use uuid::Uuid;
+
+/// A dead letter that is sent again.
+#[derive(Debug, Serialize)]
+pub(crate) struct Replay {
+    pub(crate) id: Uuid,
+    /// What it would do, or was to do when it was sent.
+    pub(crate) foreseen: String,
+    pub(crate) sent: bool,
+}
 
 /// A dead letter on a line.
 pub(crate) fn letter(letter: &Letter) -> String {
@@ -16,6 +28,40 @@ pub(crate) fn letter(letter: &Letter) -> String {
         "{} {:<8} {:<10} {:<10} {:>3}x {}  {}",
         letter.id, letter.service, letter.kind, state, letter.times, letter.created_at, letter.cause
     )
+}
+
+/// In the order of the flow.
+const TABLES: [&str; 9] =
+    ["order", "requests", "taken_by_payments", "decision", "debits", "answers", "taken_by_orders", "ends", "dead_letters"];
+
+/// Everything about an order: a heading for each row, a line for each value. What is empty is left out.
+pub(crate) fn order(tables: &Value) -> String {
+    let mut lines = Vec::new();
+    for table in TABLES {
+        let rows = &tables[table];
+        let rows = rows.as_array().map_or_else(|| std::slice::from_ref(rows), Vec::as_slice);
+        for row in rows.iter().filter_map(Value::as_object) {
+            lines.push(table.replace('_', " "));
+            let width = row.keys().map(String::len).max().unwrap_or(0);
+            for (column, value) in row.iter().filter(|(_, value)| !value.is_null()) {
+                let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+                lines.push(format!("    {column:<width$}  {value}"));
+            }
+        }
+    }
+    lines.join("\n")
+}
+
+/// What a replay of dead letters did or would do.
+pub(crate) fn replays(replays: &[Replay], dry_run: bool) -> String {
+    let line = |one: &Replay| match dry_run {
+        true => format!("{} {}", one.id, one.foreseen),
+        false => format!("{} sent again; it {}", one.id, one.foreseen),
+    };
+    match replays.is_empty() {
+        true => "No dead letter waits.".to_owned(),
+        false => replays.iter().map(line).collect::<Vec<_>>().join("\n"),
+    }
 }
 
 /// Streams and consumers, and whether they are as they should be.
@@ -159,4 +205,25 @@ fn second(at: OffsetDateTime) -> String {
 /// Control characters of a message could do things to the terminal.
 fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    #[test]
+    fn an_order_is_shown_as_text_without_what_is_empty() {
+        let tables = json!({
+            "decision": { "outcome": "paid", "reason": null },
+            "requests": [{ "n": 0, "payload": "{\"amount\":1}" }, { "n": 1, "payload": "{}" }],
+            "debits": [],
+            "order": null,
+        });
+        let shown = super::order(&tables);
+        let lines: Vec<&str> = shown.lines().collect();
+        assert!(lines.contains(&"    outcome  paid") && lines.contains(&r#"    payload  {"amount":1}"#), "{shown}");
+        assert_eq!(lines.iter().filter(|line| **line == "requests").count(), 2, "{shown}");
+        assert!(shown.find("requests") < shown.find("decision"), "{shown}");
+        assert!(!shown.contains("reason") && !shown.contains("debits") && !shown.contains("order"), "{shown}");
+    }
 }

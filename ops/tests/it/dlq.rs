@@ -122,6 +122,7 @@ async fn an_order_is_shown_with_everything_about_it() {
     for list in ["requests", "taken_by_payments", "debits", "answers", "taken_by_orders", "ends"] {
         assert_eq!(shown[list].as_array().unwrap().len(), 1, "{list}");
     }
+    assert_eq!(shown.as_object().unwrap().len(), 9, "all of which `gozon order` shows");
     assert!(ops::look::order(&desk.databases, uuid::Uuid::nil()).await.is_err());
     let outboxes = ops::look::outboxes(&desk.databases).await.unwrap();
     assert!(outboxes.iter().all(|outbox| outbox.pending == 0 && outbox.oldest_seconds == 0.0));
