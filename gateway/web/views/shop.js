@@ -112,6 +112,12 @@ function Goods({ userId }) {
       setDescription('');
     }
   };
+  // What was wrong is said until it is changed.
+  const typed = (set) => (event) => {
+    set(event.target.value);
+    setWrong(undefined);
+    setProblem(undefined);
+  };
   const other = problem && !problem.errors.length;
   return html`<section class="card" aria-labelledby="goods">
     <h2 id="goods" class="card-title">${t('shop.buy')}</h2>
@@ -122,9 +128,9 @@ function Goods({ userId }) {
     </div>
     <form class="form" onSubmit=${submit} noValidate>
       <${Field} name="order-amount" label=${t('shop.amount')} inputmode="decimal" placeholder=${money(1299)} value=${amount}
-        onInput=${(event) => { setAmount(event.target.value); setWrong(undefined); }} error=${wrong ?? fieldError(problem, '/amount')} />
+        onInput=${typed(setAmount)} error=${wrong ?? fieldError(problem, '/amount')} />
       <${Field} name="order-description" label=${t('shop.what')} value=${description} placeholder=${t('shop.what-example')}
-        onInput=${(event) => setDescription(event.target.value)} error=${fieldError(problem, '/description')} />
+        onInput=${typed(setDescription)} error=${fieldError(problem, '/description')} />
       <button type="submit" class="button button-main" disabled=${sending > 0} data-test="place">${t('shop.place')}</button>
     </form>
     ${(other || fieldError(problem, '/user_id')) && html`<${ProblemNote} problem=${problem} />`}
