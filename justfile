@@ -168,6 +168,11 @@ chaos *arguments:
 api:
     ./dev env recipes/api.sh all
 
+# Test the web page in a real browser: every view, what a reload or a lost connection does, accessibility; words of names select some
+[group('check')]
+test-web *arguments:
+    @./dev env recipes/web.sh {{ arguments }}
+
 # Fuzz the API: schemathesis against a stack of its own, with so many examples per operation and phase
 [group('check')]
 fuzz examples='100':

@@ -1,0 +1,88 @@
+// A browser that is looked after: whatever a page complains about, asks elsewhere for, or the policy forbids, fails its test.
+
+import assert from 'node:assert/strict';
+import { mkdirSync, readFileSync } from 'node:fs';
+import { createRequire } from 'node:module';
+import { after } from 'node:test';
+import { base } from './stack.js';
+
+// By `require`, because modules do not look into NODE_PATH.
+const require = createRequire(import.meta.url);
+const { chromium, selectors } = require('playwright-core');
+const AXE = readFileSync(require.resolve('axe-core/axe.min.js'), 'utf8');
+const DEADLINE_MS = 15_000;
+const SEVERE = ['serious', 'critical'];
+
+export const screenshots = process.env.GOZON_SCREENSHOTS;
+
+selectors.setTestIdAttribute('data-test');
+let started;
+after(async () => (await started)?.close());
+
+/// A test with a browser of its own: `{ page, open, context }`. `options` are those of a context, and
+/// `tolerated`: which complaints the test causes on purpose; `url`: where the page is.
+export function browsing(options, body) {
+  if (!body) return browsing({}, options);
+  const { tolerated = [], url = base, ...rest } = options;
+  return async (test) => {
+    started ??= chromium.launch({ executablePath: process.env.CHROMIUM });
+    const context = await (await started).newContext({ locale: 'en-GB', viewport: { width: 1200, height: 900 }, ...rest });
+    context.setDefaultTimeout(DEADLINE_MS);
+    const complaints = [];
+    await context.exposeBinding('gozonViolation', (_, text) => complaints.push(`the policy forbids ${text}`));
+    await context.addInitScript(() => addEventListener('securitypolicyviolation', (event) => gozonViolation(`${event.violatedDirective} ${event.blockedURI} ${event.sample}`)));
+    context.on('request', (request) => {
+      const asked = new URL(request.url());
+      if (asked.origin !== new URL(request.frame().page().gozonUrl).origin && asked.protocol !== 'data:') complaints.push(`it asks ${asked}`);
+    });
+    const open = async (path = '', from = url) => {
+      const page = await context.newPage();
+      page.gozonUrl = from;
+      page.on('console', (message) => ['error', 'warning'].includes(message.type()) && complaints.push(`${message.text()} (${message.location().url})`));
+      page.on('pageerror', (error) => complaints.push(error.stack));
+      await page.goto(`${from}/${path}`);
+      await page.locator('main h1').waitFor();
+      return page;
+    };
+    let page;
+    try {
+      page = rest.noPage ? undefined : await open(options.path);
+      await body({ page, open, context });
+      assert.deepEqual(complaints.filter((text) => !tolerated.some((allowed) => allowed.test(text))), []);
+    } catch (error) {
+      mkdirSync(`${screenshots}/failed`, { recursive: true });
+      const name = test.name.replace(/\W+/g, '-').slice(0, 80);
+      await Promise.all(context.pages().map((page, n) => page.screenshot({ path: `${screenshots}/failed/${name}-${n}.png` }).catch(() => {})));
+      if (complaints.length) error.message += `\nThe page complained: ${complaints.join('\n')}`;
+      throw error;
+    } finally {
+      await context.close();
+    }
+  };
+}
+
+/// The user of a first visit, after its order was paid.
+export async function startDemo(page) {
+  await page.getByTestId('demo').click();
+  await orderWith(page, 'FINISHED').waitFor();
+  return page.getByTestId('account-link').textContent();
+}
+
+export function orderWith(page, status) {
+  return page.locator(`[data-test=order][data-status=${status}]`);
+}
+
+/// The balance that is shown, in minor units.
+export async function balance(page) {
+  return Number(await page.getByTestId('balance').getAttribute('data-minor'));
+}
+
+/// What axe-core finds that keeps somebody from using the page.
+export async function severe(page) {
+  // Through the debugger, which the page's policy does not bind.
+  const debug = await page.context().newCDPSession(page);
+  await debug.send('Runtime.evaluate', { expression: AXE });
+  const violations = await page.evaluate(async () => (await axe.run()).violations.map(({ id, impact, nodes }) => ({ id, impact, where: nodes.map((node) => `${node.target} ${node.failureSummary}`) })));
+  await debug.detach();
+  return violations.filter(({ impact }) => SEVERE.includes(impact));
+}

@@ -1,0 +1,118 @@
+// Orders as they change: in several tabs, and whatever happens to the connection.
+
+import assert from 'node:assert/strict';
+import { after, before, describe, test } from 'node:test';
+import { balance, browsing, orderWith, startDemo } from './browser.js';
+import { balanceOf, base, customer, ended, eventually, order, paid, without } from './stack.js';
+import { wire } from './wire.js';
+
+const AWAY = [/net::ERR_/, /status of 50[234]/];
+
+/// What the page is told by the gateway: `NEW id` and so on. To be called before it connects.
+async function told(page) {
+  const debug = await page.context().newCDPSession(page);
+  await debug.send('Network.enable');
+  const events = [];
+  debug.on('Network.eventSourceMessageReceived', ({ eventName, data }) => {
+    if (eventName !== 'order') return;
+    const { order_id, status } = JSON.parse(data);
+    events.push(`${status} ${order_id}`);
+  });
+  await page.reload();
+  await connection(page, 'open');
+  return events;
+}
+
+function connection(page, state) {
+  return page.locator(`[data-test=connection][data-state=${state}]`).waitFor();
+}
+
+test('what is done in one tab shows in another', browsing(async ({ page, open }) => {
+  const user = await startDemo(page);
+  const second = await open();
+  await orderWith(second, 'FINISHED').waitFor();
+  assert.equal(await second.getByTestId('account-link').textContent(), user);
+  await second.getByTestId('buy-tea').click();
+  await orderWith(page, 'FINISHED').filter({ hasText: 'Tea' }).waitFor();
+  await page.getByTestId('buy-bike').click();
+  await orderWith(second, 'CANCELLED').waitFor();
+  for (const tab of [page, second]) await eventually(async () => assert.equal(await balance(tab), 100_000 - 1_299 - 450));
+}));
+
+describe('with a connection that can be cut', () => {
+  let line;
+  before(async () => { line = await wire(); });
+  after(() => line.close());
+
+  test('while the connection is away the pill says so; afterwards everything shows that happened meanwhile, and every event has come', (context) =>
+    browsing({ url: line.url, tolerated: AWAY }, async ({ page }) => {
+      const user = await startDemo(page);
+      await page.goto(`${line.url}/#/orders?user_id=${user}`);
+      const events = await told(page);
+      await orderWith(page, 'FINISHED').waitFor();
+      line.cut();
+      await connection(page, 'reconnecting');
+      assert.match(await page.getByTestId('connection').textContent(), /Reconnecting/);
+      // More than a page of the list.
+      const meanwhile = await Promise.all(Array.from({ length: 25 }, (_, n) => paid(user, 100 + n, `Meanwhile ${n}`)));
+      assert.deepEqual(events, []);
+      line.mend();
+      await connection(page, 'open');
+      await orderWith(page, 'FINISHED').filter({ hasText: 'Meanwhile' }).nth(19).waitFor();
+      await eventually(() => meanwhile.every((id) => events.includes(`NEW ${id}`) && events.includes(`FINISHED ${id}`)));
+      const afterwards = await paid(user, 1, 'Afterwards');
+      await orderWith(page, 'FINISHED').filter({ hasText: 'Afterwards' }).waitFor();
+      await eventually(() => events.includes(`FINISHED ${afterwards}`));
+      await page.getByTestId('nav-shop').click();
+      await eventually(async () => assert.equal(await balance(page), await balanceOf(user)));
+    })(context));
+
+  test('what is ordered while the connection is away is placed once, when it is back', (context) =>
+    browsing({ url: line.url, tolerated: AWAY }, async ({ page }) => {
+      const user = await startDemo(page);
+      line.cut();
+      await page.getByTestId('buy-tea').click();
+      await page.getByTestId('unanswered').waitFor();
+      line.mend();
+      await page.getByTestId('unanswered').waitFor({ state: 'detached' });
+      await orderWith(page, 'FINISHED').filter({ hasText: 'Tea' }).waitFor();
+      assert.equal(await balanceOf(user), 100_000 - 1_299 - 450);
+    })(context));
+});
+
+test('a gateway that stops and starts again costs no event', browsing({ tolerated: AWAY }, async ({ page }) => {
+  const user = await customer();
+  await page.goto(`${base}/#/orders`);
+  const events = await told(page);
+  const first = await paid(user, 1);
+  await eventually(() => events.includes(`FINISHED ${first}`));
+  await without('payments', async () => {
+    const { id } = await order(user, 2, 'Over a restart');
+    await orderWith(page, 'NEW').filter({ hasText: 'Over a restart' }).waitFor();
+    await without('gateway', () => connection(page, 'reconnecting'));
+    await connection(page, 'open');
+    events.push(id);
+  });
+  const id = events.find((event) => !event.includes(' '));
+  assert.equal((await ended(id)).status, 'FINISHED');
+  await orderWith(page, 'FINISHED').filter({ hasText: 'Over a restart' }).waitFor();
+  await eventually(() => events.includes(`FINISHED ${id}`));
+}));
+
+test('while payments is away an order waits, its timeline says who does not answer, and it goes on by itself', browsing({ tolerated: AWAY }, async ({ page }) => {
+  await startDemo(page);
+  await without('payments', async () => {
+    await page.getByTestId('buy-tea').click();
+    await orderWith(page, 'NEW').getByRole('link').click();
+    await page.getByTestId('missing').filter({ hasText: 'payments does not answer' }).waitFor();
+    await page.getByTestId('under-way').waitFor();
+    assert.deepEqual(await page.getByTestId('step').evaluateAll((steps) => steps.map((step) => step.dataset.step)), ['placed', 'enqueued', 'published']);
+    await page.getByTestId('nav-flow').click();
+    await page.getByTestId('service-payments').filter({ hasText: 'does not answer' }).waitFor();
+    await page.getByTestId('new').filter({ hasText: 'the oldest for' }).waitFor();
+    await page.goBack();
+  });
+  await page.locator('[data-test=step][data-step=ended]').waitFor();
+  await page.getByTestId('missing').waitFor({ state: 'detached' });
+  await page.getByTestId('under-way').waitFor({ state: 'detached' });
+}));

@@ -1,0 +1,131 @@
+// Requests that change something happen once, whatever happens to the page, and the page says what became of them.
+
+import assert from 'node:assert/strict';
+import { test } from 'node:test';
+import { balance, browsing, orderWith, startDemo } from './browser.js';
+import { balanceOf, ended, eventually, ordersOf } from './stack.js';
+
+const ABORTED = [/net::ERR_FAILED/];
+
+const isOrder = (request) => request.method() === 'POST' && new URL(request.url()).pathname === '/v1/orders';
+
+/// Does `what` to the requests that `which` picks, and tells their keys. `stop` lets all pass again.
+async function intercept(context, which, what) {
+  const keys = [];
+  const handle = async (route) => {
+    if (!which(route.request())) return route.fallback();
+    keys.push(route.request().headers()['idempotency-key']);
+    await what(route, keys.length);
+  };
+  await context.route('**/v1/**', handle);
+  return { keys, stop: () => context.unroute('**/v1/**', handle) };
+}
+
+/// It arrives, and its answer does not.
+const losesAnswer = (arrived) => async (route) => {
+  await route.fetch();
+  arrived?.();
+  // Neither an answer nor an error: as when the connection hangs.
+};
+
+test('an order that had not arrived when the page was left is placed after it, once', browsing({ tolerated: ABORTED }, async ({ page, context }) => {
+  const user = await startDemo(page);
+  const sent = await intercept(context, isOrder, (route) => route.abort());
+  await page.getByTestId('buy-tea').click();
+  await page.getByTestId('unanswered').waitFor();
+  assert.equal((await ordersOf(user)).length, 1);
+  await sent.stop();
+  const again = await intercept(context, isOrder, (route) => route.continue());
+  await page.reload();
+  const note = page.getByTestId('resumed');
+  await note.waitFor();
+  assert.equal(await note.getAttribute('data-replayed'), 'false');
+  assert.match(await note.innerText(), /Order “Tea” for ₽4\.50: it had not arrived, and is done now/);
+  assert.deepEqual(new Set(again.keys), new Set(sent.keys));
+  await eventually(async () => assert.equal(await orderWith(page, 'FINISHED').count(), 2));
+  assert.equal((await ordersOf(user)).length, 2);
+  await note.getByRole('button', { name: 'Close' }).click();
+  await page.reload();
+  await orderWith(page, 'FINISHED').first().waitFor();
+  assert.equal(await note.count(), 0);
+  assert.equal((await ordersOf(user)).length, 2);
+}));
+
+test('an order whose answer was lost when the page was left is not placed again', browsing(async ({ page, context }) => {
+  const user = await startDemo(page);
+  let arrived = false;
+  const sent = await intercept(context, isOrder, losesAnswer(() => { arrived = true; }));
+  await page.getByTestId('buy-tea').click();
+  await eventually(() => arrived);
+  await sent.stop();
+  await page.reload();
+  const note = page.getByTestId('resumed');
+  await note.waitFor();
+  assert.equal(await note.getAttribute('data-replayed'), 'true');
+  assert.match(await note.innerText(), /it had arrived already, and was not done again/);
+  const [newest, ...older] = await ordersOf(user);
+  assert.equal(older.length, 1);
+  assert.match(await note.getByRole('link').getAttribute('href'), new RegExp(newest.id));
+  assert.equal((await ended(newest.id)).status, 'FINISHED');
+  assert.equal(await balanceOf(user), 100_000 - 1_299 - 450);
+}));
+
+test('answers that are lost, while the page stays, are asked for under the same key', browsing({ tolerated: ABORTED }, async ({ page, context }) => {
+  const user = await startDemo(page);
+  const sent = await intercept(context, isOrder, async (route, times) => {
+    const response = await route.fetch();
+    return times < 3 ? route.abort() : route.fulfill({ response });
+  });
+  await page.getByTestId('buy-book').click();
+  await page.getByTestId('unanswered').filter({ hasText: 'sent again under the same key' }).waitFor();
+  await page.getByTestId('unanswered').waitFor({ state: 'detached' });
+  assert.equal(sent.keys.length, 3);
+  assert.equal(new Set(sent.keys).size, 1);
+  await eventually(async () => assert.equal(await balance(page), 100_000 - 1_299 - 2_400));
+  assert.equal((await ordersOf(user)).length, 2);
+}));
+
+test('a first visit that is left in the middle goes on with the same account', browsing(async ({ page, context }) => {
+  let deposited = '';
+  const sent = await intercept(context, (request) => request.url().endsWith('/deposits'), (route) => losesAnswer(() => { deposited = route.request().url(); })(route));
+  await page.getByTestId('demo').click();
+  await eventually(() => deposited);
+  const user = deposited.split('/').at(-2);
+  await sent.stop();
+  await page.reload();
+  await page.getByTestId('resumed').filter({ hasText: 'done before' }).filter({ hasText: 'it had arrived already' }).filter({ hasText: 'is done now' }).waitFor();
+  await orderWith(page, 'FINISHED').waitFor();
+  assert.equal(await page.getByTestId('account-link').textContent(), user);
+  assert.equal(await balanceOf(user), 100_000 - 1_299);
+  assert.equal((await ordersOf(user)).length, 1);
+}));
+
+test('a second tab leaves a request alone while the first works on it, and takes over when that is closed', browsing(async ({ page, context, open }) => {
+  const user = await startDemo(page);
+  let arrived = 0;
+  const sent = await intercept(context, isOrder, losesAnswer(() => { arrived += 1; }));
+  await page.getByTestId('buy-tea').click();
+  await eventually(() => arrived === 1);
+  const second = await open();
+  await eventually(async () => assert.equal(await second.getByTestId('order').count(), 2));
+  assert.equal(sent.keys.length, 1);
+  await sent.stop();
+  assert.equal(await second.getByTestId('resumed').count(), 0);
+  await page.close();
+  await second.getByTestId('resumed').waitFor();
+  assert.equal(await second.getByTestId('resumed').getAttribute('data-replayed'), 'true');
+  assert.equal((await ordersOf(user)).length, 2);
+}));
+
+test('a request that nobody waits for any more is forgotten, and the page says that it may have been done', browsing({ tolerated: ABORTED }, async ({ page, context }) => {
+  const user = await startDemo(page);
+  const sent = await intercept(context, isOrder, (route) => route.abort());
+  await page.getByTestId('buy-tea').click();
+  await page.getByTestId('unanswered').getByRole('button').click();
+  await page.getByTestId('problem').filter({ hasText: 'it may have been done' }).waitFor();
+  await sent.stop();
+  await page.reload();
+  await orderWith(page, 'FINISHED').waitFor();
+  assert.equal(await page.getByTestId('resumed').count(), 0);
+  assert.equal((await ordersOf(user)).length, 1);
+}));

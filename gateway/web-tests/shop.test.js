@@ -1,0 +1,119 @@
+// What a customer does, and sees happen.
+
+import assert from 'node:assert/strict';
+import { test } from 'node:test';
+import { balance, browsing, orderWith, startDemo } from './browser.js';
+import { balanceOf, customer, eventually, get, order, ordersOf } from './stack.js';
+
+const LAMP = 1_299;
+
+test('the one button of a first visit opens an account, adds money, and an order is paid', browsing(async ({ page }) => {
+  const buttons = page.locator('main button');
+  assert.equal(await buttons.count(), 1);
+  const user = await startDemo(page);
+  await eventually(async () => assert.equal(await balance(page), 100_000 - LAMP));
+  assert.equal(await balanceOf(user), 100_000 - LAMP);
+  assert.deepEqual((await ordersOf(user)).map(({ status, amount }) => [status, amount]), [['FINISHED', LAMP]]);
+}));
+
+test('the balance changes as orders are paid, those of another client too', browsing(async ({ page }) => {
+  const user = await startDemo(page);
+  await eventually(async () => assert.equal(await balance(page), 100_000 - LAMP));
+  await page.evaluate(() => { window.stayed = true; });
+  await page.getByTestId('buy-tea').click();
+  await eventually(async () => assert.equal(await balance(page), 100_000 - LAMP - 450));
+  await order(user, 1_000, 'From elsewhere');
+  await orderWith(page, 'FINISHED').filter({ hasText: 'From elsewhere' }).waitFor();
+  await eventually(async () => assert.equal(await balance(page), 100_000 - LAMP - 1_450));
+  await page.getByTestId('top-up').fill('12,5');
+  await page.getByTestId('top-up-submit').click();
+  await eventually(async () => assert.equal(await balance(page), 100_000 - LAMP - 1_450 + 1_250));
+  assert.equal(await orderWith(page, 'FINISHED').count(), 3);
+  assert.ok(await page.evaluate(() => window.stayed), 'the page was loaded again');
+  assert.equal(await balanceOf(user), await balance(page));
+}));
+
+test('an order that cannot be paid ends cancelled and says why, and costs nothing', browsing(async ({ page }) => {
+  const user = await startDemo(page);
+  await page.getByTestId('buy-bike').click();
+  const cancelled = orderWith(page, 'CANCELLED');
+  await cancelled.waitFor();
+  assert.match(await cancelled.getByTestId('status').innerText(), /Cancelled\s*not enough money/);
+  await eventually(async () => assert.match(await page.getByTestId('announcement').textContent(), /1,250\.00: Cancelled/));
+  assert.equal(await balanceOf(user), 100_000 - LAMP);
+  await cancelled.getByRole('link').click();
+  await page.locator('[data-test=step][data-step=decided]').filter({ hasText: 'nothing debited' }).waitFor();
+}));
+
+test('a wrong amount is answered beside its field, by the page or by the API, and nothing is ordered', browsing({ tolerated: [/status of 422/] }, async ({ page }) => {
+  const user = await startDemo(page);
+  const field = page.getByTestId('order-amount');
+  const error = page.getByTestId('order-amount-error');
+  for (const [typed, said] of [['abc', /Type an amount/], ['1.234', /Type an amount/], ['0', /above zero/]]) {
+    await field.fill(typed);
+    await page.getByTestId('place').click();
+    await error.filter({ hasText: said }).waitFor();
+    assert.equal(await field.getAttribute('aria-invalid'), 'true');
+    assert.equal(await field.getAttribute('aria-describedby'), await error.getAttribute('id'));
+    assert.equal(await page.getByTestId('problem').count(), 0);
+  }
+  assert.equal((await ordersOf(user)).length, 1);
+  await field.fill('0.01');
+  assert.equal(await error.count(), 0);
+  await page.getByTestId('place').click();
+  await eventually(async () => assert.equal((await ordersOf(user))[0].amount, 1));
+}));
+
+test('a description stays text, whatever it holds', browsing(async ({ page }) => {
+  await startDemo(page);
+  const markup = '<img src=x onerror="document.title=1"><b>bold</b> &amp; \u202e';
+  await page.getByTestId('order-amount').fill('1');
+  await page.getByTestId('order-description').fill(markup);
+  await page.getByTestId('place').click();
+  const row = page.getByTestId('order').filter({ hasText: 'onerror' });
+  await row.waitFor();
+  assert.equal(await row.locator('.row-title').textContent(), markup);
+  await row.getByRole('link').click();
+  await page.getByTestId('timeline').waitFor();
+  assert.equal(await page.locator('h1').textContent(), markup);
+  assert.equal(await page.locator('main img, main b').count(), 0);
+}));
+
+test('a Russian browser is spoken to in Russian, and the choice of another language is remembered', browsing({ locale: 'ru-RU', noPage: true }, async ({ open }) => {
+  const page = await open();
+  assert.equal(await page.locator('html').getAttribute('lang'), 'ru');
+  assert.equal(await page.getByTestId('nav-shop').textContent(), 'Магазин');
+  await startDemo(page);
+  await page.getByTestId('buy-bike').click();
+  const cancelled = orderWith(page, 'CANCELLED');
+  await cancelled.filter({ hasText: 'не хватило денег' }).waitFor();
+  assert.match(await cancelled.innerText(), /1\s250,00\s₽/);
+  await page.getByTestId('language-en').click();
+  await cancelled.filter({ hasText: 'not enough money' }).waitFor();
+  await page.reload();
+  await cancelled.filter({ hasText: 'not enough money' }).waitFor();
+  assert.equal(await page.locator('html').getAttribute('lang'), 'en');
+  assert.match(await page.title(), /^Shop/);
+}));
+
+test('an account is opened by its name, and one shops with either of two', browsing({ tolerated: [/status of 404/] }, async ({ page }) => {
+  const rich = await customer(5_000);
+  const name = `${rich}-new`;
+  await page.getByTestId('nav-accounts').click();
+  await page.getByTestId('user').fill('no spaces please');
+  await page.getByTestId('user-go').click();
+  await page.getByTestId('user-error').waitFor();
+  await page.getByTestId('user').fill(name);
+  await page.getByTestId('user-go').click();
+  await page.getByTestId('open-account-submit').click();
+  await eventually(async () => assert.equal(await balance(page), 0));
+  assert.equal((await get(`/v1/accounts/${name}`)).balance, 0);
+  await page.goto(`${page.gozonUrl}/#/accounts/${rich}`);
+  await page.getByTestId('shop-as').click();
+  await eventually(async () => assert.equal(await balance(page), 5_000));
+  await page.getByTestId('switch-user').selectOption(name);
+  await eventually(async () => assert.equal(await balance(page), 0));
+  await page.getByTestId('top-up-10000').click();
+  await eventually(async () => assert.equal(await balanceOf(name), 10_000));
+  assert.equal(await balanceOf(rich), 5_000);
+}));
