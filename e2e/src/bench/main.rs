@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use ops::audit::{self, Databases, Options};
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, FromQueryResult, Statement};
 use stack::http::Http;
@@ -25,7 +25,7 @@ mod usage;
 use load::Saturation;
 
 /// Orders in the backlog that payments works off.
-const BACKLOG: usize = 10_000;
+const BACKLOG: usize = 20_000;
 const ORDERS_PER_SECOND: u32 = 100;
 const SOON: Duration = Duration::from_secs(60);
 
@@ -41,9 +41,28 @@ struct Arguments {
     /// Fills the tables with so many orders first.
     #[arg(long, default_value_t = 0)]
     prefilled: u64,
+    /// Measures nothing but these parts.
+    #[arg(long, value_enum, value_delimiter = ',', conflicts_with = "report")]
+    only: Vec<Part>,
     /// Where the report goes; `latest.json` goes to target/bench in any case.
     #[arg(long)]
     report: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// What PostgreSQL and NATS can do by themselves
+    Floor,
+    /// payments works off what lies in the stream
+    Backlog,
+    /// As many orders as can be taken, through HTTP
+    Saturation,
+    /// The same on one account
+    Hot,
+    /// The same with two replicas of each service
+    Replicas,
+    /// 100 orders a second
+    Latency,
 }
 
 /// Figures by name, each with its unit in the name.
@@ -55,6 +74,14 @@ struct Bench {
     http: Http,
     databases: Databases,
     time: Duration,
+    only: Vec<Part>,
+}
+
+/// What the plots show, of the last run.
+#[derive(Default)]
+struct Plotted {
+    latencies: Vec<f64>,
+    saturation: Saturation,
 }
 
 // One thread: the processes of a stack end when the thread that started them does.
@@ -68,7 +95,7 @@ async fn main() -> anyhow::Result<()> {
     let http = Http::new(stack.system.address("gateway"));
     let connect = async |name: &str| stack.system.postgres().connect(name).await;
     let databases = Databases { orders: connect("orders").await?, payments: connect("payments").await? };
-    let mut bench = Bench { stack, http, databases, time: Duration::from_secs(arguments.seconds) };
+    let mut bench = Bench { stack, http, databases, time: Duration::from_secs(arguments.seconds), only: arguments.only };
     bench.assert_durable().await?;
     say("durable: fsync, synchronous_commit and sync_interval are as they should be");
     bench.open_accounts().await?;
@@ -81,12 +108,11 @@ async fn main() -> anyhow::Result<()> {
     say("warm");
 
     let mut runs = Vec::new();
-    let mut latencies = Vec::new();
-    let mut saturation = Saturation::default();
+    let mut plotted = Plotted::default();
     for number in 1..=arguments.runs {
         say(format!("run {number} of {}", arguments.runs));
         let mut figures = Figures::new();
-        latencies = bench.run(&mut figures, &mut saturation).await?;
+        plotted = bench.run(&mut figures).await?;
         runs.push(figures);
     }
     let mut figures = report::medians(&runs);
@@ -97,7 +123,7 @@ async fn main() -> anyhow::Result<()> {
     let found = audit::audit(&bench.databases, Options::default()).await?;
     ensure!(found.findings.is_empty(), "fast, but wrong: {:?}", found.findings);
     say(format!("audit: {} orders, everything fits together", found.orders));
-    report::write(&figures, &latencies, &saturation, binaries, arguments.report.as_deref())
+    report::write(&figures, &plotted, binaries, arguments.report.as_deref())
 }
 
 fn say(text: impl std::fmt::Display) {
@@ -157,59 +183,79 @@ impl Bench {
     }
 
     /// One turn of everything.
-    async fn run(&mut self, figures: &mut Figures, saturation: &mut Saturation) -> anyhow::Result<Vec<f64>> {
-        let floor_time = self.time / 2;
+    async fn run(&mut self, figures: &mut Figures) -> anyhow::Result<Plotted> {
+        let mut plotted = Plotted::default();
+        if self.measures(Part::Floor) {
+            self.floors(figures).await?;
+        }
+        if self.measures(Part::Backlog) {
+            self.backlog(figures).await?;
+        }
+        // What the other two are compared with.
+        if self.measures(Part::Saturation) || self.measures(Part::Hot) || self.measures(Part::Replicas) {
+            plotted.saturation = self.saturation(figures).await?;
+        }
+        if self.measures(Part::Hot) {
+            let hot = load::saturate(std::slice::from_ref(&self.http), &self.databases.orders, 1, self.time).await?;
+            let ratio = hot.finished_per_s / plotted.saturation.finished_per_s;
+            say(format!("  one account: {:.0} orders/s, {ratio:.2} of {} accounts", hot.finished_per_s, load::USERS));
+            figures.insert("hot_account_finished_per_s".to_owned(), hot.finished_per_s);
+            figures.insert("hot_account_ratio".to_owned(), ratio);
+        }
+        if self.measures(Part::Replicas) {
+            let twice = self.with_replicas().await?;
+            let ratio = twice.finished_per_s / plotted.saturation.finished_per_s;
+            say(format!("  two replicas of each service: {:.0} orders/s, {ratio:.2} of one", twice.finished_per_s));
+            figures.insert("replicas_finished_per_s".to_owned(), twice.finished_per_s);
+            figures.insert("replicas_ratio".to_owned(), ratio);
+        }
+        if self.measures(Part::Latency) {
+            plotted.latencies = load::latencies(&self.http, ORDERS_PER_SECOND, self.time).await?;
+            let [p50, p99] = [0.5, 0.99].map(|share| report::percentile(&plotted.latencies, share));
+            say(format!("  at {ORDERS_PER_SECOND} orders/s: {p50:.1} ms p50, {p99:.1} ms p99 from POST to FINISHED"));
+            figures.insert("latency_100_p50_ms".to_owned(), p50);
+            figures.insert("latency_100_p99_ms".to_owned(), p99);
+        }
+        Ok(plotted)
+    }
+
+    fn measures(&self, part: Part) -> bool {
+        self.only.is_empty() || self.only.contains(&part)
+    }
+
+    async fn floors(&self, figures: &mut Figures) -> anyhow::Result<()> {
+        let time = self.time / 2;
         for clients in [1, 8, 32] {
-            let rate = floor::debits(&self.stack.system, clients, floor_time).await?;
+            let rate = floor::debits(&self.stack.system, clients, time).await?;
             say(format!("  floor: {rate:.0} debits/s, one a transaction, {clients} clients"));
             figures.insert(format!("floor_c{clients}_debits_per_s"), rate);
         }
-        let rate = floor::publishes(&self.stack.system, floor_time).await?;
+        let rate = floor::publishes(&self.stack.system, time).await?;
         say(format!("  floor: {rate:.0} messages/s acknowledged by the broker, one by one"));
         figures.insert("floor_publishes_per_s".to_owned(), rate);
+        Ok(())
+    }
 
-        let rate = self.drain().await?;
-        say(format!("  backlog: {rate:.0} orders/s decided and answered"));
-        figures.insert("drain_decisions_per_s".to_owned(), rate);
-
-        let doors = [self.http.clone()];
+    async fn saturation(&mut self, figures: &mut Figures) -> anyhow::Result<Saturation> {
         let before = self.cpu()?;
-        *saturation = load::saturate(&doors, &self.databases.orders, load::USERS, self.time).await?;
-        let Saturation { accepted_per_s, finished_per_s, orders, p50_ms, p99_ms, .. } = &*saturation;
+        let saturation = load::saturate(std::slice::from_ref(&self.http), &self.databases.orders, load::USERS, self.time).await?;
+        let Saturation { accepted_per_s, finished_per_s, orders, p50_ms, p99_ms, .. } = saturation;
         say(format!(
             "  end to end: {accepted_per_s:.0} orders/s accepted, {finished_per_s:.0}/s FINISHED, {p50_ms:.1} ms p50, {p99_ms:.1} ms p99"
         ));
-        figures.insert("e2e_accepted_per_s".to_owned(), *accepted_per_s);
-        figures.insert("e2e_finished_per_s".to_owned(), *finished_per_s);
-        figures.insert("e2e_p50_ms".to_owned(), *p50_ms);
-        figures.insert("e2e_p99_ms".to_owned(), *p99_ms);
+        figures.insert("e2e_accepted_per_s".to_owned(), accepted_per_s);
+        figures.insert("e2e_finished_per_s".to_owned(), finished_per_s);
+        figures.insert("e2e_p50_ms".to_owned(), p50_ms);
+        figures.insert("e2e_p99_ms".to_owned(), p99_ms);
         let mut total = 0.0;
         for (part, (before, after)) in usage::PARTS.into_iter().zip(before.into_iter().zip(self.cpu()?)) {
-            let per_thousand = (after - before) * 1000.0 / *orders as f64;
+            let per_thousand = (after - before) * 1000.0 / orders as f64;
             figures.insert(format!("cpu_{part}_s_per_1000_orders"), per_thousand);
             total += per_thousand;
         }
+        say(format!("  CPU: {total:.3} s for 1,000 orders"));
         figures.insert("cpu_s_per_1000_orders".to_owned(), total);
-        say(format!("  CPU: {total:.2} s for 1,000 orders"));
-
-        let hot = load::saturate(&doors, &self.databases.orders, 1, self.time).await?;
-        let ratio = hot.finished_per_s / saturation.finished_per_s;
-        say(format!("  one account: {:.0} orders/s, {ratio:.2} of {} accounts", hot.finished_per_s, load::USERS));
-        figures.insert("hot_account_finished_per_s".to_owned(), hot.finished_per_s);
-        figures.insert("hot_account_ratio".to_owned(), ratio);
-
-        let twice = self.with_replicas().await?;
-        let ratio = twice.finished_per_s / saturation.finished_per_s;
-        say(format!("  two replicas of each service: {:.0} orders/s, {ratio:.2} of one", twice.finished_per_s));
-        figures.insert("replicas_finished_per_s".to_owned(), twice.finished_per_s);
-        figures.insert("replicas_ratio".to_owned(), ratio);
-
-        let latencies = load::latencies(&self.http, ORDERS_PER_SECOND, self.time).await?;
-        let (p50, p99) = (report::percentile(&latencies, 0.5), report::percentile(&latencies, 0.99));
-        say(format!("  at {ORDERS_PER_SECOND} orders/s: {p50:.1} ms p50, {p99:.1} ms p99 from POST to FINISHED"));
-        figures.insert("latency_100_p50_ms".to_owned(), p50);
-        figures.insert("latency_100_p99_ms".to_owned(), p99);
-        Ok(latencies)
+        Ok(saturation)
     }
 
     fn cpu(&mut self) -> anyhow::Result<Vec<f64>> {
@@ -217,7 +263,7 @@ impl Bench {
     }
 
     /// Orders a second that payments decides and whose answers it publishes, when they all lie ready in the stream.
-    async fn drain(&mut self) -> anyhow::Result<f64> {
+    async fn backlog(&mut self, figures: &mut Figures) -> anyhow::Result<()> {
         let Self { stack, http, databases, .. } = self;
         let system = &mut stack.system;
         let last: DecidedAt = one(&databases.payments, "SELECT max(decided_at) AS at FROM payments").await?;
@@ -226,6 +272,7 @@ impl Bench {
         load::until(&databases.orders, "SELECT NOT EXISTS (SELECT 1 FROM outbox WHERE published_at IS NULL)").await?;
         // It would take a share of the machine.
         system.stop("orders").await?;
+        let before = ["postgres", "nats"].map(|part| usage::cpu_seconds(system, part));
         system.start("payments").await?;
         let since = last
             .at
@@ -234,10 +281,15 @@ impl Bench {
         load::until(&databases.payments, &format!("SELECT count(o.published_at) >= {BACKLOG} {all}")).await?;
         let query =
             format!("SELECT count(*) / extract(epoch FROM max(o.published_at) - min(p.decided_at))::float8 AS rate {all}");
-        let rate: Rate = one(&databases.payments, &query).await?;
+        let Rate { rate } = one(&databases.payments, &query).await?;
+        say(format!("  backlog: {rate:.0} orders/s decided and answered"));
+        figures.insert("drain_decisions_per_s".to_owned(), rate);
+        for (part, before) in ["postgres", "nats", "payments"].into_iter().zip(before.into_iter().chain([Ok(0.0)])) {
+            let per_thousand = (usage::cpu_seconds(system, part)? - before?) * 1000.0 / BACKLOG as f64;
+            figures.insert(format!("drain_cpu_{part}_s_per_1000_orders"), per_thousand);
+        }
         system.start("orders").await?;
-        load::until_settled(&databases.orders).await?;
-        Ok(rate.rate)
+        load::until_settled(&databases.orders).await
     }
 
     async fn with_replicas(&mut self) -> anyhow::Result<Saturation> {

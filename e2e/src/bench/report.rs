@@ -5,8 +5,8 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use crate::Figures;
 use crate::load::{CLIENTS, Saturation, USERS};
+use crate::{Figures, Plotted};
 
 /// A share of the sorted values lies below it.
 pub(crate) fn percentile(sorted: &[f64], share: f64) -> f64 {
@@ -53,24 +53,18 @@ fn targets(figures: &Figures) -> Vec<Target> {
 }
 
 /// Writes `latest.json` beside the build, and the report with plots where it is wanted.
-pub(crate) fn write(
-    figures: &Figures,
-    latencies: &[f64],
-    saturation: &Saturation,
-    binaries: &Path,
-    report: Option<&Path>,
-) -> anyhow::Result<()> {
+pub(crate) fn write(figures: &Figures, plotted: &Plotted, binaries: &Path, report: Option<&Path>) -> anyhow::Result<()> {
     let folder = binaries.parent().unwrap_or(binaries).join("bench");
     fs::create_dir_all(&folder)?;
     fs::write(folder.join("latest.json"), serde_json::to_string_pretty(figures)? + "\n")?;
-    for target in targets(figures) {
-        eprintln!("{:<46} {:>8.2}  {}", target.name, target.value, verdict(&target));
+    for target in targets(figures).iter().filter(|target| target.value.is_finite()) {
+        eprintln!("{:<46} {:>8.2}  {}", target.name, target.value, verdict(target));
     }
     eprintln!("{}", folder.join("latest.json").display());
     let Some(report) = report else { return Ok(()) };
     fs::create_dir_all(report)?;
-    fs::write(report.join("latency.svg"), latency_plot(latencies))?;
-    fs::write(report.join("rate.svg"), rate_plot(saturation))?;
+    fs::write(report.join("latency.svg"), latency_plot(&plotted.latencies))?;
+    fs::write(report.join("rate.svg"), rate_plot(&plotted.saturation))?;
     fs::write(report.join("README.md"), markdown(figures))?;
     fs::write(report.join("figures.json"), serde_json::to_string_pretty(figures)? + "\n")?;
     eprintln!("{}", report.join("README.md").display());
