@@ -44,6 +44,8 @@ CREATE TABLE outbox (
 );
 -- What waits, oldest first. Taken by state, never by a cursor: transactions commit out of order.
 CREATE INDEX outbox_pending ON outbox (event_id, n) WHERE published_at IS NULL;
+-- The few of them that the broker did not take: looking for these must not walk through the others.
+CREATE INDEX outbox_tried ON outbox (attempts, event_id, n) WHERE published_at IS NULL AND attempts > 0;
 
 CREATE TABLE inbox (
     consumer        text        NOT NULL,

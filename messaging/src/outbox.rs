@@ -168,8 +168,8 @@ impl Pending {
 /// Which of the waiting rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Which {
-    /// Those that were never tried.
-    Fresh,
+    /// Those that were never tried, from this id on.
+    Fresh(Uuid),
     /// Those that the broker did not take.
     Tried,
 }
@@ -178,17 +178,21 @@ pub(crate) enum Which {
 /// their ids, which is about that of their making; others by how often they were tried, so that a few that never go
 /// through do not keep the rest from their turn.
 pub(crate) async fn lock_pending(txn: &DatabaseTransaction, which: Which, limit: u32) -> Result<Vec<Pending>, DbErr> {
-    let text = match which {
-        Which::Fresh => {
-            "SELECT event_id, n, subject, headers, payload FROM outbox WHERE published_at IS NULL AND attempts = 0
-             ORDER BY event_id, n LIMIT $1 FOR UPDATE SKIP LOCKED"
-        }
-        Which::Tried => {
+    let limit = i64::from(limit).into();
+    let query = match which {
+        Which::Fresh(from) => sql(
+            "SELECT event_id, n, subject, headers, payload FROM outbox
+             WHERE published_at IS NULL AND attempts = 0 AND event_id >= $2
+             ORDER BY event_id, n LIMIT $1 FOR UPDATE SKIP LOCKED",
+            [limit, from.into()],
+        ),
+        Which::Tried => sql(
             "SELECT event_id, n, subject, headers, payload FROM outbox WHERE published_at IS NULL AND attempts > 0
-             ORDER BY attempts, event_id, n LIMIT $1 FOR UPDATE SKIP LOCKED"
-        }
+             ORDER BY attempts, event_id, n LIMIT $1 FOR UPDATE SKIP LOCKED",
+            [limit],
+        ),
     };
-    Pending::find_by_statement(sql(text, [i64::from(limit).into()])).all(txn).await
+    Pending::find_by_statement(query).all(txn).await
 }
 
 /// How many rows were published since a time, on `subject` or on any.
