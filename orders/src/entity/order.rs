@@ -136,7 +136,8 @@ pub(crate) struct Ending {
 pub(crate) async fn end(txn: &DatabaseTransaction, endings: &[Ending], at: TimeDateTimeWithTimeZone) -> Result<u64, DbErr> {
     let ids: Vec<Uuid> = endings.iter().map(|one| one.id).collect();
     let statuses: Vec<String> = endings.iter().map(|one| one.status.to_value()).collect();
-    // The driver's arrays hold no NULL: an empty reason stands for none.
+    // The driver's arrays hold no NULL: an empty reason stands for none. And `status = 'NEW'` would lead PostgreSQL to the
+    // index of NEW orders: it believes that there are next to none, and compares each of them with each of these.
     let reasons: Vec<String> = endings.iter().map(|one| one.reason.unwrap_or_default().to_owned()).collect();
     let settlements: Vec<Uuid> = endings.iter().map(|one| one.settlement_event_id).collect();
     let finals: Vec<Uuid> = endings.iter().map(|one| one.final_event_id).collect();
@@ -147,7 +148,7 @@ pub(crate) async fn end(txn: &DatabaseTransaction, endings: &[Ending], at: TimeD
                                  final_event_id = v.final_event_id, updated_at = $6
              FROM unnest($1::uuid[], $2::text[], $3::text[], $4::uuid[], $5::uuid[])
                   AS v (id, status, reason, settlement_event_id, final_event_id)
-             WHERE o.id = v.id AND o.status = 'NEW'",
+             WHERE o.id = v.id AND o.status IS NOT DISTINCT FROM 'NEW'",
             [ids.into(), statuses.into(), reasons.into(), settlements.into(), finals.into(), at.into()],
         ),
     )
@@ -168,6 +169,10 @@ pub(crate) struct AskAgain {
 /// Locks NEW orders, the oldest first, whose last request was published so long ago that it or its answer may be lost,
 /// or before the broker is known to have lost what it had. One that still waits in the outbox is not due, whatever its
 /// age. (Where the outbox row is pruned, its order is older than any delay.)
+///
+/// Orders too young for any of this are left out before their requests are looked up: under load there are thousands.
+/// They were dated by the service's clock, not by that of the database; where the two differ by more than these seconds,
+/// an order is asked for later by as much.
 pub(crate) async fn lock_due(txn: &DatabaseTransaction, again: AskAgain) -> Result<Vec<Model>, DbErr> {
     Entity::find()
         .from_raw_sql(sql(
@@ -175,6 +180,7 @@ pub(crate) async fn lock_due(txn: &DatabaseTransaction, again: AskAgain) -> Resu
              LEFT JOIN outbox request ON request.event_id = o.placed_event_id AND request.n = o.asks
              CROSS JOIN reconciliation
              WHERE o.status = 'NEW'
+               AND o.created_at < greatest(now() - make_interval(secs => $1), reconciliation.lost_at) + interval '5 seconds'
                AND (request.event_id IS NULL
                     OR request.published_at < reconciliation.lost_at
                     OR request.published_at < now() - make_interval(secs => least($1 * power(2, least(o.asks, 30)), $2)))
