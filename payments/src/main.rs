@@ -7,5 +7,6 @@ async fn main() -> anyhow::Result<()> {
     let config: Config = service_kit::healthcheck::parse_or_check();
     service_kit::telemetry::init(config.log_format, &config.log_filter)?;
     let shutdown = service_kit::shutdown::on_signal()?;
-    App::build(config).await?.run(shutdown).await
+    // A task of its own runs on the threads that hear from the sockets; this function would be woken by them each time.
+    tokio::spawn(App::build(config).await?.run(shutdown)).await?
 }
