@@ -87,6 +87,29 @@ impl Armory {
     }
 }
 
+/// What clients have sent through a proxy since it was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Statements that PostgreSQL was to run.
+    pub statements: u64,
+    /// How often somebody waited for PostgreSQL's answer.
+    pub round_trips: u64,
+    /// Messages for the broker, acks and requests included.
+    pub messages: u64,
+    /// Their bytes, headers included.
+    pub message_bytes: u64,
+}
+
+/// Counts [`Traffic`].
+#[derive(Debug, Default)]
+struct Meter(Mutex<Traffic>);
+
+impl Meter {
+    fn count(&self, count: impl FnOnce(&mut Traffic)) {
+        count(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Direction {
     ToServer,
@@ -140,6 +163,7 @@ struct Link {
     server: SocketAddr,
     weather: watch::Sender<Weather>,
     armory: Armory,
+    meter: Meter,
     connections: AtomicU64,
     seed: Mutex<Seed>,
 }
@@ -154,6 +178,7 @@ impl Proxy {
             server: local(server_port),
             weather: watch::Sender::new(Weather::default()),
             armory: Armory::default(),
+            meter: Meter::default(),
             connections: AtomicU64::new(0),
             seed: Mutex::new(seed),
         });
@@ -201,6 +226,11 @@ impl Proxy {
     /// How many connections were made.
     pub fn connections(&self) -> u64 {
         self.link.connections.load(Ordering::Relaxed)
+    }
+
+    /// What clients have sent so far.
+    pub fn traffic(&self) -> Traffic {
+        *self.link.meter.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Cuts every connection (RST). New ones work.
@@ -315,9 +345,9 @@ impl Link {
             }
             let passed = match session {
                 Session::Postgres(session) => {
-                    session.lock().unwrap_or_else(PoisonError::into_inner).pass(direction, &mut bytes, &self.armory)
+                    session.lock().unwrap_or_else(PoisonError::into_inner).pass(direction, &mut bytes, &self.armory, &self.meter)
                 }
-                Session::Nats => nats::pass(direction, &mut bytes, &self.armory),
+                Session::Nats => nats::pass(direction, &mut bytes, &self.armory, &self.meter),
                 Session::Plain => Passed::On(bytes.split().freeze()),
             };
             match passed {

@@ -7,6 +7,7 @@ mod checkout;
 mod cluster;
 mod demo;
 mod disk;
+mod economy;
 mod events;
 mod examples;
 mod faults;

@@ -2,12 +2,18 @@
 
 use bytes::{Bytes, BytesMut};
 
-use super::{Armory, Cut, Direction, Passed};
+use super::{Armory, Cut, Direction, Meter, Passed};
 
 /// Takes whole messages from `from`.
-pub(super) fn pass(direction: Direction, from: &mut BytesMut, armory: &Armory) -> Passed {
+pub(super) fn pass(direction: Direction, from: &mut BytesMut, armory: &Armory, meter: &Meter) -> Passed {
     let mut passed = BytesMut::new();
     while let Some(message) = next(from) {
+        if direction == Direction::ToServer && (message.starts_with(b"PUB ") || message.starts_with(b"HPUB ")) {
+            meter.count(|traffic| {
+                traffic.messages += 1;
+                traffic.message_bytes += message.len() as u64;
+            });
+        }
         let meant = kind(direction, &message);
         if !meant.is_some_and(|meant| armory.take(|cut| *cut == meant)) {
             passed.extend_from_slice(&message);
@@ -72,7 +78,7 @@ mod tests {
             let mut on = Vec::new();
             for byte in messages.iter().flat_map(|(message, _)| message.bytes()) {
                 from.extend_from_slice(&[byte]);
-                let Passed::On(bytes) = pass(direction, &mut from, &armory) else { panic!("nothing is cut") };
+                let Passed::On(bytes) = pass(direction, &mut from, &armory, &Meter::default()) else { panic!("nothing is cut") };
                 on.extend_from_slice(&bytes);
             }
             let kept: String = messages.iter().filter(|(_, lost)| !lost).map(|(message, _)| message.as_str()).collect();

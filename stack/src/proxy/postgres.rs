@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use bytes::{Buf as _, Bytes, BytesMut};
 
-use super::{Armory, Cut, Direction, Passed};
+use super::{Armory, Cut, Direction, Meter, Passed};
 
 const SSL_REQUEST: u32 = 80_877_103;
 const GSS_REQUEST: u32 = 80_877_104;
@@ -25,9 +25,15 @@ pub(super) struct Session {
 
 impl Session {
     /// Takes whole messages from `from`.
-    pub(super) fn pass(&mut self, direction: Direction, from: &mut BytesMut, armory: &Armory) -> Passed {
+    pub(super) fn pass(&mut self, direction: Direction, from: &mut BytesMut, armory: &Armory, meter: &Meter) -> Passed {
         let mut passed = BytesMut::new();
         while let Some(message) = self.next(direction, from) {
+            if direction == Direction::ToServer {
+                meter.count(|traffic| {
+                    traffic.statements += u64::from(message.starts_with(b"E") || message.starts_with(b"Q"));
+                    traffic.round_trips += u64::from(message.starts_with(b"S") || message.starts_with(b"Q"));
+                });
+            }
             let cut = match direction {
                 Direction::ToServer => self.asked(&message).then(|| armory.take(|cut| self.is_meant(cut, false))),
                 Direction::ToClient => message
@@ -117,12 +123,16 @@ mod tests {
 
     fn start(session: &mut Session, armory: &Armory) {
         let mut from = BytesMut::from(&[0, 0, 0, 8, 4, 210, 22, 47][..]);
-        assert!(matches!(session.pass(Direction::ToServer, &mut from, armory), Passed::On(bytes) if bytes.len() == 8));
         assert!(
-            matches!(session.pass(Direction::ToClient, &mut BytesMut::from(&b"N"[..]), armory), Passed::On(bytes) if bytes == "N")
+            matches!(session.pass(Direction::ToServer, &mut from, armory, &Meter::default()), Passed::On(bytes) if bytes.len() == 8)
+        );
+        assert!(
+            matches!(session.pass(Direction::ToClient, &mut BytesMut::from(&b"N"[..]), armory, &Meter::default()), Passed::On(bytes) if bytes == "N")
         );
         let mut from = BytesMut::from(&[0, 0, 0, 9, 0, 3, 0, 0, 0][..]);
-        assert!(matches!(session.pass(Direction::ToServer, &mut from, armory), Passed::On(bytes) if bytes.len() == 9));
+        assert!(
+            matches!(session.pass(Direction::ToServer, &mut from, armory, &Meter::default()), Passed::On(bytes) if bytes.len() == 9)
+        );
     }
 
     #[test]
@@ -145,12 +155,14 @@ mod tests {
             let mut on = 0;
             for piece in asked.chunks(3) {
                 from.extend_from_slice(piece);
-                let Passed::On(bytes) = session.pass(Direction::ToServer, &mut from, &armory) else { panic!("requests go on") };
+                let Passed::On(bytes) = session.pass(Direction::ToServer, &mut from, &armory, &Meter::default()) else {
+                    panic!("requests go on")
+                };
                 on += bytes.len();
             }
             assert_eq!(on, asked.len());
             let mut answer = BytesMut::from(&message(b'C', b"COMMIT\0")[..]);
-            let passed = session.pass(Direction::ToClient, &mut answer, &armory);
+            let passed = session.pass(Direction::ToClient, &mut answer, &armory, &Meter::default());
             assert_eq!(matches!(passed, Passed::Cut(_)), cut, "{statement}");
         }
         assert_eq!((armory.fired(Cut::CommitAnswer { after: "INSERT INTO orders" }), armory.waiting()), (1, 0));
