@@ -129,7 +129,7 @@ async fn place(http: &Http, user: &str) -> anyhow::Result<String> {
 }
 
 /// The newest order there is.
-async fn newest(orders: &DatabaseConnection) -> anyhow::Result<Uuid> {
+pub(crate) async fn newest(orders: &DatabaseConnection) -> anyhow::Result<Uuid> {
     let row =
         orders.query_one_raw(Statement::from_string(DbBackend::Postgres, "SELECT max(id::text)::uuid AS id FROM orders")).await?;
     Ok(row.context("an aggregate has one row")?.try_get::<Option<Uuid>>("", "id")?.unwrap_or_default())

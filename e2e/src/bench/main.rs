@@ -18,8 +18,10 @@ use stack::testing::{TestStack, eventually};
 use stack::{Service, System};
 
 mod floor;
+mod legs;
 mod load;
 mod report;
+mod statements;
 mod usage;
 
 use load::Saturation;
@@ -44,6 +46,12 @@ struct Arguments {
     /// Measures nothing but these parts.
     #[arg(long, value_enum, value_delimiter = ',', conflicts_with = "report")]
     only: Vec<Part>,
+    /// Also shows which statements take how much of PostgreSQL's time; that costs a little itself.
+    #[arg(long)]
+    statements: bool,
+    /// Another setting for PostgreSQL, to see what it is good for: `name=value`.
+    #[arg(long = "set", conflicts_with = "report")]
+    settings: Vec<String>,
     /// Where the report goes; `latest.json` goes to target/bench in any case.
     #[arg(long)]
     report: Option<PathBuf>,
@@ -91,7 +99,8 @@ async fn main() -> anyhow::Result<()> {
     let program = std::env::current_exe()?;
     let binaries = program.parent().context("this program is in a folder")?;
     ensure!(!cfg!(debug_assertions), "a debug build measures nothing: run `just bench`");
-    let stack = TestStack::start_in(binaries, Vec::new()).await?;
+    let mut stack = TestStack::start_in(binaries, Vec::new()).await?;
+    statements::configure(&mut stack.system, &arguments.settings, arguments.statements).await?;
     let http = Http::new(stack.system.address("gateway"));
     let connect = async |name: &str| stack.system.postgres().connect(name).await;
     let databases = Databases { orders: connect("orders").await?, payments: connect("payments").await? };
@@ -106,6 +115,9 @@ async fn main() -> anyhow::Result<()> {
     floor::prepare(&bench.stack.system).await?;
     load::saturate(std::slice::from_ref(&bench.http), &bench.databases.orders, load::USERS, Duration::from_secs(3)).await?;
     say("warm");
+    if arguments.statements {
+        statements::forget(&bench.databases).await?;
+    }
 
     let mut runs = Vec::new();
     let mut plotted = Plotted::default();
@@ -120,6 +132,9 @@ async fn main() -> anyhow::Result<()> {
         figures.insert(format!("memory_{part}_peak_mib"), usage::peak_memory_mib(&mut bench.stack.system, part)?);
     }
     figures.insert("prefilled_orders".to_owned(), arguments.prefilled as f64);
+    if arguments.statements {
+        statements::show(&bench.databases).await?;
+    }
     let found = audit::audit(&bench.databases, Options::default()).await?;
     ensure!(found.findings.is_empty(), "fast, but wrong: {:?}", found.findings);
     say(format!("audit: {} orders, everything fits together", found.orders));
@@ -210,11 +225,16 @@ impl Bench {
             figures.insert("replicas_ratio".to_owned(), ratio);
         }
         if self.measures(Part::Latency) {
+            let before = load::newest(&self.databases.orders).await?;
             plotted.latencies = load::latencies(&self.http, ORDERS_PER_SECOND, self.time).await?;
             let [p50, p99] = [0.5, 0.99].map(|share| report::percentile(&plotted.latencies, share));
             say(format!("  at {ORDERS_PER_SECOND} orders/s: {p50:.1} ms p50, {p99:.1} ms p99 from POST to FINISHED"));
             figures.insert("latency_100_p50_ms".to_owned(), p50);
             figures.insert("latency_100_p99_ms".to_owned(), p99);
+            for (leg, median) in legs::LEGS.into_iter().zip(legs::medians(&self.databases, before).await?) {
+                say(format!("    {leg}: {median:.2} ms"));
+                figures.insert(format!("latency_100_{leg}_ms"), median);
+            }
         }
         Ok(plotted)
     }
