@@ -117,3 +117,24 @@ async fn f20_f21_rows_that_commit_late_and_unannounced_are_published_too() {
     assert!(after[1].event_id < rows[0].event_id, "their ids are the oldest");
     assert_in_place(&outbox).await;
 }
+
+/// A relay goes on from where it was; ids do not say when a row is committed.
+#[tokio::test]
+async fn f20_a_row_whose_id_is_much_older_than_what_was_published_is_published_too() {
+    let outbox = Outbox::new().await;
+    let _relay = outbox.relay(&TopologySettings::default()).await;
+    // Each lane of the relay has its turn.
+    for number in 1..=5 {
+        outbox.enqueue(1).await;
+        outbox.until_published(number).await;
+    }
+    outbox
+        .execute(
+            "INSERT INTO outbox (event_id, n, subject, headers, payload)
+             SELECT '018cc251-f400-7000-8000-000000000001', 0, subject, headers, payload FROM outbox LIMIT 1",
+        )
+        .await;
+    outbox.wake.notify_one();
+    outbox.until_published(6).await;
+    assert_in_place(&outbox).await;
+}
