@@ -91,7 +91,9 @@ async fn f13_the_disk_of_the_database_fails() {
             if strace.try_wait().ok().flatten().is_some() {
                 return Some(false);
             }
-            let ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname IN ('orders', 'payments')";
+            // New ones get the time to commit.
+            let ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                         WHERE datname IN ('orders', 'payments') AND backend_start < clock_timestamp() - interval '1 second'";
             if let Ok(server) = shop.stack.system.postgres().connect("postgres").await {
                 // It may be failing right now.
                 let _ = server.execute_unprepared(ended).await;
