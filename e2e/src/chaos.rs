@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use ops::audit::{self, Databases};
+use ops::audit::{self, Beside, Databases};
 use ops::history::History;
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, Statement};
 use stack::seed::Seed;
@@ -16,6 +16,7 @@ use tokio::time::Instant;
 
 pub use report::Report;
 
+use crate::broker::operator;
 use crate::load::{Customers, Plan};
 use nemesis::Nemesis;
 
@@ -137,7 +138,9 @@ pub async fn run(settings: &Settings) -> anyhow::Result<Report> {
     }
     // Everything was final a moment ago: nothing may be late or under way any more.
     let options = audit::Options { grace: Duration::from_secs(2), late_after: Duration::ZERO, stuck_after: Duration::ZERO };
-    let audited = audit::audit_with(&databases, options, Some(&history)).await?;
+    let broker = operator(nemesis.system()).await?;
+    let beside = Beside { streams: Some(broker.jetstream()), history: Some(&history) };
+    let audited = audit::audit_with(&databases, options, beside).await?;
     Ok(Report::new(settings, seen, &history, nemesis.fired(), nemesis.unexpected_ends(), audited, settled_after, took))
 }
 

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use clap::Parser;
+use e2e::broker::operator;
 use e2e::until_done;
 use futures_util::future::try_join_all;
-use ops::audit::{self, Databases};
+use ops::audit::{self, Beside, Databases};
 use serde_json::{Value, json};
 use stack::http::Http;
 use stack::testing::TestStack;
@@ -166,12 +167,15 @@ impl Matrix {
         let postgres = self.stack.system.postgres();
         let databases = Databases { orders: postgres.connect("orders").await?, payments: postgres.connect("payments").await? };
         let options = audit::Options { grace: Duration::from_secs(2), late_after: Duration::ZERO, stuck_after: Duration::ZERO };
-        let report = audit::audit(&databases, options).await?;
+        let broker = operator(&self.stack.system).await?;
+        let beside = Beside { streams: Some(broker.jetstream()), history: None };
+        let report = audit::audit_with(&databases, options, beside).await?;
         databases.orders.close().await?;
         databases.payments.close().await?;
         let findings: Vec<String> =
             report.findings.iter().map(|finding| format!("{} {} {}", finding.kind, finding.id, finding.detail)).collect();
         ensure!(findings.is_empty(), "{}", findings.join("; "));
+        ensure!(report.not_looked_at.is_empty(), "not looked at: {}", report.not_looked_at.join("; "));
         ensure!(report.orders == self.orders as u64, "{} orders are there, {} were placed", report.orders, self.orders);
         Ok(())
     }

@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use shared_contracts::{DLQ_STREAM, header};
+use shared_contracts::{DLQ_STREAM, EventId, header};
 
 use crate::db::sql;
 use crate::outbox::{self, Message};
@@ -142,22 +142,20 @@ pub(crate) struct DeadMessage<'a> {
     pub(crate) delivered: i32,
 }
 
-impl DeadMessage<'_> {
-    fn key(&self) -> String {
-        match self.event_id {
-            Some(event_id) => event_id.to_string(),
-            None => {
-                let mut hash = Sha256::new();
-                // Without the broker's id, which is new each time the same thing is sent again.
-                let headers = header_lines(self.message.headers.as_ref(), |name| name != header::MESSAGE_ID);
-                for part in [self.message.subject.as_bytes(), &headers, &self.message.payload] {
-                    hash.update(u64::try_from(part.len()).unwrap_or(u64::MAX).to_be_bytes());
-                    hash.update(part);
-                }
-                hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
-            }
-        }
+/// What makes two messages the same dead letter: the event id, or a hash of the message where it has none.
+pub fn message_key(message: &async_nats::Message) -> String {
+    let event_id = message.headers.as_ref().and_then(|headers| headers.get(header::ID));
+    if let Some(event_id) = event_id.and_then(|id| id.as_str().parse::<EventId>().ok()) {
+        return event_id.to_string();
     }
+    let mut hash = Sha256::new();
+    // Without the broker's id, which is new each time the same thing is sent again.
+    let headers = header_lines(message.headers.as_ref(), |name| name != header::MESSAGE_ID);
+    for part in [message.subject.as_bytes(), &headers, &message.payload] {
+        hash.update(u64::try_from(part.len()).unwrap_or(u64::MAX).to_be_bytes());
+        hash.update(part);
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn header_lines(headers: Option<&HeaderMap>, wanted: impl Fn(&str) -> bool) -> Vec<u8> {
@@ -182,6 +180,7 @@ pub(crate) async fn bury(txn: &DatabaseTransaction, subscription: &Subscription,
     let mut copies = Vec::new();
     // A query per message: there are none on a healthy day, and a flood of them is slow on purpose of nobody.
     for letter in dead {
+        let message_key = message_key(letter.message);
         let stored = Stored::find_by_statement(sql(
             "INSERT INTO dead_letters (id, consumer, message_key, kind, cause, event_id, order_id, subject, stream,
                                        stream_sequence, delivered, headers, payload)
@@ -191,7 +190,7 @@ pub(crate) async fn bury(txn: &DatabaseTransaction, subscription: &Subscription,
             [
                 Uuid::now_v7().into(),
                 subscription.consumer.into(),
-                letter.key().into(),
+                message_key.as_str().into(),
                 letter.verdict.kind().into(),
                 letter.verdict.short_cause().into(),
                 letter.event_id.into(),
@@ -213,6 +212,7 @@ pub(crate) async fn bury(txn: &DatabaseTransaction, subscription: &Subscription,
                 "consumer": subscription.consumer,
                 "kind": letter.verdict.kind(),
                 "cause": letter.verdict.short_cause(),
+                "message_key": message_key,
                 "event_id": letter.event_id,
                 "order_id": letter.order_id,
                 "stream": subscription.stream,

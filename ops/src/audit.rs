@@ -1,5 +1,5 @@
 //! Checks the promise on real data: orders, decisions, transfers, balances, outboxes, inboxes and dead letters of both
-//! databases, against each other, and against what a client was told.
+//! databases, against each other, against what the streams say, and against what a client was told.
 //!
 //! It runs on a live system without locking it. The databases are read one after the other, so what is under way looks
 //! wrong for a moment; therefore a finding counts only if it still stands when everything is read again after a grace.
@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
+use async_nats::jetstream;
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, DbErr, FromQueryResult, Statement, Value};
 use serde::Serialize;
 
@@ -17,6 +18,7 @@ mod books;
 mod flow;
 mod history;
 mod orders;
+mod streams;
 
 /// What is wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -58,6 +60,12 @@ pub enum Kind {
     LatePublication,
     /// A message that was not applied and waits for a person.
     DeadLetter,
+    /// A message in a stream says about an order what the databases do not (I2, I8).
+    FalseMessage,
+    /// A message in a stream that is none of the events about its order (I8).
+    ForeignMessage,
+    /// A message in a stream that cannot be read, and that nobody has set aside.
+    UnreadableMessage,
     /// Answered with 2xx, and not there (I5).
     Lost,
     /// The answers to one key are not the same, byte for byte (I9).
@@ -96,6 +104,10 @@ pub struct Report {
     pub transfers: u64,
     /// Accounts looked at.
     pub accounts: u64,
+    /// Messages in the streams looked at.
+    pub messages: u64,
+    /// What was wanted and could not be looked at, and why.
+    pub not_looked_at: Vec<String>,
     /// Exchanges of the history looked at.
     pub exchanges: u64,
     /// Everything that is wrong.
@@ -133,33 +145,45 @@ pub struct Databases {
     pub payments: DatabaseConnection,
 }
 
-/// Looks at everything; twice, if the first look finds something.
-pub async fn audit(databases: &Databases, options: Options) -> Result<Report, DbErr> {
-    audit_with(databases, options, None).await
+/// What the databases are compared with, beside each other.
+#[derive(Clone, Copy, Default)]
+pub struct Beside<'a> {
+    /// The streams, where the broker is there to be asked. What is missing there is no finding: the broker is a cache.
+    pub streams: Option<&'a jetstream::Context>,
+    /// What a client was told.
+    pub history: Option<&'a History>,
 }
 
-/// The same, also against what a client was told.
-pub async fn audit_with(databases: &Databases, options: Options, history: Option<&History>) -> Result<Report, DbErr> {
-    let first = look_with(databases, options, history).await?;
+/// Looks at both databases; twice, if the first look finds something.
+pub async fn audit(databases: &Databases, options: Options) -> Result<Report, DbErr> {
+    audit_with(databases, options, Beside::default()).await
+}
+
+/// The same, also against what is beside them.
+pub async fn audit_with(databases: &Databases, options: Options, beside: Beside<'_>) -> Result<Report, DbErr> {
+    let first = look_with(databases, options, beside).await?;
     if first.findings.is_empty() {
         return Ok(first);
     }
     tokio::time::sleep(options.grace).await;
-    Ok(look_with(databases, options, history).await?.still_standing(&first))
+    Ok(look_with(databases, options, beside).await?.still_standing(&first))
 }
 
-/// Looks at everything once. On a live system, what is under way may look wrong.
+/// Looks at both databases once. On a live system, what is under way may look wrong.
 pub async fn look(databases: &Databases, options: Options) -> Result<Report, DbErr> {
-    look_with(databases, options, None).await
+    look_with(databases, options, Beside::default()).await
 }
 
-async fn look_with(databases: &Databases, options: Options, history: Option<&History>) -> Result<Report, DbErr> {
+async fn look_with(databases: &Databases, options: Options, beside: Beside<'_>) -> Result<Report, DbErr> {
     let mut report = Report::default();
     // Orders before payments: whatever an order shows was decided before.
     orders::check(databases, options, &mut report).await?;
     books::check(&databases.payments, &mut report).await?;
     flow::check(databases, options, &mut report).await?;
-    if let Some(history) = history {
+    if let Some(streams) = beside.streams {
+        streams::check(databases, streams, &mut report).await?;
+    }
+    if let Some(history) = beside.history {
         history::check(databases, history, &mut report).await?;
     }
     report.findings.sort();

@@ -10,7 +10,7 @@ use async_nats::jetstream;
 use clap::{Parser, Subcommand};
 use messaging::broker::{Broker, BrokerConfig};
 use messaging::config::TopologyArgs;
-use ops::audit::{self, Databases, Options};
+use ops::audit::{self, Beside, Databases, Options};
 use ops::dlq::{self, Letter};
 use ops::history::History;
 use ops::{look, stream};
@@ -49,7 +49,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Checks that orders, decisions, debits and balances fit together. Exit code 1 if they do not.
+    /// Checks that orders, decisions, debits, balances and streams fit together. Exit code 1 if they do not.
     Audit {
         /// A finding counts only if it still stands after so many seconds.
         #[arg(long, default_value_t = 5.0)]
@@ -60,6 +60,9 @@ enum Command {
         /// What a client recorded, one exchange with the API a line: checked against what is there.
         #[arg(long, value_name = "FILE")]
         history: Option<PathBuf>,
+        /// Leaves the streams out, which are compared with the databases where the broker can be reached.
+        #[arg(long)]
+        no_streams: bool,
     },
     /// Everything that both databases hold about an order.
     Order {
@@ -167,12 +170,18 @@ async fn main() -> ExitCode {
 async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let json = arguments.json;
     match &arguments.command {
-        Command::Audit { grace_seconds, stuck_after_seconds, history } => {
+        Command::Audit { grace_seconds, stuck_after_seconds, history, no_streams } => {
             let options =
                 Options { grace: seconds(*grace_seconds)?, stuck_after: seconds(*stuck_after_seconds)?, ..Options::default() };
             let begun = Instant::now();
             let history = history.as_deref().map(History::read).transpose()?;
-            let report = audit::audit_with(&databases(&arguments).await?, options, history.as_ref()).await?;
+            let databases = databases(&arguments).await?;
+            let broker = if *no_streams { None } else { Some(broker(&arguments).await) };
+            let streams = broker.as_ref().and_then(|broker| broker.as_ref().ok()).map(Broker::jetstream);
+            let mut report = audit::audit_with(&databases, options, Beside { streams, history: history.as_ref() }).await?;
+            if let Some(Err(error)) = &broker {
+                report.not_looked_at.push(format!("the streams: {error:#}"));
+            }
             print(json, &report, |report| show::report(report, begun.elapsed()))?;
             return Ok(if report.findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }

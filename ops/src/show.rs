@@ -92,6 +92,12 @@ pub(crate) fn report(report: &Report, took: Duration) -> String {
         report.accounts,
         took.as_secs_f64()
     );
+    if report.messages > 0 {
+        text.push_str(&format!("against {} messages in the streams\n", report.messages));
+    }
+    for what in &report.not_looked_at {
+        text.push_str(&format!("not looked at: {what}\n"));
+    }
     if report.exchanges > 0 {
         text.push_str(&format!("against {} exchanges of a client\n", report.exchanges));
     }

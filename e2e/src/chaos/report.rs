@@ -96,6 +96,7 @@ impl Report {
             }
         }
         failures.extend(unexpected_ends.iter().cloned());
+        failures.extend(audited.not_looked_at.iter().map(|what| format!("not looked at: {what}")));
         failures.extend(fired.iter().filter(|(_, times)| **times == 0).map(|(name, _)| format!("never happened: {name}")));
         Self {
             command: format!(

@@ -20,15 +20,21 @@ pub(crate) struct Desk {
     pub(crate) broker: Broker,
 }
 
+/// The operator at the broker.
+pub(crate) async fn operator(stack: &TestStack) -> Broker {
+    let password = stack.system.place().secrets.nats_ops.clone();
+    let config = BrokerConfig { url: stack.system.nats().url(), user: "ops".to_owned(), password, name: "test".to_owned() };
+    let broker = Broker::connect(config).await.unwrap();
+    broker.until_connected().await;
+    broker
+}
+
 impl Desk {
     pub(crate) async fn open() -> Self {
         let stack = TestStack::start().await.unwrap();
         let connect = async |name: &str| stack.system.postgres().connect(name).await.unwrap();
         let databases = Databases { orders: connect("orders").await, payments: connect("payments").await };
-        let password = stack.system.place().secrets.nats_ops.clone();
-        let config = BrokerConfig { url: stack.system.nats().url(), user: "ops".to_owned(), password, name: "test".to_owned() };
-        let broker = Broker::connect(config).await.unwrap();
-        broker.until_connected().await;
+        let broker = operator(&stack).await;
         let http = Http::new(stack.system.address("gateway"));
         assert_eq!(http.post("/v1/accounts", None, &json!({ "user_id": "alice" })).await.unwrap().status, 201);
         assert_eq!(http.post("/v1/accounts/alice/deposits", None, &json!({ "amount": 100 })).await.unwrap().status, 201);

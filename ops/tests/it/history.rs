@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use ops::audit::{Databases, Kind, Options, Report, audit_with};
+use ops::audit::{Beside, Databases, Kind, Options, Report, audit_with};
 use ops::history::{Exchange, History};
 use sea_orm::ConnectionTrait as _;
 use serde_json::{Value, json};
@@ -208,6 +208,10 @@ async fn databases(stack: &TestStack, orders: &str, payments: &str) -> Databases
     Databases { orders: connect(orders).await, payments: connect(payments).await }
 }
 
+fn besides(history: &History) -> Beside<'_> {
+    Beside { history: Some(history), streams: None }
+}
+
 fn kinds(report: &Report) -> Vec<Kind> {
     report.findings.iter().map(|finding| finding.kind).collect()
 }
@@ -218,7 +222,7 @@ async fn every_fault_planted_in_a_history_or_against_it_is_named_and_an_honest_o
     let seen = shopping(&stack).await;
     let live = databases(&stack, "orders", "payments").await;
     let honest = History { exchanges: seen.clone() };
-    let report = audit_with(&live, Options::default(), Some(&honest)).await.unwrap();
+    let report = audit_with(&live, Options::default(), besides(&honest)).await.unwrap();
     assert_eq!(report.findings, [], "an honest history of a shop in order");
     assert_eq!(report.exchanges, seen.len() as u64);
 
@@ -230,7 +234,7 @@ async fn every_fault_planted_in_a_history_or_against_it_is_named_and_an_honest_o
     for (kind, words, plant) in IN_HISTORIES.into_iter().chain(BACKWARDS) {
         let mut exchanges = seen.clone();
         plant(&mut exchanges);
-        let report = audit_with(&live, AT_ONCE, Some(&History { exchanges })).await.unwrap();
+        let report = audit_with(&live, AT_ONCE, besides(&History { exchanges })).await.unwrap();
         assert!(kinds(&report).contains(&kind), "{words}: {kind:?} is not among {:?}", report.findings);
     }
 
@@ -249,7 +253,7 @@ async fn every_fault_planted_in_a_history_or_against_it_is_named_and_an_honest_o
         let copies = databases(&stack, &names[0], &names[1]).await;
         let spoiled = if in_payments { &copies.payments } else { &copies.orders };
         spoiled.execute_unprepared(&format!("SET session_replication_role = replica; {planted}")).await.unwrap();
-        let report = audit_with(&copies, AT_ONCE, Some(&honest)).await.unwrap();
+        let report = audit_with(&copies, AT_ONCE, besides(&honest)).await.unwrap();
         assert!(kinds(&report).contains(&kind), "{planted}: {kind:?} is not among {:?}", report.findings);
         copies.orders.close().await.unwrap();
         copies.payments.close().await.unwrap();

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
 
 mod audit;
+mod audit_streams;
 mod desk;
 mod dlq;
 mod history;

@@ -1,0 +1,341 @@
+//! What the streams say, against the rows that it was said from. Each message is compared with its order or decision, which
+//! name the events about them for ever: whether outbox rows are pruned does not matter.
+//!
+//! Whatever is in a stream was committed before it was published, so a row that is read after its message must be there.
+//! Messages may repeat and may be missing: the broker is a cache.
+
+use std::collections::{BTreeMap, HashSet};
+use std::mem;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use async_nats::jetstream::consumer::{DeliverPolicy, pull};
+use async_nats::jetstream::context::GetStreamErrorKind;
+use async_nats::jetstream::{self, ErrorCode, Message};
+use futures_util::StreamExt as _;
+use messaging::consumer;
+use messaging::dead_letter;
+use messaging::topology::{ORDERS_PAYMENT_SETTLED, PAYMENTS_ORDER_PLACED, Subscription, dlq_subject};
+use sea_orm::{DatabaseConnection, DbErr, FromQueryResult};
+use shared_contracts::{Amount, DeclineReason, Event, OrderCancelled, OrderFinished, OrderPlaced, PaymentSettled, UserId};
+use uuid::Uuid;
+
+use super::{AND_MORE, Databases, FINDINGS_MAX, Finding, Kind, Report, rows};
+
+/// Messages that are compared together; the memory it takes does not grow with the stream.
+const TOGETHER: usize = 5000;
+/// For so many messages.
+const READ_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// What a message says about an order.
+struct Said {
+    place: String,
+    subject: &'static str,
+    order_id: Uuid,
+    event_id: Uuid,
+    user_id: String,
+    amount: i64,
+    end: Option<End>,
+}
+
+/// How the payment or the order ended, and why.
+type End = (&'static str, Option<&'static str>);
+
+/// What the row behind it says, if there is one, where the two are not the same.
+#[derive(FromQueryResult)]
+struct Row {
+    /// Which message.
+    number: i32,
+    user_id: Option<String>,
+    amount: Option<i64>,
+    end: Option<String>,
+    reason: Option<String>,
+    event_id: Option<Uuid>,
+}
+
+/// What is said beside the rows that it is said from; `{}` are the rows.
+const DIFFERENT: &str = "
+    SELECT said.number, found.user_id, found.amount, found.\"end\", found.reason, found.event_id
+    FROM unnest($1::integer[], $2::uuid[], $3::uuid[], $4::text[], $5::bigint[], $6::text[], $7::text[])
+        AS said (number, order_id, event_id, user_id, amount, \"end\", reason)
+    LEFT JOIN ({}) found USING (order_id)
+    WHERE (said.event_id, said.user_id, said.amount) IS DISTINCT FROM (found.event_id, found.user_id, found.amount)
+       OR (said.\"end\" <> '' AND (said.\"end\", said.reason) IS DISTINCT FROM (found.\"end\", coalesce(found.reason, '')))
+    ORDER BY said.number";
+const PLACED: &str = "SELECT id AS order_id, placed_event_id AS event_id, user_id, amount, status AS \"end\", reason FROM orders";
+const ENDED: &str = "SELECT id AS order_id, final_event_id AS event_id, user_id, amount, status AS \"end\", reason FROM orders";
+const DECIDED: &str = "SELECT order_id, event_id, user_id, amount, outcome AS \"end\", reason FROM payments";
+
+/// Messages that are dead letters, or were: a copy for tools tells of one that an operator has dropped.
+const SET_ASIDE: &str = "
+    SELECT message_key FROM dead_letters WHERE consumer = $1 AND message_key = ANY($2::text[])
+    UNION SELECT message_key FROM (
+        SELECT coalesce(payload::json->>'message_key', payload::json->>'event_id') AS message_key
+        FROM (SELECT payload FROM outbox WHERE subject = $3 OFFSET 0) copies
+    ) copied WHERE message_key = ANY($2::text[])";
+
+/// The subjects that are looked at: which rows stand behind them, and who reads them.
+struct Source<'a> {
+    db: &'a DatabaseConnection,
+    rows: &'static str,
+    reader: Option<(&'a DatabaseConnection, &'static Subscription)>,
+}
+
+/// What is wrong with a message, and by which key its reader would have set it aside.
+struct Suspect {
+    finding: Finding,
+    key: String,
+}
+
+/// Adds what is wrong to the report. That the broker does not let itself be read is said there, and is no error.
+pub(super) async fn check(databases: &Databases, jetstream: &jetstream::Context, report: &mut Report) -> Result<(), DbErr> {
+    let mut found = Found::default();
+    for stream in [OrderPlaced::STREAM, PaymentSettled::STREAM] {
+        if let Err(error) = check_stream(databases, jetstream, stream, &mut found, report).await {
+            match error.downcast::<DbErr>() {
+                Ok(error) => return Err(error),
+                Err(error) => report.not_looked_at.push(format!("stream {stream}: {error:#}")),
+            }
+        }
+    }
+    report.findings.extend(found.into_findings());
+    Ok(())
+}
+
+async fn check_stream(
+    databases: &Databases,
+    jetstream: &jetstream::Context,
+    name: &str,
+    found: &mut Found,
+    report: &mut Report,
+) -> anyhow::Result<()> {
+    let Some(mut reading) = Reading::begin(jetstream, name).await? else { return Ok(()) };
+    loop {
+        let messages = reading.next().await?;
+        if messages.is_empty() {
+            return Ok(());
+        }
+        report.messages += messages.len() as u64;
+        compare(databases, name, &messages, found).await?;
+    }
+}
+
+/// A stream from its beginning to where its end was when reading began.
+struct Reading {
+    messages: pull::Ordered,
+    end: u64,
+    ended: bool,
+}
+
+impl Reading {
+    /// None if there is nothing to read.
+    async fn begin(jetstream: &jetstream::Context, name: &str) -> anyhow::Result<Option<Self>> {
+        let stream = match jetstream.get_stream(name).await {
+            Ok(stream) => stream,
+            Err(error) => match error.kind() {
+                GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND => {
+                    bail!("it does not exist")
+                }
+                _ => return Err(anyhow::Error::new(error).context("it cannot be looked up")),
+            },
+        };
+        let state = &stream.cached_info().state;
+        if state.messages == 0 {
+            return Ok(None);
+        }
+        let end = state.last_sequence;
+        // Without a durable, and gone soon after whoever reads with it.
+        let config = pull::OrderedConfig { deliver_policy: DeliverPolicy::All, ..Default::default() };
+        let consumer = stream.create_consumer(config).await.context("it cannot be read")?;
+        let messages = consumer.messages().await.context("it cannot be read")?;
+        Ok(Some(Self { messages, end, ended: false }))
+    }
+
+    /// The next messages; none at the end.
+    async fn next(&mut self) -> anyhow::Result<Vec<Message>> {
+        let mut messages = Vec::new();
+        let read = async {
+            while !self.ended && messages.len() < TOGETHER {
+                let message = self.messages.next().await.context("reading ended early")?.context("it cannot be read")?;
+                let info = message.info().map_err(anyhow::Error::from_boxed)?;
+                // The newest message may be one that came later, where the ones up to the end have been evicted.
+                self.ended = info.stream_sequence >= self.end || info.pending == 0;
+                messages.push(message);
+            }
+            anyhow::Ok(())
+        };
+        tokio::time::timeout(READ_TIMEOUT, read)
+            .await
+            .with_context(|| format!("nothing more came within {READ_TIMEOUT:?}"))??;
+        Ok(messages)
+    }
+}
+
+async fn compare(databases: &Databases, stream: &str, messages: &[Message], found: &mut Found) -> anyhow::Result<()> {
+    let mut by_subject: BTreeMap<&'static str, (Vec<Said>, Vec<Suspect>)> = BTreeMap::new();
+    for message in messages {
+        let Some((subject, read)) = read(stream, message) else { continue };
+        let (said, suspects) = by_subject.entry(subject).or_default();
+        match read {
+            Ok(one) => said.push(one),
+            Err(suspect) => suspects.push(suspect),
+        }
+    }
+    for (subject, (said, mut suspects)) in by_subject {
+        let source = source(databases, subject);
+        suspects.extend(different(&source, &said).await?.iter().filter_map(|row| {
+            let said = said.get(usize::try_from(row.number).ok()?)?;
+            Some(Suspect { finding: contradiction(said, row)?, key: said.event_id.to_string() })
+        }));
+        let set_aside = set_aside(&source, &suspects).await?;
+        suspects.retain(|suspect| !set_aside.contains(&suspect.key));
+        found.add(suspects.into_iter().map(|suspect| suspect.finding));
+    }
+    Ok(())
+}
+
+/// Compared in the database: on a healthy day, nothing comes back.
+async fn different(source: &Source<'_>, said: &[Said]) -> Result<Vec<Row>, DbErr> {
+    let end = |one: &Said| one.end.unwrap_or_default();
+    let values = vec![
+        (0..said.len()).filter_map(|number| i32::try_from(number).ok()).collect::<Vec<i32>>().into(),
+        said.iter().map(|one| one.order_id).collect::<Vec<Uuid>>().into(),
+        said.iter().map(|one| one.event_id).collect::<Vec<Uuid>>().into(),
+        said.iter().map(|one| one.user_id.clone()).collect::<Vec<String>>().into(),
+        said.iter().map(|one| one.amount).collect::<Vec<i64>>().into(),
+        said.iter().map(|one| end(one).0.to_owned()).collect::<Vec<String>>().into(),
+        said.iter().map(|one| end(one).1.unwrap_or_default().to_owned()).collect::<Vec<String>>().into(),
+    ];
+    rows(source.db, &DIFFERENT.replace("{}", source.rows), values).await
+}
+
+fn source<'a>(databases: &'a Databases, subject: &str) -> Source<'a> {
+    let (orders, payments) = (&databases.orders, &databases.payments);
+    match subject {
+        OrderPlaced::SUBJECT => Source { db: orders, rows: PLACED, reader: Some((payments, &PAYMENTS_ORDER_PLACED)) },
+        PaymentSettled::SUBJECT => Source { db: payments, rows: DECIDED, reader: Some((orders, &ORDERS_PAYMENT_SETTLED)) },
+        // Nobody sets these aside: gateways hand them on.
+        _ => Source { db: orders, rows: ENDED, reader: None },
+    }
+}
+
+/// Reads a message of a subject that this version knows.
+fn read(stream: &str, message: &Message) -> Option<(&'static str, Result<Said, Suspect>)> {
+    let subject = message.subject.as_str();
+    Some(match subject {
+        OrderPlaced::SUBJECT => {
+            (OrderPlaced::SUBJECT, read_as(stream, message, |event: OrderPlaced| (event.user_id, event.amount, None)))
+        }
+        PaymentSettled::SUBJECT => {
+            let says = |event: PaymentSettled| {
+                let reason = event.outcome.reason().map(DeclineReason::as_str);
+                (event.user_id, event.amount, Some((event.outcome.as_str(), reason)))
+            };
+            (PaymentSettled::SUBJECT, read_as(stream, message, says))
+        }
+        OrderFinished::SUBJECT => {
+            let says = |event: OrderFinished| (event.user_id, event.amount, Some(("FINISHED", None)));
+            (OrderFinished::SUBJECT, read_as(stream, message, says))
+        }
+        OrderCancelled::SUBJECT => {
+            let says = |event: OrderCancelled| (event.user_id, event.amount, Some(("CANCELLED", Some(event.reason.as_str()))));
+            (OrderCancelled::SUBJECT, read_as(stream, message, says))
+        }
+        _ => return None,
+    })
+}
+
+fn read_as<E: Event>(
+    stream: &str,
+    message: &Message,
+    says: impl FnOnce(E) -> (UserId, Amount, Option<End>),
+) -> Result<Said, Suspect> {
+    let place = format!("{stream} {}", message.info().map_or(0, |info| info.stream_sequence));
+    let received = consumer::read::<E>(message.headers.as_ref(), &message.payload).map_err(|cause| Suspect {
+        finding: Finding { kind: Kind::UnreadableMessage, id: place.clone(), detail: format!("{}: {cause}", E::SUBJECT) },
+        key: dead_letter::message_key(message),
+    })?;
+    let order_id = received.event.order_id().as_uuid();
+    let (user_id, amount, end) = says(received.event);
+    Ok(Said {
+        place,
+        subject: E::SUBJECT,
+        order_id,
+        event_id: received.event_id.as_uuid(),
+        user_id: user_id.to_string(),
+        amount: amount.minor_units(),
+        end,
+    })
+}
+
+/// How a message contradicts the row that it tells of.
+fn contradiction(said: &Said, row: &Row) -> Option<Finding> {
+    let Said { place, subject, .. } = said;
+    let finding =
+        |kind, id: Uuid, detail| Some(Finding { kind, id: id.to_string(), detail: format!("{place}, {subject}: {detail}") });
+    let false_about = |detail| finding(Kind::FalseMessage, said.order_id, detail);
+    let (Some(user_id), Some(amount), Some(row_end)) = (&row.user_id, row.amount, &row.end) else {
+        let nothing = match said.subject {
+            PaymentSettled::SUBJECT => "nothing is decided about the order",
+            _ => "there is no such order",
+        };
+        return false_about(nothing.to_owned());
+    };
+    if (&said.user_id, said.amount) != (user_id, amount) {
+        return false_about(format!("says {} of {}, it is {amount} of {user_id}", said.amount, said.user_id));
+    }
+    if let Some((end, reason)) = said.end
+        && (end, reason) != (row_end.as_str(), row.reason.as_deref())
+    {
+        let words = |end: &str, reason: Option<&str>| [Some(end), reason].into_iter().flatten().collect::<Vec<_>>().join(", ");
+        return false_about(format!("says {}, it is {}", words(end, reason), words(row_end, row.reason.as_deref())));
+    }
+    // A row without the id of its event is from before such ids were stored.
+    match row.event_id {
+        Some(event_id) if event_id != said.event_id => {
+            finding(Kind::ForeignMessage, said.event_id, format!("about order {} that event is {event_id}", said.order_id))
+        }
+        _ => None,
+    }
+}
+
+/// Which of these the reader has set aside: they are dead letters, and found as such, or an operator is done with them.
+async fn set_aside(source: &Source<'_>, suspects: &[Suspect]) -> Result<HashSet<String>, DbErr> {
+    #[derive(FromQueryResult)]
+    struct Key {
+        message_key: String,
+    }
+    let Some((db, subscription)) = source.reader.filter(|_| !suspects.is_empty()) else { return Ok(HashSet::new()) };
+    let keys: Vec<String> = suspects.iter().map(|suspect| suspect.key.clone()).collect();
+    let values = vec![subscription.consumer.into(), keys.into(), dlq_subject(subscription.service).into()];
+    let found: Vec<Key> = rows(db, SET_ASIDE, values).await?;
+    Ok(found.into_iter().map(|key| key.message_key).collect())
+}
+
+/// What was found, each thing once, however often a stream repeats it.
+#[derive(Default)]
+struct Found(BTreeMap<Kind, BTreeMap<String, Finding>>);
+
+impl Found {
+    fn add(&mut self, findings: impl Iterator<Item = Finding>) {
+        for finding in findings {
+            let of_kind = self.0.entry(finding.kind).or_default();
+            // In the order of the stream, so that a second look sees the same ones.
+            if of_kind.len() <= FINDINGS_MAX {
+                of_kind.entry(finding.id.clone()).or_insert(finding);
+            }
+        }
+    }
+
+    fn into_findings(self) -> impl Iterator<Item = Finding> {
+        self.0.into_iter().flat_map(|(kind, mut of_kind)| {
+            let mut findings: Vec<Finding> = mem::take(&mut of_kind).into_values().collect();
+            if findings.len() > FINDINGS_MAX {
+                findings.truncate(FINDINGS_MAX);
+                let detail = format!("only the first {FINDINGS_MAX} are named");
+                findings.push(Finding { kind, id: AND_MORE.to_owned(), detail });
+            }
+            findings
+        })
+    }
+}
