@@ -7,7 +7,7 @@ import { connection } from './live.js';
 import { currency } from './money.js';
 import { links, route } from './router.js';
 import { useStore } from './store.js';
-import { Dialog, announcement, focusTitle } from './ui.js';
+import { Dialog, announcement, focusTitle, focusView } from './ui.js';
 import { Accounts } from './views/accounts.js';
 import { Flow } from './views/flow.js';
 import { Orders } from './views/orders.js';
@@ -74,7 +74,7 @@ function useFocusOnRoute(view, id, spoken) {
     document.title = `${id ?? t(`nav.${view}`)} · Gozon`;
     if (first) return setFirst(false);
     scrollTo(0, 0);
-    focusTitle();
+    focusView();
   }, [view, id]);
   useEffect(() => {
     document.title = `${id ?? t(`nav.${view}`)} · Gozon`;

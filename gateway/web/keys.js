@@ -1,7 +1,8 @@
 // The keyboard: `/` searches, `j` and `k` go through lists, `g` and a letter go to a view, `?` tells so.
 
 import { useEffect } from './vendor/htm-preact.js';
-import { go, links, route } from './router.js';
+import { go, links } from './router.js';
+import { focusSearch } from './ui.js';
 
 const CHORD_MS = 1_000;
 const VIEWS = { s: 'shop', o: 'orders', a: 'accounts', f: 'flow' };
@@ -28,13 +29,7 @@ export function useKeys({ onHelp }) {
 }
 
 function search() {
-  const field = () => document.querySelector('[data-search]');
-  if (field()) return field().focus();
-  go(links.orders());
-  const unsubscribe = route.subscribe(() => {
-    unsubscribe();
-    requestAnimationFrame(() => requestAnimationFrame(() => field()?.focus()));
-  });
+  if (!focusSearch()) go(links.orders());
 }
 
 /// From row to row: each has one link that it is about.

@@ -1,6 +1,7 @@
 // The same from a shell: with curl, with a recipe of this repository, with the nats CLI.
 
-const NATS = 'nats --server nats://viewer:viewer@127.0.0.1:4222';
+/// Where the broker is, the page is not told: the reader's nats context or NATS_URL says it.
+const NATS = 'nats --user viewer --password viewer';
 
 export function curl(path) {
   return ['curl', `curl -s ${quoted(location.origin + path)}`];

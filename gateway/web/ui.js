@@ -14,6 +14,22 @@ export function focusTitle() {
   document.querySelector('main h1')?.focus({ preventScroll: true });
 }
 
+let searchNext = false;
+
+/// What a new view begins with: its title, unless it was opened to search in it.
+export function focusView() {
+  if (!searchNext || !focusSearch()) focusTitle();
+  searchNext = false;
+}
+
+/// Whether there is something to search here; else the next view is searched.
+export function focusSearch() {
+  const field = document.querySelector('[data-search]');
+  field?.focus();
+  searchNext = !field;
+  return Boolean(field);
+}
+
 /// What a screen reader says next.
 export const announcement = store('');
 

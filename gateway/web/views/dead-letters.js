@@ -11,9 +11,9 @@ const PAGE = 50;
 /// Where applying again helps; the others would only be refused as before.
 const USEFUL = ['applied', 'nothing_to_do'];
 
-/// `waiting`: how many there are now; the list is read again when that changes.
-export function DeadLetters({ waiting }) {
-  const { data, problem, reload } = useResource(`/v1/ops/dead-letters?limit=${PAGE}`, waiting);
+/// `setAside`: how many there are now in each service that answers; the list is read again when that changes.
+export function DeadLetters({ setAside }) {
+  const { data, problem, reload } = useResource(`/v1/ops/dead-letters?limit=${PAGE}`, setAside);
   const [older, setOlder] = useState([]);
   const [chosen, setChosen] = useState();
   const letters = data && [...data.items, ...older.flatMap((page) => page.items)];
@@ -90,7 +90,7 @@ function Replay({ letters, onDone, onClose }) {
     ${!shown && !problem && html`<${Waiting} rows=${2} />`}
     ${shown && html`
       <p><strong data-test="replay-summary">${results ? t('dlq.did') : t('dlq.would')} ${summary(shown)}</strong></p>
-      <ul class="previews">${shown.map((one) => html`<li key=${one.id} data-test="preview" data-outcome=${one.outcome}><span class="badge">${t(`replay.${one.outcome}`)}</span> <span lang="en">${one.detail}</span></li>`)}</ul>
+      <ul class="previews" tabindex="0">${shown.map((one) => html`<li key=${one.id} data-test="preview" data-outcome=${one.outcome}><span class="badge">${t(`replay.${one.outcome}`)}</span> <span lang="en">${one.detail}</span></li>`)}</ul>
       ${results
         ? html`<button type="button" class="button button-main" onClick=${(event) => event.target.closest('dialog').close()}>${t('close')}</button>`
         : useful.length

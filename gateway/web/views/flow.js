@@ -22,7 +22,7 @@ const samples = [];
 
 export function Flow() {
   const { flow, problem } = useFlow();
-  const waiting = flow && ['orders', 'payments'].reduce((sum, name) => sum + (flow[name] ? flow[name].poison + flow[name].quarantine : 0), 0);
+  const setAside = flow && ['orders', 'payments'].map((name) => flow[name] && flow[name].poison + flow[name].quarantine).join();
   return html`
     <h1 tabindex="-1">${t('nav.flow')}</h1>
     ${problem && html`<${ProblemNote} problem=${problem} />`}
@@ -32,7 +32,7 @@ export function Flow() {
       <div class="services">
         ${['orders', 'payments'].map((name) => html`<${Service} key=${name} name=${name} flow=${flow[name]} />`)}
       </div>`}
-    ${(flow || problem) && html`<${DeadLetters} waiting=${waiting} />
+    ${(flow || problem) && html`<${DeadLetters} setAside=${setAside} />
       <${Shell} commands=${[curl('/v1/ops/flow'), just('outbox'), just('consumers ORDERS'), just('audit'), nats('consumer report ORDERS')]} />`}`;
 }
 

@@ -7,7 +7,8 @@ import { Copy, Dialog, Shell } from '../ui.js';
 
 /// `published`: the step that tells where the broker stored it, if it did.
 export function MessageDrawer({ step, published, onClose }) {
-  const { subject, headers, payload } = step.message;
+  const { subject, payload } = step.message;
+  const headers = { ...fromKey(step), ...step.message.headers };
   const stream = subject.startsWith('gozon.payments.') ? 'PAYMENTS' : 'ORDERS';
   const body = JSON.stringify(payload, null, 2);
   const commands = [just(`peek ${stream}`)];
@@ -20,4 +21,9 @@ export function MessageDrawer({ step, published, onClose }) {
     <pre class="payload" tabindex="0">${body}</pre>
     <${Shell} commands=${commands} />
   <//>`;
+}
+
+/// Headers that the outbox does not store, since they follow from the key of its row.
+function fromKey({ event_id: id, n }) {
+  return { 'ce-specversion': '1.0', 'ce-id': id, 'Nats-Msg-Id': n ? `${id}.r${n}` : id };
 }

@@ -53,7 +53,7 @@ export function Timeline({ id }) {
     ${way.data?.missing.map((service) => html`<div key=${service} class="note note-waiting" role="status" data-test="missing"><strong>${t('timeline.missing', { service })}</strong><p>${t('timeline.missing-why')}</p></div>`)}
     ${way.data?.pruned && html`<div class="note" data-test="pruned"><p>${t('timeline.pruned')}</p></div>`}
     ${way.problem && html`<${ProblemNote} problem=${way.problem} />`}
-    ${!steps && !way.problem && html`<${Waiting} rows=${8} />`}
+    ${!steps && !way.problem && html`<${Waiting} rows=${16} />`}
     ${steps && html`<${Bar} steps=${steps} />
       <ol class="card way" data-test="timeline">${transactions(steps).map((group, place) => {
         const drawn = group.map((step) => html`<${Step} key=${`${step.step}${step.event_id}${step.n}`} step=${step} onMessage=${() => setMessage(step)} />`);
@@ -71,7 +71,7 @@ function Summary({ id, order, steps }) {
       <div><dt>${t('summary.status')}</dt><dd>${order ? html`<${Status} status=${order.status} reason=${order.reason} />` : '\u2007'}</dd></div>
       <div><dt>${t('summary.amount')}</dt><dd>${order && html`<${Money} minor=${order.amount} />`}</dd></div>
       <div><dt>${t('summary.user')}</dt><dd>${order && html`<a href=${links.account(order.user_id)}>${order.user_id}</a>`}</dd></div>
-      <div><dt>${t('summary.placed')}</dt><dd>${order && html`<${When} at=${order.created_at} /><span class="summary-more">${absolute(order.created_at)}</span>`}</dd></div>
+      <div><dt>${t('summary.placed')}</dt><dd>${order ? html`<${When} at=${order.created_at} />` : '\u2007'}<span class="summary-more">${order ? absolute(order.created_at) : '\u2007'}</span></dd></div>
       <div><dt>${t('summary.took')}</dt><dd data-test="took">${end ? duration(end.total) : '—'}</dd></div>
     </dl>
     <p class="summary-id"><code>${id}</code> <${Copy} text=${id} label=${t('copy-id')} /></p>
