@@ -170,8 +170,9 @@ api:
 
 # Test the web page in a real browser: every view, what a reload or a lost connection does, accessibility; words of names select some
 [group('check')]
+[positional-arguments]
 test-web *arguments:
-    @./dev env recipes/web.sh {{ arguments }}
+    @./dev env recipes/web.sh "$@"
 
 # Fuzz the API: schemathesis against a stack of its own, with so many examples per operation and phase
 [group('check')]

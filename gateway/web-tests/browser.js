@@ -20,10 +20,10 @@ let started;
 after(async () => (await started)?.close());
 
 /// A test with a browser of its own: `{ page, open, context }`. `options` are those of a context, and
-/// `tolerated`: which complaints the test causes on purpose; `url`: where the page is.
+/// `tolerated`: complaints that the test causes on purpose; `path`: what the page begins with; `noPage`: it opens its own.
 export function browsing(options, body) {
   if (!body) return browsing({}, options);
-  const { tolerated = [], url = base, ...rest } = options;
+  const { tolerated = [], path = '', noPage = false, ...rest } = options;
   return async (test) => {
     started ??= chromium.launch({ executablePath: process.env.CHROMIUM });
     const context = await (await started).newContext({ locale: 'en-GB', viewport: { width: 1200, height: 900 }, ...rest });
@@ -35,7 +35,7 @@ export function browsing(options, body) {
       const asked = new URL(request.url());
       if (asked.origin !== new URL(request.frame().page().gozonUrl).origin && asked.protocol !== 'data:') complaints.push(`it asks ${asked}`);
     });
-    const open = async (path = '', from = url) => {
+    const open = async (path = '', from = base) => {
       const page = await context.newPage();
       page.gozonUrl = from;
       page.on('console', (message) => ['error', 'warning'].includes(message.type()) && complaints.push(`${message.text()} (${message.location().url})`));
@@ -46,7 +46,7 @@ export function browsing(options, body) {
     };
     let page;
     try {
-      page = rest.noPage ? undefined : await open(options.path);
+      page = noPage ? undefined : await open(path);
       await body({ page, open, context });
       assert.deepEqual(complaints.filter((text) => !tolerated.some((allowed) => allowed.test(text))), []);
     } catch (error) {

@@ -1,7 +1,7 @@
 // Orders as they change: in several tabs, and whatever happens to the connection.
 
 import assert from 'node:assert/strict';
-import { after, before, describe, test } from 'node:test';
+import { test } from 'node:test';
 import { balance, browsing, orderWith, startDemo } from './browser.js';
 import { balanceOf, base, customer, ended, eventually, order, paid, without } from './stack.js';
 import { wire } from './wire.js';
@@ -27,6 +27,18 @@ function connection(page, state) {
   return page.locator(`[data-test=connection][data-state=${state}]`).waitFor();
 }
 
+/// With a connection that can be cut.
+function overWire(body) {
+  return browsing({ noPage: true, tolerated: AWAY }, async ({ open }) => {
+    const line = await wire();
+    try {
+      await body(await open('', line.url), line);
+    } finally {
+      line.close();
+    }
+  });
+}
+
 test('what is done in one tab shows in another', browsing(async ({ page, open }) => {
   const user = await startDemo(page);
   const second = await open();
@@ -39,46 +51,38 @@ test('what is done in one tab shows in another', browsing(async ({ page, open })
   for (const tab of [page, second]) await eventually(async () => assert.equal(await balance(tab), 100_000 - 1_299 - 450));
 }));
 
-describe('with a connection that can be cut', () => {
-  let line;
-  before(async () => { line = await wire(); });
-  after(() => line.close());
+test('while the connection is away the pill says so; afterwards everything shows that happened meanwhile, and every event has come', overWire(async (page, line) => {
+  const user = await startDemo(page);
+  await page.goto(`${line.url}/#/orders?user_id=${user}`);
+  const events = await told(page);
+  await orderWith(page, 'FINISHED').waitFor();
+  line.cut();
+  await connection(page, 'reconnecting');
+  assert.match(await page.getByTestId('connection').textContent(), /Reconnecting/);
+  // More than a page of the list.
+  const meanwhile = await Promise.all(Array.from({ length: 25 }, (_, n) => paid(user, 100 + n, `Meanwhile ${n}`)));
+  assert.deepEqual(events, []);
+  line.mend();
+  await connection(page, 'open');
+  await orderWith(page, 'FINISHED').filter({ hasText: 'Meanwhile' }).nth(19).waitFor();
+  await eventually(() => meanwhile.every((id) => events.includes(`NEW ${id}`) && events.includes(`FINISHED ${id}`)));
+  const afterwards = await paid(user, 1, 'Afterwards');
+  await orderWith(page, 'FINISHED').filter({ hasText: 'Afterwards' }).waitFor();
+  await eventually(() => events.includes(`FINISHED ${afterwards}`));
+  await page.getByTestId('nav-shop').click();
+  await eventually(async () => assert.equal(await balance(page), await balanceOf(user)));
+}));
 
-  test('while the connection is away the pill says so; afterwards everything shows that happened meanwhile, and every event has come', (context) =>
-    browsing({ url: line.url, tolerated: AWAY }, async ({ page }) => {
-      const user = await startDemo(page);
-      await page.goto(`${line.url}/#/orders?user_id=${user}`);
-      const events = await told(page);
-      await orderWith(page, 'FINISHED').waitFor();
-      line.cut();
-      await connection(page, 'reconnecting');
-      assert.match(await page.getByTestId('connection').textContent(), /Reconnecting/);
-      // More than a page of the list.
-      const meanwhile = await Promise.all(Array.from({ length: 25 }, (_, n) => paid(user, 100 + n, `Meanwhile ${n}`)));
-      assert.deepEqual(events, []);
-      line.mend();
-      await connection(page, 'open');
-      await orderWith(page, 'FINISHED').filter({ hasText: 'Meanwhile' }).nth(19).waitFor();
-      await eventually(() => meanwhile.every((id) => events.includes(`NEW ${id}`) && events.includes(`FINISHED ${id}`)));
-      const afterwards = await paid(user, 1, 'Afterwards');
-      await orderWith(page, 'FINISHED').filter({ hasText: 'Afterwards' }).waitFor();
-      await eventually(() => events.includes(`FINISHED ${afterwards}`));
-      await page.getByTestId('nav-shop').click();
-      await eventually(async () => assert.equal(await balance(page), await balanceOf(user)));
-    })(context));
-
-  test('what is ordered while the connection is away is placed once, when it is back', (context) =>
-    browsing({ url: line.url, tolerated: AWAY }, async ({ page }) => {
-      const user = await startDemo(page);
-      line.cut();
-      await page.getByTestId('buy-tea').click();
-      await page.getByTestId('unanswered').waitFor();
-      line.mend();
-      await page.getByTestId('unanswered').waitFor({ state: 'detached' });
-      await orderWith(page, 'FINISHED').filter({ hasText: 'Tea' }).waitFor();
-      assert.equal(await balanceOf(user), 100_000 - 1_299 - 450);
-    })(context));
-});
+test('what is ordered while the connection is away is placed once, when it is back', overWire(async (page, line) => {
+  const user = await startDemo(page);
+  line.cut();
+  await page.getByTestId('buy-tea').click();
+  await page.getByTestId('unanswered').waitFor();
+  line.mend();
+  await page.getByTestId('unanswered').waitFor({ state: 'detached' });
+  await orderWith(page, 'FINISHED').filter({ hasText: 'Tea' }).waitFor();
+  assert.equal(await balanceOf(user), 100_000 - 1_299 - 450);
+}));
 
 test('a gateway that stops and starts again costs no event', browsing({ tolerated: AWAY }, async ({ page }) => {
   const user = await customer();

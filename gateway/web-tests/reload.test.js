@@ -9,16 +9,17 @@ const ABORTED = [/net::ERR_FAILED/];
 
 const isOrder = (request) => request.method() === 'POST' && new URL(request.url()).pathname === '/v1/orders';
 
-/// Does `what` to the requests that `which` picks, and tells their keys. `stop` lets all pass again.
+/// Does `what` to the requests that `which` picks, and tells their keys. `stop` lets those pass that come later.
 async function intercept(context, which, what) {
   const keys = [];
-  const handle = async (route) => {
-    if (!which(route.request())) return route.fallback();
+  let stopped = false;
+  await context.route('**/v1/**', async (route) => {
+    if (stopped || !which(route.request())) return route.fallback();
     keys.push(route.request().headers()['idempotency-key']);
     await what(route, keys.length);
-  };
-  await context.route('**/v1/**', handle);
-  return { keys, stop: () => context.unroute('**/v1/**', handle) };
+  });
+  // Without unroute, which would let those go on that hang.
+  return { keys, stop: () => { stopped = true; } };
 }
 
 /// It arrives, and its answer does not.
@@ -34,7 +35,7 @@ test('an order that had not arrived when the page was left is placed after it, o
   await page.getByTestId('buy-tea').click();
   await page.getByTestId('unanswered').waitFor();
   assert.equal((await ordersOf(user)).length, 1);
-  await sent.stop();
+  sent.stop();
   const again = await intercept(context, isOrder, (route) => route.continue());
   await page.reload();
   const note = page.getByTestId('resumed');
@@ -57,7 +58,7 @@ test('an order whose answer was lost when the page was left is not placed again'
   const sent = await intercept(context, isOrder, losesAnswer(() => { arrived = true; }));
   await page.getByTestId('buy-tea').click();
   await eventually(() => arrived);
-  await sent.stop();
+  sent.stop();
   await page.reload();
   const note = page.getByTestId('resumed');
   await note.waitFor();
@@ -91,7 +92,7 @@ test('a first visit that is left in the middle goes on with the same account', b
   await page.getByTestId('demo').click();
   await eventually(() => deposited);
   const user = deposited.split('/').at(-2);
-  await sent.stop();
+  sent.stop();
   await page.reload();
   await page.getByTestId('resumed').filter({ hasText: 'done before' }).filter({ hasText: 'it had arrived already' }).filter({ hasText: 'is done now' }).waitFor();
   await orderWith(page, 'FINISHED').waitFor();
@@ -109,7 +110,7 @@ test('a second tab leaves a request alone while the first works on it, and takes
   const second = await open();
   await eventually(async () => assert.equal(await second.getByTestId('order').count(), 2));
   assert.equal(sent.keys.length, 1);
-  await sent.stop();
+  sent.stop();
   assert.equal(await second.getByTestId('resumed').count(), 0);
   await page.close();
   await second.getByTestId('resumed').waitFor();
@@ -123,7 +124,7 @@ test('a request that nobody waits for any more is forgotten, and the page says t
   await page.getByTestId('buy-tea').click();
   await page.getByTestId('unanswered').getByRole('button').click();
   await page.getByTestId('problem').filter({ hasText: 'it may have been done' }).waitFor();
-  await sent.stop();
+  sent.stop();
   await page.reload();
   await orderWith(page, 'FINISHED').waitFor();
   assert.equal(await page.getByTestId('resumed').count(), 0);

@@ -128,6 +128,6 @@ export async function publish(user, subject, headers, body) {
 /// Says a message of this order's timeline once more, as a service that has lost its memory would.
 export async function sayAgain(id, user) {
   const { steps } = await get(`/v1/orders/${id}/timeline`);
-  const { message } = steps.find((step) => step.service === user && step.step === 'enqueued');
-  await publish(user, message.subject, message.headers, JSON.stringify(message.payload));
+  const { event_id, message } = steps.find((step) => step.service === user && step.step === 'enqueued');
+  await publish(user, message.subject, { 'ce-specversion': '1.0', 'ce-id': event_id, ...message.headers }, JSON.stringify(message.payload));
 }

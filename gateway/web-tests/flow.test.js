@@ -1,0 +1,83 @@
+// What an operator sees and does.
+
+import assert from 'node:assert/strict';
+import { randomUUID } from 'node:crypto';
+import { test } from 'node:test';
+import { browsing } from './browser.js';
+import { customer, get, order, paid, publish, sql, without } from './stack.js';
+
+const AWAY = [/status of 503/];
+
+function headers(type, subject) {
+  return { 'ce-specversion': '1.0', 'ce-id': randomUUID(), 'ce-type': type, 'ce-subject': subject };
+}
+
+test('for each service the flow tells what waits, for how long, and how fast it goes', browsing({ tolerated: AWAY }, async ({ page }) => {
+  const user = await customer();
+  await page.getByTestId('nav-flow').click();
+  for (const service of ['orders', 'payments']) {
+    const card = page.getByTestId(`service-${service}`);
+    for (const figure of ['outbox', 'consumer', 'set-aside']) assert.match(await card.getByTestId(figure).locator('.figure-value').textContent(), /^\d+$/);
+  }
+  await page.getByTestId('service-orders').filter({ hasText: 'orders-payment-settled' }).waitFor();
+  await page.getByTestId('service-payments').filter({ hasText: 'payments-order-placed' }).waitFor();
+  await paid(user, 1);
+  // The plots show what is over: five seconds at a time.
+  await page.getByTestId('rates').locator('.figure').filter({ hasText: 'Finished' }).filter({ hasNotText: 'peak 0/s' }).waitFor();
+  await without('payments', async () => {
+    await order(user, 1);
+    await page.getByTestId('new').filter({ hasText: /1[\s\S]*the oldest for \d/ }).waitFor();
+    await page.getByTestId('letters-missing').filter({ hasText: 'payments does not answer' }).waitFor();
+  });
+  await page.getByTestId('new').filter({ hasText: 'nothing waits' }).waitFor();
+  await page.getByTestId('service-payments').getByTestId('outbox').waitFor();
+}));
+
+test('messages that were set aside show why; those that can be are applied again, after a preview, once', browsing(async ({ page }) => {
+  // One that nobody can read, and an answer that came before its order (a database that was restored, say).
+  const user = await customer();
+  const [unreadable, unknown] = [randomUUID(), randomUUID()];
+  await publish('orders', 'gozon.orders.placed', headers('gozon.order.placed.v9', unreadable), '<b>garbage</b>');
+  const answer = { order_id: unknown, user_id: user, amount: 7, outcome: 'declined', reason: 'no_account' };
+  await publish('payments', 'gozon.payments.settled', headers('gozon.payment.settled.v1', unknown), JSON.stringify(answer));
+  await page.getByTestId('nav-flow').click();
+  const about = (order) => page.getByTestId('letter').filter({ has: page.locator(`a[href$="${order}"]`) });
+  const [garbage, early] = [about(unreadable), about(unknown)];
+  await garbage.filter({ hasText: 'unreadable' }).filter({ hasText: 'gozon.order.placed.v9' }).waitFor();
+  await early.filter({ hasText: 'contradicting' }).waitFor();
+  const { poison } = (await get('/v1/ops/flow')).payments;
+  await page.getByTestId('service-payments').getByTestId('set-aside').filter({ hasText: `${poison} unreadable` }).waitFor();
+  await garbage.getByText('Message', { exact: true }).click();
+  assert.equal(await garbage.locator('pre').last().textContent(), '<b>garbage</b>');
+
+  // Neither helps yet.
+  await page.getByTestId('replay-all').click();
+  const dialog = page.getByTestId('replay-dialog');
+  await dialog.getByTestId('replay-useless').waitFor();
+  const foreseen = await dialog.getByTestId('preview').evaluateAll((all) => all.map((one) => one.dataset.outcome));
+  assert.deepEqual(new Set(foreseen), new Set(['poison', 'quarantine']));
+  assert.equal(await dialog.getByTestId('replay-apply').count(), 0);
+  await page.keyboard.press('Escape');
+  await dialog.waitFor({ state: 'detached' });
+
+  // With its request, published just now: so it is not asked for again meanwhile.
+  await sql('orders', `WITH request AS (
+      INSERT INTO outbox (event_id, subject, headers, payload, published_at, stream_sequence)
+      VALUES ('${randomUUID()}', 'gozon.orders.placed', '{}', '{}', now(), 1) RETURNING event_id)
+    INSERT INTO orders (id, user_id, amount, description, idempotency_key, request_hash, placed_event_id, created_at, updated_at)
+    SELECT '${unknown}', '${user}', 7, 'Restored', '${unknown}', '', event_id, now(), now() FROM request`);
+  await page.getByTestId('replay-all').click();
+  await dialog.getByTestId('replay-apply').filter({ hasText: 'Apply 1 message' }).waitFor();
+  await dialog.locator('[data-test=preview][data-outcome=applied]').filter({ hasText: 'The order ends CANCELLED: no_account.' }).waitFor();
+  assert.equal((await get(`/v1/orders/${unknown}`)).status, 'NEW');
+  await dialog.getByTestId('replay-apply').click();
+  await dialog.getByTestId('replay-summary').filter({ hasText: 'Done: applied: 1' }).waitFor();
+  assert.equal((await get(`/v1/orders/${unknown}`)).status, 'CANCELLED');
+  await dialog.getByRole('button', { name: 'Close' }).last().click();
+  await early.and(page.locator('[data-waits=false]')).filter({ hasText: 'Applied again' }).waitFor();
+  assert.equal(await garbage.getAttribute('data-waits'), 'true');
+  assert.equal(await early.getByTestId('replay').count(), 0);
+  await early.locator('.order-link').click();
+  await page.getByRole('heading', { name: 'Restored' }).waitFor();
+  assert.equal(await page.getByTestId('status').first().getAttribute('data-status'), 'CANCELLED');
+}));

@@ -1,0 +1,153 @@
+// How it looks: every view at three widths, light and dark, for everybody; with pictures of all.
+
+import assert from 'node:assert/strict';
+import { randomUUID } from 'node:crypto';
+import { before, test } from 'node:test';
+import { browsing, orderWith, screenshots, severe, startDemo } from './browser.js';
+import { base, customer, ended, eventually, order, paid, publish, sayAgain, timeline } from './stack.js';
+
+const WIDTHS = [360, 768, 1440];
+const SCHEMES = ['light', 'dark'];
+const HEIGHT = 900;
+/// Each layout and each scheme is examined once: they do not depend on each other.
+const ASKED = ['360 light', '1440 dark'];
+/// What jumps less than this nobody sees. Google calls 0.1 good.
+const SHIFT_MAX = 0.01;
+const README = process.env.GOZON_README_SCREENSHOTS;
+
+let alice;
+let way;
+let declined;
+
+before(async () => {
+  alice = await customer(480_000, `alice-${randomUUID().slice(0, 4)}`);
+  await paid(alice, 1_299, 'A lamp');
+  await paid(alice, 450, 'Tea');
+  ({ id: declined } = await order(alice, 1_250_000, 'A bicycle, the long one with two baskets, a bell, and a light for the way home'));
+  await ended(declined);
+  await paid(alice, 2_400, 'A book');
+  way = await paid(alice, 35_990, 'A present');
+  await timeline(way);
+  await sayAgain(way, 'orders');
+  await timeline(way, 12);
+  await publish('orders', 'gozon.orders.placed', { 'ce-specversion': '1.0', 'ce-id': randomUUID(), 'ce-type': 'gozon.order.placed.v9', 'ce-subject': randomUUID() }, '{"not": "an order"}');
+  await publish('orders', 'gozon.orders.placed', { 'ce-specversion': '1.0', 'ce-id': randomUUID(), 'ce-type': 'gozon.order.placed.v1', 'ce-subject': randomUUID() }, 'nonsense');
+});
+
+/// Name, address, what to do there, and what is there when it is drawn.
+const VIEWS = [
+  ['first visit', () => '#/', async (page) => page.getByTestId('demo').waitFor(), { stranger: true }],
+  ['shop', () => '#/', async (page) => orderWith(page, 'FINISHED').first().waitFor()],
+  ['shop with errors', () => '#/', async (page) => {
+    await page.getByTestId('order-amount').fill('0');
+    await page.getByTestId('place').click();
+    await page.getByTestId('order-amount-error').waitFor();
+    await page.getByTestId('top-up').fill('much');
+    await page.getByTestId('top-up-submit').click();
+    await page.getByTestId('top-up-error').waitFor();
+  }, { tolerated: [/status of 422/] }],
+  ['shop without an answer', () => '#/', async (page) => {
+    await page.context().route('**/v1/orders', (route) => (route.request().method() === 'POST' ? route.abort() : route.fallback()));
+    await page.getByTestId('buy-tea').click();
+    await page.getByTestId('unanswered').waitFor();
+  }, { tolerated: [/net::ERR_FAILED/] }],
+  ['orders', () => '#/orders', async (page) => page.getByTestId('order').first().waitFor()],
+  ['timeline', () => `#/orders/${way}`, async (page) => {
+    await page.locator('[data-step=repeated]').waitFor();
+    await page.locator('main > [data-test=shell] summary').click();
+  }],
+  ['timeline of a cancelled order', () => `#/orders/${declined}`, async (page) => page.locator('[data-step=ended]').waitFor()],
+  ['timeline of nothing', () => '#/orders/01933f3c-7d5a-7b60-9d6f-000000000000', async (page) => page.getByTestId('problem').waitFor(), { tolerated: [/status of 404/] }],
+  ['message', () => `#/orders/${way}`, async (page) => {
+    await page.getByTestId('message').first().click();
+    await page.getByTestId('drawer').waitFor();
+  }],
+  ['accounts', () => '#/accounts', async (page) => page.getByTestId('user').waitFor()],
+  ['account', () => `#/accounts/${alice}`, async (page) => page.getByTestId('sums').waitFor()],
+  ['account of nobody', () => '#/accounts/nobody-yet', async (page) => page.getByTestId('open-account-submit').waitFor(), { tolerated: [/status of 404/] }],
+  ['flow', () => '#/flow', async (page) => page.getByTestId('letter').first().waitFor()],
+  ['replay', () => '#/flow', async (page) => {
+    await page.getByTestId('replay-all').click();
+    await page.getByTestId('preview').first().waitFor();
+  }],
+  ['keys', () => '#/orders', async (page) => {
+    await page.keyboard.press('?');
+    await page.getByTestId('keys').waitFor();
+  }],
+];
+
+async function shopAs(page, user) {
+  await page.evaluate((user) => {
+    localStorage.setItem('gozon.users', JSON.stringify([user, 'bob']));
+    localStorage.setItem('gozon.shopper', JSON.stringify(user));
+  }, user);
+  await page.reload();
+}
+
+for (const [name, path, ready, { stranger, tolerated } = {}] of VIEWS) {
+  // Half of them in Russian, whose words are longer.
+  const locale = VIEWS.findIndex(([other]) => other === name) % 2 ? 'ru-RU' : 'en-GB';
+  test(`${name}: fits from 360 pixels up and keeps nobody out, light and dark`, browsing({ tolerated, reducedMotion: 'reduce', locale }, async ({ page }) => {
+    if (!stranger) await shopAs(page, alice);
+    await page.goto(`${base}/${path()}`);
+    await ready(page);
+    const found = [];
+    for (const width of WIDTHS) {
+      for (const colorScheme of SCHEMES) {
+        await page.setViewportSize({ width, height: HEIGHT });
+        await page.emulateMedia({ colorScheme });
+        const over = await page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
+        if (over > 0) found.push(`${over} pixels too wide at ${width}`);
+        found.push(...await page.locator('.row-main *').evaluateAll((parts) => parts.filter((part) => part.getBoundingClientRect().right > part.closest('.row-main').getBoundingClientRect().right + 1).map((part) => `sticks out: ${part.textContent}`)));
+        await page.evaluate(() => scrollTo(0, 0));
+        await page.screenshot({ path: `${screenshots}/${name.replaceAll(' ', '-')}-${width}-${colorScheme}.png`, fullPage: true, animations: 'disabled' });
+        if (ASKED.includes(`${width} ${colorScheme}`)) found.push(...await severe(page));
+      }
+    }
+    assert.deepEqual(found, []);
+  }));
+}
+
+test('nothing jumps while views load and orders come', browsing({ noPage: true }, async ({ open, context }) => {
+  await context.addInitScript(() => {
+    window.shifts = [];
+    new PerformanceObserver((list) => {
+      for (const { value, hadRecentInput, sources } of list.getEntries()) if (!hadRecentInput) window.shifts.push({ value, what: sources.map(({ node }) => node?.className || node?.nodeName) });
+    }).observe({ type: 'layout-shift', buffered: true });
+  });
+  const first = await open();
+  const user = await startDemo(first);
+  for (const [path, ready] of [['#/', 'order'], ['#/orders', 'order'], [`#/orders/${way}`, 'timeline'], [`#/accounts/${user}`, 'sums'], ['#/flow', 'letter']]) {
+    const page = await open(path);
+    await page.getByTestId(ready).first().waitFor();
+    if (path === '#/') {
+      await order(user, 1, 'From elsewhere');
+      await orderWith(page, 'FINISHED').filter({ hasText: 'From elsewhere' }).waitFor();
+    }
+    const shifts = await page.evaluate(() => window.shifts);
+    assert.ok(shifts.reduce((sum, { value }) => sum + value, 0) < SHIFT_MAX, `${path}: ${JSON.stringify(shifts)}`);
+    await page.close();
+  }
+}));
+
+test('a first visit asks the gateway only, for less than 100 kB', browsing({ noPage: true }, async ({ context }) => {
+  let bytes = 0;
+  const page = await context.newPage();
+  const debug = await context.newCDPSession(page);
+  await debug.send('Network.enable');
+  debug.on('Network.loadingFinished', ({ encodedDataLength }) => { bytes += encodedDataLength; });
+  page.gozonUrl = base;
+  await page.goto(base);
+  await page.getByTestId('demo').waitFor();
+  await eventually(() => bytes > 10_000);
+  assert.ok(bytes < 100_000, `${bytes} bytes`);
+}));
+
+test('the pictures of the README are of the page as it is', { skip: !README && 'with --screenshots FOLDER' }, browsing({ viewport: { width: 1200, height: 760 }, reducedMotion: 'reduce' }, async ({ page }) => {
+  await shopAs(page, alice);
+  await orderWith(page, 'FINISHED').first().waitFor();
+  await page.screenshot({ path: `${README}/shop.png`, animations: 'disabled' });
+  await page.goto(`${base}/#/orders/${way}`);
+  await page.locator('[data-step=repeated]').waitFor();
+  await page.screenshot({ path: `${README}/timeline.png`, animations: 'disabled', fullPage: true });
+}));
