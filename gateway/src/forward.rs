@@ -5,7 +5,8 @@ use std::time::Duration;
 use anyhow::Context as _;
 use axum::body::Body;
 use axum::extract::Request;
-use axum::http::response::Parts;
+use axum::http::request::Parts;
+use axum::http::response;
 use axum::http::uri::{Authority, PathAndQuery, Scheme};
 use axum::http::{HeaderMap, HeaderName, Method, Response, StatusCode, Uri, header};
 use axum::response::IntoResponse as _;
@@ -21,7 +22,7 @@ use tracing::warn;
 
 use service_kit::Problem;
 use service_kit::body;
-use service_kit::http::REQUEST_ID;
+use service_kit::http::{REQUEST_ID, unless_it_panics};
 use service_kit::idempotency::{IDEMPOTENCY_KEY, IDEMPOTENCY_REPLAYED, IdempotencyKey};
 use service_kit::server::DRAIN_TIMEOUT;
 
@@ -114,30 +115,25 @@ impl Forwarder {
 
     /// Forwards a request and hands back the answer, whatever it is.
     pub(crate) async fn forward(self, service: Service, request: Request) -> axum::response::Response {
-        match self.answer(service, request).await {
-            Ok(answer) => answer.into_response(),
-            Err(problem) => problem.into_response(),
-        }
+        let (mut parts, body) = request.into_parts();
+        let key = match key_of(&mut parts) {
+            Ok(key) => key,
+            Err(problem) => return problem.into_response(),
+        };
+        let answered = async { self.answer(service, parts, body, key.as_ref()).await.into_response() };
+        unless_it_panics(key.as_ref(), answered).await
     }
 
-    async fn answer(&self, service: Service, request: Request) -> Result<Response<Body>, Problem> {
-        let (mut parts, body) = request.into_parts();
+    async fn answer(
+        &self,
+        service: Service,
+        parts: Parts,
+        body: Body,
+        key: Option<&IdempotencyKey>,
+    ) -> Result<Response<Body>, Problem> {
         // A GET has nothing to say in a body.
         let body = if parts.method == Method::POST { body::read(body).await? } else { Bytes::new() };
         self.limits.admit_user(&parts.uri, &body)?;
-        // A key of our own where the client sent none: if the outcome stays unknown, there is a key to ask again with.
-        let mut key = None;
-        if parts.method == Method::POST {
-            let found = IdempotencyKey::find(&parts.headers)?;
-            if found.is_none() {
-                let minted = IdempotencyKey::mint();
-                let value = minted.as_str().parse().expect("a UUID is a header value");
-                parts.headers.insert(IDEMPOTENCY_KEY, value);
-                key = Some(minted);
-            } else {
-                key = found;
-            }
-        }
         let wait = wait_asked_for(&parts.uri);
         let at_once = (!wait.is_zero()).then(|| format!("{}?wait=0", parts.uri.path()).parse().expect("a path of a URI"));
         let mut outgoing = axum::http::Request::new(Full::new(body));
@@ -171,13 +167,13 @@ impl Forwarder {
             }
             Failed::Midway(error) => {
                 warn!(service = ?service, error, "A service did not answer to the end");
-                Err(Problem::in_doubt(service.unavailable(), key.as_ref()))
+                Err(Problem::in_doubt(service.unavailable(), key))
             }
         }
     }
 
     /// Sends a request, and takes the whole answer within this time.
-    async fn exchange(&self, request: Outgoing, within: Duration) -> Result<(Parts, Bytes), Failed> {
+    async fn exchange(&self, request: Outgoing, within: Duration) -> Result<(response::Parts, Bytes), Failed> {
         let exchange = async {
             failpoint!("gateway.before_forward").map_err(|injected| Failed::NotReached(injected.to_string()))?;
             let (parts, body) = self.client.request(request).await.map_err(Failed::from)?.into_parts();
@@ -189,15 +185,23 @@ impl Forwarder {
     }
 
     /// When a shutdown begins: what there is to say instead of what is waited for. Never before.
-    async fn last_exchange(&self, instead: Option<Outgoing>) -> Result<(Parts, Bytes), Failed> {
-        self.shutdown.cancelled().await;
+    async fn last_exchange(&self, instead: Option<Outgoing>) -> Result<(response::Parts, Bytes), Failed> {
         match instead {
-            Some(request) => self.exchange(request, LAST_ANSWER_TIMEOUT).await,
+            Some(request) => {
+                self.shutdown.cancelled().await;
+                self.exchange(request, LAST_ANSWER_TIMEOUT).await
+            }
             None => {
-                tokio::time::sleep(LAST_ANSWER_TIMEOUT).await;
+                self.last_moment().await;
                 Err(Failed::Midway("the gateway stops".to_owned()))
             }
         }
+    }
+
+    /// When a shutdown has begun, and it is time to say something to whoever still waits.
+    async fn last_moment(&self) {
+        self.shutdown.cancelled().await;
+        tokio::time::sleep(LAST_ANSWER_TIMEOUT).await;
     }
 
     /// What a service answers to a GET, if that is a success.
@@ -214,8 +218,13 @@ impl Forwarder {
             }
             serde_json::from_slice(&body.to_bytes()).map_err(|error| error.to_string())
         };
-        let read = timeout(ANSWER_TIMEOUT, exchange).await;
-        read.unwrap_or_else(|_| Err(format!("no answer within {ANSWER_TIMEOUT:?}"))).map_err(|error| {
+        let read = async {
+            tokio::select! {
+                read = timeout(ANSWER_TIMEOUT, exchange) => read.unwrap_or_else(|_| Err(format!("no answer within {ANSWER_TIMEOUT:?}"))),
+                () = self.last_moment() => Err("the gateway stops".to_owned()),
+            }
+        };
+        read.await.map_err(|error| {
             warn!(service = ?service, error, "A service did not say what it knows");
             Problem::unavailable(service.unavailable())
         })
@@ -256,6 +265,21 @@ impl From<hyper_util::client::legacy::Error> for Failed {
         let words = format!("{:#}", anyhow::Error::from(error));
         if connecting { Self::NotReached(words) } else { Self::Midway(words) }
     }
+}
+
+/// The key of a POST: one of our own where the client sent none, so that there is one to ask again with if the outcome
+/// stays unknown.
+fn key_of(parts: &mut Parts) -> Result<Option<IdempotencyKey>, Problem> {
+    if parts.method != Method::POST {
+        return Ok(None);
+    }
+    let found = IdempotencyKey::find(&parts.headers)?;
+    if found.is_some() {
+        return Ok(found);
+    }
+    let minted = IdempotencyKey::mint();
+    parts.headers.insert(IDEMPOTENCY_KEY, minted.as_str().parse().expect("a UUID is a header value"));
+    Ok(Some(minted))
 }
 
 fn authority(url: &Uri) -> anyhow::Result<Authority> {

@@ -1,6 +1,6 @@
 //! The outermost layer of every HTTP server: request ids, problem documents, panics, access log.
 
-use std::any::Any;
+use std::panic::AssertUnwindSafe;
 use std::time::Instant;
 
 use axum::Router;
@@ -9,9 +9,10 @@ use axum::extract::{MatchedPath, Request};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse as _, Response};
-use tower_http::catch_panic::CatchPanicLayer;
+use futures_util::FutureExt as _;
 use tracing::{Instrument as _, debug, error, info_span};
 
+use crate::idempotency::IdempotencyKey;
 use crate::metrics;
 use crate::problem::{self, Problem};
 
@@ -32,7 +33,7 @@ pub fn edge(router: Router) -> Router {
     router
         .fallback(async || foreign(StatusCode::NOT_FOUND))
         .method_not_allowed_fallback(async || foreign(StatusCode::METHOD_NOT_ALLOWED))
-        .layer(CatchPanicLayer::custom(panicked))
+        .layer(from_fn(catch))
         .layer(from_fn(finish))
 }
 
@@ -140,20 +141,33 @@ pub(crate) fn foreign(status: StatusCode) -> Problem {
     }
 }
 
-fn panicked(panic: Box<dyn Any + Send + 'static>) -> Response {
+/// The key that a request came with is named if its handler panics. The gateway sends one with every POST.
+async fn catch(request: Request, next: Next) -> Response {
+    let key = (request.method() == Method::POST).then(|| IdempotencyKey::find(request.headers()).ok().flatten()).flatten();
+    unless_it_panics(key.as_ref(), next.run(request)).await
+}
+
+/// An answer, also if making it panics: then the request may or may not have been done, and its key tells.
+pub async fn unless_it_panics(key: Option<&IdempotencyKey>, answer: impl Future<Output = Response>) -> Response {
+    let panic = match AssertUnwindSafe(answer).catch_unwind().await {
+        Ok(answer) => return answer,
+        Err(panic) => panic,
+    };
     let words = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
     error!(panic = words.unwrap_or("(no message)"), "A request handler panicked");
-    Problem::new(
-        StatusCode::INTERNAL_SERVER_ERROR,
-        "internal_error",
-        "Something went wrong on our side. Try again with the same key.",
-    )
+    let problem = |detail| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", detail);
+    match key {
+        Some(key) => {
+            problem("Something went wrong on our side. Try again with the key that is named here.").outcome_unknown(key.as_str())
+        }
+        None => problem("Something went wrong on our side. Try again."),
+    }
     .into_response()
 }
 
 #[cfg(test)]
 mod tests {
-    use axum::routing::{get, post};
+    use axum::routing::{any, get, post};
     use http_body_util::BodyExt as _;
     use serde_json::Value;
     use tower::ServiceExt as _;
@@ -163,7 +177,7 @@ mod tests {
 
     async fn answer(request: Request) -> (StatusCode, HeaderMap, Value) {
         let router = Router::new()
-            .route("/panic", get(async || -> StatusCode { panic!("secret innards") }))
+            .route("/panic", any(async || -> StatusCode { panic!("secret innards") }))
             .route("/bare", get(async || StatusCode::IM_A_TEAPOT))
             .route("/echo", post(async |fields: Fields| format!("{}", fields.finish().is_ok())));
         let response = edge(router).oneshot(request).await.unwrap();
@@ -174,6 +188,17 @@ mod tests {
 
     fn post_json(content_type: &str, body: impl Into<Body>) -> Request {
         Request::post("/echo").header("content-type", content_type).body(body.into()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_handler_that_panics_names_the_key_to_try_again_with() {
+        let panics = |request: axum::http::request::Builder| request.uri("/panic").body(Body::empty()).unwrap();
+        let (status, _, document) = answer(panics(Request::post("/").header("idempotency-key", "\"the key\""))).await;
+        assert_eq!(status, 500);
+        assert_eq!((&document["outcome"], &document["idempotency_key"]), (&"unknown".into(), &"the key".into()), "{document}");
+        assert!(!document.to_string().contains("innards"), "{document}");
+        let (_, _, document) = answer(panics(Request::get("/").header("idempotency-key", "the key"))).await;
+        assert_eq!((&document["outcome"], &document["idempotency_key"]), (&Value::Null, &Value::Null), "a GET has no outcome");
     }
 
     #[tokio::test]

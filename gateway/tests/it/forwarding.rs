@@ -1,11 +1,15 @@
 //! What is handed on, what is not, and what is said when a service is away.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use axum::Router;
+use axum::http::{HeaderMap, StatusCode};
+use axum::routing::post;
 use bytes::Bytes;
 use serde_json::json;
 use stack::testing::eventually;
+use tokio_util::sync::CancellationToken;
 
 use crate::harness::{Does, Gateway, SOON, ok};
 
@@ -138,6 +142,56 @@ async fn an_answer_that_is_nonsense_or_too_large_is_not_handed_on() {
         assert_eq!((answer.status, &answer.json()["code"]), (503, &json!("service_unavailable")), "{path}");
         assert!(!answer.text().contains("SSH"), "no innards");
     }
+}
+
+/// The service under the same outermost layer as ours, with a handler that panics.
+#[tokio::test]
+async fn a_panic_names_the_key_that_the_gateway_made() {
+    let seen = Arc::new(Mutex::new(String::new()));
+    let keys = seen.clone();
+    let panics = async move |headers: HeaderMap| -> StatusCode {
+        *keys.lock().unwrap() = headers["idempotency-key"].to_str().unwrap().to_owned();
+        panic!("a bug of ours")
+    };
+    let router = service_kit::http::edge(Router::new().route("/v1/orders", post(panics)));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let config = ["gateway", "--listen=127.0.0.1:0", &format!("--orders-url=http://{}", listener.local_addr().unwrap())];
+    let config = <gateway::Config as clap::Parser>::try_parse_from(config).unwrap();
+    let serving = tokio::spawn(service_kit::server::serve(listener, router, CancellationToken::new()));
+    let gateway = stack::testing::Apart::start(async move |address, shutdown| {
+        let app = gateway::App::build(config).await?;
+        // The test may have given up waiting.
+        let _ = address.send(app.address()?);
+        app.run(shutdown).await
+    });
+    let gateway = gateway.await.unwrap();
+    let http = stack::http::Http::new(format!("http://{}", gateway.address));
+    let answer = http.post("/v1/orders", None, &json!({ "user_id": "a", "amount": 1 })).await.unwrap();
+    let told = answer.json();
+    assert_eq!((answer.status, &told["code"], &told["outcome"]), (500, &json!("internal_error"), &json!("unknown")), "{told}");
+    assert_eq!(told["idempotency_key"], seen.lock().unwrap().as_str());
+    assert!(!answer.text().contains("a bug"), "no innards");
+    serving.abort();
+}
+
+#[tokio::test]
+async fn a_gateway_that_stops_shows_what_it_has_of_a_timeline() {
+    let id = "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11";
+    let of_orders = format!("GET /v1/orders/{id}/timeline");
+    let gateway = Gateway::start(move |seen| match seen.line == of_orders {
+        true => Does::Answers(ok(r#"{"steps":[],"pruned":false,"missing":["payments"]}"#)),
+        false => Does::AnswersWhen(Arc::default()),
+    })
+    .await;
+    let http = gateway.http.clone();
+    let stopping = async {
+        eventually("both are asked", SOON, async || (gateway.behind.seen().len() == 2).then_some(())).await;
+        gateway.stop().await;
+    };
+    let path = format!("/v1/orders/{id}/timeline");
+    let (answer, ()) = tokio::join!(http.get(&path), stopping);
+    let answer = answer.unwrap();
+    assert_eq!((answer.status, &answer.json()["missing"]), (200, &json!(["payments"])), "{}", answer.text());
 }
 
 #[tokio::test]
