@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use sea_orm::ConnectionTrait as _;
+use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, Statement};
 use serde_json::json;
 use stack::NAMES;
 use stack::http::Http;
@@ -236,6 +236,52 @@ async fn tables_of_the_flow_stay_bounded_and_what_decides_stays() {
         }
     }
     assert_eq!(shop.debits(&payments).await, 100);
+}
+
+/// The same while orders keep coming: at no time is there more than what the last seconds have made.
+#[tokio::test]
+async fn tables_of_the_flow_stay_bounded_while_the_load_runs() {
+    /// Twelve times as long as rows are kept.
+    const LOAD: Duration = Duration::from_secs(12);
+    let shop = with_customers(Shop::open_with(&[("GOZON_KEEP_SECONDS", "1")]).await).await;
+    let begun = Instant::now();
+    let placed = AtomicUsize::new(0);
+    let load = join_all((0..CLIENTS).map(async |client| {
+        while begun.elapsed() < LOAD {
+            until_done(&shop.http, "/v1/orders", &json!({ "user_id": format!("user-{}", client % 4), "amount": 1 })).await;
+            placed.fetch_add(1, Ordering::Relaxed);
+        }
+    }));
+    // Per table: the most rows that were there at once.
+    let tables = ["orders.outbox", "orders.inbox", "payments.outbox", "payments.inbox"];
+    let mut most = [0_i64; 4];
+    let (orders, payments) = (shop.database("orders").await, shop.database("payments").await);
+    let mut looks = 0;
+    let look = async {
+        loop {
+            for (most, table) in most.iter_mut().zip(tables) {
+                let (name, table) = table.split_once('.').unwrap();
+                let db = if name == "orders" { &orders } else { &payments };
+                *most = (*most).max(count(db, table).await);
+            }
+            looks += 1;
+        }
+    };
+    tokio::select! {
+        _ = load => {}
+        () = look => {}
+    }
+    let placed = placed.into_inner();
+    shop.assert_settled(placed).await;
+    // Each order makes two rows in the outbox of orders, and one in each of the others.
+    for (most, made) in most.into_iter().zip([2 * placed, placed, placed, placed]) {
+        assert!(looks > 10 && most > 0 && most < made as i64 / 2, "{most} of {made} rows were there at once, in {looks} looks");
+    }
+}
+
+async fn count(db: &DatabaseConnection, table: &str) -> i64 {
+    let query = Statement::from_string(DbBackend::Postgres, format!("SELECT count(*) FROM {table}"));
+    db.query_one_raw(query).await.unwrap().unwrap().try_get_by_index(0).unwrap()
 }
 
 /// Services are replaced one after the other, politely, while orders run (F44).
