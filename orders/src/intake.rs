@@ -1,6 +1,8 @@
 //! Where requests wait to be stored: whatever queued while the last transaction ran goes into the next one. No request
 //! is delayed to fill a group; under load groups form by themselves, and the database commits once for all of them.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use messaging::db;
@@ -18,7 +20,8 @@ const GROUP_MAX: usize = 200;
 /// Requests that may wait. A queue this long takes a healthy database well below a second; a longer one only hides that
 /// it is not healthy.
 const QUEUE_MAX: usize = 2000;
-/// A request that waited this long is turned away: whoever sent it gives up soon, and storing it then helps nobody.
+/// A request that waited this long is turned away: whoever sent it gives up soon, and storing it then helps nobody. One
+/// that would be answered later than this is not let in at all.
 const WAIT_MAX: Duration = Duration::from_secs(2);
 /// After a shutdown begins, requests that are still open get this long.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(6);
@@ -31,22 +34,51 @@ struct Ticket {
 
 /// The door of the queue, cheap to clone.
 #[derive(Clone)]
-pub(crate) struct Intake(mpsc::Sender<Ticket>);
+pub(crate) struct Intake {
+    queue: mpsc::Sender<Ticket>,
+    pace: Pace,
+}
 
 /// The one who works it off.
-pub(crate) struct Clerk(mpsc::Receiver<Ticket>);
+pub(crate) struct Clerk {
+    queue: mpsc::Receiver<Ticket>,
+    pace: Pace,
+}
+
+/// How long the last group took to store, in microseconds.
+#[derive(Clone, Default)]
+struct Pace(Arc<AtomicU64>);
+
+impl Pace {
+    fn note(&self, took: Duration) {
+        self.0.store(u64::try_from(took.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    /// Whether somebody with so many ahead is answered in time, as far as anyone can tell: after the group that is being
+    /// stored, the full ones ahead, and its own. Who goes into the very next group is always let in, or a slow group would
+    /// be the last that is ever stored.
+    fn is_in_time(&self, ahead: usize) -> bool {
+        let full = ahead / GROUP_MAX;
+        let groups = u32::try_from(full).unwrap_or(u32::MAX).saturating_add(2);
+        full == 0 || Duration::from_micros(self.0.load(Ordering::Relaxed)).saturating_mul(groups) <= WAIT_MAX
+    }
+}
 
 /// An empty queue.
 pub(crate) fn open() -> (Intake, Clerk) {
     let (sender, receiver) = mpsc::channel(QUEUE_MAX);
-    (Intake(sender), Clerk(receiver))
+    let pace = Pace::default();
+    (Intake { queue: sender, pace: pace.clone() }, Clerk { queue: receiver, pace })
 }
 
 impl Intake {
     /// Stores an order together with whatever else is waiting.
     pub(crate) async fn place(&self, new: NewOrder) -> Result<Placed, Error> {
+        if !self.pace.is_in_time(self.queue.max_capacity() - self.queue.capacity()) {
+            return Err(Error::Overloaded);
+        }
         let (answer, answered) = oneshot::channel();
-        self.0.try_send(Ticket { new, came: Instant::now(), answer }).map_err(|_| Error::Overloaded)?;
+        self.queue.try_send(Ticket { new, came: Instant::now(), answer }).map_err(|_| Error::Overloaded)?;
         // The clerk drops a ticket unanswered only if the process ends meanwhile.
         answered.await.unwrap_or(Err(Error::Stopping))
     }
@@ -68,19 +100,19 @@ impl Clerk {
         let mut group = Vec::with_capacity(GROUP_MAX);
         loop {
             let taken = tokio::select! {
-                taken = self.0.recv_many(&mut group, GROUP_MAX) => taken,
+                taken = self.queue.recv_many(&mut group, GROUP_MAX) => taken,
                 () = &mut overdue => 0,
             };
             if taken == 0 {
                 return Ok(());
             }
-            store(db, group.drain(..)).await;
+            store(db, group.drain(..), &self.pace).await;
             placed();
         }
     }
 }
 
-async fn store(db: &DatabaseConnection, group: impl Iterator<Item = Ticket>) {
+async fn store(db: &DatabaseConnection, group: impl Iterator<Item = Ticket>, pace: &Pace) {
     let mut new = Vec::with_capacity(GROUP_MAX);
     let mut answers = Vec::with_capacity(GROUP_MAX);
     for ticket in group {
@@ -95,7 +127,10 @@ async fn store(db: &DatabaseConnection, group: impl Iterator<Item = Ticket>) {
     if new.is_empty() {
         return;
     }
-    match order::place(db, &new).await {
+    let begun = Instant::now();
+    let placed = order::place(db, &new).await;
+    pace.note(begun.elapsed());
+    match placed {
         Ok(results) => {
             for (answer, result) in answers.into_iter().zip(results) {
                 // Whoever asked may have gone; the order is stored, and its key tells.
@@ -235,6 +270,21 @@ mod tests {
         };
         let row = db.query_one_raw(Statement::from_string(DbBackend::Postgres, "SELECT id FROM orders")).await.unwrap().unwrap();
         assert_eq!(row.try_get_by_index::<uuid::Uuid>(0).unwrap(), placed.order.id, "the only one");
+    }
+
+    #[tokio::test]
+    async fn who_would_be_answered_too_late_is_turned_away_at_once_but_never_from_the_next_group() {
+        let (intake, clerk) = open();
+        let come = |number: usize| (0..number).map(|_| Box::pin(intake.place(order()))).collect::<Vec<_>>();
+        let mut next = come(GROUP_MAX);
+        clerk.pace.note(WAIT_MAX * 10);
+        assert!(next.iter_mut().all(|request| request.now_or_never().is_none()), "they go into the next group");
+        assert!(matches!(intake.place(order()).now_or_never(), Some(Err(Error::Overloaded))));
+        // The group that is being stored, the next one, and the one after that.
+        clerk.pace.note(WAIT_MAX / 3);
+        let mut after = come(GROUP_MAX);
+        assert!(after.iter_mut().all(|request| request.now_or_never().is_none()), "two groups are stored before them in time");
+        assert!(matches!(intake.place(order()).now_or_never(), Some(Err(Error::Overloaded))));
     }
 
     #[tokio::test]

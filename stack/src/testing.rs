@@ -338,7 +338,8 @@ impl TestStack {
         Self::prepare_in(&own_programs()?, environment).await
     }
 
-    async fn prepare_in(binaries: &Path, environment: Vec<(String, String)>) -> anyhow::Result<Self> {
+    /// The same with our own programs from `binaries`.
+    pub async fn prepare_in(binaries: &Path, environment: Vec<(String, String)>) -> anyhow::Result<Self> {
         let folder = TemporaryFolder::new()?;
         let place = Place::open(folder.path())?;
         let options = Options { ports: Ports::free()?, binaries: binaries.to_owned(), environment };

@@ -1,5 +1,8 @@
 //! `just overload`: five times as many orders as can be taken, for a while. The system must answer quickly, go on taking
 //! what it can, settle all that it took, and be as quick as before afterwards. Ends with figures, and 1 if it did not.
+//!
+//! On one machine nobody can send five times what a system can take that shares the processors with him: the figures
+//! would tell of the processors. So the way from orders to its database is made slow, and the database is what limits it.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -9,29 +12,36 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use clap::Parser;
+use e2e::broker::operator;
 use e2e::until_done;
 use futures_util::future::join_all;
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
-use ops::audit::{self, Databases};
+use ops::audit::{self, Beside, Databases};
 use serde_json::{Value, json};
 use stack::http::Http;
+use stack::proxy::{Protocol, Proxy};
+use stack::seed::Seed;
 use stack::testing::TestStack;
+use tokio::runtime::Builder;
 use tokio::time::Instant;
 use uuid::Uuid;
 
 const CUSTOMERS: usize = 200;
-/// Enough to keep the services busy, far below every limit.
-const WORKERS: usize = 48;
+/// Enough to fill the groups in which orders are stored, so that this is all that can be taken; below every limit.
+const WORKERS: usize = 400;
 const MEASURE: Duration = Duration::from_secs(5);
-/// Requests under way at once: four times what the gateway works on, and no more connections than it accepts.
-const OPEN_MAX: usize = 2000;
+/// Requests under way at once: twice what the gateway works on, and no more connections than it accepts.
+const OPEN_MAX: usize = 1000;
+const COME_AGAIN: Duration = Duration::from_millis(100);
 const TICK: Duration = Duration::from_millis(5);
 const SETTLED_WITHIN: Duration = Duration::from_secs(120);
 /// A client that hears nothing for longer gives up; so nearly everyone must hear something before.
 const ANSWER_P99_MAX: Duration = Duration::from_secs(3);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
-/// The generator takes its share of the machine, so less is taken than without it, but not much less.
-const TAKEN_SHARE_MIN: f64 = 0.3;
+/// The generator must get this share of its requests out, or the run proves nothing.
+const SENT_SHARE_MIN: f64 = 0.9;
+/// The generator takes its share of the machine, so less may be taken than without it, but not much less.
+const TAKEN_SHARE_MIN: f64 = 0.6;
 const RECOVERED_SHARE_MIN: f64 = 0.7;
 
 /// Sends more orders than can be taken.
@@ -43,6 +53,9 @@ struct Arguments {
     /// For how long.
     #[arg(long, default_value_t = 20)]
     seconds: u64,
+    /// What a write on the way between orders and its database takes at most, half of it on average.
+    #[arg(long, default_value_t = 90)]
+    slow_ms: u64,
     /// Folder with our programs; this one's if absent.
     #[arg(long)]
     binaries: Option<PathBuf>,
@@ -53,14 +66,22 @@ struct Arguments {
 async fn main() -> anyhow::Result<ExitCode> {
     let arguments = Arguments::parse();
     let own = std::env::current_exe()?.parent().context("this program is in a folder")?.to_owned();
-    let stack = TestStack::start_in(arguments.binaries.as_ref().unwrap_or(&own), Vec::new()).await?;
+    let mut stack = TestStack::prepare_in(arguments.binaries.as_ref().unwrap_or(&own), Vec::new()).await?;
+    // On a thread of its own: the way must not be slower because so many orders are sent.
+    let network = Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let port = stack.system.port("postgres")?;
+    let way = network.spawn(Proxy::open(Protocol::Postgres, port, Seed::new(1))).await??;
+    stack.system.detour("orders", "postgres", way.port());
+    stack.system.start_all(|_, _| {}).await?;
     let shop = Shop { http: Http::new(stack.system.address("gateway")), taken: Cell::new(0) };
     shop.open().await?;
 
+    let slow = Duration::from_millis(arguments.slow_ms);
+    way.slow(slow, 0);
     // The first orders warm everything up.
     shop.capacity(MEASURE / 2).await?;
     let before = shop.capacity(MEASURE).await?;
-    println!("capacity before      {before:8.0} orders/s, {WORKERS} customers at a time");
+    println!("capacity before      {before:8.0} orders/s, {WORKERS} customers at a time, a slow way to the database");
 
     let rate = before * arguments.times;
     let seconds = Duration::from_secs(arguments.seconds);
@@ -76,12 +97,15 @@ async fn main() -> anyhow::Result<ExitCode> {
     );
     println!("other answers        {:?}", storm.others);
 
+    // What was taken in 20 s takes longer to be settled through the same needle's eye, and that is not the question.
+    way.heal();
     let begun = Instant::now();
     let postgres = stack.system.postgres();
     let databases = Databases { orders: postgres.connect("orders").await?, payments: postgres.connect("payments").await? };
+    let broker = operator(&stack.system).await?;
     let options = audit::Options { grace: Duration::from_secs(2), late_after: Duration::ZERO, stuck_after: Duration::ZERO };
     let settled = loop {
-        let report = audit::audit(&databases, options).await?;
+        let report = audit::audit_with(&databases, options, Beside { streams: Some(broker.jetstream()), history: None }).await?;
         if report.findings.is_empty() || begun.elapsed() > SETTLED_WITHIN {
             break report;
         }
@@ -91,13 +115,16 @@ async fn main() -> anyhow::Result<ExitCode> {
         println!("  {} {} {}", finding.kind, finding.id, finding.detail);
     }
     let taken_in_all = shop.taken.get();
+    way.slow(slow, 0);
     let after = shop.capacity(MEASURE).await?;
     println!("capacity after       {after:8.0} orders/s");
 
+    let mut good = true;
     let all: Vec<Duration> = storm.taken.iter().chain(&storm.refused).copied().collect();
     for (holds, what) in [
-        (sent > before && !storm.refused.is_empty(), "more came than can be taken, and some were told to come again"),
-        (storm.others.is_empty(), "everyone is answered with 201 or with 503, a problem document and Retry-After"),
+        (sent >= rate * SENT_SHARE_MIN, "as many came as were to come: else it proves nothing"),
+        (!storm.refused.is_empty(), "some were told to come again"),
+        (storm.others.is_empty(), "everyone is answered with 201, or with 503 or 429, a problem document and Retry-After"),
         (Quantiles::of(&all).p99 <= ANSWER_P99_MAX, "99 of 100 are answered within 3 s"),
         (taken >= before * TAKEN_SHARE_MIN, "what can be taken is taken: no collapse"),
         (settled.findings.is_empty(), "everything that was taken is settled, and the books are right"),
@@ -105,11 +132,10 @@ async fn main() -> anyhow::Result<ExitCode> {
         (after >= before * RECOVERED_SHARE_MIN, "it is as quick as before"),
     ] {
         println!("{} {what}", if holds { "ok    " } else { "FAILED" });
-        if !holds {
-            return Ok(ExitCode::FAILURE);
-        }
+        good &= holds;
     }
-    Ok(ExitCode::SUCCESS)
+    network.shutdown_background();
+    Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 struct Shop {
@@ -147,6 +173,8 @@ impl Shop {
                 number += WORKERS;
                 match answer {
                     Ok((201, _)) => taken.set(taken.get() + 1),
+                    // A group took long, or so many connections at once: what counts is that groups are full.
+                    Ok((503, problem)) if problem["outcome"].is_null() => tokio::time::sleep(COME_AGAIN).await,
                     other => anyhow::bail!("an order was not taken although there is no overload: {other:?}"),
                 }
             }
@@ -168,8 +196,13 @@ impl Shop {
             let mut storm = storm.borrow_mut();
             match answer {
                 Ok((201, _)) => storm.taken.push(took),
-                Ok((503, problem)) if problem["code"].is_string() && problem["outcome"].is_null() => storm.refused.push(took),
-                Ok((status, problem)) => *storm.others.entry(format!("{status} {problem}")).or_default() += 1,
+                Ok((503 | 429, problem)) if problem["code"].is_string() && problem["outcome"].is_null() => {
+                    storm.refused.push(took)
+                }
+                Ok((status, problem)) => {
+                    let what = format!("{status} {} {}", problem["code"], problem["outcome"]);
+                    *storm.others.entry(what).or_default() += 1;
+                }
                 Err(error) => *storm.others.entry(format!("{error:#}")).or_default() += 1,
             }
         };
@@ -204,7 +237,9 @@ impl Shop {
                 self.taken.set(self.taken.get() + 1);
                 Ok((201, Value::Null))
             }
-            Ok(Ok(answer)) if answer.header("retry-after").is_none() => Ok((answer.status, json!("no Retry-After"))),
+            Ok(Ok(answer)) if answer.header("retry-after").is_none() => {
+                Ok((answer.status, json!({ "code": null, "outcome": "no Retry-After" })))
+            }
             Ok(Ok(answer)) => Ok((answer.status, answer.json())),
         };
         (answer, took)
