@@ -441,6 +441,11 @@ impl TestCluster {
         Ok(Self { servers, _folder: folder })
     }
 
+    /// Where clients find a server.
+    pub fn url(&self, number: usize) -> String {
+        self.servers[number].0.url()
+    }
+
     /// Starts a server.
     pub fn spawn(&mut self, number: usize) -> anyhow::Result<()> {
         let (nats, process) = &mut self.servers[number];

@@ -1,5 +1,8 @@
 //! Three brokers that are one, killed one after the other and all at once.
 
+use async_nats::jetstream::message::PublishMessage;
+use futures_util::StreamExt as _;
+use messaging::broker::{Broker, BrokerConfig};
 use stack::ports::free_port;
 use stack::testing::{TestCluster, TestStack, eventually};
 
@@ -70,4 +73,49 @@ async fn f29_a_leader_is_cut_off_and_comes_back_when_the_next_is_killed() {
         shop.assert_settled(round * CLIENTS * ORDERS_EACH).await;
     }
     assert_eq!(shop.assert_settled(2 * CLIENTS * ORDERS_EACH).await, 100);
+}
+
+/// Two send the same message at once, as a relay does whose PubAck is late: while the first is being stored, the leader answers
+/// the second that it is in process. A single server never says so. A relay takes it for a refusal: the row waits, is sent
+/// again, and is known by then. It is stored once.
+#[tokio::test]
+async fn f18_a_message_in_process_is_refused_until_it_is_known_and_stored_once() {
+    const IN_PROCESS: u64 = 10158;
+    const TRIES: u64 = 500;
+    let (shop, cluster) = shop_with_a_cluster().await;
+    let leader = eventually("a server leads", SOON, async || cluster.leader("ORDERS").await).await;
+    let password = shop.stack.system.place().secrets.nats_ops.clone();
+    let config = BrokerConfig { url: cluster.url(leader), user: "ops".to_owned(), password, name: "test".to_owned() };
+    let ops = Broker::connect(config).await.unwrap();
+    ops.until_connected().await;
+    let send = async |id: &str| {
+        let message = PublishMessage::build().message_id(id).payload("{}".into());
+        // Nobody reads this subject.
+        ops.jetstream().send_publish("gozon.orders.probe", message).await.unwrap()
+    };
+    let (mut stored, mut in_process) = (0, false);
+    while !in_process {
+        assert!(stored < TRIES, "{stored} pairs were sent, and no second one met the first");
+        let id = format!("probe-{stored}");
+        let (one, other) = (send(&id).await, send(&id).await);
+        let (one, other) = (one.await, other.await);
+        assert!(!one.unwrap().duplicate);
+        stored += 1;
+        in_process = match other {
+            Ok(ack) if ack.duplicate => false,
+            Ok(ack) => panic!("stored twice: {ack:?}"),
+            Err(error) => {
+                let words = format!("{:?} {:?}", error, std::error::Error::source(&error));
+                assert!(words.contains(&IN_PROCESS.to_string()), "{words}");
+                // Sent again, it is known.
+                assert!(send(&id).await.await.unwrap().duplicate);
+                true
+            }
+        };
+    }
+    let stream = ops.jetstream().get_stream("ORDERS").await.unwrap();
+    let messages = stream.info_with_subjects("gozon.orders.probe").await.unwrap();
+    assert_eq!(messages.info.state.subjects_count, 1);
+    let number: usize = messages.map(|one| one.unwrap().1).collect::<Vec<_>>().await.into_iter().sum();
+    assert_eq!(number as u64, stored);
 }
