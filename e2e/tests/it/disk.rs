@@ -1,6 +1,7 @@
 //! No room on the disk: nothing is accepted that is not stored, and all goes on when there is room again.
 
 use std::process::Stdio;
+use std::time::Duration;
 
 use sea_orm::ConnectionTrait as _;
 use serde_json::json;
@@ -91,13 +92,19 @@ async fn f13_the_disk_of_the_database_fails() {
             if strace.try_wait().ok().flatten().is_some() {
                 return Some(false);
             }
-            // New ones get the time to commit.
+            // New ones get the time to commit. The customers may have done with ordering: more is written to the log.
             let ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
                          WHERE datname IN ('orders', 'payments') AND backend_start < clock_timestamp() - interval '1 second'";
-            if let Ok(server) = shop.stack.system.postgres().connect("postgres").await {
-                // It may be failing right now.
-                let _ = server.execute_unprepared(ended).await;
-            }
+            let write = async {
+                let server = shop.stack.system.postgres().connect("postgres").await?;
+                for statement in [ended, "CREATE TABLE noise ()", "DROP TABLE noise", "CREATE TABLE noise ()", "DROP TABLE noise"]
+                {
+                    server.execute_unprepared(statement).await?;
+                }
+                anyhow::Ok(())
+            };
+            // It may be failing right now.
+            let _ = tokio::time::timeout(Duration::from_secs(1), write).await;
             std::fs::read_to_string(&log).is_ok_and(|log| log.contains("PANIC")).then_some(true)
         })
         .await;
@@ -109,10 +116,15 @@ async fn f13_the_disk_of_the_database_fails() {
             rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         }
         strace.wait().await.unwrap();
-        // PostgreSQL starts again by itself, or gives up: then whoever runs it does.
-        if shop.stack.system.ended("postgres").is_some() {
-            eventually("it is there again", SOON, async || shop.stack.system.start("postgres").await.ok()).await;
-        }
+        // PostgreSQL starts again by itself, or gives up, now or soon: then whoever runs it does.
+        eventually("it is there again", SOON, async || {
+            if shop.stack.system.ended("postgres").is_some() {
+                shop.stack.system.start("postgres").await.ok()?;
+            }
+            let server = shop.stack.system.postgres().connect("postgres").await.ok()?;
+            server.execute_unprepared("CREATE TABLE written ()").await.ok()
+        })
+        .await;
     })
     .await;
     assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);
