@@ -196,6 +196,14 @@ bench *arguments:
     cargo build --locked --release --workspace --bins
     @./dev env ${CARGO_TARGET_DIR:-target}/release/bench {{ arguments }}
 
+# The same end to end and for a backlog, with 5 million old orders in the tables against empty ones
+[group('check')]
+bench-full-tables orders='5000000' *arguments: (bench '--only' 'backlog,saturation' '--prefilled' orders arguments)
+
+# 100 orders a second for so many seconds: the memory of no service grows
+[group('check')]
+soak seconds='600' *arguments: (bench '--only' 'soak' '--runs' '1' '--seconds' seconds arguments)
+
 # Format the code
 [group('check')]
 fmt:

@@ -29,6 +29,10 @@ use load::Saturation;
 /// Orders in the backlog that payments works off.
 const BACKLOG: usize = 20_000;
 const ORDERS_PER_SECOND: u32 = 100;
+/// Processor time at rest is counted in hundredths of a second, so it takes a while until there is something to count.
+const REST: Duration = Duration::from_secs(20);
+/// The allocator keeps what it once had; what grows for ever grows by more.
+const SOAK_GROWTH_MAX_MIB: f64 = 8.0;
 const SOON: Duration = Duration::from_secs(60);
 
 /// Measures how fast the whole system is.
@@ -40,7 +44,7 @@ struct Arguments {
     /// How long one measurement takes.
     #[arg(long, default_value_t = 8)]
     seconds: u64,
-    /// Fills the tables with so many orders first.
+    /// Measures end to end and the backlog, fills the tables with so many orders, and compares all that follows with it.
     #[arg(long, default_value_t = 0)]
     prefilled: u64,
     /// Measures nothing but these parts.
@@ -71,6 +75,10 @@ enum Part {
     Replicas,
     /// 100 orders a second
     Latency,
+    /// Nothing is asked of it
+    Rest,
+    /// 100 orders a second for so long that growing memory would show; only when it is named
+    Soak,
 }
 
 /// Figures by name, each with its unit in the name.
@@ -108,13 +116,21 @@ async fn main() -> anyhow::Result<()> {
     bench.assert_durable().await?;
     say("durable: fsync, synchronous_commit and sync_interval are as they should be");
     bench.open_accounts().await?;
-    if arguments.prefilled > 0 {
-        say(format!("filling the tables with {} orders ...", arguments.prefilled));
-        bench.prefill(arguments.prefilled).await?;
-    }
     floor::prepare(&bench.stack.system).await?;
     load::saturate(std::slice::from_ref(&bench.http), &bench.databases.orders, load::USERS, Duration::from_secs(3)).await?;
     say("warm");
+    let mut empty = Vec::new();
+    if arguments.prefilled > 0 {
+        for number in 1..=arguments.runs {
+            say(format!("empty tables, run {number} of {}", arguments.runs));
+            let mut figures = Figures::new();
+            bench.backlog(&mut figures).await?;
+            bench.saturation(&mut figures).await?;
+            empty.push(figures);
+        }
+        say(format!("filling the tables with {} orders ...", arguments.prefilled));
+        bench.prefill(arguments.prefilled).await?;
+    }
     if arguments.statements {
         statements::forget(&bench.databases).await?;
     }
@@ -131,7 +147,15 @@ async fn main() -> anyhow::Result<()> {
     for part in usage::PARTS {
         figures.insert(format!("memory_{part}_peak_mib"), usage::peak_memory_mib(&mut bench.stack.system, part)?);
     }
-    figures.insert("prefilled_orders".to_owned(), arguments.prefilled as f64);
+    if arguments.prefilled > 0 {
+        figures.insert("prefilled_orders".to_owned(), arguments.prefilled as f64);
+        let empty = report::medians(&empty);
+        for (ratio, name) in [("prefilled_e2e_ratio", "e2e_finished_per_s"), ("prefilled_drain_ratio", "drain_decisions_per_s")] {
+            if let (Some(full), Some(empty)) = (figures.get(name), empty.get(name)) {
+                figures.insert(ratio.to_owned(), full / empty);
+            }
+        }
+    }
     if arguments.statements {
         statements::show(&bench.databases).await?;
     }
@@ -236,7 +260,42 @@ impl Bench {
                 figures.insert(format!("latency_100_{leg}_ms"), median);
             }
         }
+        if self.measures(Part::Rest) {
+            self.rest(figures).await?;
+        }
+        if self.only.contains(&Part::Soak) {
+            self.soak(figures).await?;
+        }
         Ok(plotted)
+    }
+
+    /// What it costs to be there.
+    async fn rest(&mut self, figures: &mut Figures) -> anyhow::Result<()> {
+        let before = self.cpu()?;
+        tokio::time::sleep(REST).await;
+        let used: f64 = self.cpu()?.iter().zip(before).map(|(after, before)| after - before).sum();
+        let percent = used * 100.0 / REST.as_secs_f64();
+        say(format!("  at rest: {percent:.2} % of a core"));
+        figures.insert("rest_cpu_percent_of_a_core".to_owned(), percent);
+        Ok(())
+    }
+
+    /// Memory at the end of a long time against that after its first quarter.
+    async fn soak(&mut self, figures: &mut Figures) -> anyhow::Result<()> {
+        load::latencies(&self.http, ORDERS_PER_SECOND, self.time / 4).await?;
+        let before = self.memory()?;
+        load::latencies(&self.http, ORDERS_PER_SECOND, self.time * 3 / 4).await?;
+        for (part, (before, after)) in usage::PARTS.into_iter().zip(before.into_iter().zip(self.memory()?)) {
+            say(format!("  soak: {part} had {before:.1} MiB and has {after:.1} MiB"));
+            figures.insert(format!("soak_{part}_growth_mib"), after - before);
+            let ours = ["orders", "payments", "gateway"].contains(&part);
+            ensure!(!ours || after - before <= SOAK_GROWTH_MAX_MIB, "{part} grows: {before:.1} MiB, then {after:.1} MiB");
+        }
+        Ok(())
+    }
+
+    fn memory(&mut self) -> anyhow::Result<Vec<f64>> {
+        usage::PARTS.into_iter().map(|part| usage::memory_mib(&mut self.stack.system, part)).collect()
     }
 
     fn measures(&self, part: Part) -> bool {

@@ -21,10 +21,19 @@ pub(crate) fn cpu_seconds(system: &mut System, part: &str) -> anyhow::Result<f64
 
 /// The most memory a part has had, in MiB; without its children.
 pub(crate) fn peak_memory_mib(system: &mut System, part: &str) -> anyhow::Result<f64> {
+    memory(system, part, "VmHWM:")
+}
+
+/// The memory a part has now, in MiB; without its children.
+pub(crate) fn memory_mib(system: &mut System, part: &str) -> anyhow::Result<f64> {
+    memory(system, part, "VmRSS:")
+}
+
+fn memory(system: &mut System, part: &str, which: &str) -> anyhow::Result<f64> {
     let pid = system.pid(part).with_context(|| format!("{part} does not run"))?;
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("the kernel counts no memory")?;
-    let kib: f64 = line.trim().trim_end_matches(" kB").parse().context("VmHWM is a number of kB")?;
+    let line = status.lines().find_map(|line| line.strip_prefix(which)).context("the kernel counts no memory")?;
+    let kib: f64 = line.trim().trim_end_matches(" kB").parse().with_context(|| format!("{which} is a number of kB"))?;
     Ok(kib / 1024.0)
 }
 
