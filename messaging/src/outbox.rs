@@ -195,6 +195,11 @@ pub(crate) async fn lock_pending(txn: &DatabaseTransaction, which: Which, limit:
     Pending::find_by_statement(query).all(txn).await
 }
 
+/// Whether anything waits, also what another relay holds.
+pub(crate) async fn something_waits(db: &DatabaseConnection) -> Result<bool, DbErr> {
+    Ok(db.query_one_raw(sql("SELECT 1 FROM outbox WHERE published_at IS NULL LIMIT 1", [])).await?.is_some())
+}
+
 /// How many rows were published since a time, on `subject` or on any.
 pub async fn count_published(db: &DatabaseConnection, since: OffsetDateTime, subject: Option<&str>) -> Result<u64, DbErr> {
     let query = sql(

@@ -30,6 +30,8 @@ const BATCH_MAX: u32 = 500;
 const STEP_TIMEOUT: Duration = Duration::from_secs(20);
 /// The commit that made a row wakes the relay. This is for wake-ups that were lost: another replica died, or we did.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// One lane that looks so often is enough; the other is there when it is stuck.
+const SECOND_POLL_INTERVAL: Duration = Duration::from_secs(10);
 /// Between two looks at everything that waits, a lane goes on from where it was, less this. The index of waiting rows
 /// keeps an entry for each row that was published, until a vacuum; walking through them all took half of the database's
 /// time. An id minted so much earlier than others that were published before it waits for the next look at everything.
@@ -81,13 +83,19 @@ impl Relay {
         let (looked, looks) = watch::channel(0);
         tokio::join!(
             self.watch_streams(&look, &looked, &shutdown),
-            self.publish(looks.clone(), &look, &shutdown),
-            self.publish(looks, &look, &shutdown),
+            self.publish(looks.clone(), POLL_INTERVAL, &look, &shutdown),
+            self.publish(looks, SECOND_POLL_INTERVAL, &look, &shutdown),
         );
         Ok(())
     }
 
-    async fn publish(&self, mut looks: watch::Receiver<u64>, look: &Notify, shutdown: &CancellationToken) {
+    async fn publish(
+        &self,
+        mut looks: watch::Receiver<u64>,
+        poll_interval: Duration,
+        look: &Notify,
+        shutdown: &CancellationToken,
+    ) {
         let mut retry_delay = RETRY_DELAY_MIN;
         let mut retry_at = Instant::now();
         let mut connection_number = 0;
@@ -108,7 +116,7 @@ impl Relay {
             }
             let now = Instant::now();
             if now >= look_at_all_at {
-                (from, look_at_all_at) = (Uuid::nil(), now + POLL_INTERVAL);
+                (from, look_at_all_at) = (Uuid::nil(), now + poll_interval);
             }
             // A row that the broker would not take waits for its turn; those that were never tried go first.
             let which = if now >= retry_at { Which::Tried } else { Which::Fresh(from) };
@@ -117,15 +125,19 @@ impl Relay {
                     self.vital.good();
                     retry_delay = RETRY_DELAY_MIN;
                     // A full batch has more behind it.
-                    retry_at = Instant::now() + if step.published < BATCH_MAX as usize { POLL_INTERVAL } else { Duration::ZERO };
+                    retry_at = Instant::now() + if step.published < BATCH_MAX as usize { poll_interval } else { Duration::ZERO };
                 }
                 (Which::Fresh(_), Ok(step)) if step.failed == 0 => {
                     from = step.newest.map_or(from, |newest| a_little_before(newest, LATE));
                     // A commit that came during the step has left a permit: what it stored is looked for at once, and
                     // without one a look would find nothing. Only a full batch may have more behind it.
                     if step.published < BATCH_MAX as usize {
-                        let until = retry_at.min(look_at_all_at);
-                        shutdown.run_until_cancelled(tokio::time::timeout_at(until, self.wake.notified())).await;
+                        let quiet_until =
+                            self.wait(retry_at.min(look_at_all_at), poll_interval, connection_number, shutdown).await;
+                        if let Some(quiet_until) = quiet_until {
+                            retry_delay = RETRY_DELAY_MIN;
+                            (retry_at, from, look_at_all_at) = (quiet_until, Uuid::nil(), quiet_until);
+                        }
                     }
                 }
                 (_, Ok(step)) => {
@@ -149,6 +161,32 @@ impl Relay {
                     retry_delay = (retry_delay * 2).min(RETRY_DELAY_MAX);
                 }
             }
+        }
+    }
+
+    /// Waits for a commit, or for the time of the next look. A look that finds nothing, which is what most of them do, is
+    /// a single statement, and waiting goes on; then this says until when nobody needs to look again.
+    async fn wait(
+        &self,
+        mut until: Instant,
+        poll_interval: Duration,
+        connection_number: u64,
+        shutdown: &CancellationToken,
+    ) -> Option<Instant> {
+        let mut quiet_until = None;
+        loop {
+            let woken = shutdown.run_until_cancelled(tokio::time::timeout_at(until, self.wake.notified())).await;
+            let same_connection = self.broker.is_connected() && self.broker.connection_number() == connection_number;
+            if !matches!(woken, Some(Err(_))) || !same_connection {
+                return quiet_until;
+            }
+            // An error shows in the next step, which tells it.
+            if db::within(STEP_TIMEOUT, outbox::something_waits(&self.db)).await.unwrap_or(true) {
+                return quiet_until;
+            }
+            self.vital.good();
+            until = Instant::now() + poll_interval;
+            quiet_until = Some(until);
         }
     }
 

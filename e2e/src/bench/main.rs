@@ -115,6 +115,11 @@ async fn main() -> anyhow::Result<()> {
     let mut bench = Bench { stack, http, databases, time: Duration::from_secs(arguments.seconds), only: arguments.only };
     bench.assert_durable().await?;
     say("durable: fsync, synchronous_commit and sync_interval are as they should be");
+    // Before all else: after load, the database still tidies up.
+    let mut at_rest = Figures::new();
+    if bench.measures(Part::Rest) {
+        bench.rest(&mut at_rest).await?;
+    }
     bench.open_accounts().await?;
     floor::prepare(&bench.stack.system).await?;
     load::saturate(std::slice::from_ref(&bench.http), &bench.databases.orders, load::USERS, Duration::from_secs(3)).await?;
@@ -144,6 +149,7 @@ async fn main() -> anyhow::Result<()> {
         runs.push(figures);
     }
     let mut figures = report::medians(&runs);
+    figures.append(&mut at_rest);
     for part in usage::PARTS {
         figures.insert(format!("memory_{part}_peak_mib"), usage::peak_memory_mib(&mut bench.stack.system, part)?);
     }
@@ -259,9 +265,6 @@ impl Bench {
                 say(format!("    {leg}: {median:.2} ms"));
                 figures.insert(format!("latency_100_{leg}_ms"), median);
             }
-        }
-        if self.measures(Part::Rest) {
-            self.rest(figures).await?;
         }
         if self.only.contains(&Part::Soak) {
             self.soak(figures).await?;
