@@ -77,6 +77,23 @@ const VIEWS = [
   }],
 ];
 
+/// What cannot be seen whole: beyond the window, or beyond its place in a row.
+function sticksOut() {
+  const beyond = (part) => {
+    const { right } = part.getBoundingClientRect();
+    const row = part.closest('.row-main');
+    return right > innerWidth + 1 || (row && right > row.getBoundingClientRect().right + 1);
+  };
+  const found = document.documentElement.scrollWidth > innerWidth ? [`the page scrolls to the side at ${innerWidth}`] : [];
+  for (const part of document.querySelectorAll('main *, dialog *')) if (beyond(part)) found.push(`beyond ${innerWidth}: ${part.textContent || part.outerHTML}`);
+  return found;
+}
+
+/// Until what is there by now has been drawn, and who observes it was told.
+function drawn(page) {
+  return page.evaluate(() => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(resolve)))));
+}
+
 async function shopAs(page, user) {
   await page.evaluate((user) => {
     localStorage.setItem('gozon.users', JSON.stringify([user, 'bob']));
@@ -98,9 +115,7 @@ for (const [name, path, ready, { stranger, tolerated } = {}] of VIEWS) {
       for (const colorScheme of SCHEMES) {
         await page.setViewportSize({ width, height: HEIGHT });
         await page.emulateMedia({ colorScheme });
-        const over = await page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
-        if (over > 0) found.push(`${over} pixels too wide at ${width}`);
-        found.push(...await page.locator('.row-main *').evaluateAll((parts) => parts.filter((part) => part.getBoundingClientRect().right > part.closest('.row-main').getBoundingClientRect().right + 1).map((part) => `sticks out: ${part.textContent}`)));
+        found.push(...await page.evaluate(sticksOut));
         await page.evaluate(() => scrollTo(0, 0));
         // A dialog darkens what can be seen, not what is below.
         const fullPage = await page.locator('dialog').count() === 0;
@@ -121,15 +136,33 @@ test('nothing jumps while views load and orders come', browsing({ noPage: true }
   });
   const first = await open();
   const user = await startDemo(first);
+  // More than what is shown while they are awaited.
+  await Promise.all(Array.from({ length: 20 }, () => paid(user, 10)));
+  // Nothing is answered before it is seen that something is awaited.
+  await context.route('**/v1/**', async (route) => {
+    const page = route.request().frame().page();
+    if (page !== first && !page.drawn) {
+      await page.locator('.waiting').first().waitFor();
+      await drawn(page);
+      page.drawn = true;
+    }
+    // The page may be closed by now.
+    await route.continue().catch(() => {});
+  });
   for (const [path, ready] of [['#/', 'order'], ['#/orders', 'order'], [`#/orders/${way}`, 'timeline'], [`#/accounts/${user}`, 'sums'], ['#/flow', 'letter']]) {
     const page = await open(path);
     await page.getByTestId(ready).first().waitFor();
+    await drawn(page);
+    const shifts = await page.evaluate(() => window.shifts.splice(0));
+    assert.ok(shifts.reduce((sum, { value }) => sum + value, 0) < SHIFT_MAX, `${path}: ${JSON.stringify(shifts)}`);
     if (path === '#/') {
       await order(user, 1, 'From elsewhere');
       await orderWith(page, 'FINISHED').filter({ hasText: 'From elsewhere' }).waitFor();
+      await drawn(page);
+      // What is new comes first, and nothing but the other rows makes way.
+      const moved = await page.evaluate(() => window.shifts.flatMap(({ what }) => what));
+      assert.deepEqual(moved.filter((what) => !/^row /.test(what)), []);
     }
-    const shifts = await page.evaluate(() => window.shifts);
-    assert.ok(shifts.reduce((sum, { value }) => sum + value, 0) < SHIFT_MAX, `${path}: ${JSON.stringify(shifts)}`);
     await page.close();
   }
 }));

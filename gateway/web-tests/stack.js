@@ -10,6 +10,7 @@ import { promisify } from 'node:util';
 const run = promisify(execFile);
 const { GOZON_GATEWAY, GOZON_DIR, GOZON_PORT_OFFSET, GOZON_STACK } = process.env;
 const NATS_PORT = 4222 + Number(GOZON_PORT_OFFSET);
+const ORDERS_PORT = 8081 + Number(GOZON_PORT_OFFSET);
 const DEADLINE_MS = 15_000;
 const POLL_MS = 40;
 
@@ -66,6 +67,12 @@ export async function ended(id) {
   });
 }
 
+/// The same, without the gateway.
+export async function endedInside(id) {
+  const orders = `http://127.0.0.1:${ORDERS_PORT}`;
+  await eventually(async () => (await (await fetch(`${orders}/v1/orders/${id}`)).json()).status !== 'NEW');
+}
+
 export async function paid(user, amount, description) {
   const { id } = await order(user, amount, description);
   assert.equal((await ended(id)).status, 'FINISHED');
@@ -90,12 +97,21 @@ export async function timeline(id, steps = 11) {
 
 /// Runs `work` while a service (or the gateway) is stopped; it is ready again afterwards.
 export async function without(service, work) {
-  await stack('stop', service);
+  await stop(service);
   try {
     return await work();
   } finally {
-    await stack('start', service);
+    await start(service);
   }
+}
+
+export function stop(service) {
+  return stack('stop', service);
+}
+
+/// Until it is ready.
+export function start(service) {
+  return stack('start', service);
 }
 
 function stack(...command) {
