@@ -10,7 +10,7 @@ use stack::NAMES;
 use stack::http::Http;
 use stack::testing::eventually;
 
-use crate::shop::{SOON, Shop, until_done};
+use crate::shop::{SOON, Shop, fault_takes, until_done};
 
 pub(crate) const CLIENTS: usize = 8;
 pub(crate) const ORDERS_EACH: usize = 15;
@@ -147,7 +147,7 @@ async fn f27_the_broker_frozen_for_six_seconds() {
     let mut shop = shop_with_customers().await;
     shop_while(&mut shop, async |shop| {
         shop.stack.system.pause("nats").unwrap();
-        frozen(Duration::from_secs(6)).await;
+        fault_takes(Duration::from_secs(6)).await;
         shop.stack.system.resume("nats").unwrap();
     })
     .await;
@@ -161,7 +161,7 @@ async fn f35_each_service_frozen_for_two_seconds() {
     shop_while(&mut shop, async |shop| {
         for name in ["payments", "orders", "gateway"] {
             shop.stack.system.pause(name).unwrap();
-            frozen(Duration::from_secs(2)).await;
+            fault_takes(Duration::from_secs(2)).await;
             shop.stack.system.resume(name).unwrap();
         }
     })
@@ -178,7 +178,7 @@ async fn f10_every_database_connection_ended_again_and_again() {
         for _ in 0..20 {
             let ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname IN ('orders', 'payments')";
             postgres.execute_unprepared(ended).await.unwrap();
-            frozen(Duration::from_millis(50)).await;
+            fault_takes(Duration::from_millis(50)).await;
         }
     })
     .await;
@@ -302,11 +302,6 @@ async fn f44_rolling_restarts() {
     assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);
 }
 
-/// The fault itself takes time; nothing is waited for.
-async fn frozen(time: Duration) {
-    tokio::time::sleep(time).await;
-}
-
 #[tokio::test]
 async fn f05_a_service_that_is_away_is_named_and_the_other_goes_on() {
     let mut shop = Shop::open().await;
@@ -378,7 +373,7 @@ async fn f23_the_broker_away_for_ten_seconds() {
     let mut shop = shop_with_customers().await;
     shop_while(&mut shop, async |shop| {
         shop.stack.system.stop("nats").await.unwrap();
-        frozen(Duration::from_secs(10)).await;
+        fault_takes(Duration::from_secs(10)).await;
         let placed = shop.http.post("/v1/orders", None, &json!({ "user_id": "nobody", "amount": 1 })).await.unwrap();
         assert_eq!(placed.status, 201, "{}", placed.text());
         shop.stack.system.start("nats").await.unwrap();
@@ -397,7 +392,7 @@ async fn f39_the_database_of_payments_away_for_ten_seconds() {
         server.execute_unprepared(away).await.unwrap();
         let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'payments'";
         server.execute_unprepared(end).await.unwrap();
-        frozen(Duration::from_secs(10)).await;
+        fault_takes(Duration::from_secs(10)).await;
         server.execute_unprepared("ALTER DATABASE payments ALLOW_CONNECTIONS true").await.unwrap();
     })
     .await;

@@ -10,7 +10,7 @@ use stack::seed::Seed;
 use stack::testing::{TestStack, eventually, own_programs};
 use stack::{Edges, NAMES};
 
-use crate::shop::{SOON, Shop};
+use crate::shop::{SOON, Shop, fault_takes};
 
 /// A dead connection is noticed and replaced within this, also on a busy machine.
 const NOTICED_WITHIN: Duration = Duration::from_secs(40);
@@ -207,13 +207,13 @@ async fn f49_ways_closed_one_by_one_and_opened_in_another_order() {
             seed.shuffle(&mut ways);
             for way in &ways {
                 way.hold();
-                fault_takes(100).await;
+                fault_takes(Duration::from_millis(100)).await;
             }
             ways.iter().for_each(stack::proxy::Proxy::cut);
             seed.shuffle(&mut ways);
             for way in &ways {
                 way.heal();
-                fault_takes(100).await;
+                fault_takes(Duration::from_millis(100)).await;
             }
         }
     };
@@ -233,7 +233,7 @@ async fn f52_everything_killed_at_once() {
         let body = json!({ "user_id": "alice", "amount": 10 });
         let orders = join_all((0..40).map(|_| crate::shop::until_done(&http, "/v1/orders", &body)));
         let power_cut = async {
-            fault_takes(50).await;
+            fault_takes(Duration::from_millis(50)).await;
             let mut names = NAMES;
             for name in names {
                 shop.stack.system.kill(name).await.unwrap();
@@ -257,9 +257,4 @@ async fn f52_everything_killed_at_once() {
         assert_eq!(shop.assert_settled(round * 40).await, round * 40);
     }
     assert_eq!(shop.balance("alice").await, 200);
-}
-
-/// The fault itself takes time; nothing is waited for.
-async fn fault_takes(milliseconds: u64) {
-    tokio::time::sleep(Duration::from_millis(milliseconds)).await;
 }

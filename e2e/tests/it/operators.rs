@@ -87,12 +87,16 @@ async fn an_operator_sees_what_waits_and_applies_what_was_refused() {
     let again = letters(&shop, 2).await;
     assert!(again.iter().all(|letter| letter["waits"] == true && letter["replays"] == 1), "{again:?}");
 
-    // The order is there now: a dry run says what would happen and does nothing, a replay does it, once.
+    // The order is there now: a dry run says what would happen and does nothing, a replay does it, once. Its request was
+    // published just now, or else it would be asked for.
     let orders = shop.database("orders").await;
+    let event = Uuid::now_v7();
     let restored = format!(
         "INSERT INTO orders (id, user_id, amount, description, idempotency_key, request_hash, placed_event_id, created_at, updated_at)
-         VALUES ('{unknown}', 'alice', 7, '', 'key', '', '{}', now(), now())",
-        Uuid::now_v7()
+         VALUES ('{unknown}', 'alice', 7, '', 'key', '', '{event}', now(), now());
+         INSERT INTO outbox (event_id, n, subject, headers, payload, published_at, stream_sequence)
+         VALUES ('{event}', 0, '{}', '', '{{}}', now(), 1)",
+        OrderPlaced::SUBJECT
     );
     orders.execute_unprepared(&restored).await.unwrap();
     let path = format!("/v1/ops/dead-letters/{}/replay", quarantined["id"].as_str().unwrap());

@@ -172,3 +172,8 @@ async fn rows(db: &DatabaseConnection, sql: &str) -> Vec<QueryResult> {
 pub(crate) async fn until_done(http: &Http, path: &str, body: &Value) -> Answer {
     e2e::until_done(http, path, body, SOON).await.unwrap()
 }
+
+/// The fault itself takes time; nothing is waited for.
+pub(crate) async fn fault_takes(time: Duration) {
+    tokio::time::sleep(time).await;
+}
