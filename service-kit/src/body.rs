@@ -10,6 +10,7 @@ use bytes::Bytes;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
+use uuid::Uuid;
 
 use crate::http::{BODY_BYTES_MAX, foreign};
 use crate::problem::{FieldError, Problem};
@@ -156,6 +157,20 @@ pub fn number(value: &Value, range: std::ops::RangeInclusive<u64>) -> Result<u64
 /// The parameter `limit` of a list.
 pub fn limit(value: &Value) -> Result<usize, String> {
     number(value, 1..=LIMIT_MAX).map(|number| usize::try_from(number).unwrap_or(LIMIT_DEFAULT))
+}
+
+/// The parameter `cursor` of a list whose pages end with an id.
+pub fn cursor(value: &Value) -> Result<Option<Uuid>, String> {
+    Uuid::parse_str(text(value)?).map(Some).map_err(|_| "must be the next_cursor of a page".to_owned())
+}
+
+/// A parameter that is set or not.
+pub fn switch(value: &Value) -> Result<bool, String> {
+    match text(value)? {
+        "true" => Ok(true),
+        "false" => Ok(false),
+        _ => Err("must be true or false".to_owned()),
+    }
 }
 
 /// The value must be written as an integer: no fraction, no exponent, no quotes.

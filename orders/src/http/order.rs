@@ -241,7 +241,7 @@ pub(super) async fn list_orders(
     let user_id = parameters.optional("user_id", None, |value| user_id(value).map(Some));
     let status = parameters.optional("status", None, |value| status(value).map(Some));
     let limit = parameters.optional("limit", body::LIMIT_DEFAULT, body::limit);
-    let before = parameters.optional("cursor", None, |value| cursor(value).map(Some));
+    let before = parameters.optional("cursor", None, body::cursor);
     parameters.finish()?;
     let filter = Filter {
         user_id: user_id.flatten().map(|user_id| user_id.to_string()),
@@ -284,10 +284,6 @@ fn status(value: &Value) -> Result<Status, String> {
         "CANCELLED" => Ok(Status::Cancelled),
         _ => Err("must be NEW, FINISHED or CANCELLED".to_owned()),
     }
-}
-
-fn cursor(value: &Value) -> Result<Uuid, String> {
-    Uuid::parse_str(body::text(value)?).map_err(|_| "must be the next_cursor of a page".to_owned())
 }
 
 #[cfg(test)]

@@ -13,9 +13,6 @@ use super::error::problem;
 use crate::charge::{self, Charged};
 use crate::error::Error;
 
-const LIMIT_DEFAULT: u64 = 20;
-const LIMIT_MAX: u64 = 100;
-
 /// How the flow goes
 #[utoipa::path(
     get,
@@ -54,16 +51,11 @@ pub(super) async fn dead_letters(
     Query(query): Query<Vec<(String, String)>>,
 ) -> Result<Json<DeadLetters>, Problem> {
     let mut parameters = Fields::from_query(&query);
-    let limit = parameters.optional("limit", LIMIT_DEFAULT, |value| {
-        let rule = || format!("must be an integer from 1 to {LIMIT_MAX}");
-        body::text(value)?.parse().ok().filter(|limit| (1..=LIMIT_MAX).contains(limit)).ok_or_else(rule)
-    });
-    let before = parameters.optional("cursor", None, |value| {
-        Uuid::parse_str(body::text(value)?).map(Some).map_err(|_| "must be the next_cursor of a page".to_owned())
-    });
+    let limit = parameters.optional("limit", body::LIMIT_DEFAULT, body::limit);
+    let before = parameters.optional("cursor", None, body::cursor);
     parameters.finish()?;
-    let (before, limit) = (before.flatten(), limit.unwrap_or(LIMIT_DEFAULT));
-    let page = db::read(|| desk::dead_letters(&state.db, before, limit)).await;
+    let (before, limit) = (before.flatten(), limit.unwrap_or(body::LIMIT_DEFAULT));
+    let page = db::read(|| desk::dead_letters(&state.db, before, limit as u64)).await;
     Ok(Json(page.map_err(|error| problem(error.into(), None))?))
 }
 
@@ -93,11 +85,7 @@ pub(super) async fn replay(
     Query(query): Query<Vec<(String, String)>>,
 ) -> Result<Json<Replay>, Problem> {
     let mut parameters = Fields::from_query(&query);
-    let dry_run = parameters.optional("dry_run", false, |value| match body::text(value)? {
-        "true" => Ok(true),
-        "false" => Ok(false),
-        _ => Err("must be true or false".to_owned()),
-    });
+    let dry_run = parameters.optional("dry_run", false, body::switch);
     parameters.finish()?;
     let id: Uuid = id.parse().map_err(|_| problem(Error::DeadLetterNotFound, None))?;
     let dry_run = dry_run.unwrap_or_default();
