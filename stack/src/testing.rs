@@ -1,11 +1,12 @@
 //! What tests need: a database server for the whole run, a fresh database and a fresh broker for each test, and
 //! waiting for a condition instead of sleeping.
 
+mod cluster;
+mod disk;
+
 use std::fs;
-use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
@@ -28,6 +29,9 @@ use crate::process::{Process, Program, tail};
 use crate::seed::Seed;
 use crate::system::{Options, System};
 use crate::tools::Tools;
+
+pub use self::cluster::TestCluster;
+pub use self::disk::SmallDisk;
 
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
@@ -364,162 +368,4 @@ impl TestStack {
 pub fn own_programs() -> anyhow::Result<PathBuf> {
     let test = std::env::current_exe()?;
     Ok(test.ancestors().nth(2).context("a test is in target/PROFILE/deps")?.to_owned())
-}
-
-/// A file system of a few megabytes that can be filled up. Only root can make one.
-#[derive(Debug)]
-pub struct SmallDisk(TemporaryFolder);
-
-impl SmallDisk {
-    /// Makes one.
-    pub fn mount(megabytes: u32) -> anyhow::Result<Self> {
-        let disk = Self(TemporaryFolder::new()?);
-        let size = format!("size={megabytes}m,mode=755");
-        run(Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(disk.0.path()))?;
-        Ok(disk)
-    }
-
-    /// Moves a folder to it and leaves a link in its place.
-    pub fn take_in(&self, folder: &Path) -> anyhow::Result<()> {
-        let here = self.0.path().join("data");
-        run(Command::new("cp").arg("-a").arg(folder).arg(&here))?;
-        fs::remove_dir_all(folder)?;
-        Ok(std::os::unix::fs::symlink(here, folder)?)
-    }
-
-    /// Leaves no room.
-    pub fn fill(&self) -> anyhow::Result<()> {
-        let mut ballast = fs::File::create(self.ballast())?;
-        let block = [0; 4096];
-        loop {
-            match ballast.write_all(&block) {
-                Ok(()) => {}
-                Err(error) if error.kind() == std::io::ErrorKind::StorageFull => return Ok(()),
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
-
-    /// Makes room again.
-    pub fn free(&self) -> anyhow::Result<()> {
-        Ok(fs::remove_file(self.ballast())?)
-    }
-
-    fn ballast(&self) -> PathBuf {
-        self.0.path().join("ballast")
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        // Lazily: whoever used it may still be ending.
-        let _ = Command::new("umount").arg("--lazy").arg(self.0.path()).status();
-    }
-}
-
-/// Three brokers that are one: a cluster with the shipped configuration and users.
-#[derive(Debug)]
-pub struct TestCluster {
-    servers: Vec<(Nats, Option<Process>)>,
-    _folder: TemporaryFolder,
-}
-
-impl TestCluster {
-    /// Three servers, not running yet, with the passwords of these secrets, on these ports.
-    pub fn prepare(secrets: &Secrets, ports: [u16; 3]) -> anyhow::Result<Self> {
-        let folder = TemporaryFolder::new()?;
-        let tools = Tools::find()?;
-        let cluster_ports = [free_port()?, free_port()?, free_port()?];
-        let mut servers = Vec::new();
-        for (number, port) in ports.into_iter().enumerate() {
-            let data = folder.path().join(format!("nats-{number}"));
-            fs::create_dir(&data)?;
-            let log = folder.path().join(format!("nats-{number}.log"));
-            let nats = Nats::new(&tools, data, log, port, free_port()?, secrets.clone());
-            servers.push((nats.member(format!("gozon-{number}"), cluster_ports[number], cluster_ports), None));
-        }
-        Ok(Self { servers, _folder: folder })
-    }
-
-    /// Where clients find a server.
-    pub fn url(&self, number: usize) -> String {
-        self.servers[number].0.url()
-    }
-
-    /// Starts a server.
-    pub fn spawn(&mut self, number: usize) -> anyhow::Result<()> {
-        let (nats, process) = &mut self.servers[number];
-        *process = Some(Process::start(&nats.program())?);
-        Ok(())
-    }
-
-    /// kill -9.
-    pub async fn kill(&mut self, number: usize) -> anyhow::Result<()> {
-        match self.servers[number].1.take() {
-            Some(mut process) => process.kill().await,
-            None => Ok(()),
-        }
-    }
-
-    /// Freezes a server (SIGSTOP): to the others it is cut off.
-    pub fn pause(&self, number: usize) -> anyhow::Result<()> {
-        self.signal(number, Signal::STOP)
-    }
-
-    /// Lets a frozen server go on (SIGCONT).
-    pub fn resume(&self, number: usize) -> anyhow::Result<()> {
-        self.signal(number, Signal::CONT)
-    }
-
-    fn signal(&self, number: usize, signal: Signal) -> anyhow::Result<()> {
-        self.servers[number].1.as_ref().context("the server does not run")?.signal(signal)
-    }
-
-    /// Waits until all servers that run work together.
-    pub async fn until_ready(&self) -> anyhow::Result<()> {
-        let deadline = Instant::now() + READY_TIMEOUT;
-        for (nats, _) in self.servers.iter().filter(|(_, process)| process.is_some()) {
-            while !nats.is_ready().await {
-                anyhow::ensure!(
-                    Instant::now() < deadline,
-                    "the cluster is not ready. The end of {}:\n{}",
-                    nats.log.display(),
-                    tail(&nats.log, 15)
-                );
-                tokio::time::sleep(LOOK_INTERVAL).await;
-            }
-        }
-        Ok(())
-    }
-
-    /// Which server leads a stream, if one does.
-    pub async fn leader(&self, stream: &str) -> Option<usize> {
-        self.leader_among(stream, &[0, 1, 2]).await
-    }
-
-    /// The same, asking only these: one that is frozen does not answer.
-    pub async fn leader_among(&self, stream: &str, numbers: &[usize]) -> Option<usize> {
-        for &number in numbers {
-            let (nats, process) = &self.servers[number];
-            if process.is_none() {
-                continue;
-            }
-            let monitor = Http::new(format!("http://127.0.0.1:{}", nats.monitor_port));
-            let Ok(answer) = monitor.get("/jsz?streams=true").await else { continue };
-            let answer = answer.json();
-            let accounts = answer["account_details"].as_array().into_iter().flatten();
-            let mut streams = accounts.flat_map(|account| account["stream_detail"].as_array().into_iter().flatten());
-            let found = streams.find(|found| found["name"] == stream);
-            if found.is_some_and(|found| found["cluster"]["leader"] == format!("gozon-{number}")) {
-                return Some(number);
-            }
-        }
-        None
-    }
-}
-
-fn run(command: &mut Command) -> anyhow::Result<()> {
-    let output = command.output().with_context(|| format!("{command:?} cannot be started"))?;
-    anyhow::ensure!(output.status.success(), "{command:?} failed: {}", String::from_utf8_lossy(&output.stderr).trim());
-    Ok(())
 }
