@@ -200,7 +200,7 @@ struct Verdict {
 }
 
 async fn audited(databases: &Databases, shop: &Shop) -> anyhow::Result<Verdict> {
-    let options = audit::Options { grace: Duration::from_secs(1), late_after: Duration::ZERO, stuck_after: Duration::ZERO };
+    let options = audit::Options { grace: Duration::from_secs(4), late_after: Duration::ZERO, stuck_after: Duration::ZERO };
     let report = audit::audit(databases, options).await?;
     let debits = count(&databases.payments, DEBITS).await?;
     let account = shop.http.get("/v1/accounts/alice").await?.json();

@@ -24,6 +24,7 @@ pub const ALL: &[(&str, &[&str])] = &[
     ("relay.after_take", &["orders", "payments"]),
     ("relay.after_send", &["orders", "payments"]),
     ("relay.after_puback", &["orders", "payments"]),
+    ("relay.after_mark", &["orders", "payments"]),
     ("relay.before_commit", &["orders", "payments"]),
     ("relay.after_commit", &["orders", "payments"]),
     ("consumer.after_fetch", &["orders", "payments"]),

@@ -206,8 +206,8 @@ pub fn injected(_: Injected) -> DbErr {
 }
 
 /// Runs `statement` inside a transaction and says how many rows it touched.
-pub async fn execute(txn: &DatabaseTransaction, statement: Statement) -> Result<u64, DbErr> {
-    Ok(txn.execute_raw(statement).await?.rows_affected())
+pub async fn execute(db: &impl ConnectionTrait, statement: Statement) -> Result<u64, DbErr> {
+    Ok(db.execute_raw(statement).await?.rows_affected())
 }
 
 /// Requests are tried again this long before the caller is told that the outcome is unknown or that nothing was done.

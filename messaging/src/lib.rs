@@ -12,6 +12,7 @@ mod incoming;
 pub mod measure;
 pub mod migration;
 pub mod outbox;
+pub mod outlet;
 mod publish;
 pub mod relay;
 pub mod retention;

@@ -113,10 +113,18 @@ impl Headers {
     }
 }
 
-/// Stores facts together with what they tell about. After the commit, wake the relay.
-pub async fn enqueue(txn: &DatabaseTransaction, mut messages: Vec<Message>) -> Result<(), DbErr> {
+/// Facts that a transaction has enqueued. After its commit they are handed to the relay, [`Outlet::hand_over`]; dropped,
+/// they are found in the table.
+///
+/// [`Outlet::hand_over`]: crate::outlet::Outlet::hand_over
+#[derive(Debug, Default)]
+#[must_use = "handed to the relay after the commit, they are published without delay"]
+pub struct Enqueued(pub(crate) Vec<Pending>);
+
+/// Stores facts together with what they tell about.
+pub async fn enqueue(txn: &DatabaseTransaction, mut messages: Vec<Message>) -> Result<Enqueued, DbErr> {
     if messages.is_empty() {
-        return Ok(());
+        return Ok(Enqueued::default());
     }
     messages.sort_by_key(|message| (message.event_id, message.n));
     let mut event_ids = Vec::with_capacity(messages.len());
@@ -124,12 +132,12 @@ pub async fn enqueue(txn: &DatabaseTransaction, mut messages: Vec<Message>) -> R
     let mut subjects = Vec::with_capacity(messages.len());
     let mut headers = Vec::with_capacity(messages.len());
     let mut payloads = Vec::with_capacity(messages.len());
-    for message in messages {
+    for message in &messages {
         event_ids.push(message.event_id.as_uuid());
         ns.push(message.n);
-        subjects.push(message.subject);
-        headers.push(message.headers);
-        payloads.push(message.payload);
+        subjects.push(message.subject.clone());
+        headers.push(message.headers.clone());
+        payloads.push(message.payload.clone());
     }
     // One statement text for any number of rows, so that it is prepared once per connection.
     db::execute(
@@ -141,7 +149,7 @@ pub async fn enqueue(txn: &DatabaseTransaction, mut messages: Vec<Message>) -> R
         ),
     )
     .await?;
-    Ok(())
+    Ok(Enqueued(messages.into_iter().map(Pending::from).collect()))
 }
 
 /// What the relay needs of a row.
@@ -152,6 +160,13 @@ pub(crate) struct Pending {
     pub(crate) subject: String,
     pub(crate) headers: String,
     pub(crate) payload: String,
+}
+
+impl From<Message> for Pending {
+    fn from(message: Message) -> Self {
+        let Message { event_id, n, subject, headers, payload } = message;
+        Self { event_id: event_id.as_uuid(), n, subject, headers, payload }
+    }
 }
 
 impl Pending {
@@ -165,11 +180,15 @@ impl Pending {
     }
 }
 
+/// A row that was never tried is looked for when it is this old: younger ones are on the short way, and have most of a
+/// second for it. By the database's clock, which no replica can have wrong.
+pub const LOOKED_FOR_AFTER: Duration = Duration::from_secs(2);
+
 /// Which of the waiting rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Which {
-    /// Those that were never tried, from this id on.
-    Fresh(Uuid),
+    /// Those that nobody has tried, from this id on and at least so old.
+    Left(Uuid, Duration),
     /// Those that the broker did not take.
     Tried,
 }
@@ -180,11 +199,11 @@ pub(crate) enum Which {
 pub(crate) async fn lock_pending(txn: &DatabaseTransaction, which: Which, limit: u32) -> Result<Vec<Pending>, DbErr> {
     let limit = i64::from(limit).into();
     let query = match which {
-        Which::Fresh(from) => sql(
+        Which::Left(from, age) => sql(
             "SELECT event_id, n, subject, headers, payload FROM outbox
-             WHERE published_at IS NULL AND attempts = 0 AND event_id >= $2
+             WHERE published_at IS NULL AND attempts = 0 AND event_id >= $2 AND created_at < now() - make_interval(secs => $3)
              ORDER BY event_id, n LIMIT $1 FOR UPDATE SKIP LOCKED",
-            [limit, from.into()],
+            [limit, from.into(), age.as_secs_f64().into()],
         ),
         Which::Tried => sql(
             "SELECT event_id, n, subject, headers, payload FROM outbox WHERE published_at IS NULL AND attempts > 0
@@ -251,8 +270,9 @@ pub(crate) struct Acknowledged {
     pub(crate) stream_sequence: i64,
 }
 
-/// Marks exactly these rows, which the transaction has locked.
-pub(crate) async fn mark_published(txn: &DatabaseTransaction, rows: &[Acknowledged]) -> Result<(), DbErr> {
+/// Marks exactly these rows. Who has locked them marks in the same transaction; who was handed them marks in one
+/// statement, after whoever may have locked them since.
+pub(crate) async fn mark_published(db: &impl ConnectionTrait, rows: &[Acknowledged]) -> Result<(), DbErr> {
     if rows.is_empty() {
         return Ok(());
     }
@@ -260,7 +280,7 @@ pub(crate) async fn mark_published(txn: &DatabaseTransaction, rows: &[Acknowledg
     let ns: Vec<i32> = rows.iter().map(|row| row.n).collect();
     let sequences: Vec<i64> = rows.iter().map(|row| row.stream_sequence).collect();
     db::execute(
-        txn,
+        db,
         sql(
             "UPDATE outbox o SET published_at = clock_timestamp(), stream_sequence = v.stream_sequence, attempts = o.attempts + 1
              FROM unnest($1::uuid[], $2::integer[], $3::bigint[]) AS v (event_id, n, stream_sequence)
@@ -272,18 +292,18 @@ pub(crate) async fn mark_published(txn: &DatabaseTransaction, rows: &[Acknowledg
     Ok(())
 }
 
-/// Counts an attempt for rows, which the transaction has locked, whose PubAck did not come.
-pub(crate) async fn count_attempt(txn: &DatabaseTransaction, rows: &[(Uuid, i32)]) -> Result<(), DbErr> {
+/// Counts an attempt for rows whose PubAck did not come.
+pub(crate) async fn count_attempt(db: &impl ConnectionTrait, rows: &[(Uuid, i32)]) -> Result<(), DbErr> {
     if rows.is_empty() {
         return Ok(());
     }
     if removed!("relay.puback") {
         let without = |(event_id, n): &(Uuid, i32)| Acknowledged { event_id: *event_id, n: *n, stream_sequence: 0 };
-        return mark_published(txn, &rows.iter().map(without).collect::<Vec<_>>()).await;
+        return mark_published(db, &rows.iter().map(without).collect::<Vec<_>>()).await;
     }
     let (event_ids, ns): (Vec<Uuid>, Vec<i32>) = rows.iter().copied().unzip();
     db::execute(
-        txn,
+        db,
         sql(
             "UPDATE outbox o SET attempts = o.attempts + 1 FROM unnest($1::uuid[], $2::integer[]) AS v (event_id, n)
              WHERE o.event_id = v.event_id AND o.n = v.n",
@@ -295,18 +315,16 @@ pub(crate) async fn count_attempt(txn: &DatabaseTransaction, rows: &[(Uuid, i32)
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use shared_contracts::{Amount, OrderId, OrderPlaced, UserId};
 
     use super::*;
 
-    fn pending(n: u32) -> Pending {
+    pub(crate) fn pending(n: u32) -> Pending {
         let order_id: OrderId = "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11".parse().unwrap();
         let event = OrderPlaced { order_id, user_id: UserId::parse("alice").unwrap(), amount: Amount::new(5).unwrap() };
         let event_id = "01933f3c-7d5a-7b60-9d6f-000000000001".parse().unwrap();
-        let message = Message::nth(event_id, n, &event, OffsetDateTime::UNIX_EPOCH, None);
-        let Message { event_id, n, subject, headers, payload } = message;
-        Pending { event_id: event_id.as_uuid(), n, subject, headers, payload }
+        Message::nth(event_id, n, &event, OffsetDateTime::UNIX_EPOCH, None).into()
     }
 
     #[test]

@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use async_nats::jetstream::stream;
 use failpoint::failpoint;
 use metrics::{counter, histogram};
-use sea_orm::{DatabaseConnection, TransactionTrait};
+use sea_orm::{ConnectionTrait, DatabaseConnection, TransactionTrait};
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -18,7 +18,8 @@ use uuid::Uuid;
 use crate::broker::{Broker, jitter};
 use crate::db;
 use crate::measure;
-use crate::outbox::{self, Which};
+use crate::outbox::{self, LOOKED_FOR_AFTER, Pending, Which};
+use crate::outlet::Outlet;
 use crate::publish;
 use crate::topology::{self, Ensured, StreamState};
 use crate::vital::Vital;
@@ -28,14 +29,10 @@ const BATCH_MAX: u32 = 500;
 /// A step that hangs (a connection into nothing) is given up; the database frees its rows. The broker has two answers to
 /// give in it, each with a time limit of its own.
 const STEP_TIMEOUT: Duration = Duration::from_secs(20);
-/// The commit that made a row wakes the relay. This is for wake-ups that were lost: another replica died, or we did.
+/// What was committed is handed over. Looking is for what was not: another replica died, or we did.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// One lane that looks so often is enough; the other is there when it is stuck.
 const SECOND_POLL_INTERVAL: Duration = Duration::from_secs(10);
-/// Between two looks at everything that waits, a lane goes on from where it was, less this. The index of waiting rows
-/// keeps an entry for each row that was published, until a vacuum; walking through them all took half of the database's
-/// time. An id minted so much earlier than others that were published before it waits for the next look at everything.
-const LATE: Duration = Duration::from_millis(50);
 /// While nothing fails, the streams are looked at this often: nobody tells a relay that is idle that they are gone.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 /// On a new connection, publishing waits so long for the look at the streams, which may have to be made first.
@@ -51,8 +48,8 @@ pub struct Relay {
     pub broker: Broker,
     /// Streams this service owns; the relay makes them when they are absent.
     pub streams: Vec<stream::Config>,
-    /// Notified after every commit that enqueued something.
-    pub wake: Arc<Notify>,
+    /// What was just committed in this process.
+    pub outlet: Outlet,
     /// Notified when the broker is found to have lost what it had acknowledged.
     pub lost: Arc<Notify>,
     /// How publishing goes.
@@ -77,30 +74,28 @@ struct Step {
 impl Relay {
     /// Publishes until `shutdown`. A batch that was begun is finished; only waits are cut short.
     ///
-    /// Two lanes do the same, so that one reads the next rows while the other waits for the broker.
+    /// Two lanes do the same, so that one sends the next rows while the other waits for the broker or marks.
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         let look = Notify::new();
         let (looked, looks) = watch::channel(0);
         tokio::join!(
             self.watch_streams(&look, &looked, &shutdown),
-            self.publish(looks.clone(), POLL_INTERVAL, &look, &shutdown),
-            self.publish(looks, SECOND_POLL_INTERVAL, &look, &shutdown),
+            self.go(looks.clone(), POLL_INTERVAL, &look, &shutdown),
+            self.go(looks, SECOND_POLL_INTERVAL, &look, &shutdown),
         );
         Ok(())
     }
 
-    async fn publish(
-        &self,
-        mut looks: watch::Receiver<u64>,
-        poll_interval: Duration,
-        look: &Notify,
-        shutdown: &CancellationToken,
-    ) {
+    /// One lane.
+    async fn go(&self, mut looks: watch::Receiver<u64>, poll_interval: Duration, look: &Notify, shutdown: &CancellationToken) {
         let mut retry_delay = RETRY_DELAY_MIN;
         let mut retry_at = Instant::now();
         let mut connection_number = 0;
         let mut from = Uuid::nil();
-        let mut look_at_all_at = Instant::now();
+        let mut look_at = Instant::now();
+        // What was committed before we were here was handed to nobody who is still there, however young it is. (Another
+        // replica's may be among it: then it is published twice under one id.)
+        let mut age = Duration::ZERO;
         while !shutdown.is_cancelled() {
             if !self.broker.is_connected() {
                 self.vital.bad("the broker is away; orders are kept and published when it returns");
@@ -112,33 +107,47 @@ impl Relay {
                 let looked = looks.wait_for(|number| *number == connection_number);
                 // Where the streams cannot be made, publishing says so too, and another stream may be there.
                 let _ = shutdown.run_until_cancelled(tokio::time::timeout(FIRST_LOOK_TIMEOUT, looked)).await;
-                (retry_at, retry_delay) = (Instant::now(), RETRY_DELAY_MIN);
+                (retry_at, look_at, retry_delay) = (Instant::now(), Instant::now(), RETRY_DELAY_MIN);
             }
             let now = Instant::now();
-            if now >= look_at_all_at {
-                (from, look_at_all_at) = (Uuid::nil(), now + poll_interval);
-            }
-            // A row that the broker would not take waits for its turn; those that were never tried go first.
-            let which = if now >= retry_at { Which::Tried } else { Which::Fresh(from) };
-            match (which, db::within(STEP_TIMEOUT, self.publish_batch(which)).await) {
-                (Which::Tried, Ok(step)) if step.failed == 0 => {
+            // A row that the broker would not take waits for its turn.
+            let which = if now >= retry_at {
+                Some(Which::Tried)
+            } else if now >= look_at {
+                Some(Which::Left(from, age))
+            } else {
+                None
+            };
+            let done = match which {
+                Some(which) => db::within(STEP_TIMEOUT, self.publish_found(which)).await,
+                None => {
+                    let rows = self.outlet.take(BATCH_MAX as usize);
+                    if rows.is_empty() {
+                        let quiet_until = self.wait(retry_at.min(look_at), poll_interval, connection_number, shutdown).await;
+                        if let Some(quiet_until) = quiet_until {
+                            retry_delay = RETRY_DELAY_MIN;
+                            (retry_at, from, look_at) = (quiet_until, Uuid::nil(), quiet_until);
+                        }
+                        continue;
+                    }
+                    db::within(STEP_TIMEOUT, self.publish_handed(&rows)).await
+                }
+            };
+            match (which, done) {
+                (None, Ok(step)) if step.failed == 0 => {}
+                (Some(Which::Tried), Ok(step)) if step.failed == 0 => {
                     self.vital.good();
                     retry_delay = RETRY_DELAY_MIN;
                     // A full batch has more behind it.
                     retry_at = Instant::now() + if step.published < BATCH_MAX as usize { poll_interval } else { Duration::ZERO };
                 }
-                (Which::Fresh(_), Ok(step)) if step.failed == 0 => {
-                    from = step.newest.map_or(from, |newest| a_little_before(newest, LATE));
-                    // A commit that came during the step has left a permit: what it stored is looked for at once, and
-                    // without one a look would find nothing. Only a full batch may have more behind it.
-                    if step.published < BATCH_MAX as usize {
-                        let quiet_until =
-                            self.wait(retry_at.min(look_at_all_at), poll_interval, connection_number, shutdown).await;
-                        if let Some(quiet_until) = quiet_until {
-                            retry_delay = RETRY_DELAY_MIN;
-                            (retry_at, from, look_at_all_at) = (quiet_until, Uuid::nil(), quiet_until);
-                        }
-                    }
+                (Some(Which::Left(..)), Ok(step)) if step.failed == 0 => {
+                    // Behind a full batch there is more, and walking through what was just published takes the longer the
+                    // more there is: the index of waiting rows keeps an entry for each until a vacuum.
+                    (from, age, look_at) = match step.newest {
+                        Some(newest) if step.published == BATCH_MAX as usize => (newest, age, look_at),
+                        _ => (Uuid::nil(), LOOKED_FOR_AFTER, Instant::now() + poll_interval),
+                    };
                 }
                 (_, Ok(step)) => {
                     self.vital.bad(format!("{} messages could not be published", step.failed));
@@ -148,7 +157,7 @@ impl Relay {
                     let pause = retry_delay.mul_f64(jitter());
                     retry_at = Instant::now() + pause;
                     retry_delay = (retry_delay * 2).min(RETRY_DELAY_MAX);
-                    if which != Which::Tried && step.published == 0 {
+                    if which != Some(Which::Tried) && step.published == 0 {
                         // Nothing goes through: not a few rows are to blame.
                         shutdown.run_until_cancelled(tokio::time::sleep(pause)).await;
                     }
@@ -164,7 +173,7 @@ impl Relay {
         }
     }
 
-    /// Waits for a commit, or for the time of the next look. A look that finds nothing, which is what most of them do, is
+    /// Waits until something is handed over, or for the time of the next look. A look that finds nothing, which is what most of them do, is
     /// a single statement, and waiting goes on; then this says until when nobody needs to look again.
     async fn wait(
         &self,
@@ -175,7 +184,7 @@ impl Relay {
     ) -> Option<Instant> {
         let mut quiet_until = None;
         loop {
-            let woken = shutdown.run_until_cancelled(tokio::time::timeout_at(until, self.wake.notified())).await;
+            let woken = shutdown.run_until_cancelled(tokio::time::timeout_at(until, self.outlet.come())).await;
             let same_connection = self.broker.is_connected() && self.broker.connection_number() == connection_number;
             if !matches!(woken, Some(Err(_))) || !same_connection {
                 return quiet_until;
@@ -193,26 +202,39 @@ impl Relay {
     /// One step: takes a batch of waiting rows, publishes them, marks those whose PubAck came.
     ///
     /// The transaction stays open while the broker answers, because it holds the rows' locks: another relay passes
-    /// over them (SKIP LOCKED), so a row is published by one relay at a time without leases or clocks. No other
-    /// transaction ever wants these locks, and the broker's answer has a time limit, so nothing waits long. If this
+    /// over them (SKIP LOCKED), so a row is found by one relay at a time without leases or clocks. Nobody waits for these
+    /// locks but who marks a row that took longer than all others, and the broker's answer has a time limit. If this
     /// process dies, the server frees the rows and the next relay publishes them again under the same message id.
-    async fn publish_batch(&self, which: Which) -> anyhow::Result<Step> {
+    async fn publish_found(&self, which: Which) -> anyhow::Result<Step> {
         let txn = self.db.begin().await.context("the outbox cannot be read")?;
         let rows = outbox::lock_pending(&txn, which, BATCH_MAX).await.context("the outbox cannot be read")?;
         if rows.is_empty() {
             txn.rollback().await.context("the outbox cannot be read")?;
             return Ok(Step::default());
         }
-        failpoint!("relay.after_take")?;
-        let begun = Instant::now();
-        let sent = publish::publish(&self.broker, &rows).await?;
-        histogram!(measure::PUBLISH_SECONDS).record(begun.elapsed());
-        failpoint!("relay.after_puback")?;
-        outbox::mark_published(&txn, &sent.acknowledged).await.context("published rows cannot be marked")?;
-        outbox::count_attempt(&txn, &sent.unacknowledged).await.context("attempts cannot be counted")?;
+        let step = self.publish(&txn, &rows).await?;
         failpoint!("relay.before_commit")?;
         txn.commit().await.context("published rows cannot be marked")?;
         failpoint!("relay.after_commit")?;
+        Ok(step)
+    }
+
+    /// The same with rows that were handed over. They are locked by nobody: no other relay looks for rows so young. If this
+    /// process dies, one will, and publishes them again under the same message id.
+    async fn publish_handed(&self, rows: &[Pending]) -> anyhow::Result<Step> {
+        let step = self.publish(&self.db, rows).await?;
+        failpoint!("relay.after_mark")?;
+        Ok(step)
+    }
+
+    async fn publish(&self, db: &impl ConnectionTrait, rows: &[Pending]) -> anyhow::Result<Step> {
+        failpoint!("relay.after_take")?;
+        let begun = Instant::now();
+        let sent = publish::publish(&self.broker, rows).await?;
+        histogram!(measure::PUBLISH_SECONDS).record(begun.elapsed());
+        failpoint!("relay.after_puback")?;
+        outbox::mark_published(db, &sent.acknowledged).await.context("published rows cannot be marked")?;
+        outbox::count_attempt(db, &sent.unacknowledged).await.context("attempts cannot be counted")?;
 
         let (published, failed) = (sent.acknowledged.len(), sent.unacknowledged.len());
         counter!(measure::PUBLISHED, "result" => "acknowledged").increment(published as u64);
@@ -287,24 +309,5 @@ impl Relay {
             }
         }
         trouble.map_or(Ok(()), Err)
-    }
-}
-
-/// The first id that can have been minted so long before this one.
-fn a_little_before(id: Uuid, early: Duration) -> Uuid {
-    // An id of version 7 begins with milliseconds.
-    const MILLISECOND: u128 = 1 << 80;
-    Uuid::from_u128(id.as_u128().saturating_sub(early.as_millis() * MILLISECOND) / MILLISECOND * MILLISECOND)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_lane_goes_on_a_little_before_where_it_was() {
-        let id: Uuid = "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11".parse().unwrap();
-        assert_eq!(a_little_before(id, Duration::from_millis(0x5a)).to_string(), "01933f3c-7d00-0000-0000-000000000000");
-        assert_eq!(a_little_before(Uuid::nil(), Duration::from_secs(1)), Uuid::nil());
     }
 }

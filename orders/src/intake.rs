@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use messaging::db;
+use messaging::outlet::Outlet;
 use sea_orm::{DatabaseConnection, DbErr};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -89,7 +90,7 @@ impl Clerk {
     pub(crate) async fn run(
         mut self,
         db: &DatabaseConnection,
-        placed: impl Fn(),
+        outlet: Outlet,
         shutdown: CancellationToken,
     ) -> anyhow::Result<()> {
         let overdue = async {
@@ -106,13 +107,12 @@ impl Clerk {
             if taken == 0 {
                 return Ok(());
             }
-            store(db, group.drain(..), &self.pace).await;
-            placed();
+            store(db, &outlet, group.drain(..), &self.pace).await;
         }
     }
 }
 
-async fn store(db: &DatabaseConnection, group: impl Iterator<Item = Ticket>, pace: &Pace) {
+async fn store(db: &DatabaseConnection, outlet: &Outlet, group: impl Iterator<Item = Ticket>, pace: &Pace) {
     let mut new = Vec::with_capacity(GROUP_MAX);
     let mut answers = Vec::with_capacity(GROUP_MAX);
     for ticket in group {
@@ -128,7 +128,7 @@ async fn store(db: &DatabaseConnection, group: impl Iterator<Item = Ticket>, pac
         return;
     }
     let begun = Instant::now();
-    let placed = order::place(db, &new).await;
+    let placed = order::place(db, outlet, &new).await;
     pace.note(begun.elapsed());
     match placed {
         Ok(results) => {
@@ -141,7 +141,7 @@ async fn store(db: &DatabaseConnection, group: impl Iterator<Item = Ticket>, pac
         Err(Error::Database(error)) if new.len() > 1 && concerns_one(&error) => {
             warn!(orders = new.len(), error = %error, "A group of orders was refused; one by one");
             for (answer, one) in answers.into_iter().zip(&new) {
-                let result = match order::place(db, std::slice::from_ref(one)).await {
+                let result = match order::place(db, outlet, std::slice::from_ref(one)).await {
                     Ok(results) => results.into_iter().next().unwrap_or(Err(Error::OrderNotFound)),
                     Err(error) => Err(error),
                 };
@@ -203,7 +203,7 @@ mod tests {
         let shutdown = CancellationToken::new();
         let answers = tokio::select! {
             answers = join_all(waiting) => answers,
-            ended = clerk.run(&db, || {}, shutdown) => panic!("{ended:?}"),
+            ended = clerk.run(&db, Outlet::default(), shutdown) => panic!("{ended:?}"),
         };
         for (new, answer) in all.iter().zip(&answers).take(31) {
             let placed = answer.as_ref().unwrap();
@@ -233,7 +233,7 @@ mod tests {
         let answers = join_all(all.iter().map(|new| intake.place(new.clone())));
         let answers = tokio::select! {
             answers = answers => answers,
-            ended = clerk.run(&db, || {}, CancellationToken::new()) => panic!("{ended:?}"),
+            ended = clerk.run(&db, Outlet::default(), CancellationToken::new()) => panic!("{ended:?}"),
         };
         assert!(answers[0].is_ok() && answers[2].is_ok(), "{answers:?}");
         assert!(matches!(&answers[1], Err(Error::Database(error)) if db::is_lock_timeout(error)), "{answers:?}");
@@ -250,7 +250,7 @@ mod tests {
         tokio::time::advance(WAIT_MAX + Duration::from_millis(1)).await;
         let answer = tokio::select! {
             answer = late => answer,
-            ended = clerk.run(&db, || {}, CancellationToken::new()) => panic!("{ended:?}"),
+            ended = clerk.run(&db, Outlet::default(), CancellationToken::new()) => panic!("{ended:?}"),
         };
         assert!(matches!(answer, Err(Error::Overloaded)), "{answer:?}");
     }
@@ -266,7 +266,7 @@ mod tests {
         drop(gone);
         let placed = tokio::select! {
             placed = intake.place(order()) => placed.unwrap(),
-            ended = clerk.run(&db, || {}, CancellationToken::new()) => panic!("{ended:?}"),
+            ended = clerk.run(&db, Outlet::default(), CancellationToken::new()) => panic!("{ended:?}"),
         };
         let row = db.query_one_raw(Statement::from_string(DbBackend::Postgres, "SELECT id FROM orders")).await.unwrap().unwrap();
         assert_eq!(row.try_get_by_index::<uuid::Uuid>(0).unwrap(), placed.order.id, "the only one");

@@ -17,6 +17,7 @@ use tracing::info;
 
 use messaging::broker::Broker;
 use messaging::consumer::Consumer;
+use messaging::outlet::Outlet;
 use messaging::relay::Relay;
 use messaging::retention::Retention;
 use messaging::{Vital, db, topology};
@@ -46,7 +47,7 @@ use waiting::Waiting;
 pub struct App {
     listener: TcpListener,
     db: DatabaseConnection,
-    wake: Arc<Notify>,
+    outlet: Outlet,
     /// Pool of relay, consumer and the waiters' look-up; the HTTP side has its own.
     flow: DatabaseConnection,
     relay: Relay,
@@ -65,7 +66,7 @@ impl App {
         let http_db = db::connect(&config.flow.database_url, "orders", db::Role::Http, config.flow.http_connections).await?;
         let broker = Broker::connect(config.flow.broker("orders")).await?;
         let settings = config.flow.topology();
-        let wake = Arc::new(Notify::new());
+        let outlet = Outlet::default();
         let lost = Arc::new(Notify::new());
         let again = AskAgain {
             after: Duration::from_millis(config.ask_again_ms),
@@ -75,12 +76,12 @@ impl App {
         Ok(Self {
             listener,
             db: http_db,
-            wake: wake.clone(),
+            outlet: outlet.clone(),
             relay: Relay {
                 db: flow.clone(),
                 broker: broker.clone(),
                 streams: vec![topology::orders_stream(&settings), topology::dlq_stream(&settings)],
-                wake: wake.clone(),
+                outlet: outlet.clone(),
                 lost: lost.clone(),
                 vital: Vital::starting("starting"),
                 streams_vital: Vital::starting("starting"),
@@ -93,7 +94,7 @@ impl App {
                 lost: lost.clone(),
                 vital: Vital::starting("starting"),
             },
-            reconciler: Reconciler { db: flow.clone(), again, lost, wake },
+            reconciler: Reconciler { db: flow.clone(), again, lost, outlet },
             retention: Retention {
                 db: flow.clone(),
                 consumer: topology::ORDERS_PAYMENT_SETTLED.consumer,
@@ -114,15 +115,13 @@ impl App {
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         info!(address = %self.listener.local_addr()?, "orders listens");
         let health = self.health();
-        let Self { listener, db, wake, flow, relay, consumer, reconciler, retention, schema, metrics } = self;
+        let Self { listener, db, outlet, flow, relay, consumer, reconciler, retention, schema, metrics } = self;
         let waiting = Waiting::default();
         let (intake, clerk) = intake::open();
         let committed: Arc<dyn Fn(order::Settled) + Send + Sync> = {
-            let (wake, waiting) = (wake.clone(), waiting.clone());
-            Arc::new(move |settled| {
-                if settled.enqueued {
-                    wake.notify_one();
-                }
+            let (outlet, waiting) = (outlet.clone(), waiting.clone());
+            Arc::new(move |settled: order::Settled| {
+                outlet.hand_over(settled.enqueued);
                 measured::ended(&settled.ended);
                 waiting.wake(&settled.ended.iter().map(|one| one.id).collect::<Vec<_>>());
             })
@@ -151,7 +150,7 @@ impl App {
         };
         tokio::try_join!(
             service_kit::server::serve(listener, router, shutdown.clone()),
-            clerk.run(&db, || wake.notify_one(), shutdown.clone()),
+            clerk.run(&db, outlet, shutdown.clone()),
             flow,
         )?;
         Ok(())

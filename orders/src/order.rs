@@ -13,7 +13,8 @@ use uuid::Uuid;
 
 use messaging::consumer::{Handled, Quarantined, Received};
 use messaging::db::{self, Failure, Retry};
-use messaging::outbox::{self, Message};
+use messaging::outbox::{self, Enqueued, Message};
+use messaging::outlet::Outlet;
 use service_kit::idempotency::Delivery;
 use shared_contracts::{
     Amount, EventId, OrderCancelled, OrderFinished, OrderId, OrderPlaced, PaymentOutcome, PaymentSettled, UserId,
@@ -45,16 +46,20 @@ pub(crate) struct Placed {
 
 /// Stores the orders and the facts that they were placed, together or not at all; one refused order does not hurt the
 /// others. One order is a slice of one. A key that another transaction is storing right now is not waited for long.
-pub(crate) async fn place(db: &DatabaseConnection, new: &[NewOrder]) -> Result<Vec<Result<Placed, Error>>, Error> {
+pub(crate) async fn place(
+    db: &DatabaseConnection,
+    outlet: &Outlet,
+    new: &[NewOrder],
+) -> Result<Vec<Result<Placed, Error>>, Error> {
     let mut retry = Retry::unless_locked();
     loop {
-        if let ControlFlow::Break(settled) = retry.settle(place_once(db, new)).await {
+        if let ControlFlow::Break(settled) = retry.settle(place_once(db, outlet, new)).await {
             return Ok(settled?);
         }
     }
 }
 
-async fn place_once(db: &DatabaseConnection, new: &[NewOrder]) -> Result<Vec<Result<Placed, Error>>, Failure> {
+async fn place_once(db: &DatabaseConnection, outlet: &Outlet, new: &[NewOrder]) -> Result<Vec<Result<Placed, Error>>, Failure> {
     let begun = Instant::now();
     failpoint!("place.before_begin").map_err(db::injected)?;
     let txn = db.begin().await?;
@@ -76,11 +81,12 @@ async fn place_once(db: &DatabaseConnection, new: &[NewOrder]) -> Result<Vec<Res
         .iter()
         .filter(|one| is_new(one) && !removed!("place.outbox_row"))
         .map(|one| Message::first(one.placed_event_id, &OrderPlaced::from(one), one.created_at, one.traceparent.as_deref()));
-    outbox::enqueue(&txn, messages.collect()).await?;
+    let enqueued = outbox::enqueue(&txn, messages.collect()).await?;
     failpoint!("place.before_commit").map_err(db::injected)?;
     db::commit(txn).await?;
     measured::placed(inserted.len(), known.len(), begun.elapsed());
     failpoint!("place.after_commit").map_err(|injected| Failure::Unknown(db::injected(injected)))?;
+    outlet.hand_over(enqueued);
 
     Ok(new
         .iter()
@@ -154,7 +160,7 @@ pub(crate) async fn list(db: &DatabaseConnection, filter: Filter, limit: usize) 
 /// What [`settle`] did, for whoever waits.
 #[derive(Debug, Default)]
 pub(crate) struct Settled {
-    pub(crate) enqueued: bool,
+    pub(crate) enqueued: Enqueued,
     pub(crate) ended: Vec<Ended>,
 }
 
@@ -197,9 +203,8 @@ pub(crate) async fn settle(txn: &DatabaseTransaction, batch: &[Received<PaymentS
         anyhow::ensure!(ended == endings.len() as u64, "orders that were locked while NEW are not: {ended} of {}", endings.len());
     }
     failpoint!("settle.after_end")?;
-    let effect = Settled { enqueued: !messages.is_empty(), ended };
-    outbox::enqueue(txn, messages).await?;
-    Ok(Handled { quarantined, effect })
+    let enqueued = outbox::enqueue(txn, messages).await?;
+    Ok(Handled { quarantined, effect: Settled { enqueued, ended } })
 }
 
 /// Which orders end, each with the place in the batch of the answer that ends it, and which answers contradict what is

@@ -11,6 +11,7 @@ use anyhow::Context as _;
 use failpoint::{failpoint, removed};
 use messaging::db::{self, sql};
 use messaging::outbox::{self, Message};
+use messaging::outlet::Outlet;
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, TransactionTrait as _};
 use shared_contracts::{Amount, Event as _, EventId, OrderId, OrderPlaced, UserId};
 use tokio::sync::Notify;
@@ -35,8 +36,8 @@ pub(crate) struct Reconciler {
     pub(crate) again: AskAgain,
     /// Notified by relay and consumer when the broker is found to have lost what it had acknowledged.
     pub(crate) lost: Arc<Notify>,
-    /// Wakes the relay.
-    pub(crate) wake: Arc<Notify>,
+    /// To the relay.
+    pub(crate) outlet: Outlet,
 }
 
 impl Reconciler {
@@ -57,7 +58,6 @@ impl Reconciler {
                     if asked > 0 {
                         measured::asked_again(asked);
                         info!(orders = asked, "Orders that stayed NEW are asked for again");
-                        self.wake.notify_one();
                     }
                 }
                 Err(error) => warn!(error = format!("{error:#}"), "Orders that stay NEW could not be looked for; trying again"),
@@ -91,10 +91,11 @@ impl Reconciler {
         let requests: Vec<Message> = due.iter().map(|order| request(order, now)).collect::<anyhow::Result<_>>()?;
         let counted = order::count_ask(&txn, due.iter().map(|order| order.id).collect()).await?;
         anyhow::ensure!(counted == due.len() as u64, "orders that were locked while NEW are not");
-        outbox::enqueue(&txn, requests).await?;
+        let enqueued = outbox::enqueue(&txn, requests).await?;
         failpoint!("reconcile.before_commit")?;
         txn.commit().await?;
         failpoint!("reconcile.after_commit")?;
+        self.outlet.hand_over(enqueued);
         Ok(due.len())
     }
 }

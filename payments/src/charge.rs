@@ -13,7 +13,7 @@ use tracing::debug;
 use uuid::Uuid;
 
 use messaging::consumer::{Handled, LostRace, Quarantined, Received};
-use messaging::outbox::{self, Message};
+use messaging::outbox::{self, Enqueued, Message};
 use shared_contracts::{Amount, DeclineReason, EventId, OrderId, OrderPlaced, PaymentOutcome, PaymentSettled, UserId};
 
 use crate::entity::account::{self, Withdrawal};
@@ -92,15 +92,14 @@ pub(crate) async fn charge(txn: &DatabaseTransaction, batch: &[Received<OrderPla
     let outcomes: Vec<_> =
         plan.decisions.iter().map(|made| made.outcome.reason().map_or("paid", DeclineReason::as_str)).collect();
     let answered_again = answers.len().saturating_sub(outcomes.len());
-    let effect = Charged { enqueued: !answers.is_empty(), outcomes, answered_again };
-    outbox::enqueue(txn, answers).await?;
-    Ok(Handled { quarantined: plan.quarantined, effect })
+    let enqueued = outbox::enqueue(txn, answers).await?;
+    Ok(Handled { quarantined: plan.quarantined, effect: Charged { enqueued, outcomes, answered_again } })
 }
 
 /// What [`charge`] did.
 #[derive(Debug)]
 pub(crate) struct Charged {
-    pub(crate) enqueued: bool,
+    pub(crate) enqueued: Enqueued,
     /// Of each order that was decided: `paid`, or why not.
     pub(crate) outcomes: Vec<&'static str>,
     /// Decisions that existed and were given again.

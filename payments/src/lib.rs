@@ -15,6 +15,7 @@ use tracing::info;
 
 use messaging::broker::Broker;
 use messaging::consumer::Consumer;
+use messaging::outlet::Outlet;
 use messaging::relay::Relay;
 use messaging::retention::Retention;
 use messaging::{Vital, db, topology};
@@ -55,16 +56,14 @@ impl App {
         let http_db = db::connect(&config.flow.database_url, "payments", db::Role::Http, config.flow.http_connections).await?;
         let broker = Broker::connect(config.flow.broker("payments")).await?;
         let settings = config.flow.topology();
-        let wake = Arc::new(Notify::new());
+        let outlet = Outlet::default();
         // Nobody listens: an answer that is lost is given again when orders asks again.
         let lost = Arc::new(Notify::new());
         let committed: Arc<dyn Fn(charge::Charged) + Send + Sync> = {
-            let wake = wake.clone();
-            Arc::new(move |charged| {
+            let outlet = outlet.clone();
+            Arc::new(move |charged: charge::Charged| {
                 measured::charged(&charged);
-                if charged.enqueued {
-                    wake.notify_one();
-                }
+                outlet.hand_over(charged.enqueued);
             })
         };
         Ok(Self {
@@ -74,7 +73,7 @@ impl App {
                 db: flow.clone(),
                 broker: broker.clone(),
                 streams: vec![topology::payments_stream(&settings), topology::dlq_stream(&settings)],
-                wake: wake.clone(),
+                outlet: outlet.clone(),
                 lost: lost.clone(),
                 vital: Vital::starting("starting"),
                 streams_vital: Vital::starting("starting"),

@@ -106,7 +106,7 @@ impl Place {
             Self::AfterDeposited => &["deposit.after_commit"],
             Self::RowTaken => &["relay.after_take", "relay.after_send"],
             Self::PubAckCame => &["relay.after_puback", "relay.before_commit"],
-            Self::RowMarked => &["relay.after_commit"],
+            Self::RowMarked => &["relay.after_mark", "relay.after_commit"],
             Self::BatchFetched => &[
                 "consumer.after_fetch",
                 "consumer.after_inbox",

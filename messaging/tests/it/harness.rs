@@ -7,7 +7,8 @@ use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::stream;
 use messaging::broker::{Broker, BrokerConfig};
 use messaging::migration::MessagingTables;
-use messaging::outbox::{self, Message, Model};
+use messaging::outbox::{self, Enqueued, Message, Model};
+use messaging::outlet::Outlet;
 use messaging::relay::Relay;
 use messaging::topology::{self, TopologySettings};
 use messaging::{Vital, db};
@@ -39,7 +40,7 @@ pub(crate) struct Outbox {
     pub(crate) db: DatabaseConnection,
     pub(crate) broker: TestBroker,
     pub(crate) ops: Broker,
-    pub(crate) wake: Arc<Notify>,
+    pub(crate) outlet: Outlet,
     pub(crate) vital: Vital,
     pub(crate) streams_vital: Vital,
     pub(crate) shutdown: CancellationToken,
@@ -59,8 +60,8 @@ impl Outbox {
         let ops = connect(&broker, "ops", &broker.secrets().nats_ops).await;
         let vital = Vital::starting("starting");
         let streams_vital = Vital::starting("starting");
-        let (wake, shutdown) = (Arc::new(Notify::new()), CancellationToken::new());
-        Self { db, broker, ops, wake, vital, streams_vital, shutdown, database }
+        let (outlet, shutdown) = (Outlet::default(), CancellationToken::new());
+        Self { db, broker, ops, outlet, vital, streams_vital, shutdown, database }
     }
 
     /// A relay as a service runs it.
@@ -73,7 +74,7 @@ impl Outbox {
             db: db::connect(&self.database.url, RELAY, db::Role::Flow, 4).await.unwrap(),
             broker: connect(&self.broker, "orders", &self.broker.secrets().nats_orders).await,
             streams,
-            wake: self.wake.clone(),
+            outlet: self.outlet.clone(),
             lost: Arc::new(Notify::new()),
             vital: self.vital.clone(),
             streams_vital: self.streams_vital.clone(),
@@ -81,19 +82,25 @@ impl Outbox {
         tokio::spawn(relay.run(self.shutdown.clone()))
     }
 
-    /// Enqueues as many facts in one transaction.
+    /// Enqueues as many facts in one transaction and hands them to the relay.
     pub(crate) async fn enqueue(&self, number: usize) {
-        self.uncommitted(number).await.commit().await.unwrap();
-        self.wake.notify_one();
+        let (txn, enqueued) = self.uncommitted(number).await;
+        txn.commit().await.unwrap();
+        self.outlet.hand_over(enqueued);
+    }
+
+    /// The same, by a process that dies before it can hand anything over.
+    pub(crate) async fn leave(&self, number: usize) {
+        self.uncommitted(number).await.0.commit().await.unwrap();
     }
 
     /// A transaction with as many facts that is still open.
-    pub(crate) async fn uncommitted(&self, number: usize) -> DatabaseTransaction {
+    pub(crate) async fn uncommitted(&self, number: usize) -> (DatabaseTransaction, Enqueued) {
         let now = db::now();
         let messages = (0..number).map(|_| Message::first(EventId::mint(), &event(1), now, None)).collect();
         let txn = self.db.begin().await.unwrap();
-        outbox::enqueue(&txn, messages).await.unwrap();
-        txn
+        let enqueued = outbox::enqueue(&txn, messages).await.unwrap();
+        (txn, enqueued)
     }
 
     pub(crate) async fn rows(&self) -> Vec<Model> {

@@ -1,6 +1,8 @@
 //! What is committed is published, and marked only when it is.
 
+use messaging::outbox::LOOKED_FOR_AFTER;
 use messaging::topology::TopologySettings;
+use sea_orm::ConnectionTrait as _;
 use shared_contracts::header;
 use stack::testing::eventually;
 
@@ -18,7 +20,7 @@ async fn assert_in_place(outbox: &Outbox) {
 #[tokio::test]
 async fn many_rows_are_stored_as_batches_and_each_is_marked_with_its_place() {
     let outbox = Outbox::new().await;
-    outbox.enqueue(620).await;
+    outbox.leave(620).await;
     let _relay = outbox.relay(&TopologySettings::default()).await;
     outbox.until_published(620).await;
     assert_eq!(outbox.messages().await, 620);
@@ -54,7 +56,7 @@ async fn a_batch_with_a_message_that_the_broker_knows_already_is_published_all_t
 #[tokio::test]
 async fn f19_a_row_that_the_broker_never_takes_holds_up_none_of_the_others() {
     let outbox = Outbox::new().await;
-    outbox.enqueue(1).await;
+    outbox.leave(1).await;
     outbox.execute("UPDATE outbox SET payload = repeat('x', 70000)").await;
     outbox.enqueue(100).await;
     let _relay = outbox.relay(&TopologySettings::default()).await;
@@ -73,7 +75,7 @@ async fn f19_a_row_that_the_broker_never_takes_holds_up_none_of_the_others() {
 #[tokio::test]
 async fn rows_whose_stream_cannot_be_made_hold_up_none_of_the_others() {
     let outbox = Outbox::new().await;
-    outbox.enqueue(600).await;
+    outbox.leave(600).await;
     outbox.execute("UPDATE outbox SET subject = 'gozon.dlq.orders', headers = '{\"Nats-Expected-Stream\":\"DLQ\"}'").await;
     let _relay = outbox.relay(&TopologySettings { dlq_max_bytes: 1 << 50, ..TopologySettings::default() }).await;
     eventually("all were tried", SOON, async || outbox.rows().await.iter().all(|row| row.attempts > 0).then_some(())).await;
@@ -89,7 +91,7 @@ async fn rows_whose_stream_cannot_be_made_hold_up_none_of_the_others() {
 #[tokio::test]
 async fn f17_several_relays_publish_a_backlog_once() {
     let outbox = Outbox::new().await;
-    outbox.enqueue(3000).await;
+    outbox.leave(3000).await;
     let mut relays = Vec::new();
     for _ in 0..5 {
         relays.push(outbox.relay(&TopologySettings::default()).await);
@@ -112,29 +114,62 @@ async fn f20_f21_rows_that_commit_late_and_unannounced_are_published_too() {
     outbox.enqueue(5).await;
     let rows = outbox.until_published(5).await;
     outbox.until_idle().await;
-    late.commit().await.unwrap();
+    late.0.commit().await.unwrap();
     let after = outbox.until_published(7).await;
     assert!(after[1].event_id < rows[0].event_id, "their ids are the oldest");
     assert_in_place(&outbox).await;
 }
 
-/// A relay goes on from where it was; ids do not say when a row is committed.
+/// Ids do not say when a row is committed.
 #[tokio::test]
 async fn f20_a_row_whose_id_is_much_older_than_what_was_published_is_published_too() {
     let outbox = Outbox::new().await;
     let _relay = outbox.relay(&TopologySettings::default()).await;
-    // Each lane of the relay has its turn.
-    for number in 1..=5 {
-        outbox.enqueue(1).await;
-        outbox.until_published(number).await;
-    }
+    outbox.enqueue(5).await;
+    outbox.until_published(5).await;
     outbox
         .execute(
             "INSERT INTO outbox (event_id, n, subject, headers, payload)
              SELECT '018cc251-f400-7000-8000-000000000001', 0, subject, headers, payload FROM outbox LIMIT 1",
         )
         .await;
-    outbox.wake.notify_one();
     outbox.until_published(6).await;
+    assert_in_place(&outbox).await;
+}
+
+/// What is handed over is published at once; only what was left is looked for, and not before it is old enough.
+#[tokio::test]
+async fn rows_that_were_handed_over_do_not_wait_for_a_look_and_those_that_were_left_are_published_once() {
+    let outbox = Outbox::new().await;
+    let _relay = outbox.relay(&TopologySettings::default()).await;
+    for round in 1..=10 {
+        // Never old enough, however slow this machine is, until it is made so.
+        let (txn, _left) = outbox.uncommitted(10).await;
+        txn.execute_unprepared("UPDATE outbox SET created_at = now() + interval '1 hour' WHERE attempts = 0").await.unwrap();
+        txn.commit().await.unwrap();
+        outbox.enqueue(10).await;
+        outbox.until_published(round * 20 - 10).await;
+        outbox.execute("UPDATE outbox SET created_at = now() - interval '1 minute' WHERE published_at IS NULL").await;
+        outbox.until_published(round * 20).await;
+    }
+    assert_eq!(outbox.messages().await, 200);
+    let rows = outbox.rows().await;
+    assert!(rows.iter().all(|row| row.attempts == 1), "each was tried once");
+    assert!(rows.iter().any(|row| row.published_at.unwrap() - row.created_at < LOOKED_FOR_AFTER), "without a look");
+}
+
+/// A queue in memory that forgets everything loses nothing.
+#[tokio::test]
+async fn what_is_handed_over_while_the_broker_is_away_is_published_when_it_returns() {
+    let mut outbox = Outbox::new().await;
+    let _relay = outbox.relay(&TopologySettings::default()).await;
+    outbox.enqueue(1).await;
+    outbox.until_published(1).await;
+    outbox.broker.kill().await.unwrap();
+    for _ in 0..60 {
+        outbox.enqueue(100).await;
+    }
+    outbox.broker.up().await.unwrap();
+    outbox.until_published(6001).await;
     assert_in_place(&outbox).await;
 }

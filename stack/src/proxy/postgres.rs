@@ -1,4 +1,5 @@
-//! Enough of PostgreSQL's protocol to see a COMMIT go by, and what its transaction did before.
+//! Enough of PostgreSQL's protocol to see a commit go by, and what its transaction did before. A statement outside of a
+//! transaction is one of its own: it commits before the server is ready for the next.
 
 use std::collections::HashMap;
 
@@ -19,6 +20,8 @@ pub(super) struct Session {
     bare_answers: usize,
     /// Prepared statements by name.
     statements: HashMap<String, String>,
+    /// Whether one was begun and not ended.
+    in_transaction: bool,
     /// What the transaction did.
     done: String,
 }
@@ -36,9 +39,7 @@ impl Session {
             }
             let cut = match direction {
                 Direction::ToServer => self.asked(&message).then(|| armory.take(|cut| self.is_meant(cut, false))),
-                Direction::ToClient => message
-                    .starts_with(b"C")
-                    .then(|| body(&message) == b"COMMIT\0" && armory.take(|cut| self.is_meant(cut, true))),
+                Direction::ToClient => self.tells(&message).then(|| armory.take(|cut| self.is_meant(cut, true))),
             };
             if cut == Some(true) {
                 return Passed::Cut(passed.freeze());
@@ -79,7 +80,16 @@ impl Session {
         Some(message)
     }
 
-    /// Remembers what the client asks for; says whether it is COMMIT.
+    /// Whether this says that something is committed.
+    fn tells(&self, message: &[u8]) -> bool {
+        match message.first() {
+            Some(b'C') => body(message) == b"COMMIT\0",
+            Some(b'Z') => !self.in_transaction,
+            _ => false,
+        }
+    }
+
+    /// Remembers what the client asks for; says whether it ends in a commit.
     fn asked(&mut self, message: &[u8]) -> bool {
         let mut words = body(message).split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());
         let mut word = || words.next().unwrap_or_default();
@@ -90,15 +100,31 @@ impl Session {
             }
             Some(b'B') => {
                 let (_portal, name) = (word(), word());
+                if !self.in_transaction {
+                    self.done.clear();
+                }
                 if let Some(statement) = self.statements.get(&name) {
                     self.done.push_str(statement);
                 }
             }
+            Some(b'E') => return !self.in_transaction,
             Some(b'Q') => {
                 let statement = word();
                 match statement.trim().to_ascii_uppercase() {
-                    begin if begin.starts_with("BEGIN") => self.done.clear(),
-                    commit if commit.starts_with("COMMIT") => return true,
+                    begin if begin.starts_with("BEGIN") => {
+                        self.done.clear();
+                        self.in_transaction = true;
+                    }
+                    commit if commit.starts_with("COMMIT") => {
+                        self.in_transaction = false;
+                        return true;
+                    }
+                    rollback if rollback.starts_with("ROLLBACK") => {
+                        self.done.clear();
+                        self.in_transaction = false;
+                    }
+                    // A ping, which does nothing, must not look like what was done before it.
+                    _ if !self.in_transaction => self.done = statement,
                     _ => self.done.push_str(&statement),
                 }
             }
@@ -166,5 +192,32 @@ mod tests {
             assert_eq!(matches!(passed, Passed::Cut(_)), cut, "{statement}");
         }
         assert_eq!((armory.fired(Cut::CommitAnswer { after: "INSERT INTO orders" }), armory.waiting()), (1, 0));
+    }
+
+    #[test]
+    fn a_statement_outside_of_a_transaction_is_one() {
+        let (mut session, armory) = (Session::default(), Armory::default());
+        start(&mut session, &armory);
+        let asked =
+            [message(b'P', b"s1\0UPDATE outbox\0"), message(b'B', b"\0s1\0rest"), message(b'E', b"\0"), message(b'S', b"")];
+        let answer = [message(b'C', b"UPDATE 1\0"), message(b'Z', b"I")];
+        let pass = |session: &mut Session, direction, messages: &[Vec<u8>]| {
+            session.pass(direction, &mut BytesMut::from(&messages.concat()[..]), &armory, &Meter::default())
+        };
+        armory.arm(Cut::CommitAnswer { after: "UPDATE outbox" }, 1);
+        assert!(matches!(pass(&mut session, Direction::ToServer, &asked), Passed::On(_)));
+        // That a statement is complete does not say that it is committed.
+        assert!(matches!(pass(&mut session, Direction::ToClient, &answer), Passed::Cut(bytes) if bytes == answer[0]));
+        armory.arm(Cut::CommitRequest { after: "UPDATE outbox" }, 1);
+        assert!(matches!(pass(&mut session, Direction::ToServer, &asked), Passed::Cut(bytes) if bytes == asked[..2].concat()));
+
+        // Inside of one it is not, and a ping is none of what was before it.
+        armory.arm(Cut::CommitRequest { after: "UPDATE outbox" }, 1);
+        assert!(matches!(pass(&mut session, Direction::ToServer, &[message(b'Q', b"BEGIN\0")]), Passed::On(_)));
+        assert!(matches!(pass(&mut session, Direction::ToServer, &asked), Passed::On(_)));
+        assert!(matches!(pass(&mut session, Direction::ToServer, &[message(b'Q', b"ROLLBACK\0")]), Passed::On(_)));
+        assert!(matches!(pass(&mut session, Direction::ToClient, &answer[1..]), Passed::On(_)));
+        assert!(matches!(pass(&mut session, Direction::ToServer, &[message(b'Q', b"\0")]), Passed::On(_)));
+        assert_eq!(armory.waiting(), 1);
     }
 }
