@@ -13,8 +13,8 @@ use uuid::Uuid;
 /// Clients that each wait for an answer before they send the next order.
 pub(crate) const CLIENTS: usize = 64;
 pub(crate) const USERS: usize = 1000;
-const SETTLED_WITHIN: Duration = Duration::from_secs(120);
-const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+pub(crate) const SETTLED_WITHIN: Duration = Duration::from_secs(120);
+pub(crate) const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// What a closed loop of clients got done.
 #[derive(Clone, Debug, Default)]
