@@ -157,7 +157,7 @@ for service in gateway orders payments orders-db payments-db nats; do
   esac
 done
 curl --silent --fail "http://$(compose port nats 8222)/jsz" | grep -q '"sync_always": true' || fail "NATS does not write through"
-for path in / /swagger/ /openapi.json /readyz; do
+for path in / /assets/main.js /assets/vendor/htm-preact.js /swagger/ /openapi.json /readyz; do
   curl --silent --fail --location --output /dev/null "$address$path" || fail "$address$path does not answer"
 done
 
@@ -181,6 +181,16 @@ until_true 120 placed 240
 crash gateway
 wait "$placing" || fail "not every order was taken"
 placing=
+
+say "Live events"
+curl --silent --no-buffer --max-time 60 "$(gateway)/v1/orders/events?user_id=bob" >"$work/live" &
+listening=$!
+address=$(gateway)
+until_true 20 grep --quiet . "$work/live"
+post /v1/orders live '{"user_id":"bob","amount":10,"description":""}' >/dev/null
+until_true 20 grep --quiet '"status":"CANCELLED"' "$work/live"
+kill "$listening"
+grep '^data' "$work/live"
 
 say "Everything settles: money for 200 of 300"
 address=$(gateway)
