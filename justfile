@@ -182,7 +182,7 @@ fuzz examples='100':
 # Send five times as many orders as can be taken: quick answers, nothing lost, as quick as before afterwards
 [group('check')]
 overload *arguments:
-    cargo build --locked --release --workspace --bins
+    cargo build --locked --release --bin orders --bin payments --bin gateway --bin stack --bin overload
     ./dev env ${CARGO_TARGET_DIR:-target}/release/overload {{ arguments }}
 
 # Run the Postman collection against the running stack
@@ -193,7 +193,7 @@ postman:
 # Measure the speed on a stack of its own; `--report docs/bench` writes the report
 [group('check')]
 bench *arguments:
-    cargo build --locked --release --workspace --bins
+    cargo build --locked --release --bin orders --bin payments --bin gateway --bin stack --bin bench
     @./dev env ${CARGO_TARGET_DIR:-target}/release/bench {{ arguments }}
 
 # The same end to end and for a backlog, with 5 million old orders in the tables against empty ones
