@@ -36,10 +36,10 @@ const READ_MAX: u64 = 500;
 const READS_MAX: usize = 16;
 const PULL_EXPIRES: Duration = Duration::from_secs(10);
 /// Without heartbeats a stream that vanished would look like a quiet one, for ever.
-const HEARTBEAT: Duration = Duration::from_secs(1);
+const HEARTBEAT: Duration = Duration::from_secs(2);
 const MISSING_HEARTBEATS_MAX: u32 = 2;
 /// How often the stream is looked at: one that was made anew or rolled back may deliver nothing for long.
-const LOOK_INTERVAL: Duration = Duration::from_secs(2);
+const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 /// The broker removes the consumer of a gateway that is gone after this long.
 const CONSUMER_INACTIVE_MAX: Duration = Duration::from_secs(30);
 const RETRY_DELAY: Duration = Duration::from_millis(250);

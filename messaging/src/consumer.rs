@@ -36,7 +36,7 @@ pub use crate::incoming::{Received, read};
 const BATCH_MAX: usize = 200;
 const PULL_EXPIRES: Duration = Duration::from_secs(10);
 /// Without heartbeats a stream that vanished on the server would look like a quiet one, for ever.
-const HEARTBEAT: Duration = Duration::from_secs(1);
+const HEARTBEAT: Duration = Duration::from_secs(2);
 const MISSING_HEARTBEATS_MAX: u32 = 2;
 const RETRY_DELAY_MIN: Duration = Duration::from_millis(50);
 const RETRY_DELAY_MAX: Duration = Duration::from_secs(3);

@@ -31,7 +31,7 @@ use load::Saturation;
 const BACKLOG: usize = 20_000;
 const ORDERS_PER_SECOND: u32 = 100;
 /// Processor time at rest is counted in hundredths of a second, so it takes a while until there is something to count.
-const REST: Duration = Duration::from_secs(20);
+const REST: Duration = Duration::from_secs(40);
 /// The allocator keeps what it once had; what grows for ever grows by more.
 const SOAK_GROWTH_MAX_MIB: f64 = 8.0;
 const SOON: Duration = Duration::from_secs(60);
@@ -280,10 +280,14 @@ impl Bench {
     async fn rest(&mut self, figures: &mut Figures) -> anyhow::Result<()> {
         let before = self.cpu()?;
         tokio::time::sleep(REST).await;
-        let used: f64 = self.cpu()?.iter().zip(before).map(|(after, before)| after - before).sum();
-        let percent = used * 100.0 / REST.as_secs_f64();
-        say(format!("  at rest: {percent:.2} % of a core"));
-        figures.insert("rest_cpu_percent_of_a_core".to_owned(), percent);
+        let mut all = 0.0;
+        for (part, (before, after)) in usage::PARTS.into_iter().zip(before.into_iter().zip(self.cpu()?)) {
+            let percent = (after - before) * 100.0 / REST.as_secs_f64();
+            say(format!("  at rest: {part} takes {percent:.2} % of a core"));
+            figures.insert(format!("rest_cpu_{part}_percent_of_a_core"), percent);
+            all += percent;
+        }
+        figures.insert("rest_cpu_percent_of_a_core".to_owned(), all);
         Ok(())
     }
 

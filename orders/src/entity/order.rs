@@ -155,6 +155,11 @@ pub(crate) async fn end(txn: &DatabaseTransaction, endings: &[Ending], at: TimeD
     .await
 }
 
+/// Whether any order is not final.
+pub(crate) async fn something_is_new(db: &DatabaseConnection) -> Result<bool, DbErr> {
+    Ok(db.query_one_raw(sql("SELECT 1 FROM orders WHERE status = 'NEW' LIMIT 1", [])).await?.is_some())
+}
+
 /// When an order that stays NEW is asked for again.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct AskAgain {
