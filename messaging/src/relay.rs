@@ -173,8 +173,8 @@ impl Relay {
         }
     }
 
-    /// Waits until something is handed over, or for the time of the next look. A look that finds nothing, which is what most of them do, is
-    /// a single statement, and waiting goes on; then this says until when nobody needs to look again.
+    /// Waits until something is handed over, or for the time of the next look. A look that finds nothing, which is what most
+    /// of them do, is a single statement, and waiting goes on; then this says until when nobody needs to look again.
     async fn wait(
         &self,
         mut until: Instant,
