@@ -155,7 +155,9 @@ async fn rows_that_were_handed_over_do_not_wait_for_a_look_and_those_that_were_l
     assert_eq!(outbox.messages().await, 200);
     let rows = outbox.rows().await;
     assert!(rows.iter().all(|row| row.attempts == 1), "each was tried once");
-    assert!(rows.iter().any(|row| row.published_at.unwrap() - row.created_at < LOOKED_FOR_AFTER), "without a look");
+    // At its start a relay looks for rows of any age. Of a hundred, the first few may have been found by that.
+    let at_once = rows.iter().filter(|row| row.published_at.unwrap() - row.created_at < LOOKED_FOR_AFTER).count();
+    assert!(at_once >= 50, "only {at_once} did not wait for a look");
 }
 
 /// A queue in memory that forgets everything loses nothing.
