@@ -205,7 +205,7 @@ pub fn injected(_: Injected) -> DbErr {
     DbErr::ConnectionAcquire(ConnAcquireErr::Timeout)
 }
 
-/// Runs `statement` inside a transaction and says how many rows it touched.
+/// Runs `statement`, mostly inside a transaction, and says how many rows it touched.
 pub async fn execute(db: &impl ConnectionTrait, statement: Statement) -> Result<u64, DbErr> {
     Ok(db.execute_raw(statement).await?.rows_affected())
 }

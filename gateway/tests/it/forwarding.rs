@@ -8,7 +8,8 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::routing::post;
 use bytes::Bytes;
 use serde_json::json;
-use stack::testing::eventually;
+use stack::http::Http;
+use stack::testing::{Apart, eventually};
 use tokio_util::sync::CancellationToken;
 
 use crate::harness::{Does, Gateway, SOON, ok};
@@ -95,20 +96,25 @@ async fn a_service_that_is_away_is_named_with_what_to_do() {
     assert_eq!((answer.status, &answer.json()["outcome"]), (503, &json!(null)), "a GET has no outcome");
 }
 
-#[tokio::test]
-async fn a_service_that_cannot_be_reached_has_done_nothing() {
-    let free = stack::ports::free_port().unwrap();
-    let orders = format!("--orders-url=http://127.0.0.1:{free}");
-    let config = ["gateway", "--listen=127.0.0.1:0", &orders];
+/// A gateway before an orders service that is not one of [`Gateway::start`]'s.
+async fn before(orders: &str) -> (Apart, Http) {
+    let config = ["gateway", "--listen=127.0.0.1:0", &format!("--orders-url=http://{orders}")];
     let config = <gateway::Config as clap::Parser>::try_parse_from(config).unwrap();
-    let gateway = stack::testing::Apart::start(async move |address, shutdown| {
+    let gateway = Apart::start(async move |address, shutdown| {
         let app = gateway::App::build(config).await?;
         // The test may have given up waiting.
         let _ = address.send(app.address()?);
         app.run(shutdown).await
     });
     let gateway = gateway.await.unwrap();
-    let http = stack::http::Http::new(format!("http://{}", gateway.address));
+    let http = Http::new(format!("http://{}", gateway.address));
+    (gateway, http)
+}
+
+#[tokio::test]
+async fn a_service_that_cannot_be_reached_has_done_nothing() {
+    let free = stack::ports::free_port().unwrap();
+    let (gateway, http) = before(&format!("127.0.0.1:{free}")).await;
     let answer = http.post("/v1/orders", None, &json!({})).await.unwrap();
     assert_eq!((answer.status, answer.header("retry-after")), (503, Some("1")));
     assert_eq!(answer.json()["detail"], "Orders Service temporarily unavailable.");
@@ -155,17 +161,8 @@ async fn a_panic_names_the_key_that_the_gateway_made() {
     };
     let router = service_kit::http::edge(Router::new().route("/v1/orders", post(panics)));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let config = ["gateway", "--listen=127.0.0.1:0", &format!("--orders-url=http://{}", listener.local_addr().unwrap())];
-    let config = <gateway::Config as clap::Parser>::try_parse_from(config).unwrap();
+    let (_gateway, http) = before(&listener.local_addr().unwrap().to_string()).await;
     let serving = tokio::spawn(service_kit::server::serve(listener, router, CancellationToken::new()));
-    let gateway = stack::testing::Apart::start(async move |address, shutdown| {
-        let app = gateway::App::build(config).await?;
-        // The test may have given up waiting.
-        let _ = address.send(app.address()?);
-        app.run(shutdown).await
-    });
-    let gateway = gateway.await.unwrap();
-    let http = stack::http::Http::new(format!("http://{}", gateway.address));
     let answer = http.post("/v1/orders", None, &json!({ "user_id": "a", "amount": 1 })).await.unwrap();
     let told = answer.json();
     assert_eq!((answer.status, &told["code"], &told["outcome"]), (500, &json!("internal_error"), &json!("unknown")), "{told}");
