@@ -3,7 +3,6 @@
 
 use std::collections::HashMap;
 use std::pin::pin;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -14,7 +13,6 @@ use failpoint::{Injected, failpoint, removed};
 use futures_util::{FutureExt as _, StreamExt as _};
 use metrics::{counter, histogram};
 use sea_orm::{DatabaseConnection, DatabaseTransaction, DbErr, TransactionTrait};
-use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
@@ -26,6 +24,7 @@ use crate::db;
 use crate::dead_letter::{self, DeadMessage, Verdict};
 use crate::inbox::{self, Delivery};
 use crate::incoming::{self, Incoming};
+use crate::losses::Losses;
 use crate::measure;
 use crate::topology::{self, Ensured, Subscription, TopologySettings};
 use crate::vital::Vital;
@@ -80,8 +79,8 @@ pub struct Consumer {
     pub subscription: Subscription,
     /// Options of the durable, if it has to be made.
     pub settings: TopologySettings,
-    /// Notified when the durable had to be made: what was on its way before may be lost.
-    pub lost: Arc<Notify>,
+    /// Told when the durable had to be made: what was on its way before may be lost.
+    pub losses: Losses,
     /// How it goes.
     pub vital: Vital,
 }
@@ -108,6 +107,8 @@ impl Consumer {
         E: Event + Clone + PartialEq,
     {
         let mut retry_delay = RETRY_DELAY_MIN;
+        // The connection on which the durable is being looked for, and since when.
+        let mut looking = None;
         while !shutdown.is_cancelled() {
             if !self.broker.is_connected() {
                 self.vital.bad("the broker is away");
@@ -115,8 +116,14 @@ impl Consumer {
                 continue;
             }
             let connection_number = self.broker.connection_number();
-            match self.open().await {
+            let since = match looking {
+                Some((connection, since)) if connection == connection_number => since,
+                _ => Instant::now(),
+            };
+            looking = Some((connection_number, since));
+            match self.open(since).await {
                 Ok(messages) => {
+                    looking = None;
                     self.vital.good();
                     retry_delay = RETRY_DELAY_MIN;
                     let reconnected = self.broker.until_reconnected(connection_number);
@@ -144,11 +151,13 @@ impl Consumer {
         Ok(())
     }
 
-    async fn open(&self) -> anyhow::Result<Stream> {
+    /// Finds the durable, which has been looked for `since` then, and begins to pull.
+    async fn open(&self, since: Instant) -> anyhow::Result<Stream> {
         let (consumer, ensured): (PullConsumer, Ensured) =
             topology::ensure_consumer(self.broker.jetstream(), &self.subscription, &self.settings).await?;
         if ensured == Ensured::Made {
-            self.lost.notify_one();
+            // What its stream was given while it was looked for is in it still, and is read from the beginning.
+            self.losses.note(since);
         }
         consumer
             .stream()

@@ -9,6 +9,7 @@ pub mod dead_letter;
 pub mod desk;
 pub mod inbox;
 mod incoming;
+pub mod losses;
 pub mod measure;
 pub mod migration;
 pub mod outbox;

@@ -1,7 +1,6 @@
 //! Publishes outbox rows and marks exactly those that the broker acknowledged. Knows rows and subjects, no events.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -17,6 +16,7 @@ use uuid::Uuid;
 
 use crate::broker::{Broker, jitter};
 use crate::db;
+use crate::losses::Losses;
 use crate::measure;
 use crate::outbox::{self, LOOKED_FOR_AFTER, Pending, Which};
 use crate::outlet::Outlet;
@@ -50,8 +50,8 @@ pub struct Relay {
     pub streams: Vec<stream::Config>,
     /// What was just committed in this process.
     pub outlet: Outlet,
-    /// Notified when the broker is found to have lost what it had acknowledged.
-    pub lost: Arc<Notify>,
+    /// Told when the broker is found to have lost what it had acknowledged.
+    pub losses: Losses,
     /// How publishing goes.
     pub vital: Vital,
     /// How the streams are.
@@ -289,6 +289,7 @@ impl Relay {
     async fn look_at_streams(&self, states: &mut HashMap<String, StreamState>) -> anyhow::Result<()> {
         let mut trouble = None;
         for wanted in &self.streams {
+            let begun = Instant::now();
             // One stream that cannot be made must not keep the rows of the others.
             let (state, ensured) = match topology::ensure_stream(self.broker.jetstream(), wanted).await {
                 Ok(found) => found,
@@ -305,7 +306,8 @@ impl Relay {
                     stream = wanted.name,
                     "The broker does not have what it had acknowledged, if there was anything; it is asked for again"
                 );
-                self.lost.notify_one();
+                // Until we made it, it could take nothing. Who else made it, or cut it off, did so we do not know when.
+                self.losses.note(if ensured == Ensured::Made { begun } else { Instant::now() });
             }
         }
         trouble.map_or(Ok(()), Err)

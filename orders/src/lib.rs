@@ -11,12 +11,12 @@ use std::time::Duration;
 
 use sea_orm::DatabaseConnection;
 use tokio::net::TcpListener;
-use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use messaging::broker::Broker;
 use messaging::consumer::Consumer;
+use messaging::losses::Losses;
 use messaging::outlet::Outlet;
 use messaging::relay::Relay;
 use messaging::retention::Retention;
@@ -67,7 +67,7 @@ impl App {
         let broker = Broker::connect(config.flow.broker("orders")).await?;
         let settings = config.flow.topology();
         let outlet = Outlet::default();
-        let lost = Arc::new(Notify::new());
+        let losses = Losses::default();
         let again = AskAgain {
             after: Duration::from_millis(config.ask_again_ms),
             after_max: Duration::from_millis(config.ask_again_max_ms),
@@ -82,7 +82,7 @@ impl App {
                 broker: broker.clone(),
                 streams: vec![topology::orders_stream(&settings), topology::dlq_stream(&settings)],
                 outlet: outlet.clone(),
-                lost: lost.clone(),
+                losses: losses.clone(),
                 vital: Vital::starting("starting"),
                 streams_vital: Vital::starting("starting"),
             },
@@ -91,10 +91,10 @@ impl App {
                 broker,
                 subscription: topology::ORDERS_PAYMENT_SETTLED,
                 settings,
-                lost: lost.clone(),
+                losses: losses.clone(),
                 vital: Vital::starting("starting"),
             },
-            reconciler: Reconciler { db: flow.clone(), again, lost, outlet },
+            reconciler: Reconciler { db: flow.clone(), again, losses, outlet },
             retention: Retention {
                 db: flow.clone(),
                 consumer: topology::ORDERS_PAYMENT_SETTLED.consumer,

@@ -4,17 +4,16 @@
 //! the decision it has stored, or decides now. Everything that decides when to ask is in the database; a process that
 //! dies forgets nothing.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use failpoint::{failpoint, removed};
 use messaging::db::{self, sql};
+use messaging::losses::Losses;
 use messaging::outbox::{self, Message};
 use messaging::outlet::Outlet;
-use sea_orm::{ConnectionTrait as _, DatabaseConnection, TransactionTrait as _};
+use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbErr, TransactionTrait as _};
 use shared_contracts::{Amount, Event as _, EventId, OrderId, OrderPlaced, UserId};
-use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -34,8 +33,8 @@ pub(crate) struct Reconciler {
     /// Pool of the flow, not of the HTTP side.
     pub(crate) db: DatabaseConnection,
     pub(crate) again: AskAgain,
-    /// Notified by relay and consumer when the broker is found to have lost what it had acknowledged.
-    pub(crate) lost: Arc<Notify>,
+    /// Told by relay and consumer when the broker is found to have lost what it had acknowledged.
+    pub(crate) losses: Losses,
     /// To the relay.
     pub(crate) outlet: Outlet,
 }
@@ -43,18 +42,15 @@ pub(crate) struct Reconciler {
 impl Reconciler {
     /// Asks until `shutdown`.
     pub(crate) async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
-        let mut loss_to_note = false;
+        let mut losses = self.losses.watch();
+        let mut noted = None;
         let mut pause = LOOK_INTERVAL;
-        loop {
-            let woken = shutdown.run_until_cancelled(tokio::time::timeout(pause, self.lost.notified())).await;
-            match woken {
-                None => return Ok(()),
-                Some(woken) => loss_to_note |= woken.is_ok(),
-            }
+        while shutdown.run_until_cancelled(tokio::time::timeout(pause, losses.changed())).await.is_some() {
+            let latest = *losses.borrow_and_update();
             let begun = Instant::now();
-            match db::within(STEP_TIMEOUT, self.step(loss_to_note)).await {
+            match db::within(STEP_TIMEOUT, self.step(latest.filter(|_| latest > noted))).await {
                 Ok(asked) => {
-                    loss_to_note = false;
+                    noted = latest;
                     if asked > 0 {
                         measured::asked_again(asked);
                         info!(orders = asked, "Orders that stayed NEW are asked for again");
@@ -65,14 +61,13 @@ impl Reconciler {
             // A look that takes long (very many orders are NEW) is taken less often.
             pause = LOOK_INTERVAL.max(begun.elapsed() * 10);
         }
+        Ok(())
     }
 
     /// One look: in one transaction, the orders that are due and a new request for each.
-    async fn step(&self, note_loss: bool) -> anyhow::Result<usize> {
-        if note_loss && !removed!("reconcile.lost_at") {
-            // By the database's clock, like the times it is compared with.
-            let note = sql("UPDATE reconciliation SET lost_at = clock_timestamp()", []);
-            self.db.execute_raw(note).await.context("that the broker lost messages could not be noted")?;
+    async fn step(&self, loss: Option<Instant>) -> anyhow::Result<usize> {
+        if let Some(before) = loss.filter(|_| !removed!("reconcile.lost_at")) {
+            self.note(before).await.context("that the broker lost messages could not be noted")?;
         }
         // Most looks find that nothing is NEW.
         if !order::something_is_new(&self.db).await? {
@@ -101,6 +96,17 @@ impl Reconciler {
         failpoint!("reconcile.after_commit")?;
         self.outlet.hand_over(enqueued);
         Ok(due.len())
+    }
+
+    /// Notes for all replicas that what was published before may be lost, by the database's clock, like the times it is
+    /// compared with.
+    async fn note(&self, before: Instant) -> Result<(), DbErr> {
+        // Waiting for a connection is over when the age is taken, and the transaction says what "now" is.
+        let txn = self.db.begin().await?;
+        let age = before.elapsed().as_secs_f64();
+        let query = "UPDATE reconciliation SET lost_at = greatest(lost_at, now() - make_interval(secs => $1))";
+        txn.execute_raw(sql(query, [age.into()])).await?;
+        txn.commit().await
     }
 }
 

@@ -9,12 +9,12 @@ use std::time::Duration;
 
 use sea_orm::DatabaseConnection;
 use tokio::net::TcpListener;
-use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use messaging::broker::Broker;
 use messaging::consumer::Consumer;
+use messaging::losses::Losses;
 use messaging::outlet::Outlet;
 use messaging::relay::Relay;
 use messaging::retention::Retention;
@@ -58,7 +58,7 @@ impl App {
         let settings = config.flow.topology();
         let outlet = Outlet::default();
         // Nobody listens: an answer that is lost is given again when orders asks again.
-        let lost = Arc::new(Notify::new());
+        let losses = Losses::default();
         let committed: Arc<dyn Fn(charge::Charged) + Send + Sync> = {
             let outlet = outlet.clone();
             Arc::new(move |charged: charge::Charged| {
@@ -74,7 +74,7 @@ impl App {
                 broker: broker.clone(),
                 streams: vec![topology::payments_stream(&settings), topology::dlq_stream(&settings)],
                 outlet: outlet.clone(),
-                lost: lost.clone(),
+                losses: losses.clone(),
                 vital: Vital::starting("starting"),
                 streams_vital: Vital::starting("starting"),
             },
@@ -83,7 +83,7 @@ impl App {
                 broker,
                 subscription: topology::PAYMENTS_ORDER_PLACED,
                 settings,
-                lost,
+                losses,
                 vital: Vital::starting("starting"),
             },
             retention: Retention {

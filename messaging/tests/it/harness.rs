@@ -1,11 +1,11 @@
 //! An outbox, a broker, and a relay between them.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::stream;
 use messaging::broker::{Broker, BrokerConfig};
+use messaging::losses::Losses;
 use messaging::migration::MessagingTables;
 use messaging::outbox::{self, Enqueued, Message, Model};
 use messaging::outlet::Outlet;
@@ -19,7 +19,6 @@ use sea_orm::{
 use sea_orm_migration::{MigrationTrait, MigratorTrait};
 use shared_contracts::{Amount, EventId, OrderId, OrderPlaced, UserId};
 use stack::testing::{TestBroker, TestDatabase, eventually};
-use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -75,7 +74,7 @@ impl Outbox {
             broker: connect(&self.broker, "orders", &self.broker.secrets().nats_orders).await,
             streams,
             outlet: self.outlet.clone(),
-            lost: Arc::new(Notify::new()),
+            losses: Losses::default(),
             vital: self.vital.clone(),
             streams_vital: self.streams_vital.clone(),
         };

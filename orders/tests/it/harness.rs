@@ -108,6 +108,21 @@ impl Orders {
         order::Entity::find_by_id(id.as_uuid()).one(&self.db).await.unwrap().unwrap()
     }
 
+    /// An order like this one, placed an hour ago, whose request is pruned already.
+    pub(crate) async fn forgotten(&self, like: OrderId) -> OrderId {
+        let row = self.row(like).await;
+        let id = OrderId::mint();
+        let old = order::Model {
+            id: id.as_uuid(),
+            idempotency_key: id.to_string(),
+            placed_event_id: Uuid::now_v7(),
+            created_at: row.created_at - Duration::from_secs(60 * 60),
+            ..row
+        };
+        order::Entity::insert(order::ActiveModel::from(old)).exec_without_returning(&self.db).await.unwrap();
+        id
+    }
+
     pub(crate) async fn status(&self, id: OrderId) -> String {
         self.http.get(&format!("/v1/orders/{id}")).await.unwrap().json()["status"].as_str().unwrap().to_owned()
     }
