@@ -10,4 +10,12 @@ GOZON_PAYMENTS_DATABASE_URL=postgres://payments:$(secret postgres_payments)@127.
 NATS_URL=nats://127.0.0.1:$((4222 + ${GOZON_PORT_OFFSET:-0}))
 NATS_OPS_PASSWORD=$(secret nats_ops)
 export GOZON_ORDERS_DATABASE_URL GOZON_PAYMENTS_DATABASE_URL NATS_URL NATS_OPS_PASSWORD
-exec cargo run --quiet --locked --package ops --bin gozon -- "$@"
+
+# As `./dev up` built it last. With the whole workspace, since cargo would compile the tool alone with other features anew.
+target=${CARGO_TARGET_DIR:-target}
+gozon=$(ls -t "$target/release/gozon" "$target/debug/gozon" 2>/dev/null | head -n 1 || true)
+if [ "$gozon" != "$target/release/gozon" ]; then
+  cargo build --quiet --locked --workspace --bins
+  gozon=$target/debug/gozon
+fi
+exec "$gozon" "$@"
