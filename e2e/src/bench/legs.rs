@@ -1,4 +1,4 @@
-//! Where the time of an order goes, from what both databases have noted about its way.
+//! Where the time of an order goes, from what its customer and both databases have noted about its way.
 
 use std::collections::HashMap;
 
@@ -7,11 +7,19 @@ use sea_orm::{DbBackend, FromQueryResult, Statement};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+use crate::load::Waited;
 use crate::report::percentile;
 
-/// The way of an order in the order it goes, up to the transaction that ends it.
-pub(crate) const LEGS: [&str; 4] =
-    ["placed_to_published", "published_to_charging", "charging_to_published", "published_to_ending"];
+/// The way of an order in the order it goes: from the request, over the three transactions that place, charge and end it,
+/// to the answer.
+pub(crate) const LEGS: [&str; 6] = [
+    "sent_to_placing",
+    "placing_to_published",
+    "published_to_charging",
+    "charging_to_published",
+    "published_to_ending",
+    "ending_to_answered",
+];
 
 #[derive(FromQueryResult)]
 struct InOrders {
@@ -28,22 +36,32 @@ struct InPayments {
     published_at: OffsetDateTime,
 }
 
-/// Median milliseconds of each leg, of the orders placed after another. The acknowledgement of a message is noted after
-/// its reader may have it already, so a leg that follows one can be shorter than nothing.
-pub(crate) async fn medians(databases: &Databases, after: Uuid) -> anyhow::Result<[f64; LEGS.len()]> {
+/// Median milliseconds of each leg. The acknowledgement of a message is noted after its reader may have it already, so a
+/// leg that follows one can be shorter than nothing.
+pub(crate) async fn medians(databases: &Databases, waited: &[Waited]) -> anyhow::Result<[f64; LEGS.len()]> {
+    let ids: Vec<Uuid> = waited.iter().map(|one| one.id).collect();
+    let waited: HashMap<Uuid, &Waited> = waited.iter().map(|one| (one.id, one)).collect();
     let query = "SELECT o.id, o.created_at, b.published_at, e.created_at AS ending_at FROM orders o
                  JOIN outbox b ON b.event_id = o.placed_event_id AND b.n = 0 JOIN outbox e ON e.event_id = o.final_event_id
-                 WHERE o.id > $1 AND b.published_at IS NOT NULL";
-    let orders = InOrders::find_by_statement(Statement::from_sql_and_values(DbBackend::Postgres, query, [after.into()]));
+                 WHERE o.id = ANY($1) AND b.published_at IS NOT NULL";
+    let orders = InOrders::find_by_statement(Statement::from_sql_and_values(DbBackend::Postgres, query, [ids.clone().into()]));
     let query = "SELECT p.order_id, o.created_at AS charging_at, o.published_at FROM payments p
-                 JOIN outbox o ON o.event_id = p.event_id AND o.n = 0 WHERE p.order_id > $1 AND o.published_at IS NOT NULL";
-    let payments = InPayments::find_by_statement(Statement::from_sql_and_values(DbBackend::Postgres, query, [after.into()]));
+                 JOIN outbox o ON o.event_id = p.event_id AND o.n = 0 WHERE p.order_id = ANY($1) AND o.published_at IS NOT NULL";
+    let payments = InPayments::find_by_statement(Statement::from_sql_and_values(DbBackend::Postgres, query, [ids.into()]));
     let payments: HashMap<Uuid, InPayments> =
         payments.all(&databases.payments).await?.into_iter().map(|row| (row.order_id, row)).collect();
     let mut legs: [Vec<f64>; LEGS.len()] = Default::default();
     for order in orders.all(&databases.orders).await? {
-        let Some(payment) = payments.get(&order.id) else { continue };
-        let stops = [order.created_at, order.published_at, payment.charging_at, payment.published_at, order.ending_at];
+        let (Some(payment), Some(waited)) = (payments.get(&order.id), waited.get(&order.id)) else { continue };
+        let stops = [
+            waited.due,
+            order.created_at,
+            order.published_at,
+            payment.charging_at,
+            payment.published_at,
+            order.ending_at,
+            waited.answered,
+        ];
         for (leg, pair) in legs.iter_mut().zip(stops.windows(2)) {
             leg.push((pair[1] - pair[0]).as_seconds_f64() * 1000.0);
         }

@@ -4,10 +4,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use futures_util::future::try_join_all;
-use futures_util::{StreamExt as _, stream};
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, FromQueryResult, Statement};
 use serde_json::json;
 use stack::http::Http;
+use time::OffsetDateTime;
+use tokio::sync::mpsc;
 use uuid::Uuid;
 
 /// Clients that each wait for an answer before they send the next order.
@@ -99,25 +101,51 @@ pub(crate) async fn place_all(http: &Http, number: usize) -> anyhow::Result<()> 
     all.buffer_unordered(CLIENTS).fold(Ok(()), async |all, one| all.and(one.map(|_| ()))).await
 }
 
-/// Milliseconds from the moment an order was due to the answer that it is final, at so many orders a second, sorted.
-/// An order is sent when it is due, however slow the ones before it are.
-pub(crate) async fn latencies(http: &Http, per_second: u32, time: Duration) -> anyhow::Result<Vec<f64>> {
+/// An order whose customer waited for its end.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Waited {
+    pub(crate) id: Uuid,
+    /// When it was to be sent.
+    pub(crate) due: OffsetDateTime,
+    /// When the answer was there that it is final.
+    pub(crate) answered: OffsetDateTime,
+}
+
+impl Waited {
+    pub(crate) fn milliseconds(&self) -> f64 {
+        (self.answered - self.due).as_seconds_f64() * 1000.0
+    }
+}
+
+/// So many orders a second, each sent when it is due, however slow the ones before it are, and followed to its end.
+pub(crate) async fn open_loop(http: &Http, per_second: u32, time: Duration) -> anyhow::Result<Vec<Waited>> {
     let number = per_second * u32::try_from(time.as_secs())?;
-    let begun = tokio::time::Instant::now();
-    let orders = (0..number).map(async |number| {
-        let due = begun + Duration::from_secs(1) * number / per_second;
-        tokio::time::sleep_until(due).await;
+    let (ticks, mut ticking) = mpsc::unbounded_channel();
+    // A thread of its own keeps time: the runtime's timers are up to a millisecond late, which is nobody's latency.
+    let clock = std::thread::spawn(move || {
+        let begun = Instant::now();
+        for number in 0..number {
+            let until_due = begun + Duration::from_secs(1) * number / per_second;
+            std::thread::sleep(until_due.saturating_duration_since(Instant::now()));
+            let late = until_due.elapsed();
+            // Nobody listens any more once an order has failed.
+            if ticks.send((number, OffsetDateTime::now_utc() - late)).is_err() {
+                break;
+            }
+        }
+    });
+    let orders = stream::poll_fn(move |context| ticking.poll_recv(context)).map(async |(number, due)| {
         let id = place(http, &format!("user-{}", number as usize % USERS)).await?;
         let answer = http.get(&format!("/v1/orders/{id}?wait=30")).await?;
-        let took = due.elapsed();
+        let answered = OffsetDateTime::now_utc();
         match answer.json()["status"].as_str() {
-            Some("FINISHED") => Ok(took.as_secs_f64() * 1000.0),
+            Some("FINISHED") => Ok(Waited { id: id.parse()?, due, answered }),
             _ => bail!("order {id} did not finish: {}", answer.text()),
         }
     });
-    let mut latencies = try_join_all(orders).await?;
-    latencies.sort_by(f64::total_cmp);
-    Ok(latencies)
+    let waited = orders.buffer_unordered(number as usize).try_collect().await;
+    clock.join().map_err(|_| anyhow::anyhow!("the thread that keeps time has panicked"))?;
+    waited
 }
 
 async fn place(http: &Http, user: &str) -> anyhow::Result<String> {

@@ -262,13 +262,14 @@ impl Bench {
             figures.insert("replicas_ratio".to_owned(), ratio);
         }
         if self.measures(Part::Latency) {
-            let before = load::newest(&self.databases.orders).await?;
-            plotted.latencies = load::latencies(&self.http, ORDERS_PER_SECOND, self.time).await?;
+            let waited = load::open_loop(&self.http, ORDERS_PER_SECOND, self.time).await?;
+            plotted.latencies = waited.iter().map(load::Waited::milliseconds).collect();
+            plotted.latencies.sort_by(f64::total_cmp);
             let [p50, p99] = [0.5, 0.99].map(|share| report::percentile(&plotted.latencies, share));
             say(format!("  at {ORDERS_PER_SECOND} orders/s: {p50:.1} ms p50, {p99:.1} ms p99 from POST to FINISHED"));
             figures.insert("latency_100_p50_ms".to_owned(), p50);
             figures.insert("latency_100_p99_ms".to_owned(), p99);
-            for (leg, median) in legs::LEGS.into_iter().zip(legs::medians(&self.databases, before).await?) {
+            for (leg, median) in legs::LEGS.into_iter().zip(legs::medians(&self.databases, &waited).await?) {
                 say(format!("    {leg}: {median:.2} ms"));
                 figures.insert(format!("latency_100_{leg}_ms"), median);
             }
@@ -296,9 +297,9 @@ impl Bench {
 
     /// Memory at the end of a long time against that after its first quarter.
     async fn soak(&mut self, figures: &mut Figures) -> anyhow::Result<()> {
-        load::latencies(&self.http, ORDERS_PER_SECOND, self.time / 4).await?;
+        load::open_loop(&self.http, ORDERS_PER_SECOND, self.time / 4).await?;
         let before = self.memory()?;
-        load::latencies(&self.http, ORDERS_PER_SECOND, self.time * 3 / 4).await?;
+        load::open_loop(&self.http, ORDERS_PER_SECOND, self.time * 3 / 4).await?;
         for (part, (before, after)) in usage::PARTS.into_iter().zip(before.into_iter().zip(self.memory()?)) {
             say(format!("  soak: {part} had {before:.1} MiB and has {after:.1} MiB"));
             figures.insert(format!("soak_{part}_growth_mib"), after - before);
