@@ -106,6 +106,11 @@ impl Broker {
         self.until(|connection| connection.up).await;
     }
 
+    /// Waits until there is none.
+    pub(crate) async fn until_disconnected(&self) {
+        self.until(|connection| !connection.up).await;
+    }
+
     /// Waits until there is another connection than this one.
     pub(crate) async fn until_reconnected(&self, number: u64) {
         self.until(|connection| connection.up && connection.number != number).await;

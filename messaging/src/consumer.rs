@@ -184,12 +184,18 @@ impl Consumer {
         let mut batches = messages.ready_chunks(BATCH_MAX);
         let mut missing_heartbeats = 0;
         let mut reconnected = pin!(reconnected);
+        let mut disconnected = pin!(self.broker.until_disconnected().fuse());
         let mut unfinished = Vec::new();
         let ended = loop {
             let next = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break Ended::Shutdown,
                 next = batches.next() => next,
+                () = &mut disconnected => {
+                    // The client reconnects by itself; what it has fetched ahead is still to be taken.
+                    self.vital.bad("the broker is away");
+                    continue;
+                }
                 // The broker may have come back empty. Looking is cheap, and heartbeats would take seconds to tell.
                 () = &mut reconnected => break Ended::Vanished("there is a new connection to the broker".to_owned()),
             };

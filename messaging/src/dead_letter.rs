@@ -113,9 +113,14 @@ pub(crate) enum Verdict {
 /// A cause may quote the message, which may be as large as the broker allows; its copy for tools must fit too.
 const CAUSE_CHARACTERS_MAX: usize = 1000;
 
+/// A cause as it is stored: not too long, and without what PostgreSQL does not take in a text (NUL) or a terminal obeys.
+pub(crate) fn short(cause: &str) -> String {
+    cause.chars().map(|c| if c.is_control() { ' ' } else { c }).take(CAUSE_CHARACTERS_MAX).collect()
+}
+
 impl Verdict {
     fn short_cause(&self) -> String {
-        self.cause().chars().take(CAUSE_CHARACTERS_MAX).collect()
+        short(self.cause())
     }
 
     fn kind(&self) -> &'static str {

@@ -4,6 +4,8 @@
 //! inbox row and the note that it was done. What was applied meanwhile is recognised, as after any repetition. A dry run is
 //! the same transaction, rolled back, so it cannot foresee anything other than what would happen.
 
+use std::ops::ControlFlow;
+
 use sea_orm::entity::prelude::*;
 use sea_orm::{
     ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbErr, FromQueryResult, QueryOrder, QuerySelect, RuntimeErr,
@@ -18,7 +20,7 @@ use shared_contracts::Event;
 
 use crate::broker::Broker;
 use crate::consumer::{Handled, Received, is_transient, read};
-use crate::db::sql;
+use crate::db::{self, Failure, Retry, sql};
 use crate::dead_letter;
 use crate::inbox::{self, Delivery};
 use crate::topology::Subscription;
@@ -82,7 +84,7 @@ pub async fn flow(db: &DatabaseConnection, broker: &Broker, subscription: &Subsc
     Ok(Flow { outbox_pending, outbox_oldest_seconds, poison, quarantine, consumer: lag(broker, subscription).await })
 }
 
-async fn lag(broker: &Broker, subscription: &Subscription) -> Option<Lag> {
+pub(crate) async fn lag(broker: &Broker, subscription: &Subscription) -> Option<Lag> {
     if !broker.is_connected() {
         return None;
     }
@@ -219,7 +221,25 @@ pub async fn replay<E: Event, T>(
     dry_run: bool,
     handle: impl AsyncFn(&DatabaseTransaction, &[Received<E>]) -> anyhow::Result<Handled<T>>,
     describe: impl Fn(&T) -> Option<String>,
-) -> Result<Option<(Replay, Option<T>)>, DbErr> {
+) -> Result<Option<(Replay, Option<T>)>, Failure> {
+    // After a commit whose answer was lost, the next try finds that there is nothing left to do.
+    let mut retry = Retry::begin();
+    loop {
+        let tried = replay_once(db, subscription, id, dry_run, &handle, &describe);
+        if let ControlFlow::Break(settled) = retry.settle(tried).await {
+            return settled;
+        }
+    }
+}
+
+async fn replay_once<E: Event, T>(
+    db: &DatabaseConnection,
+    subscription: &Subscription,
+    id: Uuid,
+    dry_run: bool,
+    handle: &impl AsyncFn(&DatabaseTransaction, &[Received<E>]) -> anyhow::Result<Handled<T>>,
+    describe: &impl Fn(&T) -> Option<String>,
+) -> Result<Option<(Replay, Option<T>)>, Failure> {
     // Not locked: the consumer takes this row last, and whoever is second finds what the first has done.
     let Some(letter) = dead_letter::Entity::find_by_id(id).one(db).await? else { return Ok(None) };
     let (headers, payload) = letter.message();
@@ -227,7 +247,7 @@ pub async fn replay<E: Event, T>(
         if !dry_run {
             note_return(db, id, outcome, &cause).await?;
         }
-        Ok::<_, DbErr>(Some((Replay { id, dry_run, outcome, detail: cause }, None)))
+        Ok::<_, Failure>(Some((Replay { id, dry_run, outcome, detail: cause }, None)))
     };
     let received = match read::<E>(Some(&headers), &payload) {
         Ok(received) => received,
@@ -240,7 +260,7 @@ pub async fn replay<E: Event, T>(
     let received = Received { first: !first.is_empty(), ..received };
     let handled = match handle(&txn, &[received]).await {
         Ok(handled) => handled,
-        Err(error) if is_transient(&error) => return Err(later(&error)),
+        Err(error) if is_transient(&error) => return Err(later(&error).into()),
         Err(error) => {
             txn.rollback().await?;
             return refused("poison", format!("{error:#}")).await;
@@ -262,7 +282,7 @@ pub async fn replay<E: Event, T>(
     }
     let note = "UPDATE dead_letters SET replays = replays + 1, replayed_at = clock_timestamp() WHERE id = $1";
     txn.execute_raw(sql(note, [id.into()])).await?;
-    txn.commit().await?;
+    db::commit(txn).await?;
     Ok(Some((replay, Some(effect))))
 }
 
@@ -275,9 +295,9 @@ fn later(error: &anyhow::Error) -> DbErr {
 /// It was tried and is back: it goes on waiting.
 async fn note_return(db: &DatabaseConnection, id: Uuid, kind: &str, cause: &str) -> Result<(), DbErr> {
     db.execute_raw(sql(
-        "UPDATE dead_letters SET replays = replays + 1, replayed_at = now(), times = times + 1, kind = $2, cause = left($3, 1000),
+        "UPDATE dead_letters SET replays = replays + 1, replayed_at = now(), times = times + 1, kind = $2, cause = $3,
                                  last_seen_at = clock_timestamp() WHERE id = $1",
-        [id.into(), kind.into(), cause.into()],
+        [id.into(), kind.into(), dead_letter::short(cause).into()],
     ))
     .await?;
     Ok(())

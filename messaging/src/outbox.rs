@@ -219,6 +219,11 @@ pub(crate) async fn something_waits(db: &DatabaseConnection) -> Result<bool, DbE
     Ok(db.query_one_raw(sql("SELECT 1 FROM outbox WHERE published_at IS NULL LIMIT 1", [])).await?.is_some())
 }
 
+/// Whether the broker has ever taken anything, as far as is remembered.
+pub(crate) async fn something_was_published(db: &DatabaseConnection) -> Result<bool, DbErr> {
+    Ok(db.query_one_raw(sql("SELECT 1 FROM outbox WHERE published_at IS NOT NULL LIMIT 1", [])).await?.is_some())
+}
+
 /// How many rows were published since a time, on `subject` or on any.
 pub async fn count_published(db: &DatabaseConnection, since: OffsetDateTime, subject: Option<&str>) -> Result<u64, DbErr> {
     let query = sql(

@@ -298,14 +298,21 @@ impl Relay {
                     continue;
                 }
             };
-            let earlier = states.insert(wanted.name.clone(), state);
+            let earlier = states.get(&wanted.name);
             let shrunk =
                 earlier.is_some_and(|earlier| earlier.made_at != state.made_at || earlier.last_sequence > state.last_sequence);
+            if earlier.is_none_or(|earlier| earlier.drift != state.drift) {
+                for difference in &state.drift {
+                    let stream = &wanted.name;
+                    warn!(stream, difference, "Stream differs from what this version would make; nothing is changed");
+                }
+            }
+            states.insert(wanted.name.clone(), state);
             if ensured == Ensured::Made || shrunk {
-                warn!(
-                    stream = wanted.name,
-                    "The broker does not have what it had acknowledged, if there was anything; it is asked for again"
-                );
+                // Of an installation that is just made, nothing can be lost.
+                if outbox::something_was_published(&self.db).await.unwrap_or(true) {
+                    warn!(stream = wanted.name, "The broker does not have what it had acknowledged; it is asked for again");
+                }
                 // Until we made it, it could take nothing. Who else made it, or cut it off, did so we do not know when.
                 self.losses.note(if ensured == Ensured::Made { begun } else { Instant::now() });
             }

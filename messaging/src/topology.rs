@@ -10,7 +10,7 @@ use async_nats::jetstream::context::{CreateStreamErrorKind, GetStreamErrorKind};
 use async_nats::jetstream::stream::{self, DiscardPolicy, RetentionPolicy, StorageType};
 use async_nats::jetstream::{Context, ErrorCode};
 use time::OffsetDateTime;
-use tracing::{info, warn};
+use tracing::info;
 
 use shared_contracts::{DLQ_STREAM, Event, ORDERS_STREAM, OrderPlaced, PAYMENTS_STREAM, PaymentSettled};
 
@@ -145,22 +145,26 @@ pub enum Ensured {
 }
 
 /// A stream as the broker has it right now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StreamState {
     /// When it was made. Another time is another stream, whoever made it.
     pub made_at: OffsetDateTime,
     /// The newest sequence. Lower than one that was acknowledged: the broker has lost its end.
     pub last_sequence: u64,
+    /// In which options it differs from what this version would make.
+    pub drift: Vec<String>,
 }
 
-/// Makes the stream if it is absent; reports, but never changes, one that differs.
+impl StreamState {
+    fn new(found: &stream::Info, wanted: &stream::Config) -> Self {
+        Self { made_at: found.created, last_sequence: found.state.last_sequence, drift: drift(&found.config, wanted) }
+    }
+}
+
+/// Makes the stream if it is absent; never changes one that differs.
 pub async fn ensure_stream(jetstream: &Context, wanted: &stream::Config) -> anyhow::Result<(StreamState, Ensured)> {
     match jetstream.get_stream(&wanted.name).await {
-        Ok(stream) => {
-            let info = stream.cached_info();
-            report_drift(&info.config, wanted);
-            return Ok((StreamState { made_at: info.created, last_sequence: info.state.last_sequence }, Ensured::Found));
-        }
+        Ok(stream) => return Ok((StreamState::new(stream.cached_info(), wanted), Ensured::Found)),
         Err(error) => match error.kind() {
             GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND => {}
             _ => return Err(anyhow::Error::new(error).context(format!("stream {} cannot be looked up", wanted.name))),
@@ -169,8 +173,7 @@ pub async fn ensure_stream(jetstream: &Context, wanted: &stream::Config) -> anyh
     match jetstream.create_stream(wanted.clone()).await {
         Ok(stream) => {
             info!(stream = wanted.name, "Stream made");
-            let info = stream.cached_info();
-            Ok((StreamState { made_at: info.created, last_sequence: info.state.last_sequence }, Ensured::Made))
+            Ok((StreamState::new(stream.cached_info(), wanted), Ensured::Made))
         }
         Err(error) => match error.kind() {
             CreateStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STORAGE_RESOURCES_EXCEEDED => {
@@ -214,12 +217,6 @@ pub async fn ensure_consumer(
             Ok((consumer, Ensured::Made))
         }
         Err(error) => Err(anyhow::Error::new(error).context(format!("consumer {} cannot be made", subscription.consumer))),
-    }
-}
-
-fn report_drift(found: &stream::Config, wanted: &stream::Config) {
-    for difference in drift(found, wanted) {
-        warn!(stream = wanted.name, difference, "Stream differs from what this version would make; nothing is changed");
     }
 }
 

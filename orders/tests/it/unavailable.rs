@@ -24,6 +24,11 @@ async fn orders_are_taken_while_the_broker_is_away_and_published_when_it_comes()
     // Away a second time, now from a service that knew it.
     orders.broker.kill().await.unwrap();
     let during: Vec<_> = futures_util::future::join_all((0..20).map(|_| orders.placed())).await;
+    eventually("the consumer says so", SOON, async || {
+        let health = orders.http.get("/readyz?verbose").await.unwrap().text();
+        health.contains("[~] consumer: degraded, the broker is away").then_some(())
+    })
+    .await;
     orders.broker.up().await.unwrap();
     orders.until("all are published", "SELECT count(*) FROM outbox WHERE published_at IS NULL", 0).await;
     let payments = orders.payments().await;
