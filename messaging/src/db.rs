@@ -33,8 +33,10 @@ const IDLE_IN_TRANSACTION_TIMEOUT_MS: &str = "15000";
 const PING_WHEN_IDLE_FOR: Duration = Duration::from_secs(1);
 /// How often the tables are looked for while the database is away at start.
 const MIGRATION_RETRY_DELAY: Duration = Duration::from_millis(500);
-/// Longer than any migration here takes; one that hangs is given up and begun again.
-const MIGRATION_TIMEOUT: Duration = Duration::from_secs(120);
+/// Looking whether the tables are up to date hangs on a connection into nothing: it is given up and tried again.
+const MIGRATION_LOOK_TIMEOUT: Duration = Duration::from_secs(20);
+/// Longer than any change of the tables takes, also of large ones.
+const MIGRATION_TIMEOUT: Duration = Duration::from_secs(60 * 60);
 /// A connection that is given back must answer within this, or it is closed: it may lead into nothing.
 const GIVE_BACK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Any number: who migrates holds this advisory lock.
@@ -100,11 +102,24 @@ pub fn probe(db: &DatabaseConnection) -> impl Fn() -> BoxFuture<'static, Result<
 
 /// Brings the tables up to date. Replicas may start together: one migrates, the others wait for it.
 pub async fn migrate<M: MigratorTrait>(db: &DatabaseConnection) -> Result<(), DbErr> {
-    let lock = db.begin().await?;
-    lock.execute_raw(sql("SELECT pg_advisory_xact_lock($1)", [MIGRATION_LOCK.into()])).await?;
-    let migrated = M::up(db, None).await;
-    lock.commit().await?;
-    migrated
+    let look = async {
+        let txn = db.begin().await?;
+        txn.execute_raw(sql("SELECT pg_advisory_xact_lock($1)", [MIGRATION_LOCK.into()])).await?;
+        let pending = M::get_pending_migrations(&txn).await?.len();
+        Ok::<_, DbErr>((txn, pending))
+    };
+    let (txn, pending) = within(MIGRATION_LOOK_TIMEOUT, look).await?;
+    if pending == 0 {
+        return txn.commit().await;
+    }
+    // In the transaction that holds the lock, so that it cannot go while a change is still being made. An index on a large
+    // table takes longer than any statement of the flow may.
+    let change = async {
+        txn.execute_unprepared("SET LOCAL statement_timeout = 0").await?;
+        M::up(&txn, None).await?;
+        txn.commit().await
+    };
+    within(MIGRATION_TIMEOUT, change).await
 }
 
 /// Brings the tables up to date, however long the database is away. Says false if a shutdown came first.
@@ -114,7 +129,7 @@ pub async fn migrate_when_possible<M: MigratorTrait>(
     shutdown: &CancellationToken,
 ) -> bool {
     while !shutdown.is_cancelled() {
-        match within(MIGRATION_TIMEOUT, migrate::<M>(db)).await {
+        match migrate::<M>(db).await {
             Ok(()) => {
                 vital.good();
                 return true;
