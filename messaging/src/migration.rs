@@ -28,6 +28,41 @@ impl MigrationTrait for MessagingTables {
     }
 }
 
+/// Makes `retention`, which remembers up to when rows were taken away. After all tables.
+pub struct RetentionTable;
+
+impl MigrationName for RetentionTable {
+    fn name(&self) -> &str {
+        "m0004_retention_table"
+    }
+}
+
+#[expect(
+    elided_lifetimes_in_paths,
+    reason = "the trait elides them, and async_trait makes the spelled-out form another signature"
+)]
+#[async_trait::async_trait]
+impl MigrationTrait for RetentionTable {
+    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        manager.get_connection().execute_unprepared(RETENTION).await?;
+        Ok(())
+    }
+
+    async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        manager.get_connection().execute_unprepared("DROP TABLE retention").await?;
+        Ok(())
+    }
+}
+
+const RETENTION: &str = "
+-- One row: outbox rows that were published before this may be gone. What is there when the table is made may have lost some.
+CREATE TABLE retention (
+    id            boolean     PRIMARY KEY DEFAULT true CHECK (id),
+    outbox_before timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+INSERT INTO retention DEFAULT VALUES;
+";
+
 const UP: &str = r#"
 CREATE TABLE outbox (
     event_id        uuid        NOT NULL,

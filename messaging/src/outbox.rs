@@ -256,13 +256,17 @@ pub async fn publish_again(db: &DatabaseConnection, since: OffsetDateTime, subje
     }
 }
 
+/// Refused so often, a row is to blame, and not the broker.
+const ATTEMPTS_OF_ITS_OWN: i32 = 5;
+
 /// Whether a row for `subject` has waited longer than `age`: then the broker or the relay is the problem, and more rows
-/// do not help.
+/// do not help. One that the broker has refused again and again is a problem of its own, and holds up nothing.
 pub async fn is_behind(txn: &DatabaseTransaction, subject: &str, age: Duration) -> Result<bool, DbErr> {
     let found = txn
         .query_one_raw(sql(
-            "SELECT 1 FROM outbox WHERE published_at IS NULL AND subject = $2 AND created_at < now() - make_interval(secs => $1) LIMIT 1",
-            [age.as_secs_f64().into(), subject.into()],
+            "SELECT 1 FROM outbox WHERE published_at IS NULL AND attempts < $3 AND subject = $2
+             AND created_at < now() - make_interval(secs => $1) LIMIT 1",
+            [age.as_secs_f64().into(), subject.into(), ATTEMPTS_OF_ITS_OWN.into()],
         ))
         .await?;
     Ok(found.is_some())

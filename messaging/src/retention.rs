@@ -60,15 +60,22 @@ impl Retention {
         let before = db::now() - self.keep;
         let seconds = u64::try_from(before.unix_timestamp()).unwrap_or(0);
         let id_before = Uuid::new_v7(Timestamp::from_unix(NoContext, seconds, before.nanosecond()));
+        // Noted with it, so that an audit does not miss what is gone.
         let outbox = self
             .db
-            .execute_raw(sql(
-                "DELETE FROM outbox WHERE (event_id, n) IN (
-                     SELECT event_id, n FROM outbox WHERE event_id < $1 AND published_at < $2 ORDER BY event_id, n LIMIT $3
-                     FOR UPDATE SKIP LOCKED)",
+            .query_one_raw(sql(
+                "WITH gone AS (
+                     DELETE FROM outbox WHERE (event_id, n) IN (
+                         SELECT event_id, n FROM outbox WHERE event_id < $1 AND published_at < $2 ORDER BY event_id, n LIMIT $3
+                         FOR UPDATE SKIP LOCKED)
+                     RETURNING 1),
+                 noted AS (
+                     UPDATE retention SET outbox_before = greatest(outbox_before, $2) WHERE EXISTS (SELECT FROM gone))
+                 SELECT count(*) AS rows FROM gone",
                 [id_before.into(), before.into(), (BATCH_MAX as i64).into()],
             ))
-            .await?;
+            .await?
+            .map_or(Ok(0), |row| row.try_get::<i64>("", "rows"))?;
         let inbox = self
             .db
             .execute_raw(sql(
@@ -78,6 +85,6 @@ impl Retention {
                 [self.consumer.into(), id_before.into(), before.into(), (BATCH_MAX as i64).into()],
             ))
             .await?;
-        Ok(outbox.rows_affected() + inbox.rows_affected())
+        Ok(outbox.unsigned_abs() + inbox.rows_affected())
     }
 }

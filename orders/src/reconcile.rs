@@ -16,7 +16,7 @@ use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbErr, TransactionTrait 
 use shared_contracts::{Amount, Event as _, EventId, OrderId, OrderPlaced, UserId};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::entity::order::{self, AskAgain, Model};
 use crate::measured;
@@ -87,7 +87,14 @@ impl Reconciler {
         }
         failpoint!("reconcile.after_lock")?;
         let now = db::now();
-        let requests: Vec<Message> = due.iter().map(|order| request(order, now)).collect::<anyhow::Result<_>>()?;
+        let mut requests = Vec::with_capacity(due.len());
+        for order in &due {
+            match request(order, now) {
+                Ok(request) => requests.push(request),
+                // Somebody edited the table. It must not keep the others from being asked for.
+                Err(error) => error!(order.id = %order.id, error = format!("{error:#}"), "An order cannot be asked for again"),
+            }
+        }
         let counted = order::count_ask(&txn, due.iter().map(|order| order.id).collect()).await?;
         anyhow::ensure!(counted == due.len() as u64, "orders that were locked while NEW are not");
         let enqueued = outbox::enqueue(&txn, requests).await?;

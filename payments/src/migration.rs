@@ -1,6 +1,6 @@
 //! The tables, oldest change first. A change that was released is never edited.
 
-use messaging::migration::MessagingTables;
+use messaging::migration::{MessagingTables, RetentionTable};
 use sea_orm_migration::prelude::*;
 
 mod m0002_accounts;
@@ -10,6 +10,6 @@ pub(crate) struct Migrator;
 #[async_trait::async_trait]
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![Box::new(MessagingTables), Box::new(m0002_accounts::Accounts)]
+        vec![Box::new(MessagingTables), Box::new(m0002_accounts::Accounts), Box::new(RetentionTable)]
     }
 }

@@ -5,20 +5,19 @@ use uuid::Uuid;
 
 use super::{Databases, FINDINGS_MAX, Kind, Options, Report, find, rows};
 
-/// Orders whose fact was never enqueued. Old rows are pruned, the older one first: where the first fact is still there,
-/// the last one must be too; where it is not, the order must be older than everything that is left.
+/// Orders whose fact was never enqueued. Of orders from before the last pruning it may be gone.
 const ORDERS_WITHOUT_EVENT: &str = "
     SELECT o.id::text AS id, format('no %s in the outbox', CASE WHEN placed.event_id IS NULL THEN 'OrderPlaced' ELSE 'final event' END) AS detail
     FROM orders o
     LEFT JOIN outbox placed ON placed.event_id = o.placed_event_id AND placed.n = 0
     LEFT JOIN outbox final ON final.event_id = o.final_event_id AND final.n = 0
-    WHERE (placed.event_id IS NOT NULL AND o.status <> 'NEW' AND final.event_id IS NULL)
-       OR (placed.event_id IS NULL AND o.created_at > (SELECT coalesce(min(created_at), 'infinity') FROM outbox))";
+    WHERE o.stored_at > (SELECT outbox_before FROM retention)
+      AND (placed.event_id IS NULL OR (o.status <> 'NEW' AND final.event_id IS NULL))";
 
 const DECISIONS_WITHOUT_ANSWER: &str = "
     SELECT p.order_id::text AS id, 'no PaymentSettled in the outbox' AS detail
     FROM payments p LEFT JOIN outbox answer ON answer.event_id = p.event_id
-    WHERE p.decided_at > (SELECT coalesce(min(created_at), 'infinity') FROM outbox) AND answer.event_id IS NULL";
+    WHERE p.decided_at > (SELECT outbox_before FROM retention) AND answer.event_id IS NULL";
 
 const DOUBLED_ORDER_KEYS: &str = "
     SELECT user_id || ' ' || idempotency_key AS id, format('%s orders under one key', count(*)) AS detail

@@ -108,7 +108,7 @@ impl<'a, T: Keyed> Walk<'a, T> {
 pub(super) async fn check(databases: &Databases, options: Options, report: &mut Report) -> Result<(), DbErr> {
     let mut orders: Walk<'_, Order> = Walk::new(
         &databases.orders,
-        "SELECT id, user_id, amount, status, reason, asks, extract(epoch FROM now() - created_at)::float8 AS age_seconds
+        "SELECT id, user_id, amount, status, reason, asks, extract(epoch FROM now() - stored_at)::float8 AS age_seconds
          FROM orders WHERE id > $1 ORDER BY id LIMIT $2",
     );
     let mut decisions: Walk<'_, Decision> = Walk::new(

@@ -85,7 +85,7 @@ const FAULTS: [Fault; 22] = [
     in_orders(
         Kind::Stuck,
         FIRST_FINISHED,
-        "UPDATE orders SET status = 'NEW', final_event_id = NULL, created_at = now() - interval '2 hours' WHERE id::text = $id",
+        "UPDATE orders SET status = 'NEW', final_event_id = NULL, stored_at = now() - interval '2 hours' WHERE id::text = $id",
     ),
     in_orders(
         Kind::Quarantined,
@@ -191,7 +191,7 @@ async fn what_is_only_under_way_is_no_finding() {
     let other = stack.system.postgres().connect("orders").await.unwrap();
     let id = text(&other, FIRST_FINISHED).await;
     let spoil = format!(
-        "SET session_replication_role = replica; UPDATE orders SET reason = NULL, status = 'NEW', final_event_id = NULL, created_at = now() - interval '2 hours' WHERE id = '{id}'"
+        "SET session_replication_role = replica; UPDATE orders SET reason = NULL, status = 'NEW', final_event_id = NULL, stored_at = now() - interval '2 hours' WHERE id = '{id}'"
     );
     let final_event = text(&other, &format!("SELECT final_event_id::text FROM orders WHERE id = '{id}'")).await;
     other.execute_unprepared(&spoil).await.unwrap();

@@ -173,22 +173,22 @@ pub(crate) struct AskAgain {
 
 /// Locks NEW orders, the oldest first, whose last request was published so long ago that it or its answer may be lost,
 /// or before the broker is known to have lost what it had. One that still waits in the outbox is not due, whatever its
-/// age. (Where the outbox row is pruned, its order is older than any delay.)
+/// age; of one that is pruned there, the time of asking counts. All by the clock of the database: that of a service may
+/// be wrong by any time.
 ///
 /// Orders too young for any of this are left out before their requests are looked up: under load there are thousands.
-/// They were dated by the service's clock, not by that of the database; where the two differ by more than these seconds,
-/// an order is asked for later by as much.
 pub(crate) async fn lock_due(txn: &DatabaseTransaction, again: AskAgain) -> Result<Vec<Model>, DbErr> {
     Entity::find()
         .from_raw_sql(sql(
             "SELECT o.* FROM orders o
              LEFT JOIN outbox request ON request.event_id = o.placed_event_id AND request.n = o.asks
              CROSS JOIN reconciliation
+             CROSS JOIN LATERAL (SELECT coalesce(request.published_at, o.asked_at, o.stored_at) AS at) asked
              WHERE o.status = 'NEW'
-               AND o.created_at < greatest(now() - make_interval(secs => $1), reconciliation.lost_at) + interval '5 seconds'
-               AND (request.event_id IS NULL
-                    OR request.published_at < reconciliation.lost_at
-                    OR request.published_at < now() - make_interval(secs => least($1 * power(2, least(o.asks, 30)), $2)))
+               AND o.stored_at < greatest(now() - make_interval(secs => $1), reconciliation.lost_at)
+               AND (request.event_id IS NULL OR request.published_at IS NOT NULL)
+               AND (asked.at < reconciliation.lost_at
+                    OR asked.at < now() - make_interval(secs => least($1 * power(2, least(o.asks, 30)), $2)))
              ORDER BY o.id LIMIT $3 FOR UPDATE OF o SKIP LOCKED",
             [again.after.as_secs_f64().into(), again.after_max.as_secs_f64().into(), i64::from(again.limit).into()],
         ))
@@ -209,7 +209,7 @@ pub(crate) async fn count_ask(txn: &DatabaseTransaction, ids: Vec<Uuid>) -> Resu
 pub(crate) async fn oldest_new_seconds(db: &DatabaseConnection) -> Result<f64, DbErr> {
     let row = db
         .query_one_raw(sql(
-            "SELECT extract(epoch FROM clock_timestamp() - created_at)::float8 AS seconds
+            "SELECT extract(epoch FROM clock_timestamp() - stored_at)::float8 AS seconds
              FROM orders WHERE status = 'NEW' ORDER BY id LIMIT 1",
             [],
         ))
@@ -226,8 +226,9 @@ pub(crate) struct New {
 }
 
 pub(crate) async fn new(db: &DatabaseConnection) -> Result<New, DbErr> {
-    let query = "SELECT count(*) AS number, coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0)::float8 AS oldest_seconds
-                 FROM (SELECT created_at FROM orders WHERE status = 'NEW' ORDER BY id LIMIT 100000) AS new";
+    let query =
+        "SELECT count(*) AS number, coalesce(extract(epoch FROM clock_timestamp() - min(stored_at)), 0)::float8 AS oldest_seconds
+                 FROM (SELECT stored_at FROM orders WHERE status = 'NEW' ORDER BY id LIMIT 100000) AS new";
     New::find_by_statement(sql(query, [])).one(db).await?.ok_or_else(|| DbErr::RecordNotFound("a count".to_owned()))
 }
 

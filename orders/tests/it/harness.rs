@@ -108,18 +108,18 @@ impl Orders {
         order::Entity::find_by_id(id.as_uuid()).one(&self.db).await.unwrap().unwrap()
     }
 
-    /// An order like this one, placed an hour ago, whose request is pruned already.
-    pub(crate) async fn forgotten(&self, like: OrderId) -> OrderId {
-        let row = self.row(like).await;
+    /// An order like this one that was stored an hour ago, with this for the time that the service took it for; its request
+    /// is pruned already.
+    pub(crate) async fn forgotten(&self, like: OrderId, created_at: &str) -> OrderId {
         let id = OrderId::mint();
-        let old = order::Model {
-            id: id.as_uuid(),
-            idempotency_key: id.to_string(),
-            placed_event_id: Uuid::now_v7(),
-            created_at: row.created_at - Duration::from_secs(60 * 60),
-            ..row
-        };
-        order::Entity::insert(order::ActiveModel::from(old)).exec_without_returning(&self.db).await.unwrap();
+        let insert = format!(
+            "INSERT INTO orders (id, user_id, amount, description, idempotency_key, request_hash, placed_event_id, created_at,
+                                 updated_at, stored_at)
+             SELECT '{id}', user_id, amount, description, '{id}', request_hash, gen_random_uuid(), {created_at}, {created_at},
+                    now() - interval '1 hour'
+             FROM orders WHERE id = '{like}'"
+        );
+        self.db.execute_unprepared(&insert).await.unwrap();
         id
     }
 
@@ -181,13 +181,17 @@ pub(crate) fn settlement(order_id: OrderId, outcome: PaymentOutcome) -> Settleme
 impl Payments {
     /// Always under a new message id, so that the broker does not swallow a repetition.
     pub(crate) async fn publish(&self, settlement: &Settlement) {
+        self.publish_body(settlement, serde_json::to_string(&settlement.event).unwrap()).await;
+    }
+
+    /// The same with another body.
+    pub(crate) async fn publish_body(&self, settlement: &Settlement, body: String) {
         let mut headers = HeaderMap::new();
         headers.insert(header::MESSAGE_ID, Uuid::new_v4().to_string());
         headers.insert(header::SPEC_VERSION, SPEC_VERSION);
         headers.insert(header::ID, settlement.event_id.to_string());
         headers.insert(header::TYPE, PaymentSettled::TYPE);
         headers.insert(header::SUBJECT, settlement.event.order_id.to_string());
-        let body = serde_json::to_string(&settlement.event).unwrap();
         let message = PublishMessage::build().headers(headers).payload(body.into());
         self.0.jetstream().send_publish(PaymentSettled::SUBJECT, message).await.unwrap().await.unwrap();
     }

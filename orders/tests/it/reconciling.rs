@@ -1,5 +1,6 @@
 //! What stays NEW is asked for again, for ever, and no more often than that.
 
+use sea_orm::ConnectionTrait as _;
 use shared_contracts::PaymentOutcome;
 use stack::testing::{TestBroker, eventually};
 
@@ -89,11 +90,33 @@ async fn what_was_published_before_everything_was_there_is_not_taken_for_lost() 
     .await;
     // The look that finds the second of these began when the consumer's word was out.
     for _ in 0..2 {
-        let forgotten = orders.forgotten(early).await;
+        let forgotten = orders.forgotten(early, "now() - interval '1 hour'").await;
         eventually("a forgotten order is asked for again", SOON, async || (orders.row(forgotten).await.asks > 0).then_some(()))
             .await;
     }
     assert_eq!(orders.row(early).await.asks, 0);
+}
+
+#[tokio::test]
+async fn f43_an_order_that_a_clock_far_ahead_has_dated_is_asked_for_again_and_its_age_is_told() {
+    let orders = Orders::start().await;
+    let id = orders.placed().await;
+    let ahead = orders.forgotten(id, "now() + interval '30 days'").await;
+    eventually("it is asked for again", SOON, async || (orders.row(ahead).await.asks > 0).then_some(())).await;
+    let metrics = orders.http.get("/metrics").await.unwrap().text();
+    let age = metrics.lines().find_map(|line| line.strip_prefix("gozon_oldest_new_order_age_seconds ")).unwrap();
+    assert!(age.parse::<f64>().unwrap() >= 0.0, "{age}");
+}
+
+#[tokio::test]
+async fn f19_a_request_that_the_broker_never_takes_keeps_no_other_order_from_being_asked_for() {
+    let orders = Orders::start_with_arguments(&["--ask-again-ms=200"]).await;
+    let too_large = "INSERT INTO outbox (event_id, subject, headers, payload, attempts, created_at)
+                     VALUES (gen_random_uuid(), 'gozon.orders.placed', '{}', repeat('x', 2000000), 9, now() - interval '1 hour')";
+    orders.db.execute_unprepared(too_large).await.unwrap();
+    let id = orders.placed().await;
+    eventually("another one is asked for again", SOON, async || (orders.row(id).await.asks > 0).then_some(())).await;
+    assert_eq!(orders.count("SELECT count(*) FROM outbox WHERE published_at IS NULL AND attempts >= 9").await, 1);
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use messaging::dead_letter;
 use sea_orm::{ConnectionTrait as _, EntityTrait as _};
+use serde_json::json;
 use shared_contracts::{Amount, DeclineReason, OrderId, PaymentOutcome, UserId};
 use stack::testing::eventually;
 
@@ -170,4 +171,24 @@ async fn a_crash_before_the_commit_leaves_nothing_and_the_order_ends_after() {
     orders.run().await;
     orders.until_status(id, "FINISHED").await;
     orders.until("it is told once", "SELECT count(*) FROM outbox WHERE subject = 'gozon.orders.finished'", 1).await;
+}
+
+#[tokio::test]
+async fn f38_poison_that_no_text_column_takes_or_that_is_very_large_keeps_its_real_cause() {
+    let orders = Orders::start().await;
+    let payments = orders.payments().await;
+    for outcome in [r"pa\u0000id".to_owned(), "x".repeat(60_000)] {
+        let id = orders.placed().await;
+        let body = format!(r#"{{"order_id":"{id}","user_id":"alice","amount":10,"outcome":"{outcome}"}}"#);
+        payments.publish_body(&settlement(id, PaymentOutcome::Paid), body.clone()).await;
+        let letter = eventually("it is a dead letter", SOON, async || {
+            let letters = dead_letter::Entity::find().all(&orders.db).await.unwrap();
+            letters.into_iter().find(|letter| letter.payload == body.as_bytes())
+        })
+        .await;
+        assert!(letter.kind == "poison" && letter.cause.contains("unknown variant"), "{}", letter.cause);
+        assert!(letter.cause.chars().count() <= 1000 && !letter.cause.contains('\0'), "{}", letter.cause);
+        let again = orders.http.post(&format!("/v1/ops/dead-letters/{}/replay", letter.id), None, &json!({})).await.unwrap();
+        assert_eq!((again.status, again.json()["outcome"].as_str()), (200, Some("poison")), "{}", again.text());
+    }
 }
