@@ -5,13 +5,13 @@
 
 use anyhow::{Context as _, ensure};
 use async_nats::jetstream::{self, message::PublishMessage};
-use messaging::consumer;
+use messaging::consumer::{self, Received};
 use messaging::dead_letter::{self, Model};
 use orders::entity::order;
 use payments::entity::{account, payment};
 use sea_orm::{EntityTrait as _, QueryOrder as _};
 use serde::Serialize;
-use shared_contracts::{OrderPlaced, PaymentSettled};
+use shared_contracts::{DeclineReason, OrderPlaced, PaymentSettled};
 use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
@@ -93,7 +93,7 @@ pub async fn foresee(databases: &Databases, letter: &Letter) -> anyhow::Result<S
     match letter.service {
         "payments" => match consumer::read::<OrderPlaced>(Some(&headers), &payload) {
             Err(cause) => Ok(format!("would be poison again: {cause}")),
-            Ok(received) => foresee_charge(databases, &received.event).await,
+            Ok(received) => foresee_charge(databases, &received).await,
         },
         _ => match consumer::read::<PaymentSettled>(Some(&headers), &payload) {
             Err(cause) => Ok(format!("would be poison again: {cause}")),
@@ -102,11 +102,14 @@ pub async fn foresee(databases: &Databases, letter: &Letter) -> anyhow::Result<S
     }
 }
 
-async fn foresee_charge(databases: &Databases, event: &OrderPlaced) -> anyhow::Result<String> {
+async fn foresee_charge(databases: &Databases, received: &Received<OrderPlaced>) -> anyhow::Result<String> {
+    let event = &received.event;
     let decided = payment::Entity::find_by_id(event.order_id.as_uuid()).one(&databases.payments).await?;
     if let Some(decision) = decided {
         let same = decision.user_id == event.user_id.as_str() && decision.amount == event.amount.minor_units();
+        let asks = i64::from(received.ask) > i64::from(decision.last_ask);
         return Ok(match same {
+            true if asks => format!("would give the answer again: the order is decided as {}", decision.outcome),
             true => format!("would change nothing: the order is decided as {}", decision.outcome),
             false => "would be quarantined again: the order is decided with another user or amount".to_owned(),
         });
@@ -128,13 +131,14 @@ async fn foresee_settlement(databases: &Databases, event: &PaymentSettled) -> an
     if order.user_id != event.user_id.as_str() || order.amount != event.amount.minor_units() {
         return Ok("would be quarantined again: the order has another user or amount".to_owned());
     }
+    let reason = event.outcome.reason().map(DeclineReason::as_str);
     let (status, end) = match event.outcome.reason() {
         None => (order::Status::Finished, "FINISHED"),
         Some(_) => (order::Status::Cancelled, "CANCELLED"),
     };
     Ok(match order.status {
         order::Status::New => format!("would end the order: {end}"),
-        ended if ended == status => format!("would change nothing: the order is {end}"),
+        ended if ended == status && order.reason.as_deref() == reason => format!("would change nothing: the order is {end}"),
         _ => "would be quarantined again: the order has ended otherwise".to_owned(),
     })
 }

@@ -1,9 +1,11 @@
 //! Looking at one order, at the outboxes, and at the streams.
 
-use anyhow::Context as _;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
 use async_nats::jetstream;
-use messaging::outbox;
 use messaging::topology::{self, Subscription, TopologySettings};
+use messaging::{dead_letter, outbox};
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, FromQueryResult, Statement, Value as SqlValue};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -90,6 +92,9 @@ pub struct Resent {
     pub service: &'static str,
     /// How many.
     pub messages: u64,
+    /// Those of them that were published so lately that the broker takes them for repetitions, and stores nothing, if it
+    /// still remembers them.
+    pub recent: u64,
 }
 
 /// Has what both services published since a time published again; with `dry_run`, only counts it.
@@ -98,14 +103,17 @@ pub async fn resend(
     since: OffsetDateTime,
     subject: Option<&str>,
     dry_run: bool,
+    duplicate_window: Duration,
 ) -> anyhow::Result<Vec<Resent>> {
     let mut resent = Vec::new();
     for (service, db) in [("orders", &databases.orders), ("payments", &databases.payments)] {
+        let remembered = dead_letter::clock(db).await? - duplicate_window;
+        let recent = outbox::count_published(db, since.max(remembered), subject).await?;
         let messages = match dry_run {
             true => outbox::count_published(db, since, subject).await?,
             false => outbox::publish_again(db, since, subject).await?,
         };
-        resent.push(Resent { service, messages });
+        resent.push(Resent { service, messages, recent });
     }
     Ok(resent)
 }
@@ -119,6 +127,8 @@ pub struct Part {
     pub there: bool,
     /// In which options it differs.
     pub drift: Vec<String>,
+    /// What was changed just now.
+    pub changed: Vec<String>,
     /// Messages stored, or not delivered yet.
     pub messages: u64,
     /// Messages delivered without an ack (consumers).
@@ -127,11 +137,36 @@ pub struct Part {
     pub redelivered: u64,
 }
 
-/// All streams and durable consumers. With `apply`, what is absent is made and what differs is changed.
-pub async fn topology(jetstream: &jetstream::Context, settings: &TopologySettings, apply: bool) -> anyhow::Result<Vec<Part>> {
+/// What is to be done about what differs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Apply {
+    /// Nothing.
+    Look,
+    /// What is absent is made, what differs is changed.
+    Grow,
+    /// Also where a stream gets smaller or has fewer copies then.
+    Shrink,
+}
+
+/// All streams and durable consumers.
+pub async fn topology(jetstream: &jetstream::Context, settings: &TopologySettings, apply: Apply) -> anyhow::Result<Vec<Part>> {
     let mut parts = Vec::new();
-    for wanted in [topology::orders_stream(settings), topology::payments_stream(settings), topology::dlq_stream(settings)] {
-        if apply {
+    let all = [topology::orders_stream(settings), topology::payments_stream(settings), topology::dlq_stream(settings)];
+    if apply == Apply::Grow {
+        // Before anything is changed: told other settings than the services, this would take away what they were given.
+        for wanted in &all {
+            if let Ok(stream) = jetstream.get_stream(&wanted.name).await {
+                refuse_to_shrink(&stream.cached_info().config, wanted)?;
+            }
+        }
+    }
+    for wanted in all {
+        let mut changed = Vec::new();
+        if apply != Apply::Look {
+            changed = match jetstream.get_stream(&wanted.name).await {
+                Ok(stream) => topology::drift(&stream.cached_info().config, &wanted),
+                Err(_) => vec!["made".to_owned()],
+            };
             let applied = jetstream.create_or_update_stream(wanted.clone()).await;
             applied.with_context(|| format!("stream {} cannot be changed", wanted.name))?;
         }
@@ -141,6 +176,7 @@ pub async fn topology(jetstream: &jetstream::Context, settings: &TopologySetting
             name: format!("stream {}", wanted.name),
             there: info.is_some(),
             drift: info.map(|info| topology::drift(&info.config, &wanted)).unwrap_or_default(),
+            changed,
             messages: info.map_or(0, |info| info.state.messages),
             ack_pending: 0,
             redelivered: 0,
@@ -152,42 +188,66 @@ pub async fn topology(jetstream: &jetstream::Context, settings: &TopologySetting
     Ok(parts)
 }
 
+fn refuse_to_shrink(found: &jetstream::stream::Config, wanted: &jetstream::stream::Config) -> anyhow::Result<()> {
+    let smaller = found.max_bytes < 0 || wanted.max_bytes < found.max_bytes;
+    ensure!(
+        !smaller && wanted.num_replicas >= found.num_replicas,
+        "stream {} has {} bytes in {} copies and would have {} in {}: give gozon the settings that the services have, or \
+         --shrink if that is meant. Nothing was changed",
+        wanted.name,
+        found.max_bytes,
+        found.num_replicas,
+        wanted.max_bytes,
+        wanted.num_replicas
+    );
+    Ok(())
+}
+
 async fn consumer(
     jetstream: &jetstream::Context,
     subscription: &Subscription,
     settings: &TopologySettings,
-    apply: bool,
+    apply: Apply,
 ) -> anyhow::Result<Part> {
     let wanted = topology::consumer_config(subscription, settings);
-    if apply {
+    let find = async || {
+        let (name, stream) = (subscription.consumer, subscription.stream);
+        jetstream.get_consumer_from_stream::<jetstream::consumer::pull::Config, _, _>(name, stream).await.ok()
+    };
+    let mut changed = Vec::new();
+    if apply != Apply::Look {
+        changed = match find().await {
+            Some(consumer) => consumer_drift(&consumer.cached_info().config, &wanted),
+            None => vec!["made".to_owned()],
+        };
         let applied = jetstream.create_consumer_on_stream(wanted.clone(), subscription.stream).await;
         applied.with_context(|| format!("consumer {} cannot be changed", subscription.consumer))?;
     }
-    let found = jetstream
-        .get_consumer_from_stream::<jetstream::consumer::pull::Config, _, _>(subscription.consumer, subscription.stream)
-        .await
-        .ok();
+    let found = find().await;
     let info = found.as_ref().map(|consumer| consumer.cached_info());
-    let mut drift = Vec::new();
-    if let Some(info) = info {
-        let mut compare = |option: &str, found: String, wanted: String| {
-            if found != wanted {
-                drift.push(format!("{option} is {found}, not {wanted}"));
-            }
-        };
-        let found = &info.config;
-        compare("filter_subject", found.filter_subject.clone(), wanted.filter_subject.clone());
-        compare("ack_wait", format!("{:?}", found.ack_wait), format!("{:?}", wanted.ack_wait));
-        compare("max_deliver", found.max_deliver.to_string(), wanted.max_deliver.to_string());
-        compare("max_ack_pending", found.max_ack_pending.to_string(), wanted.max_ack_pending.to_string());
-        compare("ack_policy", format!("{:?}", found.ack_policy), format!("{:?}", wanted.ack_policy));
-    }
     Ok(Part {
         name: format!("consumer {}", subscription.consumer),
         there: info.is_some(),
-        drift,
+        drift: info.map(|info| consumer_drift(&info.config, &wanted)).unwrap_or_default(),
+        changed,
         messages: info.map_or(0, |info| info.num_pending),
         ack_pending: info.map_or(0, |info| info.num_ack_pending as u64),
         redelivered: info.map_or(0, |info| info.num_redelivered as u64),
     })
+}
+
+fn consumer_drift(found: &jetstream::consumer::Config, wanted: &jetstream::consumer::pull::Config) -> Vec<String> {
+    let mut drift = Vec::new();
+    let mut compare = |option: &str, found: String, wanted: String| {
+        if found != wanted {
+            drift.push(format!("{option} is {found}, not {wanted}"));
+        }
+    };
+    compare("filter_subject", found.filter_subject.clone(), wanted.filter_subject.clone());
+    compare("ack_wait", format!("{:?}", found.ack_wait), format!("{:?}", wanted.ack_wait));
+    compare("max_deliver", found.max_deliver.to_string(), wanted.max_deliver.to_string());
+    compare("max_ack_pending", found.max_ack_pending.to_string(), wanted.max_ack_pending.to_string());
+    compare("ack_policy", format!("{:?}", found.ack_policy), format!("{:?}", wanted.ack_policy));
+    compare("num_replicas", found.num_replicas.to_string(), wanted.num_replicas.to_string());
+    drift
 }

@@ -13,7 +13,8 @@ use messaging::config::TopologyArgs;
 use ops::audit::{self, Beside, Databases, Options};
 use ops::dlq::{self, Letter};
 use ops::history::History;
-use ops::{look, stream};
+use ops::look::{self, Apply};
+use ops::stream;
 use sea_orm::{ConnectOptions, Database, DatabaseConnection};
 use serde::Serialize;
 use time::OffsetDateTime;
@@ -102,11 +103,15 @@ enum Command {
         #[arg(long)]
         subject: Option<String>,
     },
-    /// Streams and durable consumers: how far they are behind, and whether they differ from what this version would make.
+    /// Streams and durable consumers: how far they are behind, and whether they differ from what this version would make
+    /// with these settings, which must be those of the services. Exit code 1 if one differs or is absent.
     Topology {
         /// Makes what is absent and changes what differs.
         #[arg(long)]
         apply: bool,
+        /// Also where a stream gets smaller, or has fewer copies, than it has.
+        #[arg(long, requires = "apply")]
+        shrink: bool,
         #[command(flatten)]
         settings: TopologyArgs,
     },
@@ -117,8 +122,9 @@ enum Command {
 
 #[derive(Subcommand)]
 enum Outbox {
-    /// Publishes again, under the same ids, what was published since a time: for readers of order events, after the
-    /// broker has lost messages. Orders and payments recognise what they have taken already.
+    /// Publishes again, under the same ids, what was published since a time: after the broker has lost messages, for
+    /// readers of order events; after payments was restored from a copy, for payments, which takes the orders it has
+    /// forgotten (subject gozon.orders.placed). Orders and payments recognise what they have taken already.
     Resend {
         /// Since when, as in 2026-11-21T10:00:00Z.
         #[arg(long, value_parser = time)]
@@ -129,6 +135,9 @@ enum Outbox {
         /// Only counts.
         #[arg(long)]
         dry_run: bool,
+        /// How long the broker recognises a repeated message id.
+        #[arg(long, env = "GOZON_DUPLICATE_WINDOW_MS", default_value_t = 120_000)]
+        duplicate_window_ms: u64,
     },
 }
 
@@ -191,8 +200,9 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Outbox { command: None } => {
             print(json, &look::outboxes(&databases(&arguments).await?).await?, |outboxes| show::outboxes(outboxes))?;
         }
-        Command::Outbox { command: Some(Outbox::Resend { since, subject, dry_run }) } => {
-            let resent = look::resend(&databases(&arguments).await?, *since, subject.as_deref(), *dry_run).await?;
+        Command::Outbox { command: Some(Outbox::Resend { since, subject, dry_run, duplicate_window_ms }) } => {
+            let window = Duration::from_millis(*duplicate_window_ms);
+            let resent = look::resend(&databases(&arguments).await?, *since, subject.as_deref(), *dry_run, window).await?;
             print(json, &resent, |resent| show::resent(resent, *dry_run))?;
         }
         Command::Streams => {
@@ -226,10 +236,18 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
                 interrupted = tokio::signal::ctrl_c() => interrupted?,
             }
         }
-        Command::Topology { apply, settings } => {
+        Command::Topology { apply, shrink, settings } => {
             let broker = broker(&arguments).await?;
-            let parts = look::topology(broker.jetstream(), &settings.settings(), *apply).await?;
+            let apply = match (apply, shrink) {
+                (false, _) => Apply::Look,
+                (true, false) => Apply::Grow,
+                (true, true) => Apply::Shrink,
+            };
+            let parts = look::topology(broker.jetstream(), &settings.settings(), apply).await?;
             print(json, &parts, |parts| show::topology(parts))?;
+            if parts.iter().any(|part| !part.there || !part.drift.is_empty()) {
+                return Ok(ExitCode::FAILURE);
+            }
         }
         Command::Dlq(command) => return dead_letters(&arguments, &databases(&arguments).await?, command).await,
     }

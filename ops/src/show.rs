@@ -68,11 +68,14 @@ pub(crate) fn replays(replays: &[Replay], dry_run: bool) -> String {
 pub(crate) fn topology(parts: &[look::Part]) -> String {
     let mut lines = Vec::new();
     for part in parts {
-        let state = match (part.there, part.drift.is_empty()) {
+        let mut state = match (part.there, part.drift.is_empty()) {
             (false, _) => "absent".to_owned(),
             (true, true) => "as it should be".to_owned(),
             (true, false) => part.drift.join(", "),
         };
+        if !part.changed.is_empty() {
+            state.push_str(&format!(" (before: {})", part.changed.join(", ")));
+        }
         lines.push(format!(
             "{:<33} {:>8} messages {:>6} unacked {:>6} redelivered  {state}",
             part.name, part.messages, part.ack_pending, part.redelivered
@@ -126,7 +129,15 @@ pub(crate) fn outboxes(outboxes: &[look::Outbox]) -> String {
 pub(crate) fn resent(resent: &[look::Resent], dry_run: bool) -> String {
     let done = if dry_run { "would be published again" } else { "will be published again" };
     let line = |one: &look::Resent| format!("{:<9} {:>7} messages {done}", one.service, one.messages);
-    resent.iter().map(line).collect::<Vec<_>>().join("\n")
+    let mut lines: Vec<String> = resent.iter().map(line).collect();
+    let recent: u64 = resent.iter().map(|one| one.recent).sum();
+    if recent > 0 {
+        lines.push(format!(
+            "{recent} of them were published so lately that the broker, if it still remembers them, takes them for repetitions \
+             and stores nothing: say this again when its duplicate window (2 minutes, unless configured) is over."
+        ));
+    }
+    lines.join("\n")
 }
 
 /// The streams.

@@ -1,9 +1,14 @@
 //! Dead letters: foreseen, sent again, taken away.
 
+use messaging::topology::TopologySettings;
 use ops::audit::Kind;
 use ops::dlq;
+use ops::look::{Apply, topology};
 use sea_orm::ConnectionTrait as _;
 use serde_json::json;
+use shared_contracts::{
+    Amount, DeclineReason, Event as _, EventId, PaymentOutcome, PaymentSettled, SPEC_VERSION, UserId, header,
+};
 use stack::testing::eventually;
 
 use crate::desk::{Desk, SOON};
@@ -87,25 +92,73 @@ async fn what_contradicts_comes_back_however_often_it_is_sent() {
 }
 
 #[tokio::test]
+async fn a_dry_run_tells_another_reason_from_a_repetition() {
+    let mut desk = Desk::open().await;
+    let declined = loop {
+        let id = desk.place().await;
+        let ended = eventually("it ends", SOON, async || {
+            let order = desk.order(&id).await;
+            (order["status"] != "NEW").then_some(order)
+        })
+        .await;
+        if ended["status"] == "CANCELLED" {
+            break ended;
+        }
+    };
+    let settled = PaymentSettled {
+        order_id: declined["id"].as_str().unwrap().parse().unwrap(),
+        user_id: UserId::parse("alice").unwrap(),
+        amount: Amount::new(30).unwrap(),
+        outcome: PaymentOutcome::Declined { reason: DeclineReason::NoAccount },
+    };
+    let mut headers = async_nats::HeaderMap::new();
+    for (name, value) in [
+        (header::SPEC_VERSION, SPEC_VERSION),
+        (header::TYPE, PaymentSettled::TYPE),
+        (header::ID, &EventId::mint().to_string()),
+        (header::SUBJECT, declined["id"].as_str().unwrap()),
+    ] {
+        headers.insert(name, value);
+    }
+    let body = serde_json::to_string(&settled).unwrap();
+    desk.broker.jetstream().publish_with_headers(PaymentSettled::SUBJECT, headers, body.into()).await.unwrap().await.unwrap();
+    let letter = desk.letter(|letter| letter.service == "orders").await;
+    let foreseen = dlq::foresee(&desk.databases, &letter).await.unwrap();
+    assert_eq!(foreseen, "would be quarantined again: the order has ended otherwise");
+    desk.stack.system.stop_all().await.unwrap();
+}
+
+#[tokio::test]
 async fn the_topology_is_seen_and_mended() {
     let desk = Desk::open().await;
-    let settings = messaging::topology::TopologySettings::default();
+    let settings = TopologySettings::default();
     let jetstream = desk.broker.jetstream();
     let seen = async |apply| {
-        let parts = ops::look::topology(jetstream, &settings, apply).await.unwrap();
+        let parts = topology(jetstream, &settings, apply).await.unwrap();
         parts.into_iter().map(|part| (part.name, part.there, part.drift)).collect::<Vec<_>>()
     };
     let names =
         ["stream ORDERS", "stream PAYMENTS", "stream DLQ", "consumer payments-order-placed", "consumer orders-payment-settled"];
     let in_order: Vec<_> = names.map(|name| (name.to_owned(), true, Vec::<String>::new())).to_vec();
-    eventually("all is there", SOON, async || (seen(false).await == in_order).then_some(())).await;
+    eventually("all is there", SOON, async || (seen(Apply::Look).await == in_order).then_some(())).await;
 
     let mut config = messaging::topology::orders_stream(&settings);
     config.max_bytes = 1_000_000;
     jetstream.update_stream(config).await.unwrap();
-    let drifted = seen(false).await;
+    let drifted = seen(Apply::Look).await;
     assert_eq!(drifted[0].2, ["max_bytes is 1000000, not 1073741824"]);
-    assert_eq!(seen(true).await, in_order);
+    let mended = topology(jetstream, &settings, Apply::Grow).await.unwrap();
+    assert_eq!(mended[0].changed, ["max_bytes is 1000000, not 1073741824"]);
+    assert!(mended[1..].iter().all(|part| part.changed.is_empty()), "{mended:?}");
+    assert_eq!(seen(Apply::Look).await, in_order);
+
+    // Told less than the services were: nothing is taken away, unless that is meant.
+    let smaller = TopologySettings { stream_max_bytes: 1_000_000, ..settings.clone() };
+    let refused = topology(jetstream, &smaller, Apply::Grow).await.unwrap_err().to_string();
+    assert!(refused.contains("stream ORDERS has 1073741824 bytes") && refused.contains("--shrink"), "{refused}");
+    assert_eq!(seen(Apply::Look).await, in_order);
+    topology(jetstream, &smaller, Apply::Shrink).await.unwrap();
+    assert_eq!(seen(Apply::Look).await[0].2, drifted[0].2);
 }
 
 #[tokio::test]

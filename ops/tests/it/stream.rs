@@ -1,13 +1,21 @@
 //! Looking into the streams, and filling them again.
 
+use std::time::Duration;
+
+use messaging::retention::Retention;
+use messaging::topology;
+use ops::audit::Kind;
 use ops::look;
 use ops::stream::{ConsumerLook, consumers, peek, streams, tail};
+use sea_orm::ConnectionTrait as _;
 use serde_json::json;
 use stack::testing::eventually;
 use time::OffsetDateTime;
 
 use crate::desk::{Desk, SOON};
 
+/// For so long the broker remembers ids.
+const WINDOW: Duration = Duration::from_secs(120);
 const FINISHED: &str = "gozon.orders.finished";
 
 impl Desk {
@@ -91,15 +99,17 @@ async fn after_a_wiped_broker_old_events_are_published_again_on_demand_and_chang
     desk.stack.system.start("nats").await.unwrap();
     desk.finished(0).await;
 
-    let counted = look::resend(&desk.databases, began, Some(FINISHED), true).await.unwrap();
-    assert_eq!(counted.iter().map(|one| one.messages).collect::<Vec<_>>(), [2, 0]);
+    let counted = look::resend(&desk.databases, began, Some(FINISHED), true, WINDOW).await.unwrap();
+    assert_eq!(counted.iter().map(|one| (one.messages, one.recent)).collect::<Vec<_>>(), [(2, 2), (0, 0)]);
+    let without_memory = look::resend(&desk.databases, began, Some(FINISHED), true, Duration::ZERO).await.unwrap();
+    assert_eq!(without_memory[0].recent, 0);
     desk.finished(0).await;
-    look::resend(&desk.databases, began, Some(FINISHED), false).await.unwrap();
+    look::resend(&desk.databases, began, Some(FINISHED), false, WINDOW).await.unwrap();
     let again = desk.finished(2).await;
     assert_eq!(again.iter().map(|message| message.headers["ce-subject"].as_str()).collect::<Vec<_>>(), [&ids[0], &ids[1]]);
 
     // Everything, also what the services read: they recognise it.
-    look::resend(&desk.databases, began, None, false).await.unwrap();
+    look::resend(&desk.databases, began, None, false, WINDOW).await.unwrap();
     eventually("all is published and taken", SOON, async || {
         let waits = look::outboxes(&desk.databases).await.unwrap().iter().any(|outbox| outbox.pending > 0);
         let taken = desk.consumers().await?;
@@ -108,4 +118,35 @@ async fn after_a_wiped_broker_old_events_are_published_again_on_demand_and_chang
     .await;
     assert_eq!(desk.balance().await, 40);
     assert_eq!(desk.findings().await, []);
+}
+
+#[tokio::test]
+async fn what_was_pruned_is_not_missed_although_older_rows_were_published_again_since() {
+    let mut desk = Desk::open().await;
+    for _ in 0..2 {
+        desk.paid().await;
+    }
+    desk.finished(2).await;
+    for name in ["orders", "payments"] {
+        desk.stack.system.stop(name).await.unwrap();
+    }
+    // As an operator has them published again: these rows stay for longer than those that were made after them.
+    let again = format!("UPDATE outbox SET published_at = now() + interval '1 hour' WHERE subject = '{FINISHED}'");
+    desk.databases.orders.execute_unprepared(&again).await.unwrap();
+    for (db, subscription) in
+        [(&desk.databases.orders, topology::ORDERS_PAYMENT_SETTLED), (&desk.databases.payments, topology::PAYMENTS_ORDER_PLACED)]
+    {
+        let retention = Retention { db: db.clone(), consumer: subscription.consumer, keep: Duration::ZERO };
+        assert!(retention.prune_batch().await.unwrap() >= 4, "one row of the outbox and one of the inbox an order");
+    }
+    assert_eq!(desk.findings().await, []);
+
+    // Of orders since then, none may be missing.
+    for name in ["orders", "payments"] {
+        desk.stack.system.start(name).await.unwrap();
+    }
+    desk.paid().await;
+    let lost = "DELETE FROM outbox WHERE event_id = (SELECT placed_event_id FROM orders ORDER BY id DESC LIMIT 1)";
+    desk.databases.orders.execute_unprepared(lost).await.unwrap();
+    assert_eq!(desk.findings().await, [Kind::MissingEvent]);
 }
