@@ -3,7 +3,10 @@
 use metrics::{describe_counter, describe_histogram};
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbErr};
 
+use crate::broker::Broker;
 use crate::db::sql;
+use crate::desk;
+use crate::topology::Subscription;
 
 /// Counting goes no further: who has this many waiting needs no exact number.
 const COUNT_MAX: i64 = 100_000;
@@ -51,4 +54,28 @@ pub async fn look(db: &DatabaseConnection) -> Result<Vec<Gauge>, DbErr> {
         ("gozon_dead_letters", dead, kind("poison"), count("poison")?),
         ("gozon_dead_letters", dead, kind("quarantine"), count("quarantine")?),
     ])
+}
+
+/// Looks at the broker: how much the service's consumer is behind, and how full the service's stream is. Nothing while the
+/// broker is away.
+pub async fn look_at_broker(broker: &Broker, subscription: &Subscription, stream: &'static str) -> Vec<Gauge> {
+    let Some(lag) = desk::lag(broker, subscription).await else { return Vec::new() };
+    let consumer = || vec![("consumer", lag.name.clone())];
+    let mut gauges = vec![
+        ("gozon_consumer_pending", "Messages that the consumer has not been given yet", consumer(), lag.pending as f64),
+        (
+            "gozon_consumer_unacknowledged",
+            "Messages that it was given and has not acknowledged",
+            consumer(),
+            lag.ack_pending as f64,
+        ),
+    ];
+    if let Ok(found) = broker.jetstream().get_stream(stream).await {
+        let info = found.cached_info();
+        let name = || vec![("stream", stream.to_owned())];
+        gauges.push(("gozon_stream_messages", "Messages in the stream", name(), info.state.messages as f64));
+        gauges.push(("gozon_stream_bytes", "Their size", name(), info.state.bytes as f64));
+        gauges.push(("gozon_stream_max_bytes", "At this size the oldest go", name(), info.config.max_bytes as f64));
+    }
+    gauges
 }

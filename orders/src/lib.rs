@@ -67,6 +67,7 @@ impl App {
         let broker = Broker::connect(config.flow.broker("orders")).await?;
         let settings = config.flow.topology();
         let outlet = Outlet::default();
+        let metrics = measured::metrics(&flow, &broker)?;
         let losses = Losses::default();
         let again = AskAgain {
             after: Duration::from_millis(config.ask_again_ms),
@@ -100,7 +101,7 @@ impl App {
                 consumer: topology::ORDERS_PAYMENT_SETTLED.consumer,
                 keep: Duration::from_secs(config.flow.keep_seconds),
             },
-            metrics: measured::metrics(&flow)?,
+            metrics,
             flow,
             schema: Vital::starting("the tables are not there yet"),
         })

@@ -2,10 +2,13 @@
 
 use std::time::Duration;
 
+use messaging::broker::Broker;
 use messaging::measure;
+use messaging::topology::ORDERS_PAYMENT_SETTLED;
 use metrics::{counter, describe_counter, describe_histogram, histogram};
 use sea_orm::DatabaseConnection;
 use service_kit::metrics::{Gauge, Metrics};
+use shared_contracts::{DeclineReason, ORDERS_STREAM};
 
 use crate::entity::order;
 use crate::order::Ended;
@@ -15,15 +18,27 @@ const ENDED: &str = "gozon_orders_ended_total";
 const SECONDS_TO_END: &str = "gozon_order_placed_to_final_duration_seconds";
 const ASKED_AGAIN: &str = "gozon_orders_asked_again_total";
 
-/// Begins to count, and looks up in `db` what waits.
-pub(crate) fn metrics(db: &DatabaseConnection) -> anyhow::Result<Metrics> {
+/// Begins to count, and looks up in `db` and at the broker what waits.
+pub(crate) fn metrics(db: &DatabaseConnection, broker: &Broker) -> anyhow::Result<Metrics> {
     let metrics = Metrics::start("orders", env!("CARGO_PKG_VERSION"))?;
     measure::describe();
     describe_counter!(PLACED, "Requests for an order that were stored, or recognised as a repetition by their key");
     describe_counter!(ENDED, "Orders that became final, by outcome: paid, or the reason of the refusal");
     describe_histogram!(SECONDS_TO_END, "From placing an order to its final status");
     describe_counter!(ASKED_AGAIN, "Requests for payment that were sent again because the order stayed NEW");
-    let db = db.clone();
+    // What never happened is 0, and not absent.
+    asked_again(0);
+    for outcome in ["paid", DeclineReason::InsufficientFunds.as_str(), DeclineReason::NoAccount.as_str()] {
+        counter!(ENDED, "outcome" => outcome).increment(0);
+    }
+    let (db, broker) = (db.clone(), broker.clone());
+    let metrics = metrics.look(move || {
+        let broker = broker.clone();
+        async move {
+            let gauges = measure::look_at_broker(&broker, &ORDERS_PAYMENT_SETTLED, ORDERS_STREAM).await;
+            Ok(gauges.into_iter().map(Gauge::from).collect())
+        }
+    });
     Ok(metrics.look(move || {
         let db = db.clone();
         async move {

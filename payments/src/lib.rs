@@ -57,6 +57,7 @@ impl App {
         let broker = Broker::connect(config.flow.broker("payments")).await?;
         let settings = config.flow.topology();
         let outlet = Outlet::default();
+        let metrics = measured::metrics(&flow, &broker)?;
         // Nobody listens: an answer that is lost is given again when orders asks again.
         let losses = Losses::default();
         let committed: Arc<dyn Fn(charge::Charged) + Send + Sync> = {
@@ -91,7 +92,7 @@ impl App {
                 consumer: topology::PAYMENTS_ORDER_PLACED.consumer,
                 keep: Duration::from_secs(config.flow.keep_seconds),
             },
-            metrics: measured::metrics(&flow)?,
+            metrics,
             flow,
             schema: Vital::starting("the tables are not there yet"),
         })

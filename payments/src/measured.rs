@@ -1,22 +1,37 @@
 //! What this service shows of itself at `GET /metrics`.
 
+use messaging::broker::Broker;
 use messaging::measure;
+use messaging::topology::PAYMENTS_ORDER_PLACED;
 use metrics::{counter, describe_counter};
 use sea_orm::DatabaseConnection;
 use service_kit::metrics::{Gauge, Metrics};
+use shared_contracts::{DeclineReason, PAYMENTS_STREAM};
 
 use crate::charge::Charged;
 
 const DECISIONS: &str = "gozon_decisions_total";
 const ANSWERED_AGAIN: &str = "gozon_answers_given_again_total";
 
-/// Begins to count, and looks up in `db` what waits.
-pub(crate) fn metrics(db: &DatabaseConnection) -> anyhow::Result<Metrics> {
+/// Begins to count, and looks up in `db` and at the broker what waits.
+pub(crate) fn metrics(db: &DatabaseConnection, broker: &Broker) -> anyhow::Result<Metrics> {
     let metrics = Metrics::start("payments", env!("CARGO_PKG_VERSION"))?;
     measure::describe();
     describe_counter!(DECISIONS, "Orders decided, by outcome: paid, or the reason of the refusal");
     describe_counter!(ANSWERED_AGAIN, "Stored decisions that were given again because orders asked again");
-    let db = db.clone();
+    // What never happened is 0, and not absent.
+    counter!(ANSWERED_AGAIN).increment(0);
+    for outcome in ["paid", DeclineReason::InsufficientFunds.as_str(), DeclineReason::NoAccount.as_str()] {
+        counter!(DECISIONS, "outcome" => outcome).increment(0);
+    }
+    let (db, broker) = (db.clone(), broker.clone());
+    let metrics = metrics.look(move || {
+        let broker = broker.clone();
+        async move {
+            let gauges = measure::look_at_broker(&broker, &PAYMENTS_ORDER_PLACED, PAYMENTS_STREAM).await;
+            Ok(gauges.into_iter().map(Gauge::from).collect())
+        }
+    });
     Ok(metrics.look(move || {
         let db = db.clone();
         async move {
