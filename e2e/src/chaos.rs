@@ -28,6 +28,8 @@ pub const TIMERS: [(&str, &str); 3] =
     [("GOZON_ACK_WAIT_MS", "1000"), ("GOZON_ASK_AGAIN_MS", "2000"), ("GOZON_ASK_AGAIN_MAX_MS", "10000")];
 /// After the last fault everything must be final within this.
 pub const SETTLE_WITHIN: Duration = Duration::from_secs(60);
+/// What was ordered when nothing broke any more must be final within this.
+const CALM_SETTLE_WITHIN: Duration = Duration::from_secs(10);
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 const TELL_INTERVAL: Duration = Duration::from_secs(10);
 const USERS: u64 = 100;
@@ -105,20 +107,23 @@ pub async fn run(settings: &Settings) -> anyhow::Result<Report> {
         }
     };
     let work = async {
-        let shop = customers.shop(plan, shop_seed);
+        let shop = async {
+            customers.shop(plan, shop_seed).await;
+            Instant::now()
+        };
         let harm = async {
             let harmed = nemesis.run(begun, &words).await;
             // Whoever is not answered a minute after the last fault never will be.
             customers.close(Instant::now() + SETTLE_WITHIN);
             harmed.map(|()| Instant::now())
         };
-        let (last_fault, ()) = tokio::join!(harm, shop);
+        let (last_fault, last_customer) = tokio::join!(harm, shop);
         let last_fault = last_fault?;
         *words.borrow_mut() = format!("{faults} waiting until everything is final");
         let databases = databases(&nemesis).await?;
-        // If customers came longer than things broke, the time counts from their end.
-        let from = last_fault.max(Instant::now());
-        let settled = until_settled(&databases, from + SETTLE_WITHIN).await?;
+        // What was ordered when nothing broke any more has not so long.
+        let deadline = (last_fault + SETTLE_WITHIN).max(last_customer + CALM_SETTLE_WITHIN);
+        let settled = until_settled(&databases, deadline).await?;
         let settled_after = settled.then(|| last_fault.elapsed());
         customers.look_at_everything(plan.users).await?;
         anyhow::Ok((databases, settled_after))
