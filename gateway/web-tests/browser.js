@@ -77,6 +77,25 @@ export async function balance(page) {
   return Number(await page.getByTestId('balance').getAttribute('data-minor'));
 }
 
+/// Until what is there by now has been drawn, and who observes it was told.
+export function drawn(page) {
+  return page.evaluate(() => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(resolve)))));
+}
+
+/// Holds back the requests to `pattern`, until `release` is called. `asked` counts them.
+export async function held(context, pattern) {
+  let release;
+  const released = new Promise((resolve) => { release = resolve; });
+  const hold = { asked: 0, release };
+  await context.route(pattern, async (route) => {
+    hold.asked += 1;
+    await released;
+    // The page may have given it up by now.
+    await route.continue().catch(() => {});
+  });
+  return hold;
+}
+
 /// What axe-core finds that keeps somebody from using the page.
 export async function severe(page) {
   // Through the debugger, which the page's policy does not bind.

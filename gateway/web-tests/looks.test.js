@@ -3,7 +3,7 @@
 import assert from 'node:assert/strict';
 import { randomUUID } from 'node:crypto';
 import { before, test } from 'node:test';
-import { browsing, orderWith, screenshots, severe, startDemo } from './browser.js';
+import { browsing, drawn, orderWith, screenshots, severe, startDemo } from './browser.js';
 import { base, customer, ended, eventually, order, paid, publish, sayAgain, timeline } from './stack.js';
 
 const WIDTHS = [360, 768, 1440];
@@ -87,11 +87,6 @@ function sticksOut() {
   const found = document.documentElement.scrollWidth > innerWidth ? [`the page scrolls to the side at ${innerWidth}`] : [];
   for (const part of document.querySelectorAll('main *, dialog *')) if (beyond(part)) found.push(`beyond ${innerWidth}: ${part.textContent || part.outerHTML}`);
   return found;
-}
-
-/// Until what is there by now has been drawn, and who observes it was told.
-function drawn(page) {
-  return page.evaluate(() => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(resolve)))));
 }
 
 async function shopAs(page, user) {

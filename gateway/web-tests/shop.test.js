@@ -117,3 +117,18 @@ test('an account is opened by its name, and one shops with either of two', brows
   await eventually(async () => assert.equal(await balanceOf(name), 10_000));
   assert.equal(await balanceOf(rich), 5_000);
 }));
+
+test('while it is not known how many digits the currency has, no amount is typed or sent', browsing({ tolerated: [/status of 503/] }, async ({ page, context }) => {
+  const user = await customer(5_000);
+  let away = true;
+  await context.route(`**/v1/accounts/${user}`, (route) => (away ? route.fulfill({ status: 503, json: { status: 503, code: 'service_unavailable', title: 'Away' } }) : route.fallback()));
+  await page.goto(`${page.gozonUrl}/#/accounts/${user}`);
+  await page.getByTestId('shop-as').click();
+  await page.getByText('The currency is not known yet').first().waitFor();
+  for (const name of ['order-amount', 'place', 'buy-tea', 'top-up', 'top-up-submit', 'top-up-10000']) assert.ok(await page.getByTestId(name).isDisabled(), name);
+  assert.match(await page.getByTestId('buy-lamp').innerText(), /\s12\.99$/);
+  away = false;
+  await page.getByTestId('order-amount').fill('12.99');
+  await page.getByTestId('place').click();
+  await eventually(async () => assert.deepEqual((await ordersOf(user)).map(({ amount }) => amount), [LAMP]));
+}));

@@ -2,7 +2,7 @@
 
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
-import { browsing } from './browser.js';
+import { browsing, held } from './browser.js';
 import { balanceOf, base, customer, ended, eventually, get, order, ordersOf, paid, sayAgain, timeline } from './stack.js';
 
 const STEPS = [
@@ -143,6 +143,21 @@ test('orders are filtered by status and user, found by their id, and read page a
   await page.getByRole('heading', { name: 'Too dear' }).waitFor();
   await page.goto(`${base}/#/orders/01933f3c-7d5a-7b60-9d6f-000000000000`);
   await page.locator('[data-test=problem][data-code=order_not_found]').waitFor();
+}));
+
+test('a list asks the accounts of its orders for their currency, until one knows it', browsing({ noPage: true, tolerated: [/status of 404/] }, async ({ open, context }) => {
+  const user = await customer(5_000);
+  const nobody = `${user}-nobody`;
+  const ids = [(await order(nobody, 1_299)).id, await paid(user, 1_299)];
+  const items = [await ended(ids[0]), await get(`/v1/orders/${ids[1]}`)];
+  // Other tests order meanwhile.
+  await context.route('**/v1/orders?*', (route) => route.fulfill({ json: { items, next_cursor: null } }));
+  const accounts = await held(context, `**/v1/accounts/${user}`);
+  const page = await open('#/orders');
+  const amount = (id) => page.locator(`[data-test=order][data-id="${id}"] .money`);
+  await amount(ids[0]).filter({ hasText: /^12\.99$/ }).waitFor();
+  accounts.release();
+  for (const id of ids) await amount(id).filter({ hasText: '₽12.99' }).waitFor();
 }));
 
 test('everything can be done with the keyboard: search, rows, views, help', browsing(async ({ page }) => {

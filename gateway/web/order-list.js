@@ -28,7 +28,7 @@ export function useOrderList({ userId, status, limit = 20 }) {
     if (status) query.set('status', status);
     if (cursor) query.set('cursor', cursor);
     const page = await read(`/v1/orders?${query}`, { signal });
-    if (page.items.length) askCurrency(page.items[0].user_id);
+    askCurrency(page.items.map((order) => order.user_id));
     return page;
   }, [filter, limit]);
 

@@ -73,6 +73,7 @@ export default {
   'goods.book': 'Book',
   'goods.bike': 'Bicycle',
 
+  'money.unknown': 'The currency is not known yet: the account tells it.',
   'field.money': 'Type an amount, such as 12.99.',
   'field./amount': 'The amount must be above zero, and at most ten billion.',
 

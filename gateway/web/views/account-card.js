@@ -4,7 +4,7 @@ import { html, useEffect, useRef, useState } from '../vendor/htm-preact.js';
 import { begin } from '../errands.js';
 import { t } from '../i18n.js';
 import { onChange, opened } from '../live.js';
-import { learnCurrency, money, parseMoney } from '../money.js';
+import { currency, learnCurrency, money, parseMoney } from '../money.js';
 import { useResource } from '../resource.js';
 import { links } from '../router.js';
 import { useStore } from '../store.js';
@@ -64,6 +64,7 @@ function Balance({ account }) {
 }
 
 function TopUp({ userId, onAdded }) {
+  const known = useStore(currency);
   const [amount, setAmount] = useState('');
   const [problem, setProblem] = useState();
   const [wrong, setWrong] = useState();
@@ -91,10 +92,10 @@ function TopUp({ userId, onAdded }) {
   };
   return html`<form class="top-up" onSubmit=${submit} noValidate>
     <${Field} name="top-up" label=${t('shop.top-up')} inputmode="decimal" placeholder=${money(100_000)} value=${amount} onInput=${type}
-      error=${wrong ?? fieldError(problem, '/amount')}>
-      <button type="submit" class="button" data-test="top-up-submit">${t('shop.add')}</button>
+      disabled=${!known} hint=${!known && t('money.unknown')} error=${wrong ?? fieldError(problem, '/amount')}>
+      <button type="submit" class="button" disabled=${!known} data-test="top-up-submit">${t('shop.add')}</button>
     <//>
-    <div class="quick">${QUICK.map((minor) => html`<button key=${minor} type="button" class="chip" onClick=${() => add(minor)} data-test="top-up-${minor}">+${money(minor)}</button>`)}</div>
+    <div class="quick">${QUICK.map((minor) => html`<button key=${minor} type="button" class="chip" disabled=${!known} onClick=${() => add(minor)} data-test="top-up-${minor}">+${money(minor)}</button>`)}</div>
     ${problem && !problem.errors.length && html`<${ProblemNote} problem=${problem} />`}
   </form>`;
 }

@@ -5,7 +5,7 @@ import { read } from '../api.js';
 import { begin, underWay } from '../errands.js';
 import { t } from '../i18n.js';
 import { learned } from '../live.js';
-import { money, parseMoney } from '../money.js';
+import { currency, learnCurrency, money, parseMoney } from '../money.js';
 import { useOrderList } from '../order-list.js';
 import { links } from '../router.js';
 import { curl, curlPost, just } from '../shell.js';
@@ -42,6 +42,7 @@ function FirstVisit() {
         { kind: 'deposit', path: `/v1/accounts/${account}/deposits`, body: { amount: DEMO_MONEY } },
         orderStep(userId, GOODS[1][1], t('goods.lamp')),
       ]);
+      learnCurrency(answers[0].answer);
       shopAs(userId);
       follow(answers.at(-1).answer);
       requestAnimationFrame(focusTitle);
@@ -83,6 +84,7 @@ function Open({ userId }) {
 }
 
 function Goods({ userId }) {
+  const known = useStore(currency);
   const [amount, setAmount] = useState('');
   const [description, setDescription] = useState('');
   const [problem, setProblem] = useState();
@@ -122,16 +124,16 @@ function Goods({ userId }) {
   return html`<section class="card" aria-labelledby="goods">
     <h2 id="goods" class="card-title">${t('shop.buy')}</h2>
     <div class="goods">
-      ${GOODS.map(([name, minor]) => html`<button key=${name} type="button" class="good" onClick=${() => place(minor, t(`goods.${name}`))} data-test="buy-${name}">
+      ${GOODS.map(([name, minor]) => html`<button key=${name} type="button" class="good" disabled=${!known} onClick=${() => place(minor, t(`goods.${name}`))} data-test="buy-${name}">
         <${Icon} name=${name} /><span>${t(`goods.${name}`)}</span><span class="money">${money(minor)}</span>
       </button>`)}
     </div>
     <form class="form" onSubmit=${submit} noValidate>
       <${Field} name="order-amount" label=${t('shop.amount')} inputmode="decimal" placeholder=${money(1299)} value=${amount}
-        onInput=${typed(setAmount)} error=${wrong ?? fieldError(problem, '/amount')} />
+        disabled=${!known} hint=${!known && t('money.unknown')} onInput=${typed(setAmount)} error=${wrong ?? fieldError(problem, '/amount')} />
       <${Field} name="order-description" label=${t('shop.what')} value=${description} placeholder=${t('shop.what-example')}
         onInput=${typed(setDescription)} error=${fieldError(problem, '/description')} />
-      <button type="submit" class="button button-main" disabled=${sending > 0} data-test="place">${t('shop.place')}</button>
+      <button type="submit" class="button button-main" disabled=${!known || sending > 0} data-test="place">${t('shop.place')}</button>
     </form>
     ${(other || fieldError(problem, '/user_id')) && html`<${ProblemNote} problem=${problem} />`}
   </section>`;

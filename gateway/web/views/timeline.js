@@ -38,7 +38,7 @@ export function Timeline({ id }) {
     return () => clearTimeout(timer);
   }, [way.data, settled]);
   useEffect(() => {
-    if (known) askCurrency(known.user_id);
+    if (known) askCurrency([known.user_id]);
   }, [known?.user_id]);
 
   if (order.problem && !known) return html`<h1 tabindex="-1">${t('timeline.title')}</h1><${ProblemNote} problem=${order.problem} />`;
