@@ -130,3 +130,12 @@ test('a request that nobody waits for any more is forgotten, and the page says t
   assert.equal(await page.getByTestId('resumed').count(), 0);
   assert.equal((await ordersOf(user)).length, 1);
 }));
+
+test('a request that hangs is given up at once', browsing({ tolerated: ABORTED }, async ({ page, context }) => {
+  await startDemo(page);
+  const sent = await intercept(context, isOrder, (route, times) => times === 1 && route.abort());
+  await page.getByTestId('buy-tea').click();
+  await eventually(() => sent.keys.length === 2);
+  await page.getByTestId('unanswered').getByRole('button').click();
+  await page.getByTestId('problem').filter({ hasText: 'it may have been done' }).waitFor({ timeout: 5_000 });
+}));

@@ -25,9 +25,9 @@ export async function read(path, { signal, timeoutMs = TIMEOUT_MS } = {}) {
 }
 
 /// The answer, and whether it is the repeated answer to an earlier request with this key.
-export async function send(path, body, key) {
+export async function send(path, body, key, signal) {
   const headers = { 'content-type': 'application/json', 'idempotency-key': key };
-  const { body: answer, response } = await request(path, { method: 'POST', headers, body: JSON.stringify(body) });
+  const { body: answer, response } = await request(path, { method: 'POST', headers, body: JSON.stringify(body), signal });
   return { answer, replayed: response.headers.get('idempotency-replayed') === 'true' };
 }
 

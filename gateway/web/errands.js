@@ -17,7 +17,8 @@ export const underWay = store([]);
 /// What became of errands that were begun before this page was loaded.
 export const resumed = store([]);
 
-const givenUp = new Set();
+/// What ends the work on an errand.
+const stops = new Map();
 
 /// `steps`: { kind, path, body }. The answers, in order, or a Problem if a request is refused.
 export function begin(steps) {
@@ -44,8 +45,7 @@ export function resumeAll() {
 
 /// Stops asking. What was sent may have been done all the same.
 export function giveUp(id) {
-  givenUp.add(id);
-  dispatchEvent(new Event('gozon-give-up'));
+  stops.get(id)?.abort();
 }
 
 export function dismiss(id) {
@@ -53,29 +53,34 @@ export function dismiss(id) {
 }
 
 async function work(errand) {
+  const stop = new AbortController();
+  stops.set(errand.id, stop);
   show(errand, null);
   try {
     while (errand.answers.length < errand.steps.length) {
-      errand.answers.push(await insist(errand, errand.steps[errand.answers.length]));
+      errand.answers.push(await insist(errand, errand.steps[errand.answers.length], stop.signal));
       keep(errand);
     }
     return errand.answers;
   } finally {
+    stops.delete(errand.id);
     forget(PREFIX + errand.id);
     underWay.set(underWay.get().filter((other) => other.id !== errand.id));
   }
 }
 
-/// Until the outcome is known.
-async function insist(errand, step) {
+/// Until the outcome is known, or nobody waits for it any more.
+async function insist(errand, step, stopped) {
   for (let delay = RETRY_FIRST_MS; ; delay = Math.min(2 * delay, RETRY_MAX_MS)) {
     try {
-      return await send(step.path, step.body, step.key);
+      return await send(step.path, step.body, step.key, stopped);
     } catch (problem) {
-      if (!(problem instanceof Problem) || !problem.isOpen) throw problem;
-      show(errand, problem);
-      await pause(Math.max(delay, 1000 * problem.retryAfterSeconds), errand.id);
-      if (givenUp.has(errand.id)) throw new Problem({ code: 'given_up' });
+      if (!stopped.aborted) {
+        if (!(problem instanceof Problem) || !problem.isOpen) throw problem;
+        show(errand, problem);
+        await pause(Math.max(delay, 1000 * problem.retryAfterSeconds), stopped);
+      }
+      if (stopped.aborted) throw new Problem({ code: 'given_up' });
     }
   }
 }
@@ -86,18 +91,17 @@ function show(errand, problem) {
 }
 
 /// Ends early when the network is back, or when the errand is given up.
-function pause(ms, id) {
+function pause(ms, stopped) {
   return new Promise((resolve) => {
     const over = () => {
       clearTimeout(timer);
       removeEventListener('online', over);
-      removeEventListener('gozon-give-up', check);
+      stopped.removeEventListener('abort', over);
       resolve();
     };
-    const check = () => givenUp.has(id) && over();
     const timer = setTimeout(over, ms);
     addEventListener('online', over);
-    addEventListener('gozon-give-up', check);
+    stopped.addEventListener('abort', over);
   });
 }
 
