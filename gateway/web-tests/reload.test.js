@@ -124,6 +124,7 @@ test('a request that nobody waits for any more is forgotten, and the page says t
   await page.getByTestId('buy-tea').click();
   await page.getByTestId('unanswered').getByRole('button').click();
   await page.getByTestId('problem').filter({ hasText: 'it may have been done' }).waitFor();
+  assert.equal(await page.getByTestId('problem').getByRole('link', { name: `Orders of ${user}` }).getAttribute('href'), `#/orders?user_id=${user}`);
   sent.stop();
   await page.reload();
   await orderWith(page, 'FINISHED').waitFor();
@@ -138,4 +139,38 @@ test('a request that hangs is given up at once', browsing({ tolerated: ABORTED }
   await eventually(() => sent.keys.length === 2);
   await page.getByTestId('unanswered').getByRole('button').click();
   await page.getByTestId('problem').filter({ hasText: 'it may have been done' }).waitFor({ timeout: 5_000 });
+}));
+
+test('of a request that is given up after a reload it is said that it may have been done, and where that shows', browsing({ tolerated: ABORTED }, async ({ page, context }) => {
+  const user = await startDemo(page);
+  let arrived = false;
+  await intercept(context, isOrder, async (route, times) => {
+    if (times > 1) return route.abort();
+    await losesAnswer(() => { arrived = true; })(route);
+  });
+  await page.getByTestId('buy-tea').click();
+  await eventually(() => arrived);
+  await page.reload();
+  await page.getByTestId('unanswered').getByRole('button').click();
+  const note = page.getByTestId('resumed');
+  await note.filter({ hasText: 'Order “Tea” for ₽4.50: not asked for any more; it may have been done.' }).waitFor();
+  assert.doesNotMatch(await note.innerText(), /refused|nothing was done/);
+  await note.getByRole('link', { name: `Orders of ${user}` }).click();
+  await orderWith(page, 'FINISHED').filter({ hasText: 'Tea' }).waitFor();
+}));
+
+test('of what is refused in the middle, what was done before is not called undone', browsing({ tolerated: [/status of 422/] }, async ({ page, context }) => {
+  let refuse = false;
+  const refused = { status: 422, code: 'balance_limit_exceeded', title: 'Too much', detail: 'It would be too much.' };
+  const sent = await intercept(context, (request) => request.url().endsWith('/deposits'), async (route) => {
+    if (refuse) await route.fulfill({ status: 422, json: refused });
+  });
+  await page.getByTestId('demo').click();
+  await eventually(() => sent.keys.length === 1);
+  refuse = true;
+  await page.reload();
+  const note = page.getByTestId('resumed');
+  await note.filter({ hasText: /Add ₽?1,000\.00: refused/ }).filter({ hasText: refused.detail }).waitFor();
+  assert.match(await note.innerText(), /Open the account demo-\w+: done before/);
+  assert.doesNotMatch(await note.innerText(), /nothing was done/);
 }));

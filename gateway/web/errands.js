@@ -80,7 +80,7 @@ async function insist(errand, step, stopped) {
         show(errand, problem);
         await pause(Math.max(delay, 1000 * problem.retryAfterSeconds), stopped);
       }
-      if (stopped.aborted) throw new Problem({ code: 'given_up' });
+      if (stopped.aborted) throw new Problem({ code: 'given_up', step });
     }
   }
 }

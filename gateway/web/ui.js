@@ -77,8 +77,16 @@ export function ProblemNote({ problem }) {
     <strong>${title}</strong>
     ${problem.errors.length > 1 ? html`<ul lang="en">${problem.errors.map(({ pointer, detail }) => html`<li key=${pointer}><code>${pointer}</code> ${detail}</li>`)}</ul>`
       : problem.detail && html`<p lang="en">${problem.detail}</p>`}
+    ${problem.step && html`<p><${WhereItShows} step=${problem.step} /></p>`}
     ${problem.request_id && html`<p class="quiet">${t('request-id')} <code>${problem.request_id}</code> <${Copy} text=${problem.request_id} label=${t('copy-request-id')} /></p>`}
   </div>`;
+}
+
+/// Where to look whether a request was done whose outcome is not known.
+export function WhereItShows({ step }) {
+  const user = step.body.user_id ?? decodeURIComponent(step.path.split('/')[3]);
+  const place = step.kind === 'order' ? 'orders' : 'account';
+  return html`${t('given-up.look')} <a href=${place === 'orders' ? links.orders({ user_id: user }) : links.account(user)}>${t(`given-up.${place}`, { user })}</a>`;
 }
 
 /// What is said beside a field: by the page, or by the API about the place that `pointer` names.

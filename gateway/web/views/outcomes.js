@@ -5,7 +5,7 @@ import { dismiss, giveUp, resumed, underWay } from '../errands.js';
 import { t, tOr } from '../i18n.js';
 import { money } from '../money.js';
 import { useStore } from '../store.js';
-import { OrderLink, announce } from '../ui.js';
+import { OrderLink, WhereItShows, announce } from '../ui.js';
 
 export function Outcomes() {
   const waiting = useStore(underWay).filter((errand) => errand.problem);
@@ -27,16 +27,18 @@ function Unanswered({ errand }) {
 
 function Resumed({ outcome }) {
   const { id, steps, answers, doneBefore, problem } = outcome;
-  const text = problem ? t('resumed.refused') : t('resumed.done');
+  const failed = problem && steps[answers.length];
+  const ending = !problem ? 'done' : problem.code === 'given_up' ? 'given-up' : answers.length ? 'refused-then' : 'refused';
+  const text = t(`resumed.${ending}`, { what: failed && described(failed) });
   useEffect(() => announce(`${t('resumed.title')} ${text}`), []);
   return html`<div class="note note-resumed" data-test="resumed" data-replayed=${String(answers.some((answer) => answer.replayed))}>
     <div>
       <strong>${t('resumed.title')}</strong>
-      ${problem && html`<p>${text} <span lang="en">${problem.detail}</span></p>`}
       <ul>${steps.slice(0, answers.length).map((step, place) => html`<li key=${step.key}>
         ${described(step)}: ${t(place < doneBefore ? 'resumed.before' : answers[place].replayed ? 'resumed.replayed' : 'resumed.sent')}
         ${step.kind === 'order' && html` <${OrderLink} id=${answers[place].answer.id} />`}
       </li>`)}</ul>
+      ${problem && html`<p>${text} <span lang="en">${problem.detail}</span> ${problem.step && html`<${WhereItShows} step=${failed} />`}</p>`}
     </div>
     <button type="button" class="button-quiet" onClick=${() => dismiss(id)} aria-label=${t('close')}>✕</button>
   </div>`;
