@@ -174,3 +174,24 @@ test('of what is refused in the middle, what was done before is not called undon
   assert.match(await note.innerText(), /Open the account demo-\w+: done before/);
   assert.doesNotMatch(await note.innerText(), /nothing was done/);
 }));
+
+test('money is added once, however often one clicks while it is', browsing(async ({ page, context }) => {
+  const user = await startDemo(page);
+  let release;
+  const released = new Promise((resolve) => { release = resolve; });
+  const sent = await intercept(context, (request) => request.url().endsWith('/deposits'), async (route) => {
+    await released;
+    await route.continue();
+  });
+  await page.getByTestId('top-up').fill('10');
+  await page.getByTestId('top-up').press('Enter');
+  await page.getByTestId('top-up').press('Enter');
+  await page.getByTestId('top-up-10000').dblclick({ force: true });
+  await page.getByTestId('top-up-submit').dblclick({ force: true });
+  release();
+  await eventually(async () => assert.equal(await balance(page), 100_000 - 1_299 + 1_000));
+  await page.getByTestId('top-up-10000').click();
+  await eventually(async () => assert.equal(await balance(page), 100_000 - 1_299 + 11_000));
+  assert.equal(sent.keys.length, 2);
+  assert.equal(await balanceOf(user), await balance(page));
+}));

@@ -68,8 +68,11 @@ function TopUp({ userId, onAdded }) {
   const [amount, setAmount] = useState('');
   const [problem, setProblem] = useState();
   const [wrong, setWrong] = useState();
+  const [sending, setSending] = useState(false);
+  const resting = !known || sending;
   const add = async (minor) => {
     setProblem(undefined);
+    setSending(true);
     try {
       await begin([{ kind: 'deposit', path: `/v1/accounts/${encodeURIComponent(userId)}/deposits`, body: { amount: minor } }]);
       setAmount('');
@@ -77,6 +80,8 @@ function TopUp({ userId, onAdded }) {
       onAdded();
     } catch (refused) {
       setProblem(refused);
+    } finally {
+      setSending(false);
     }
   };
   const submit = (event) => {
@@ -93,9 +98,9 @@ function TopUp({ userId, onAdded }) {
   return html`<form class="top-up" onSubmit=${submit} noValidate>
     <${Field} name="top-up" label=${t('shop.top-up')} inputmode="decimal" placeholder=${money(100_000)} value=${amount} onInput=${type}
       disabled=${!known} hint=${!known && t('money.unknown')} error=${wrong ?? fieldError(problem, '/amount')}>
-      <button type="submit" class="button" disabled=${!known} data-test="top-up-submit">${t('shop.add')}</button>
+      <button type="submit" class="button" disabled=${resting} data-test="top-up-submit">${t('shop.add')}</button>
     <//>
-    <div class="quick">${QUICK.map((minor) => html`<button key=${minor} type="button" class="chip" disabled=${!known} onClick=${() => add(minor)} data-test="top-up-${minor}">+${money(minor)}</button>`)}</div>
+    <div class="quick">${QUICK.map((minor) => html`<button key=${minor} type="button" class="chip" disabled=${resting} onClick=${() => add(minor)} data-test="top-up-${minor}">+${money(minor)}</button>`)}</div>
     ${problem && !problem.errors.length && html`<${ProblemNote} problem=${problem} />`}
   </form>`;
 }
@@ -103,19 +108,23 @@ function TopUp({ userId, onAdded }) {
 /// For a name that has no account yet.
 export function OpenAccount({ userId, onOpened }) {
   const [problem, setProblem] = useState();
+  const [sending, setSending] = useState(false);
   const open = async () => {
     setProblem(undefined);
+    setSending(true);
     try {
       await begin([{ kind: 'account', path: '/v1/accounts', body: { user_id: userId } }]);
       shopAs(userId);
       onOpened();
     } catch (refused) {
       setProblem(refused);
+    } finally {
+      setSending(false);
     }
   };
   return html`<div class="open-account" data-test="open-account">
     <p>${t('account.none', { user: userId })}</p>
-    <button type="button" class="button button-main" onClick=${open} data-test="open-account-submit">${t('account.open')}</button>
+    <button type="button" class="button button-main" disabled=${sending} onClick=${open} data-test="open-account-submit">${t('account.open')}</button>
     ${problem && html`<${ProblemNote} problem=${problem} />`}
   </div>`;
 }
