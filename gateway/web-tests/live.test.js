@@ -124,3 +124,15 @@ test('while payments is away an order waits, its timeline says who does not answ
   await page.getByTestId('missing').waitFor({ state: 'detached' });
   await page.getByTestId('under-way').waitFor({ state: 'detached' });
 }));
+
+test('an order that comes into a filtered list by ending is shown there', browsing({ tolerated: AWAY, noPage: true }, async ({ open }) => {
+  const user = await customer();
+  let page;
+  await without('payments', async () => {
+    await order(user, 1, 'From before');
+    page = await open(`#/orders?status=FINISHED&user_id=${user}`);
+    await connection(page, 'open');
+    await page.getByText('No orders here').waitFor();
+  });
+  await orderWith(page, 'FINISHED').filter({ hasText: 'From before' }).waitFor();
+}));

@@ -9,7 +9,7 @@ import { useCallback, useEffect, useRef, useState } from './vendor/htm-preact.js
 
 /// Events are shown together, so that a busy shop does not keep the browser busy.
 const GATHER_MS = 200;
-/// New orders come without their description: the newest page is read for it, at most this often.
+/// Events tell little of an order that is not shown yet: the newest page is read for the rest, at most this often.
 const READ_AGAIN_MS = 1_000;
 const RETRY_MS = 2_000;
 /// Beyond those that were asked for. Then the list begins anew with the newest.
@@ -21,6 +21,8 @@ export function useOrderList({ userId, status, limit = 20 }) {
   const filter = `${userId ?? ''} ${status ?? ''}`;
   const [state, setState] = useState({ filter });
   const timers = useRef({});
+  const shown = useRef();
+  shown.current = state.filter === filter ? state.orders : undefined;
 
   const readPage = useCallback(async (cursor, signal) => {
     const query = new URLSearchParams({ limit });
@@ -59,7 +61,8 @@ export function useOrderList({ userId, status, limit = 20 }) {
         const changes = gathered;
         gathered = [];
         setState((before) => (before.orders ? { ...before, orders: withChanges(before.orders, changes) } : before));
-        if (changes.some(({ status, order }) => status === 'NEW' && !order)) readSoon();
+        const known = new Set(shown.current?.map(({ id }) => id));
+        if (changes.some((change) => !change.order && !known.has(change.order_id) && (!status || change.status === status))) readSoon();
       }, GATHER_MS);
     });
     readNewest();
