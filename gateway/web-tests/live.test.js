@@ -2,7 +2,7 @@
 
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
-import { balance, browsing, orderWith, startDemo } from './browser.js';
+import { balance, browsing, held, orderWith, startDemo } from './browser.js';
 import { balanceOf, base, customer, endedInside, eventually, order, paid, start, stop, without } from './stack.js';
 import { wire } from './wire.js';
 
@@ -49,6 +49,22 @@ test('what is done in one tab shows in another', browsing(async ({ page, open })
   await page.getByTestId('buy-bike').click();
   await orderWith(second, 'CANCELLED').waitFor();
   for (const tab of [page, second]) await eventually(async () => assert.equal(await balance(tab), 100_000 - 1_299 - 450));
+}));
+
+test('the balance moves while orders end quickly', browsing(async ({ page, context }) => {
+  const user = await startDemo(page);
+  await eventually(async () => assert.equal(await balance(page), 100_000 - 1_299));
+  const cut = [];
+  page.on('requestfailed', (request) => cut.push(request.url()));
+  const account = await held(context, `**/v1/accounts/${user}`);
+  for (const what of ['One', 'Two', 'Three']) {
+    await order(user, 100, what);
+    await orderWith(page, 'FINISHED').filter({ hasText: what }).waitFor();
+  }
+  assert.equal(account.asked, 1);
+  account.release();
+  await eventually(async () => assert.equal(await balance(page), 100_000 - 1_299 - 300));
+  assert.deepEqual(cut, []);
 }));
 
 test('while the connection is away the pill says so; afterwards everything shows that happened meanwhile, and every event has come', overWire(async (page, line) => {
