@@ -160,6 +160,19 @@ test('a list asks the accounts of its orders for their currency, until one knows
   for (const id of ids) await amount(id).filter({ hasText: '₽12.99' }).waitFor();
 }));
 
+test('a statement begins anew when more was debited than a page holds, and adds up', browsing(async ({ page, context }) => {
+  const user = await customer(10_000);
+  await page.goto(`${base}/#/accounts/${user}`);
+  const sums = page.getByTestId('sums');
+  await sums.filter({ hasText: 'The one entry adds up' }).waitFor();
+  const account = await held(context, `**/v1/accounts/${user}`);
+  await Promise.all(Array.from({ length: 55 }, () => paid(user, 100)));
+  account.release();
+  await sums.filter({ hasText: 'The newest 50 of 56 entries add up' }).waitFor();
+  await page.getByTestId('check-all').click();
+  await sums.filter({ hasText: 'All 56 entries add up to the balance' }).waitFor();
+}));
+
 test('everything can be done with the keyboard: search, rows, views, help', browsing(async ({ page }) => {
   const user = await customer(10_000);
   for (const what of ['one', 'two', 'three']) await paid(user, 1, what);

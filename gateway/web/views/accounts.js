@@ -86,7 +86,7 @@ function useStatement(userId, account) {
     if (!account) return;
     let current = true;
     read(path).then(
-      (page) => current && setState((before) => ({ entries: joined(before.entries, page), next: before.entries ? before.next : page.next_cursor })),
+      (page) => current && setState((before) => joined(before, page)),
       (problem) => current && setState((before) => ({ ...before, problem })),
     );
     return () => { current = false; };
@@ -121,11 +121,12 @@ function useAgainIfDiffers(account, entries, reload) {
   }, [differs, tries]);
 }
 
-/// The newest page put before what was read; entries are counted, so that a gap shows.
-function joined(entries, page) {
-  if (!entries?.length || !page.items.length) return page.items;
+/// The newest page put before what was read; entries are counted, so that a gap shows. Then it begins anew.
+function joined({ entries, next }, page) {
+  const anew = { entries: page.items, next: page.next_cursor };
+  if (!entries?.length || !page.items.length) return anew;
   const newer = page.items.filter((entry) => entry.entry_no > entries[0].entry_no);
-  return newer.length === 0 || newer.at(-1).entry_no === entries[0].entry_no + 1 ? [...newer, ...entries] : page.items;
+  return newer.length === 0 || newer.at(-1).entry_no === entries[0].entry_no + 1 ? { entries: [...newer, ...entries], next } : anew;
 }
 
 function Statement({ account, entries, next, problem, loadMore, loadAll }) {
