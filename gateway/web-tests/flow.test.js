@@ -81,3 +81,20 @@ test('messages that were set aside show why; those that can be are applied again
   await page.getByRole('heading', { name: 'Restored' }).waitFor();
   assert.equal(await page.getByTestId('status').first().getAttribute('data-status'), 'CANCELLED');
 }));
+
+test('when older messages cannot be read, they can be asked for again', browsing({ tolerated: [/net::ERR_FAILED/] }, async ({ page, context }) => {
+  let fails = true;
+  await context.route('**/v1/ops/dead-letters?*', (route) => {
+    const older = route.request().url().includes('cursor=');
+    if (older && fails) return route.abort();
+    return route.fulfill({ json: { items: [], next_cursor: older ? null : 'older', unavailable: [] } });
+  });
+  await page.getByTestId('nav-flow').click();
+  const letters = page.getByTestId('dead-letters');
+  await letters.getByTestId('more').click();
+  await letters.getByTestId('problem').waitFor();
+  fails = false;
+  await letters.getByTestId('more').click();
+  await letters.getByTestId('more').waitFor({ state: 'detached' });
+  assert.equal(await letters.getByTestId('problem').count(), 0);
+}));

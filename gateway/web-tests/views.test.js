@@ -173,6 +173,22 @@ test('a statement begins anew when more was debited than a page holds, and adds 
   await sums.filter({ hasText: 'All 56 entries add up to the balance' }).waitFor();
 }));
 
+test('when older entries cannot be read, those that were stay, and they can be asked for again', browsing({ tolerated: [/net::ERR_FAILED/] }, async ({ page, context }) => {
+  const user = await customer(10_000);
+  await Promise.all(Array.from({ length: 52 }, () => paid(user, 100)));
+  await page.goto(`${base}/#/accounts/${user}`);
+  await page.getByTestId('entry').nth(49).waitFor();
+  const older = '**/entries?*cursor=*';
+  await context.route(older, (route) => route.abort());
+  await page.getByTestId('more').click();
+  await page.getByTestId('problem').waitFor();
+  assert.equal(await page.getByTestId('entry').count(), 50);
+  await context.unroute(older);
+  await page.getByTestId('more').click();
+  await page.getByTestId('sums').filter({ hasText: 'All 53 entries' }).waitFor();
+  assert.equal(await page.getByTestId('problem').count(), 0);
+}));
+
 test('everything can be done with the keyboard: search, rows, views, help', browsing(async ({ page }) => {
   const user = await customer(10_000);
   for (const what of ['one', 'two', 'three']) await paid(user, 1, what);

@@ -4,6 +4,7 @@ import { html, useEffect, useState } from '../vendor/htm-preact.js';
 import { read } from '../api.js';
 import { t } from '../i18n.js';
 import { money } from '../money.js';
+import { useResource } from '../resource.js';
 import { go, links } from '../router.js';
 import { curl, just } from '../shell.js';
 import { useStore } from '../store.js';
@@ -81,29 +82,28 @@ function Account({ userId }) {
 /// The entries that were read, and the account as it was beside them.
 function useStatement(userId, account) {
   const [state, setState] = useState({});
+  const [problem, setProblem] = useState();
   const path = `/v1/accounts/${encodeURIComponent(userId)}/entries?limit=${PAGE}`;
+  const newest = useResource(account && path, account);
   useEffect(() => {
-    if (!account) return;
-    let current = true;
-    read(path).then(
-      (page) => current && setState((before) => joined(before, page)),
-      (problem) => current && setState((before) => ({ ...before, problem })),
-    );
-    return () => { current = false; };
-  }, [account]);
-  const readMore = async (before) => {
-    const page = await read(`${path}&cursor=${before.next}`);
-    return { entries: [...before.entries, ...page.items], next: page.next_cursor };
+    if (newest.data) setState((before) => joined(before, newest.data));
+  }, [newest.data]);
+  const readMore = async (cursor) => {
+    const page = await read(`${path}&cursor=${cursor}`);
+    // Unless it has begun anew meanwhile, or this page was asked for twice.
+    setState((before) => (before.next === cursor ? { entries: [...before.entries, ...page.items], next: page.next_cursor } : before));
+    return page.next_cursor;
   };
-  const loadMore = () => readMore(state).then(setState, (problem) => setState({ ...state, problem }));
+  const loadMore = () => readMore(state.next).then(() => setProblem(undefined), setProblem);
   const loadAll = async () => {
     try {
-      for (let all = state; all.next; ) setState((all = await readMore(all)));
-    } catch (problem) {
-      setState((before) => ({ ...before, problem }));
+      for (let cursor = state.next; cursor; ) cursor = await readMore(cursor);
+      setProblem(undefined);
+    } catch (failed) {
+      setProblem(failed);
     }
   };
-  return { ...state, loadMore, loadAll };
+  return { ...state, problem: newest.problem ?? problem, loadMore, loadAll };
 }
 
 /// The two are read one after the other: money may have moved in between. What still differs then is shown.
@@ -130,8 +130,7 @@ function joined({ entries, next }, page) {
 }
 
 function Statement({ account, entries, next, problem, loadMore, loadAll }) {
-  if (problem) return html`<${ProblemNote} problem=${problem} />`;
-  if (!entries) return html`<${Waiting} rows=${6} />`;
+  if (!entries) return problem ? html`<${ProblemNote} problem=${problem} />` : html`<${Waiting} rows=${6} />`;
   if (!entries.length) return html`<p class="empty">${t('account.empty')} <code>just order 1299 ${account.user_id}</code></p>`;
   return html`
     <${Check} account=${account} entries=${entries} next=${next} loadAll=${loadAll} />
@@ -144,6 +143,7 @@ function Statement({ account, entries, next, problem, loadMore, loadAll }) {
         <td class="number"><${Money} minor=${entry.balance_after} /></td>
       </tr>`)}</tbody>
     </table>
+    ${problem && html`<${ProblemNote} problem=${problem} />`}
     ${next && html`<p class="card-foot"><button type="button" class="button" onClick=${loadMore} data-test="more">${t('more')}</button></p>`}`;
 }
 

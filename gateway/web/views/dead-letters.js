@@ -14,14 +14,25 @@ const USEFUL = ['applied', 'nothing_to_do'];
 /// `setAside`: how many there are now in each service that answers; the list is read again when that changes.
 export function DeadLetters({ setAside }) {
   const { data, problem, reload } = useResource(`/v1/ops/dead-letters?limit=${PAGE}`, setAside);
+  const [olderProblem, setOlderProblem] = useState();
   const [older, setOlder] = useState([]);
   const [chosen, setChosen] = useState();
   const letters = data && [...data.items, ...older.flatMap((page) => page.items)];
   const next = older.length ? older.at(-1).next_cursor : data?.next_cursor;
   const open = letters?.filter((letter) => letter.waits) ?? [];
-  const loadMore = async () => setOlder([...older, await read(`/v1/ops/dead-letters?limit=${PAGE}&cursor=${next}`)]);
+  const loadMore = async () => {
+    try {
+      const page = await read(`/v1/ops/dead-letters?limit=${PAGE}&cursor=${next}`);
+      // Unless the list has begun anew meanwhile, or this page was asked for twice.
+      setOlder((before) => (before === older ? [...older, page] : before));
+      setOlderProblem(undefined);
+    } catch (failed) {
+      setOlderProblem(failed);
+    }
+  };
   const done = () => {
     setOlder([]);
+    setOlderProblem(undefined);
     reload();
   };
   return html`<section class="card card-flush" aria-labelledby="dead-letters" data-test="dead-letters">
@@ -34,6 +45,7 @@ export function DeadLetters({ setAside }) {
     ${data?.unavailable.map((service) => html`<div key=${service} class="note note-waiting" role="status" data-test="letters-missing"><strong>${t('timeline.missing', { service })}</strong><p>${t('dlq.missing')}</p></div>`)}
     ${letters && !letters.length && !data.unavailable.length && html`<p class="empty">${t('dlq.none')}</p>`}
     <ul class="letters">${letters?.map((letter) => html`<${Letter} key=${letter.id} letter=${letter} onReplay=${() => setChosen([letter])} />`)}</ul>
+    ${olderProblem && html`<${ProblemNote} problem=${olderProblem} />`}
     ${next && html`<p class="card-foot"><button type="button" class="button" onClick=${loadMore} data-test="more">${t('more')}</button></p>`}
     ${chosen && html`<${Replay} letters=${chosen} onDone=${done} onClose=${() => setChosen(undefined)} />`}
   </section>`;
