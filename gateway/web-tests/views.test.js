@@ -2,7 +2,7 @@
 
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
-import { browsing, held } from './browser.js';
+import { browsing, drawn, held } from './browser.js';
 import { balanceOf, base, customer, ended, eventually, get, order, ordersOf, paid, sayAgain, timeline } from './stack.js';
 
 const STEPS = [
@@ -187,6 +187,26 @@ test('when older entries cannot be read, those that were stay, and they can be a
   await page.getByTestId('more').click();
   await page.getByTestId('sums').filter({ hasText: 'All 53 entries' }).waitFor();
   assert.equal(await page.getByTestId('problem').count(), 0);
+}));
+
+test('older orders that come after another user was chosen stay away', browsing(async ({ page, context }) => {
+  const [user, other] = [await customer(10_000), await customer(10_000)];
+  await Promise.all(Array.from({ length: 22 }, () => paid(user, 1)));
+  const id = await paid(other, 2);
+  const shown = () => page.getByTestId('order').evaluateAll((rows) => rows.map((row) => row.dataset.id));
+  await page.goto(`${base}/#/orders?user_id=${user}`);
+  await page.getByTestId('order').nth(19).waitFor();
+  const older = await held(context, '**/v1/orders?*cursor=*');
+  const came = page.waitForEvent('requestfinished', (request) => request.url().includes('cursor='));
+  await page.getByTestId('more').click();
+  await eventually(() => older.asked > 0);
+  await page.getByTestId('search').fill(other);
+  await page.keyboard.press('Enter');
+  await eventually(async () => assert.deepEqual(await shown(), [id]));
+  older.release();
+  await came;
+  await drawn(page);
+  assert.deepEqual(await shown(), [id]);
 }));
 
 test('everything can be done with the keyboard: search, rows, views, help', browsing(async ({ page }) => {

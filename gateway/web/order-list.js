@@ -76,14 +76,16 @@ export function useOrderList({ userId, status, limit = 20 }) {
 
   const current = state.filter === filter ? state : {};
   const loadMore = async () => {
+    // The list may be another one by then, or have begun anew.
+    const unlessLeft = (change) => setState((before) => (before.filter === filter && before.more === current.more ? change(before) : before));
     try {
       const page = await readPage(current.more);
-      setState((before) => {
+      unlessLeft((before) => {
         const orders = merged(before.orders, page.items);
         return { ...before, orders, more: page.next_cursor, asked: orders.length, problem: undefined };
       });
     } catch (problem) {
-      setState((before) => ({ ...before, problem }));
+      unlessLeft((before) => ({ ...before, problem }));
     }
   };
   const orders = current.orders?.map(latest).filter((order) => !status || order.status === status);
