@@ -98,3 +98,13 @@ test('when older messages cannot be read, they can be asked for again', browsing
   await letters.getByTestId('more').waitFor({ state: 'detached' });
   assert.equal(await letters.getByTestId('problem').count(), 0);
 }));
+
+test('an order counts once, however often it is told', browsing({ noPage: true }, async ({ open, context }) => {
+  const order_id = randomUUID();
+  const at = new Date().toISOString();
+  const events = ['NEW', 'NEW', 'FINISHED', 'FINISHED'].map((status, n) => `id: ${n}\nevent: order\ndata: ${JSON.stringify({ order_id, user_id: 'nobody', amount: 1, status, at })}\n\n`);
+  await context.route('**/v1/orders/events*', (route) => route.fulfill({ contentType: 'text/event-stream', body: events.join('') }));
+  const page = await open('#/flow');
+  const rates = page.getByTestId('rates').locator('.figure');
+  for (const name of ['Placed', 'Finished']) await rates.filter({ hasText: name }).filter({ hasText: 'peak 0.2/s' }).waitFor();
+}));
