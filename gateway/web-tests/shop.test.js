@@ -132,3 +132,15 @@ test('while it is not known how many digits the currency has, no amount is typed
   await page.getByTestId('place').click();
   await eventually(async () => assert.deepEqual((await ordersOf(user)).map(({ amount }) => amount), [LAMP]));
 }));
+
+test('another language keeps what was typed, and says in it what is wrong', browsing(async ({ page }) => {
+  await startDemo(page);
+  await page.getByTestId('order-amount').fill('much');
+  await page.getByTestId('order-description').fill('A present');
+  await page.getByTestId('place').click();
+  await page.getByTestId('order-amount-error').filter({ hasText: 'Type an amount' }).waitFor();
+  await page.getByTestId('language-ru').click();
+  await page.getByTestId('order-amount-error').filter({ hasText: 'Введите сумму' }).waitFor();
+  assert.equal(await page.getByTestId('order-amount').inputValue(), 'much');
+  assert.equal(await page.getByTestId('order-description').inputValue(), 'A present');
+}));

@@ -36,7 +36,7 @@ export function App() {
         <${Language} spoken=${spoken} />
       </div>
     </header>
-    <main id="main" key=${spoken} data-view=${view}>
+    <main id="main" data-view=${view}>
       <${Outcomes} />
       <${View} view=${view} id=${id} query=${query} />
     </main>

@@ -67,7 +67,7 @@ function TopUp({ userId, onAdded }) {
   const known = useStore(currency);
   const [amount, setAmount] = useState('');
   const [problem, setProblem] = useState();
-  const [wrong, setWrong] = useState();
+  const [wrong, setWrong] = useState(false);
   const [sending, setSending] = useState(false);
   const resting = !known || sending;
   const add = async (minor) => {
@@ -87,17 +87,17 @@ function TopUp({ userId, onAdded }) {
   const submit = (event) => {
     event.preventDefault();
     const minor = parseMoney(amount);
-    if (minor === null) setWrong(t('field.money'));
+    if (minor === null) setWrong(true);
     else add(minor);
   };
   const type = (event) => {
     setAmount(event.target.value);
-    setWrong(undefined);
+    setWrong(false);
     setProblem(undefined);
   };
   return html`<form class="top-up" onSubmit=${submit} noValidate>
     <${Field} name="top-up" label=${t('shop.top-up')} inputmode="decimal" placeholder=${money(100_000)} value=${amount} onInput=${type}
-      disabled=${!known} hint=${!known && t('money.unknown')} error=${wrong ?? fieldError(problem, '/amount')}>
+      disabled=${!known} hint=${!known && t('money.unknown')} error=${wrong ? t('field.money') : fieldError(problem, '/amount')}>
       <button type="submit" class="button" disabled=${resting} data-test="top-up-submit">${t('shop.add')}</button>
     <//>
     <div class="quick">${QUICK.map((minor) => html`<button key=${minor} type="button" class="chip" disabled=${resting} onClick=${() => add(minor)} data-test="top-up-${minor}">+${money(minor)}</button>`)}</div>

@@ -88,7 +88,7 @@ function Goods({ userId }) {
   const [amount, setAmount] = useState('');
   const [description, setDescription] = useState('');
   const [problem, setProblem] = useState();
-  const [wrong, setWrong] = useState();
+  const [wrong, setWrong] = useState(false);
   const [sending, setSending] = useState(0);
 
   const place = async (minor, what) => {
@@ -108,7 +108,7 @@ function Goods({ userId }) {
   const submit = async (event) => {
     event.preventDefault();
     const minor = parseMoney(amount);
-    if (minor === null) return setWrong(t('field.money'));
+    if (minor === null) return setWrong(true);
     if (await place(minor, description)) {
       setAmount('');
       setDescription('');
@@ -117,7 +117,7 @@ function Goods({ userId }) {
   // What was wrong is said until it is changed.
   const typed = (set) => (event) => {
     set(event.target.value);
-    setWrong(undefined);
+    setWrong(false);
     setProblem(undefined);
   };
   const other = problem && !problem.errors.length;
@@ -130,7 +130,7 @@ function Goods({ userId }) {
     </div>
     <form class="form" onSubmit=${submit} noValidate>
       <${Field} name="order-amount" label=${t('shop.amount')} inputmode="decimal" placeholder=${money(1299)} value=${amount}
-        disabled=${!known} hint=${!known && t('money.unknown')} onInput=${typed(setAmount)} error=${wrong ?? fieldError(problem, '/amount')} />
+        disabled=${!known} hint=${!known && t('money.unknown')} onInput=${typed(setAmount)} error=${wrong ? t('field.money') : fieldError(problem, '/amount')} />
       <${Field} name="order-description" label=${t('shop.what')} value=${description} placeholder=${t('shop.what-example')}
         onInput=${typed(setDescription)} error=${fieldError(problem, '/description')} />
       <button type="submit" class="button button-main" disabled=${!known || sending > 0} data-test="place">${t('shop.place')}</button>
