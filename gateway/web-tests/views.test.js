@@ -244,6 +244,11 @@ test('everything can be done with the keyboard: search, rows, views, help', brow
     await page.keyboard.press(key);
     await page.locator(`main[data-view=${view}]`).waitFor();
   }
+  // A keyboard without Latin letters, pressed at the same places.
+  for (const [key, code] of [['п', 'KeyG'], ['щ', 'KeyO']]) {
+    await page.evaluate((pressed) => document.body.dispatchEvent(new KeyboardEvent('keydown', { ...pressed, bubbles: true })), { key, code });
+  }
+  await page.locator('main[data-view=orders]').waitFor();
   await page.reload();
   await page.locator('main h1').waitFor();
   await page.keyboard.press('Tab');

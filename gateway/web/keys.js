@@ -13,19 +13,27 @@ export function useKeys({ onHelp }) {
     const pressed = (event) => {
       const typing = event.target.closest('input, textarea, select, [contenteditable], dialog');
       if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
+      const key = keyOf(event);
       const chord = Date.now() < chordUntil;
-      chordUntil = event.key === 'g' ? Date.now() + CHORD_MS : 0;
-      if (chord && VIEWS[event.key]) go(links[VIEWS[event.key]]());
-      else if (event.key === '/') search();
-      else if (event.key === '?') onHelp();
-      else if (event.key === 'j') step(1);
-      else if (event.key === 'k') step(-1);
+      chordUntil = key === 'g' ? Date.now() + CHORD_MS : 0;
+      if (chord && VIEWS[key]) go(links[VIEWS[key]]());
+      else if (key === '/') search();
+      else if (key === '?') onHelp();
+      else if (key === 'j') step(1);
+      else if (key === 'k') step(-1);
       else return;
       event.preventDefault();
     };
     addEventListener('keydown', pressed);
     return () => removeEventListener('keydown', pressed);
   }, []);
+}
+
+/// On a layout without Latin letters, what is at the same place on one that has them.
+function keyOf({ key, code, shiftKey }) {
+  const [, letter] = /^Key([A-Z])$/.exec(code) ?? [];
+  if (letter && /^\P{ASCII}$/u.test(key)) return shiftKey ? letter : letter.toLowerCase();
+  return (code === 'Slash' && { '.': '/', ',': '?' }[key]) || key;
 }
 
 function search() {
