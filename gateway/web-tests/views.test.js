@@ -259,6 +259,7 @@ test('everything can be done with the keyboard: search, rows, views, help', brow
 
 test('where there is nothing, the page says so', browsing({ path: '#/nowhere' }, async ({ page }) => {
   assert.equal(await page.locator('h1').textContent(), 'There is nothing here');
+  assert.equal(await page.title(), 'There is nothing here · Gozon');
   await page.locator('main').getByRole('link', { name: 'Shop' }).click();
   await page.getByTestId('demo').waitFor();
 }));

@@ -67,17 +67,21 @@ function skip(event) {
   focusTitle();
 }
 
+function title(view, id) {
+  return `${SECTIONS.includes(view) ? id ?? t(`nav.${view}`) : t('nowhere')} · Gozon`;
+}
+
 /// A new view is a new page to who cannot see it: its title is told and its heading gets the focus.
 function useFocusOnRoute(view, id, spoken) {
   const [first, setFirst] = useState(true);
   useEffect(() => {
-    document.title = `${id ?? t(`nav.${view}`)} · Gozon`;
+    document.title = title(view, id);
     if (first) return setFirst(false);
     scrollTo(0, 0);
     focusView();
   }, [view, id]);
   useEffect(() => {
-    document.title = `${id ?? t(`nav.${view}`)} · Gozon`;
+    document.title = title(view, id);
   }, [spoken]);
 }
 
