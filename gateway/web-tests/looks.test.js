@@ -75,6 +75,21 @@ const VIEWS = [
     await page.keyboard.press('?');
     await page.getByTestId('keys').waitFor();
   }],
+  ['shop without a currency', () => '#/', async (page) => {
+    await page.context().route('**/v1/accounts/*', (route) => route.fulfill({ status: 503, json: { status: 503, code: 'service_unavailable', title: 'Away', detail: 'It is away.' } }));
+    await page.addInitScript(() => localStorage.removeItem('gozon.currency'));
+    await page.reload();
+    await page.locator('[data-test=order-amount]:disabled').waitFor();
+    await orderWith(page, 'FINISHED').first().waitFor();
+  }, { tolerated: [/status of 503/] }],
+  ['request given up', () => '#/', async (page) => {
+    await page.context().route('**/v1/orders', (route) => (route.request().method() === 'POST' ? route.abort() : route.fallback()));
+    await page.getByTestId('buy-tea').click();
+    await page.getByTestId('unanswered').waitFor();
+    await page.reload();
+    await page.getByTestId('unanswered').getByRole('button').click();
+    await page.getByTestId('resumed').waitFor();
+  }, { tolerated: [/net::ERR_FAILED/] }],
 ];
 
 /// What cannot be seen whole: beyond the window, or beyond its place in a row.

@@ -31,7 +31,7 @@ function Resumed({ outcome }) {
   const ending = !problem ? 'done' : problem.code === 'given_up' ? 'given-up' : answers.length ? 'refused-then' : 'refused';
   const text = t(`resumed.${ending}`, { what: failed && described(failed) });
   useEffect(() => announce(`${t('resumed.title')} ${text}`), []);
-  return html`<div class="note note-resumed" data-test="resumed" data-replayed=${String(answers.some((answer) => answer.replayed))}>
+  return html`<div class=${`note note-resumed ${problem ? 'note-waiting' : 'note-good'}`} data-test="resumed" data-replayed=${String(answers.some((answer) => answer.replayed))}>
     <div>
       <strong>${t('resumed.title')}</strong>
       <ul>${steps.slice(0, answers.length).map((step, place) => html`<li key=${step.key}>
