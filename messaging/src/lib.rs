@@ -17,6 +17,7 @@ pub mod outlet;
 mod publish;
 pub mod relay;
 pub mod retention;
+mod schedule;
 pub mod timeline;
 pub mod topology;
 mod vital;

@@ -12,20 +12,18 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
-use uuid::Uuid;
 
 use crate::broker::{Broker, jitter};
 use crate::db;
 use crate::losses::Losses;
 use crate::measure;
-use crate::outbox::{self, LOOKED_FOR_AFTER, Pending, Which};
+use crate::outbox::{self, Pending, Which};
 use crate::outlet::Outlet;
 use crate::publish;
+use crate::schedule::{BATCH_MAX, Schedule, Step};
 use crate::topology::{self, Ensured, StreamState};
 use crate::vital::Vital;
 
-/// Rows in one go: enough to hide the round trips, few enough that the row locks are short.
-const BATCH_MAX: u32 = 500;
 /// A step that hangs (a connection into nothing) is given up; the database frees its rows. The broker has two answers to
 /// give in it, each with a time limit of its own.
 const STEP_TIMEOUT: Duration = Duration::from_secs(20);
@@ -37,6 +35,7 @@ const SECOND_POLL_INTERVAL: Duration = Duration::from_secs(10);
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 /// On a new connection, publishing waits so long for the look at the streams, which may have to be made first.
 const FIRST_LOOK_TIMEOUT: Duration = Duration::from_secs(2);
+/// Where a stream cannot be made, that is tried again after so long, then less often.
 const RETRY_DELAY_MIN: Duration = Duration::from_millis(100);
 const RETRY_DELAY_MAX: Duration = Duration::from_secs(5);
 
@@ -58,19 +57,6 @@ pub struct Relay {
     pub streams_vital: Vital,
 }
 
-/// What one step did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Step {
-    /// Rows acknowledged and marked.
-    published: usize,
-    /// Rows that stay for another try.
-    failed: usize,
-    /// Whether some failed because nobody stores their subject: the stream is gone.
-    stream_missing: bool,
-    /// The newest fact among all these.
-    newest: Option<Uuid>,
-}
-
 impl Relay {
     /// Publishes until `shutdown`. A batch that was begun is finished; only waits are cut short.
     ///
@@ -88,17 +74,11 @@ impl Relay {
 
     /// One lane.
     async fn go(&self, mut looks: watch::Receiver<u64>, poll_interval: Duration, look: &Notify, shutdown: &CancellationToken) {
-        let mut retry_delay = RETRY_DELAY_MIN;
-        let mut retry_at = Instant::now();
+        let mut schedule = Schedule::new(poll_interval, Instant::now());
         let mut connection_number = 0;
-        let mut from = Uuid::nil();
-        let mut look_at = Instant::now();
-        // What was committed before we were here was handed to nobody who is still there, however young it is. (Another
-        // replica's may be among it: then it is published twice under one id.)
-        let mut age = Duration::ZERO;
         while !shutdown.is_cancelled() {
             if !self.broker.is_connected() {
-                self.vital.bad("the broker is away; orders are kept and published when it returns");
+                self.vital.bad("the broker is away; what is committed is kept and published when it returns");
                 shutdown.run_until_cancelled(self.broker.until_connected()).await;
                 continue;
             }
@@ -107,67 +87,47 @@ impl Relay {
                 let looked = looks.wait_for(|number| *number == connection_number);
                 // Where the streams cannot be made, publishing says so too, and another stream may be there.
                 let _ = shutdown.run_until_cancelled(tokio::time::timeout(FIRST_LOOK_TIMEOUT, looked)).await;
-                (retry_at, look_at, retry_delay) = (Instant::now(), Instant::now(), RETRY_DELAY_MIN);
+                schedule.begin_anew(Instant::now());
             }
-            let now = Instant::now();
-            // A row that the broker would not take waits for its turn.
-            let which = if now >= retry_at {
-                Some(Which::Tried)
-            } else if now >= look_at {
-                Some(Which::Left(from, age))
-            } else {
-                None
-            };
+            let which = schedule.due(Instant::now());
             let done = match which {
                 Some(which) => db::within(STEP_TIMEOUT, self.publish_found(which)).await,
                 None => {
                     let rows = self.outlet.take(BATCH_MAX as usize);
                     if rows.is_empty() {
-                        let quiet_until = self.wait(retry_at.min(look_at), poll_interval, connection_number, shutdown).await;
-                        if let Some(quiet_until) = quiet_until {
-                            retry_delay = RETRY_DELAY_MIN;
-                            (retry_at, from, look_at) = (quiet_until, Uuid::nil(), quiet_until);
+                        let quiet_until = self.wait(schedule.next_at(), poll_interval, connection_number, shutdown).await;
+                        if let Some(then) = quiet_until {
+                            schedule.nothing_waits(then);
                         }
                         continue;
                     }
                     db::within(STEP_TIMEOUT, self.publish_handed(&rows)).await
                 }
             };
-            match (which, done) {
-                (None, Ok(step)) if step.failed == 0 => {}
-                (Some(Which::Tried), Ok(step)) if step.failed == 0 => {
-                    self.vital.good();
-                    retry_delay = RETRY_DELAY_MIN;
-                    // A full batch has more behind it.
-                    retry_at = Instant::now() + if step.published < BATCH_MAX as usize { poll_interval } else { Duration::ZERO };
+            match done {
+                Ok(step) if step.failed == 0 => {
+                    if which == Some(Which::Tried) {
+                        self.vital.good();
+                    }
+                    schedule.done(which, step, Instant::now());
                 }
-                (Some(Which::Left(..)), Ok(step)) if step.failed == 0 => {
-                    // Behind a full batch there is more, and walking through what was just published takes the longer the
-                    // more there is: the index of waiting rows keeps an entry for each until a vacuum.
-                    (from, age, look_at) = match step.newest {
-                        Some(newest) if step.published == BATCH_MAX as usize => (newest, age, look_at),
-                        _ => (Uuid::nil(), LOOKED_FOR_AFTER, Instant::now() + poll_interval),
-                    };
-                }
-                (_, Ok(step)) => {
+                Ok(step) => {
                     self.vital.bad(format!("{} messages could not be published", step.failed));
                     if step.stream_missing {
                         look.notify_one();
                     }
-                    let pause = retry_delay.mul_f64(jitter());
-                    retry_at = Instant::now() + pause;
-                    retry_delay = (retry_delay * 2).min(RETRY_DELAY_MAX);
+                    let pause = schedule.failed(Instant::now());
                     if which != Some(Which::Tried) && step.published == 0 {
                         // Nothing goes through: not a few rows are to blame.
                         shutdown.run_until_cancelled(tokio::time::sleep(pause)).await;
                     }
                 }
-                (_, Err(error)) => {
+                Err(error) => {
                     if self.vital.bad(format!("{error:#}")) {
                         warn!(error = format!("{error:#}"), "Publishing does not work; trying again");
                     }
-                    shutdown.run_until_cancelled(tokio::time::sleep(retry_delay.mul_f64(jitter()))).await;
-                    retry_delay = (retry_delay * 2).min(RETRY_DELAY_MAX);
+                    let pause = schedule.failed(Instant::now());
+                    shutdown.run_until_cancelled(tokio::time::sleep(pause)).await;
                 }
             }
         }
