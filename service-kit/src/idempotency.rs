@@ -49,7 +49,11 @@ fn parse(text: &str) -> Option<String> {
         None => text.to_owned(),
         Some(quoted) => unquote(quoted.strip_suffix('"')?)?,
     };
-    ((1..=LENGTH_MAX).contains(&key.len()) && key.bytes().all(|byte| (b' '..=b'~').contains(&byte))).then_some(key)
+    let printable = key.bytes().all(|byte| (b' '..=b'~').contains(&byte));
+    // Answers name the key bare: sent back like that, it must be read as the same key. A quote in front would be taken for
+    // quoting, and spaces around it are no part of a header's value.
+    let same_when_bare = !key.starts_with('"') && key.trim() == key;
+    ((1..=LENGTH_MAX).contains(&key.len()) && printable && same_when_bare).then_some(key)
 }
 
 fn unquote(inner: &str) -> Option<String> {
@@ -70,7 +74,8 @@ fn malformed() -> Problem {
         StatusCode::BAD_REQUEST,
         "idempotency_key_malformed",
         format!(
-            "Send one Idempotency-Key of 1 to {LENGTH_MAX} printable ASCII characters, bare or in double quotes. A UUID is a good choice."
+            "Send one Idempotency-Key of 1 to {LENGTH_MAX} printable ASCII characters, bare or in double quotes; the key itself neither \
+             begins with a double quote nor begins or ends with a space. A UUID is a good choice."
         ),
     )
 }
@@ -120,5 +125,26 @@ mod tests {
         for text in ["", "\"\"", "\"abc", "\"a\"b\"", "\"a\\n\"", "\"", "schlüssel", "a\tb", &"x".repeat(256)] {
             assert_eq!(parse(text), None, "{text:?}");
         }
+    }
+
+    /// Every answer names keys bare. One that reads differently when it is sent back as it was named is another key, and
+    /// its request is done twice.
+    #[test]
+    fn a_key_that_is_named_in_an_answer_is_the_same_key_when_it_is_sent_back() {
+        for text in [r#""\"q9\"""#, "\" z\"", "\"z \"", "\" \""] {
+            assert_eq!(parse(text), None, "{text:?}");
+        }
+        let letters = ['a', ' ', '"', '\\', '!', '~', '\t', 'ü'];
+        let mut texts = vec![String::new()];
+        let mut accepted = 0;
+        for _ in 0..5 {
+            texts = texts.iter().flat_map(|text| letters.map(|letter| format!("{text}{letter}"))).collect();
+            for text in texts.iter().flat_map(|text| [text.clone(), format!("\"{text}\"")]) {
+                let Some(key) = parse(&text) else { continue };
+                assert_eq!(parse(&key).as_ref(), Some(&key), "sent as {text:?}");
+                accepted += 1;
+            }
+        }
+        assert!(accepted > 5000, "only {accepted} were accepted");
     }
 }
