@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use axum::body::{Body, HttpBody as _};
 use axum::extract::{FromRequest, Request};
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
+use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use crate::http::{BODY_BYTES_MAX, foreign};
@@ -42,10 +43,13 @@ async fn read_within(time: Duration, body: Body) -> Result<Bytes, Problem> {
     }
 }
 
+/// A name, and its value or what is wrong with it.
+type Field = (String, Result<Value, &'static str>);
+
 /// The fields of a JSON object. Each is taken once; [`Fields::finish`] refuses what is left over.
 #[derive(Debug)]
 pub struct Fields {
-    fields: Vec<(String, Value)>,
+    fields: Vec<Field>,
     errors: Vec<FieldError>,
     source: Source,
 }
@@ -59,25 +63,25 @@ enum Source {
 impl Fields {
     /// Reads a body. Text that is no JSON is a 400, JSON that is no object a 422.
     pub fn parse(body: &[u8]) -> Result<Self, Problem> {
-        let value: Json = serde_json::from_slice(body).map_err(|error| {
-            Problem::new(
-                StatusCode::BAD_REQUEST,
-                "malformed_json",
-                format!("The body is not JSON: {error}. Send one JSON object."),
-            )
-        })?;
-        let Json::Object(fields) = value else {
-            return Err(Problem::validation(vec![Source::Body.error("", "must be a JSON object")]));
+        let malformed = |error| {
+            let detail = format!("The body is not JSON: {error}. Send one JSON object.");
+            Problem::new(StatusCode::BAD_REQUEST, "malformed_json", detail)
         };
-        Ok(Self::new(fields, Source::Body))
+        let whole: &RawValue = serde_json::from_slice(body).map_err(malformed)?;
+        if !whole.get().starts_with('{') {
+            let detail = "the body must be a JSON object".to_owned();
+            return Err(Problem::validation(vec![FieldError { pointer: String::new(), detail }]));
+        }
+        let Members(members) = serde_json::from_str(whole.get()).map_err(malformed)?;
+        Ok(Self::new(members.into_iter().map(|(name, raw)| (name, value(raw))).collect(), Source::Body))
     }
 
     /// The parameters of a URL, all of them strings. A mistyped filter must not look like no filter.
     pub fn from_query(query: &[(String, String)]) -> Self {
-        Self::new(query.iter().map(|(name, value)| (name.clone(), Value::from(value.as_str()))).collect(), Source::Query)
+        Self::new(query.iter().map(|(name, value)| (name.clone(), Ok(Value::from(value.as_str())))).collect(), Source::Query)
     }
 
-    fn new(fields: Vec<(String, Value)>, source: Source) -> Self {
+    fn new(fields: Vec<Field>, source: Source) -> Self {
         let mut read = Self { fields, errors: Vec::new(), source };
         for (index, (name, _)) in read.fields.iter().enumerate() {
             if read.fields[..index].iter().any(|(earlier, _)| earlier == name) {
@@ -90,7 +94,7 @@ impl Fields {
     /// A field that must be there.
     pub fn required<T>(&mut self, name: &str, read: impl FnOnce(&Value) -> Result<T, String>) -> Option<T> {
         match self.take(name) {
-            Some(value) => self.read(name, &value, read),
+            Some(value) => self.read(name, value, read),
             None => {
                 self.errors.push(self.source.error(name, "is missing"));
                 None
@@ -101,7 +105,7 @@ impl Fields {
     /// A field that may be absent.
     pub fn optional<T>(&mut self, name: &str, absent: T, read: impl FnOnce(&Value) -> Result<T, String>) -> Option<T> {
         match self.take(name) {
-            Some(value) => self.read(name, &value, read),
+            Some(value) => self.read(name, value, read),
             None => Some(absent),
         }
     }
@@ -114,7 +118,7 @@ impl Fields {
         if self.errors.is_empty() { Ok(()) } else { Err(Problem::validation(self.errors)) }
     }
 
-    fn take(&mut self, name: &str) -> Option<Value> {
+    fn take(&mut self, name: &str) -> Option<Result<Value, &'static str>> {
         let place = self.fields.iter().position(|(field, _)| field == name)?;
         let (_, value) = self.fields.swap_remove(place);
         // A field that stands twice was noted while parsing; do not also call the second one unknown.
@@ -122,20 +126,28 @@ impl Fields {
         Some(value)
     }
 
-    fn read<T>(&mut self, name: &str, value: &Value, read: impl FnOnce(&Value) -> Result<T, String>) -> Option<T> {
-        read(value).map_err(|detail| self.errors.push(self.source.error(name, &detail))).ok()
+    fn read<T>(
+        &mut self,
+        name: &str,
+        value: Result<Value, &'static str>,
+        read: impl FnOnce(&Value) -> Result<T, String>,
+    ) -> Option<T> {
+        let read = value.map_err(str::to_owned).and_then(|value| read(&value));
+        read.map_err(|detail| self.errors.push(self.source.error(name, &detail))).ok()
     }
 }
 
 impl Source {
-    /// The wrong part: a JSON pointer (RFC 6901) into a body, the name of a parameter of a query.
+    /// The wrong part: a JSON pointer (RFC 6901) into a body, the name of a parameter of a query. What has no name is named
+    /// in words, since a pointer alone would not be understood.
     fn error(self, name: &str, detail: &str) -> FieldError {
-        let pointer = match self {
-            Self::Body if name.is_empty() => String::new(),
-            Self::Body => format!("/{}", name.replace('~', "~0").replace('/', "~1")),
-            Self::Query => name.to_owned(),
+        let (pointer, detail) = match (self, name) {
+            (Self::Body, "") => ("/".to_owned(), format!("the field \"\" {detail}")),
+            (Self::Query, "") => (String::new(), format!("the parameter \"\" {detail}")),
+            (Self::Body, name) => (format!("/{}", name.replace('~', "~0").replace('/', "~1")), detail.to_owned()),
+            (Self::Query, name) => (name.to_owned(), detail.to_owned()),
         };
-        FieldError { pointer, detail: detail.to_owned() }
+        FieldError { pointer, detail }
     }
 }
 
@@ -182,75 +194,69 @@ impl<S: Send + Sync> FromRequest<S> for Fields {
     type Rejection = Problem;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
-        let content_type = request.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-        let essence = content_type.split(';').next().unwrap_or_default().trim();
-        if !essence.eq_ignore_ascii_case("application/json") {
+        if !is_plain_json(request.headers()) {
             return Err(Problem::new(
                 StatusCode::UNSUPPORTED_MEDIA_TYPE,
                 "unsupported_media_type",
-                "Send the body as JSON, with the header Content-Type: application/json.",
+                "Send the body as JSON in UTF-8, not compressed, with the header Content-Type: application/json.",
             ));
         }
         Self::parse(&read(request.into_body()).await?)
     }
 }
 
-/// JSON whose outermost object keeps repeated names, so that they can be refused.
-enum Json {
-    Object(Vec<(String, Value)>),
-    Other,
+/// JSON is in UTF-8. What names another charset or a coding would be misread.
+fn is_plain_json(headers: &HeaderMap) -> bool {
+    let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let mut parts = content_type.split(';').map(str::trim);
+    let is_json = parts.next().is_some_and(|essence| essence.eq_ignore_ascii_case("application/json"));
+    let in_utf8 = parts
+        .filter_map(|parameter| parameter.split_once('='))
+        .all(|(name, value)| !name.eq_ignore_ascii_case("charset") || value.trim_matches('"').eq_ignore_ascii_case("utf-8"));
+    let is_plain =
+        headers.get_all(header::CONTENT_ENCODING).iter().all(|coding| coding.as_bytes().eq_ignore_ascii_case(b"identity"));
+    is_json && in_utf8 && is_plain
 }
 
-impl<'de> Deserialize<'de> for Json {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct JsonVisitor;
+/// The value of a field. Not all that is JSON can be held.
+fn value(raw: &RawValue) -> Result<Value, &'static str> {
+    let error = match serde_json::from_str(raw.get()) {
+        Ok(value) => return Ok(value),
+        Err(error) => error.to_string(),
+    };
+    match raw.get().as_bytes() {
+        // Beyond all numbers. The largest that there is, is not acceptable anywhere either, for the same reason.
+        [b'-' | b'0'..=b'9', ..] => Ok(Value::from(f64::MAX)),
+        [b'"', ..] => Err("must be Unicode text"),
+        _ if error.starts_with("recursion limit") => Err("is nested too deeply"),
+        _ => Err("holds a number or a text that cannot be read"),
+    }
+}
 
-        impl<'de> Visitor<'de> for JsonVisitor {
-            type Value = Json;
+/// The members of an object as they are written. Repeated names are kept, so that they can be refused.
+struct Members<'a>(Vec<(String, &'a RawValue)>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct MembersVisitor;
+
+        impl<'de> Visitor<'de> for MembersVisitor {
+            type Value = Members<'de>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a JSON value")
+                f.write_str("a JSON object")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Json, A::Error> {
-                let mut fields = Vec::new();
-                while let Some(field) = map.next_entry()? {
-                    fields.push(field);
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Members<'de>, A::Error> {
+                let mut members = Vec::new();
+                while let Some(member) = map.next_entry()? {
+                    members.push(member);
                 }
-                Ok(Json::Object(fields))
-            }
-
-            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut seq: A) -> Result<Json, A::Error> {
-                while seq.next_element::<serde::de::IgnoredAny>()?.is_some() {}
-                Ok(Json::Other)
-            }
-
-            fn visit_bool<E>(self, _: bool) -> Result<Json, E> {
-                Ok(Json::Other)
-            }
-
-            fn visit_i64<E>(self, _: i64) -> Result<Json, E> {
-                Ok(Json::Other)
-            }
-
-            fn visit_u64<E>(self, _: u64) -> Result<Json, E> {
-                Ok(Json::Other)
-            }
-
-            fn visit_f64<E>(self, _: f64) -> Result<Json, E> {
-                Ok(Json::Other)
-            }
-
-            fn visit_str<E>(self, _: &str) -> Result<Json, E> {
-                Ok(Json::Other)
-            }
-
-            fn visit_unit<E>(self) -> Result<Json, E> {
-                Ok(Json::Other)
+                Ok(Members(members))
             }
         }
 
-        deserializer.deserialize_any(JsonVisitor)
+        deserializer.deserialize_map(MembersVisitor)
     }
 }
 
@@ -288,6 +294,73 @@ mod tests {
         }
         for other in ["[]", "[1,[2]]", "1", "-1", "1.5", "\"text\"", "null", "true"] {
             assert_eq!(Fields::parse(other.as_bytes()).unwrap_err().status(), StatusCode::UNPROCESSABLE_ENTITY, "{other}");
+        }
+    }
+
+    #[test]
+    fn json_that_is_beyond_all_bounds_is_json_and_the_field_is_named() {
+        let nines = "9".repeat(401);
+        for number in ["1e400", "-1e400", &nines] {
+            let mut fields = Fields::parse(format!(r#"{{"user_id": "alice", "amount": {number}}}"#).as_bytes()).unwrap();
+            assert!(fields.required("user_id", |value| text(value).map(str::to_owned)).is_some());
+            assert_eq!(fields.required("amount", |value| integer(value, "must be an integer")), None);
+            let document = fields.finish().unwrap_err().into_document("id");
+            assert_eq!((document.status, document.detail.as_str()), (422, "/amount must be an integer."), "{number}");
+            let alone = Fields::parse(number.as_bytes()).unwrap_err();
+            assert_eq!(alone.status(), StatusCode::UNPROCESSABLE_ENTITY, "{number}");
+            let inside = Fields::parse(format!(r#"{{"amount": [{number}]}}"#).as_bytes()).unwrap().finish().unwrap_err();
+            assert_eq!(pointers(inside), ["/amount"], "{number}");
+        }
+        let deep = format!("{}{}", "[".repeat(200), "]".repeat(200));
+        let mut fields = Fields::parse(format!(r#"{{"amount": {deep}, "user_id": "\ud800"}}"#).as_bytes()).unwrap();
+        assert_eq!(fields.required("amount", |value| integer(value, "must be an integer")), None);
+        assert_eq!(fields.required("user_id", |value| text(value).map(str::to_owned)), None);
+        let document = fields.finish().unwrap_err().into_document("id");
+        let errors: Vec<_> = document.errors.iter().map(|error| (error.pointer.as_str(), error.detail.as_str())).collect();
+        assert_eq!(errors, [("/amount", "is nested too deeply"), ("/user_id", "must be Unicode text")]);
+        assert_eq!(Fields::parse(deep.as_bytes()).unwrap_err().status(), StatusCode::UNPROCESSABLE_ENTITY);
+    }
+
+    #[test]
+    fn a_field_or_parameter_without_a_name_is_not_mistaken_for_the_body() {
+        let told = |fields: Fields| {
+            let document = fields.finish().unwrap_err().into_document("id");
+            (document.errors[0].pointer.clone(), document.detail)
+        };
+        let field = told(Fields::parse(br#"{"": 1}"#).unwrap());
+        assert_eq!(field, ("/".to_owned(), "The field \"\" is not known here.".to_owned()));
+        let twice = told(Fields::parse(br#"{"": 1, "": 2}"#).unwrap());
+        assert_eq!(twice.0, "/");
+        let parameter = told(Fields::from_query(&[(String::new(), "1".to_owned())]));
+        assert_eq!(parameter, (String::new(), "The parameter \"\" is not known here.".to_owned()));
+        let parameter = told(Fields::from_query(&[("/".to_owned(), "1".to_owned())]));
+        assert_eq!(parameter, ("/".to_owned(), "/ is not known here.".to_owned()));
+        let body = Fields::parse(b"[]").unwrap_err().into_document("id");
+        assert_eq!((body.errors[0].pointer.as_str(), body.detail.as_str()), ("", "The body must be a JSON object."));
+    }
+
+    #[tokio::test]
+    async fn a_body_in_another_coding_is_refused() {
+        let read = async |content_type: &str, coding: Option<&str>| {
+            let mut request = Request::post("/").header("content-type", content_type);
+            if let Some(coding) = coding {
+                request = request.header("content-encoding", coding);
+            }
+            match Fields::from_request(request.body(Body::from("{}")).unwrap(), &()).await {
+                Ok(_) => 200,
+                Err(problem) => problem.status().as_u16(),
+            }
+        };
+        for good in
+            ["application/json", "Application/JSON; charset=utf-8", "application/json;charset=\"UTF-8\"", "application/json; v=1"]
+        {
+            assert_eq!((read(good, None).await, read(good, Some("identity")).await), (200, 200), "{good}");
+        }
+        for bad in ["application/json; charset=utf-16", "application/json; v=1; Charset=\"latin1\"", "text/json", ""] {
+            assert_eq!(read(bad, None).await, 415, "{bad}");
+        }
+        for coding in ["gzip", "br", "identity, gzip"] {
+            assert_eq!(read("application/json", Some(coding)).await, 415, "{coding}");
         }
     }
 

@@ -99,7 +99,7 @@ fn example(status: u16, told: &[Told]) -> serde_json::Value {
         ),
         (None, 408) => Problem::new(code, "request_timeout", "The body was not complete within 10s. Send it again."),
         (None, 415) => {
-            let detail = "Send the body as JSON, with the header Content-Type: application/json.";
+            let detail = "Send the body as JSON in UTF-8, not compressed, with the header Content-Type: application/json.";
             Problem::new(code, "unsupported_media_type", detail)
         }
         (None, 422) => {

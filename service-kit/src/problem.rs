@@ -75,7 +75,8 @@ impl Problem {
     /// The request was understood, but parts of it are not acceptable.
     pub fn validation(errors: Vec<FieldError>) -> Self {
         let detail = match errors.as_slice() {
-            [one] if one.pointer.is_empty() => format!("The body {}.", one.detail),
+            // What has no name is named in the detail.
+            [one] if one.detail.starts_with("the ") => capitalised(format!("{}.", one.detail)),
             [one] => format!("{} {}.", one.pointer, one.detail),
             several => format!("{} parts of the request are not acceptable; see errors.", several.len()),
         };
@@ -142,7 +143,10 @@ impl Problem {
 }
 
 fn title(code: &str) -> String {
-    let mut words = code.replace('_', " ").replace("json", "JSON").replace("url", "URL");
+    capitalised(code.replace('_', " ").replace("json", "JSON").replace("url", "URL"))
+}
+
+fn capitalised(mut words: String) -> String {
     if let Some(first) = words.get_mut(..1) {
         first.make_ascii_uppercase();
     }
