@@ -58,16 +58,17 @@ uuid_id! {
     EventId
 }
 
-/// A customer, named by the shop: 1 to 64 characters of `A-Z a-z 0-9 . _ -`.
+/// A customer, named by the shop: 1 to 64 characters of `A-Z a-z 0-9 . _ -`. Not `.` or `..`: in the path of a URL these
+/// are steps and no names, so nobody could ever ask for such an account.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[cfg_attr(feature = "schema", schemars(extend("pattern" = "^[A-Za-z0-9._-]{1,64}$")))]
+#[cfg_attr(feature = "schema", schemars(extend("pattern" = r"^(\.?[A-Za-z0-9_-]|\.\.[A-Za-z0-9._-])[A-Za-z0-9._-]*$", "maxLength" = 64)))]
 pub struct UserId(String);
 
 /// The text is no user id.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("must be 1 to 64 characters of A-Z, a-z, 0-9, '.', '_' or '-'")]
+#[error("must be 1 to 64 characters of A-Z, a-z, 0-9, '.', '_' or '-', and neither '.' nor '..' alone")]
 pub struct InvalidUserId;
 
 impl UserId {
@@ -78,7 +79,8 @@ impl UserId {
     pub fn parse(text: impl Into<String>) -> Result<Self, InvalidUserId> {
         let text = text.into();
         let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
-        if (1..=Self::LENGTH_MAX).contains(&text.len()) && text.bytes().all(allowed) {
+        let step = matches!(text.as_str(), "." | "..");
+        if (1..=Self::LENGTH_MAX).contains(&text.len()) && text.bytes().all(allowed) && !step {
             Ok(Self(text))
         } else {
             Err(InvalidUserId)
@@ -117,10 +119,10 @@ mod tests {
 
     #[test]
     fn a_user_id_has_1_to_64_plain_characters() {
-        for good in ["a", "alice", "a.b_c-D9", &"x".repeat(64)] {
+        for good in ["a", "alice", "a.b_c-D9", "...", ".a", "a.", &"x".repeat(64)] {
             assert_eq!(UserId::parse(good).unwrap().as_str(), good);
         }
-        for bad in ["", "a b", "a/b", "ä", "a\0b", "a\n", &"x".repeat(65)] {
+        for bad in ["", ".", "..", "a b", "a/b", "ä", "a\0b", "a\n", &"x".repeat(65)] {
             assert_eq!(UserId::parse(bad), Err(InvalidUserId), "{bad:?}");
         }
     }

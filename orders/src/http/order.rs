@@ -91,7 +91,7 @@ impl From<Model> for OrderBody {
 #[expect(dead_code, reason = "describes the body for OpenAPI; Fields reads it and names everything that is wrong")]
 pub(super) struct NewOrderBody {
     /// Who pays.
-    #[schema(pattern = "^[A-Za-z0-9._-]{1,64}$")]
+    #[schema(pattern = r"^(\.?[A-Za-z0-9_-]|\.\.[A-Za-z0-9._-])[A-Za-z0-9._-]*$", max_length = 64)]
     user_id: String,
     /// Minor units.
     #[schema(minimum = 1, maximum = 1000000000000_i64)]
@@ -222,7 +222,7 @@ pub(super) async fn get_order(
     operation_id = "listOrders",
     tag = "orders",
     params(
-        ("user_id" = Option<String>, Query, description = "Only this user's; without it, all users'", pattern = "^[A-Za-z0-9._-]{1,64}$", nullable = false, example = "alice"),
+        ("user_id" = Option<String>, Query, description = "Only this user's; without it, all users'", pattern = r"^(\.?[A-Za-z0-9_-]|\.\.[A-Za-z0-9._-])[A-Za-z0-9._-]*$", max_length = 64, nullable = false, example = "alice"),
         ("status" = Option<OrderStatus>, Query, description = "Only in this status"),
         ("limit" = Option<u64>, Query, description = "At most so many; 20 if absent", minimum = 1, maximum = 100),
         ("cursor" = Option<String>, Query, description = "next_cursor of the page before", pattern = "^[0-9a-f]{32}$", nullable = false),

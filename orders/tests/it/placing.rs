@@ -133,7 +133,7 @@ async fn bad_input_is_refused_with_what_to_do_and_nothing_is_stored() {
     let mut cases: Vec<(Value, &str)> =
         vec![(json!([]), ""), (json!({ "amount": 1 }), "/user_id"), (json!({ "user_id": "a" }), "/amount")];
     for (pointer, values) in [
-        ("/user_id", vec![json!(""), json!("a b"), json!(7), json!(null), json!("x".repeat(65))]),
+        ("/user_id", vec![json!(""), json!("a b"), json!(7), json!(null), json!("x".repeat(65)), json!(".."), json!(".")]),
         ("/amount", vec![json!(0), json!(-1), json!(1.5), json!("1"), json!(1_000_000_000_001_i64), json!(null), json!([1])]),
         ("/description", vec![json!("\0"), json!("x".repeat(501)), json!(1), json!(null)]),
         ("/status", vec![json!("FINISHED")]),

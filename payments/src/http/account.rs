@@ -40,7 +40,7 @@ pub(super) struct AccountBody {
 #[expect(dead_code, reason = "describes the body for OpenAPI; Fields reads it and names everything that is wrong")]
 pub(super) struct NewAccountBody {
     /// The shop's name for the customer.
-    #[schema(pattern = "^[A-Za-z0-9._-]{1,64}$")]
+    #[schema(pattern = r"^(\.?[A-Za-z0-9_-]|\.\.[A-Za-z0-9._-])[A-Za-z0-9._-]*$", max_length = 64)]
     user_id: String,
 }
 

@@ -110,6 +110,7 @@ async fn bad_input_is_refused_with_what_to_do_and_nothing_is_stored() {
         ("/v1/accounts", json!({ "user_id": 7 }), 422, "/user_id"),
         ("/v1/accounts", json!({ "user_id": "a b" }), 422, "/user_id"),
         ("/v1/accounts", json!({ "user_id": "x".repeat(65) }), 422, "/user_id"),
+        ("/v1/accounts", json!({ "user_id": ".." }), 422, "/user_id"),
         ("/v1/accounts", json!({ "user_id": "bob", "balance": 1000 }), 422, "/balance"),
         ("/v1/accounts/nobody/deposits", json!({ "amount": 1 }), 404, ""),
         ("/v1/accounts/a%20b/deposits", json!({ "amount": 1 }), 404, ""),

@@ -167,6 +167,8 @@ fn a_schema_accepts_the_golden_files_and_refuses_what_the_types_refuse() {
                 ("amount", json!(1_000_000_000_001_i64)),
                 ("user_id", json!("a b")),
                 ("user_id", json!("")),
+                ("user_id", json!(".")),
+                ("user_id", json!("..")),
                 ("user_id", json!("x".repeat(65))),
                 ("order_id", json!("1")),
                 ("reason", json!("a whim")),
