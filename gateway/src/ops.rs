@@ -100,7 +100,10 @@ struct ReplayBody {
     path = "/v1/ops/flow",
     operation_id = "getFlow",
     tag = "operators",
-    responses((status = 200, description = "Both services, or the one that is there", body = FlowBody))
+    responses(
+        (status = 200, description = "Both services, or the one that is there", body = FlowBody),
+        (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
+    )
 )]
 async fn flow(State(forwarder): State<Forwarder>, request: Parts) -> Response {
     let Both { mut found, unavailable } = match ask_both(&forwarder, &request).await {

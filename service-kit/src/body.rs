@@ -4,7 +4,8 @@ use std::fmt;
 use std::time::Duration;
 
 use axum::body::{Body, HttpBody as _};
-use axum::extract::{FromRequest, Request};
+use axum::extract::{FromRequest, FromRequestParts, Query, Request};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, header};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
@@ -188,6 +189,19 @@ pub fn switch(value: &Value) -> Result<bool, String> {
 /// The value must be written as an integer: no fraction, no exponent, no quotes.
 pub fn integer(value: &Value, otherwise: &str) -> Result<i64, String> {
     value.as_i64().ok_or_else(|| otherwise.to_owned())
+}
+
+/// Refuses every parameter, on a route that has none: what is mistyped must not look as if it were heard.
+#[derive(Clone, Copy, Debug)]
+pub struct NoParameters;
+
+impl<S: Send + Sync> FromRequestParts<S> for NoParameters {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+        let query = Query::<Vec<(String, String)>>::try_from_uri(&parts.uri).map_err(|_| foreign(StatusCode::BAD_REQUEST))?;
+        Fields::from_query(&query).finish().map(|()| Self)
+    }
 }
 
 impl<S: Send + Sync> FromRequest<S> for Fields {

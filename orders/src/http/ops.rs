@@ -6,7 +6,7 @@ use messaging::desk::{self, DeadLetters, Flow, Replay};
 use messaging::{db, topology};
 use serde::Serialize;
 use service_kit::Problem;
-use service_kit::body::{self, Fields};
+use service_kit::body::{self, Fields, NoParameters};
 use service_kit::problem::ProblemDocument;
 use utoipa::ToSchema;
 use uuid::Uuid;
@@ -36,10 +36,11 @@ pub(super) struct FlowBody {
     tag = "operators",
     responses(
         (status = 200, description = "What waits, and for how long", body = FlowBody),
+        (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
-pub(super) async fn flow(State(state): State<super::State>) -> Result<Json<FlowBody>, Problem> {
+pub(super) async fn flow(State(state): State<super::State>, _: NoParameters) -> Result<Json<FlowBody>, Problem> {
     let read = || desk::flow(&state.db, &state.broker, &topology::ORDERS_PAYMENT_SETTLED);
     let flow = db::read(read).await.map_err(|error| problem(error.into(), None))?;
     let new = db::read(|| entity::order::new(&state.db)).await.map_err(|error| problem(error.into(), None))?;

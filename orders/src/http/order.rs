@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use messaging::db;
 use service_kit::Problem;
-use service_kit::body::{self, Fields};
+use service_kit::body::{self, Fields, NoParameters};
 use service_kit::idempotency::{IdempotencyKey, created};
 use service_kit::problem::ProblemDocument;
 use shared_contracts::{Amount, EventId, InvalidAmount, OrderId, UserId};
@@ -139,6 +139,7 @@ pub(super) struct OrderListBody {
 )]
 pub(super) async fn create_order(
     State(state): State<super::State>,
+    _: NoParameters,
     key: IdempotencyKey,
     headers: HeaderMap,
     mut fields: Fields,

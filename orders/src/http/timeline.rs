@@ -4,6 +4,7 @@ use axum::Json;
 use axum::extract::{Path, State};
 use messaging::timeline::Timeline;
 use service_kit::Problem;
+use service_kit::body::NoParameters;
 use service_kit::problem::ProblemDocument;
 use shared_contracts::OrderId;
 
@@ -25,10 +26,15 @@ use crate::timeline;
     responses(
         (status = 200, description = "The steps; `missing` names a service that did not answer", body = Timeline),
         (status = 404, description = "There is no such order", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
-pub(super) async fn get_timeline(State(state): State<super::State>, Path(id): Path<String>) -> Result<Json<Timeline>, Problem> {
+pub(super) async fn get_timeline(
+    State(state): State<super::State>,
+    Path(id): Path<String>,
+    _: NoParameters,
+) -> Result<Json<Timeline>, Problem> {
     let id: OrderId = id.parse().map_err(|_| problem(Error::OrderNotFound, None))?;
     Ok(Json(timeline::of_order(&state.db, id).await.map_err(|error| problem(error, None))?))
 }

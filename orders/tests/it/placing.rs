@@ -174,6 +174,13 @@ async fn bad_input_is_refused_with_what_to_do_and_nothing_is_stored() {
         assert_eq!(answer.status, 422, "{query}");
         assert_eq!(answer.json()["errors"][0]["pointer"], query.split('=').next().unwrap(), "{query}");
     }
+    let id = longest.json()["id"].as_str().unwrap().to_owned();
+    for path in ["/v1/orders", &format!("/v1/orders/{id}"), &format!("/v1/orders/{id}/timeline"), "/v1/ops/flow"] {
+        let answer = orders.http.get(&format!("{path}?surprise=1")).await.unwrap();
+        assert_eq!((answer.status, &answer.json()["errors"][0]["pointer"]), (422, &json!("surprise")), "{path}");
+    }
+    let answer = orders.http.post("/v1/orders?surprise=1", None, &good).await.unwrap();
+    assert_eq!((answer.status, &answer.json()["errors"][0]["pointer"]), (422, &json!("surprise")));
     assert_eq!(orders.count("SELECT count(*) FROM orders").await, 1);
 }
 

@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 
 use messaging::db;
 use service_kit::Problem;
-use service_kit::body::{self, Fields};
+use service_kit::body::{self, Fields, NoParameters};
 use service_kit::idempotency::{IdempotencyKey, created};
 use service_kit::problem::ProblemDocument;
 use shared_contracts::UserId;
@@ -70,6 +70,7 @@ pub(super) struct NewAccountBody {
 )]
 pub(super) async fn create_account(
     State(state): State<super::State>,
+    _: NoParameters,
     key: IdempotencyKey,
     mut fields: Fields,
 ) -> Result<Response, Problem> {
@@ -94,12 +95,14 @@ pub(super) async fn create_account(
     responses(
         (status = 200, description = "The account", body = AccountBody),
         (status = 404, description = "The user has no account", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn get_account(
     State(state): State<super::State>,
     Path(user_id): Path<String>,
+    _: NoParameters,
 ) -> Result<Json<AccountBody>, Problem> {
     let user_id = path_user_id(user_id)?;
     let found = account::find(&state.db, &user_id).await.map_err(|error| problem(error, None))?;

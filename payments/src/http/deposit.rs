@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use messaging::db;
 use service_kit::Problem;
-use service_kit::body::{self, Fields};
+use service_kit::body::{self, Fields, NoParameters};
 use service_kit::idempotency::{IdempotencyKey, created};
 use service_kit::problem::ProblemDocument;
 use shared_contracts::{Amount, InvalidAmount};
@@ -71,6 +71,7 @@ pub(super) struct NewDepositBody {
 pub(super) async fn create_deposit(
     State(state): State<super::State>,
     Path(user_id): Path<String>,
+    _: NoParameters,
     key: IdempotencyKey,
     mut fields: Fields,
 ) -> Result<Response, Problem> {

@@ -5,7 +5,7 @@ use axum::extract::{Path, Query, State};
 use messaging::desk::{self, DeadLetters, Flow, Replay};
 use messaging::{db, topology};
 use service_kit::Problem;
-use service_kit::body::{self, Fields};
+use service_kit::body::{self, Fields, NoParameters};
 use service_kit::problem::ProblemDocument;
 use uuid::Uuid;
 
@@ -21,10 +21,11 @@ use crate::error::Error;
     tag = "operators",
     responses(
         (status = 200, description = "What waits, and for how long", body = Flow),
+        (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
-pub(super) async fn flow(State(state): State<super::State>) -> Result<Json<Flow>, Problem> {
+pub(super) async fn flow(State(state): State<super::State>, _: NoParameters) -> Result<Json<Flow>, Problem> {
     let read = || desk::flow(&state.db, &state.broker, &topology::PAYMENTS_ORDER_PLACED);
     let flow = db::read(read).await.map_err(|error| problem(error.into(), None))?;
     Ok(Json(flow))

@@ -4,6 +4,7 @@ use axum::Json;
 use axum::extract::{Path, State};
 use messaging::timeline::Timeline;
 use service_kit::Problem;
+use service_kit::body::NoParameters;
 use service_kit::problem::ProblemDocument;
 use shared_contracts::OrderId;
 
@@ -23,12 +24,14 @@ use crate::timeline;
     responses(
         (status = 200, description = "This half of the timeline", body = Timeline),
         (status = 404, description = "This is no order id", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn get_timeline(
     State(state): State<super::State>,
     Path(order_id): Path<String>,
+    _: NoParameters,
 ) -> Result<Json<Timeline>, Problem> {
     let order_id: OrderId = order_id.parse().map_err(|_| problem(Error::OrderNotFound, None))?;
     let timeline = timeline::of_order(&state.db, order_id).await;

@@ -111,6 +111,8 @@ async fn bad_input_is_refused_with_what_to_do_and_nothing_is_stored() {
         ("/v1/accounts", json!({ "user_id": "a b" }), 422, "/user_id"),
         ("/v1/accounts", json!({ "user_id": "x".repeat(65) }), 422, "/user_id"),
         ("/v1/accounts", json!({ "user_id": ".." }), 422, "/user_id"),
+        ("/v1/accounts?surprise=1", json!({ "user_id": "bob" }), 422, "surprise"),
+        ("/v1/accounts/alice/deposits?surprise=1", json!({ "amount": 1 }), 422, "surprise"),
         ("/v1/accounts", json!({ "user_id": "bob", "balance": 1000 }), 422, "/balance"),
         ("/v1/accounts/nobody/deposits", json!({ "amount": 1 }), 404, ""),
         ("/v1/accounts/a%20b/deposits", json!({ "amount": 1 }), 404, ""),
@@ -131,6 +133,11 @@ async fn bad_input_is_refused_with_what_to_do_and_nothing_is_stored() {
     for (body, status) in [(r#"{"amount": 1e3}"#, 422), (r#"{"amount": 1, "amount": 2}"#, 422), ("{", 400), ("", 400)] {
         let answer = payments.http.request("POST", "/v1/accounts/alice/deposits", &raw, body.into()).await.unwrap();
         assert_eq!(answer.status, status, "{body}");
+    }
+    let timeline = "/v1/payments/01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11/timeline";
+    for path in ["/v1/accounts/alice", "/v1/accounts/alice/entries", "/v1/ops/flow", timeline] {
+        let answer = payments.http.get(&format!("{path}?surprise=1")).await.unwrap();
+        assert_eq!((answer.status, &answer.json()["errors"][0]["pointer"]), (422, &json!("surprise")), "{path}");
     }
     assert_eq!(payments.http.get("/v1/accounts/nobody").await.unwrap().status, 404);
     assert_eq!(payments.count("SELECT count(*) FROM transfers").await, 0);
