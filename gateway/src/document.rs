@@ -12,29 +12,36 @@ use crate::{events, ops};
 const ORDERS: &str = include_str!("../../orders/openapi.json");
 const PAYMENTS: &str = include_str!("../../payments/openapi.json");
 
-fn read(text: &str) -> OpenApi {
-    serde_json::from_str(text).expect("the documents in this repository are OpenAPI; a test reads them")
+/// What a service's document says, without the paths that are not the gateway's: what it puts together from both services
+/// it describes itself, and half a timeline it does not serve.
+fn forwarded(text: &str) -> OpenApi {
+    let mut document: OpenApi =
+        serde_json::from_str(text).expect("the documents in this repository are OpenAPI; a test reads them");
+    document.paths.paths.retain(|path, _| !path.starts_with("/v1/ops/") && !path.starts_with("/v1/payments/"));
+    document
 }
 
 pub(crate) fn orders() -> OpenApi {
-    read(ORDERS)
+    finished(forwarded(ORDERS))
 }
 
 pub(crate) fn payments() -> OpenApi {
-    read(PAYMENTS)
+    finished(forwarded(PAYMENTS))
+}
+
+/// Adds what the gateway may answer to anything, and takes out what belonged to paths that are not served here.
+fn finished(mut document: OpenApi) -> OpenApi {
+    complete(&mut document, true, &[]);
+    forget_what_nothing_names(&mut document);
+    document
 }
 
 /// The whole API in one document: accounts first, as a newcomer needs them.
 pub fn all() -> OpenApi {
-    let mut all = payments();
-    // What the gateway puts together from both services it describes itself.
-    all.paths.paths.retain(|path, _| !path.starts_with("/v1/ops/"));
-    all.merge(orders());
-    all.paths.paths.retain(|path, _| !path.starts_with("/v1/ops/"));
+    let mut all = forwarded(PAYMENTS);
+    all.merge(forwarded(ORDERS));
     all.merge(events::api().into_openapi());
     all.merge(ops::api().into_openapi());
-    // Only half of what /v1/orders/{id}/timeline tells, and not served here.
-    all.paths.paths.remove("/v1/payments/{order_id}/timeline");
     all.info = InfoBuilder::new()
         .title("Gozon")
         .version(env!("CARGO_PKG_VERSION"))
@@ -46,13 +53,14 @@ pub fn all() -> OpenApi {
         ))
         .build();
     all.servers = Some(vec![Server::new("/")]);
-    complete(&mut all, true, &[]);
-    forget_what_nothing_names(&mut all);
-    all
+    finished(all)
 }
 
-/// Takes out the schemas of the paths that are not served here.
 fn forget_what_nothing_names(document: &mut OpenApi) {
+    let items = document.paths.paths.values();
+    let operations = items.flat_map(|item| [&item.get, &item.post]).flatten();
+    let used: Vec<String> = operations.filter_map(|operation| operation.tags.clone()).flatten().collect();
+    document.tags.iter_mut().for_each(|tags| tags.retain(|tag| used.contains(&tag.name)));
     loop {
         let text = document.to_json().expect("a document is JSON");
         let Some(components) = &mut document.components else { return };

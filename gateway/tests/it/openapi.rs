@@ -64,3 +64,27 @@ async fn the_document_is_served_as_json_and_as_yaml() {
         assert!(yaml.text().contains(operation) && json.text().contains(operation), "{operation}");
     }
 }
+
+/// The drop-down offers the whole, and each service's part of it.
+#[tokio::test]
+async fn the_documents_of_the_services_offer_what_the_gateway_serves_as_it_serves_it() {
+    let gateway = Gateway::start(|_| Does::Answers(ok("{}"))).await;
+    let whole = gateway.http.get("/openapi.json").await.unwrap().json();
+    for (part, operation) in [("orders", "createOrder"), ("payments", "createDeposit")] {
+        let document = gateway.http.get(&format!("/openapi/{part}.json")).await.unwrap().json();
+        assert!(document.to_string().contains(operation), "{document}");
+        let mut tags: Vec<&str> = Vec::new();
+        for (path, item) in document["paths"].as_object().unwrap() {
+            for (method, operation) in item.as_object().unwrap() {
+                assert_eq!(whole["paths"][path][method], *operation, "{method} {path}");
+                tags.extend(operation["tags"].as_array().unwrap().iter().map(|tag| tag.as_str().unwrap()));
+            }
+        }
+        for (name, schema) in document["components"]["schemas"].as_object().unwrap() {
+            assert_eq!(whole["components"]["schemas"][name], *schema, "{name}");
+        }
+        for tag in document["tags"].as_array().unwrap() {
+            assert!(tags.contains(&tag["name"].as_str().unwrap()), "{part}: {tag} is empty");
+        }
+    }
+}
