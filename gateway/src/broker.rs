@@ -57,7 +57,7 @@ impl Broker {
             .ping_interval(PING_INTERVAL)
             .connection_timeout(ANSWER_TIMEOUT)
             .request_timeout(Some(ANSWER_TIMEOUT))
-            .reconnect_delay_callback(|attempts| Duration::from_millis(10 << attempts.min(6)).min(RECONNECT_DELAY_MAX))
+            .reconnect_delay_callback(reconnect_delay)
             .event_callback(move |event| {
                 match &event {
                     Event::Connected => {
@@ -107,6 +107,29 @@ impl Broker {
         if connection.wait_for(wanted).await.is_err() {
             // The client is gone, so the process is ending: there is nothing to wait for any more.
             std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// Grows from 10 ms to the cap, times a factor from 0.5 to 1, so that gateways do not come back in step. The random tail of
+/// a fresh UUID is good enough to spread them.
+fn reconnect_delay(attempts: usize) -> Duration {
+    let exponential = Duration::from_millis(10 << attempts.min(6)).min(RECONNECT_DELAY_MAX);
+    let random = uuid::Uuid::new_v4().as_u128() as u16;
+    exponential.mul_f64(0.5 + 0.5 * f64::from(random) / f64::from(u16::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gateways_do_not_come_back_in_step() {
+        for attempts in [0, 1, 6, usize::MAX] {
+            let exponential = Duration::from_millis(10 << attempts.min(6)).min(RECONNECT_DELAY_MAX);
+            let delays: Vec<Duration> = (0..100).map(|_| reconnect_delay(attempts)).collect();
+            assert!(delays.iter().all(|delay| (exponential / 2..=exponential).contains(delay)), "{delays:?}");
+            assert!(delays.iter().any(|delay| *delay != delays[0]), "{delays:?}");
         }
     }
 }
