@@ -1,5 +1,6 @@
-//! How a process ends: politely on SIGTERM or Ctrl-C, within a bounded time.
+//! How a process ends: politely on SIGTERM or Ctrl-C, within a bounded time; or with a line that says why it cannot run.
 
+use std::fmt;
 use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
@@ -31,4 +32,20 @@ pub fn on_signal() -> std::io::Result<CancellationToken> {
         std::process::exit(1);
     });
     Ok(token)
+}
+
+/// Why a process ends, for `main` to return. Rust shows it as `Debug`, which with anyhow is many lines, and a backtrace where
+/// RUST_BACKTRACE is set; who has mistyped a setting needs the words.
+pub struct Failure(anyhow::Error);
+
+impl fmt::Debug for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#}", self.0)
+    }
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self(error.into())
+    }
 }

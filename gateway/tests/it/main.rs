@@ -8,4 +8,5 @@ mod harness;
 mod limits;
 mod openapi;
 mod page;
+mod starting;
 mod wire;
