@@ -137,7 +137,8 @@ impl Forwarder {
         let wait = wait_asked_for(&parts.uri);
         let at_once = (!wait.is_zero()).then(|| format!("{}?wait=0", parts.uri.path()).parse().expect("a path of a URI"));
         let mut outgoing = axum::http::Request::new(Full::new(body));
-        *outgoing.method_mut() = parts.method;
+        // The answer to a HEAD is that to a GET, and our server leaves its body out: so its length is right.
+        *outgoing.method_mut() = if parts.method == Method::HEAD { Method::GET } else { parts.method };
         *outgoing.uri_mut() = self.uri(service, parts.uri.path_and_query().cloned());
         *outgoing.headers_mut() = only(&REQUEST_HEADERS, &parts.headers);
         let at_once = at_once.map(|path| {

@@ -3,8 +3,8 @@
 use axum::Json;
 use axum::body::Body;
 use axum::extract::{Request, State};
+use axum::http::StatusCode;
 use axum::http::request::Parts;
-use axum::http::{Method, StatusCode};
 use axum::response::{IntoResponse as _, Response};
 use http_body_util::BodyExt as _;
 use serde::Serialize;
@@ -226,7 +226,7 @@ async fn ask_both(forwarder: &Forwarder, request: &Parts) -> Result<Both, Respon
 /// The same request once more; none of these has a body.
 fn again(request: &Parts) -> Request {
     let mut copy = Request::new(Body::empty());
-    *copy.method_mut() = if request.method == Method::POST { Method::POST } else { Method::GET };
+    *copy.method_mut() = request.method.clone();
     *copy.uri_mut() = request.uri.clone();
     *copy.headers_mut() = request.headers.clone();
     copy
