@@ -13,7 +13,6 @@ use http_body_util::BodyExt as _;
 use serde_json::Value;
 use service_kit::Problem;
 use service_kit::body::{self, Fields};
-use service_kit::http::REQUEST_ID;
 use service_kit::problem::ProblemDocument;
 use shared_contracts::{OrderId, UserId};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc};
@@ -23,7 +22,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::change::{Change, Position};
-use crate::forward::{Forwarder, Service};
+use crate::forward::{Forwarder, Service, trace_of};
 use crate::live::{Live, News, REPLAY_MAX, Told};
 
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
@@ -189,11 +188,9 @@ fn resume_after(parameters: &mut Fields, headers: &HeaderMap) -> Option<Option<A
 
 /// The order as its service knows it, `None` if the service is away, or an answer that ends the matter.
 async fn order_as_it_is(forwarder: &Forwarder, id: OrderId, headers: &HeaderMap) -> Result<Option<Change>, Response> {
-    let mut request = axum::http::Request::get(format!("/v1/orders/{id}"));
-    if let Some(request_id) = headers.get(REQUEST_ID) {
-        request = request.header(REQUEST_ID, request_id);
-    }
-    let request = request.body(axum::body::Body::empty()).expect("a path and a header make a request");
+    let request = axum::http::Request::get(format!("/v1/orders/{id}"));
+    let mut request = request.body(axum::body::Body::empty()).expect("a path makes a request");
+    *request.headers_mut() = trace_of(headers);
     let answer = forwarder.clone().forward(Service::Orders, request).await;
     match answer.status() {
         StatusCode::OK => {

@@ -43,15 +43,10 @@ const IDLE_CONNECTION_TIMEOUT: Duration = Duration::from_secs(20);
 const ANSWER_BYTES_MAX: usize = 1024 * 1024;
 
 /// Nothing else is handed on: no cookie, no credential, no header that a proxy in front might have trusted.
-const REQUEST_HEADERS: [HeaderName; 7] = [
-    header::ACCEPT,
-    header::CONTENT_TYPE,
-    IDEMPOTENCY_KEY,
-    REQUEST_ID,
-    HeaderName::from_static("traceparent"),
-    HeaderName::from_static("tracestate"),
-    header::IF_NONE_MATCH,
-];
+const REQUEST_HEADERS: [HeaderName; 7] =
+    [header::ACCEPT, header::CONTENT_TYPE, IDEMPOTENCY_KEY, REQUEST_ID, TRACEPARENT, TRACESTATE, header::IF_NONE_MATCH];
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 const ANSWER_HEADERS: [HeaderName; 7] = [
     header::ALLOW,
     header::CACHE_CONTROL,
@@ -205,11 +200,12 @@ impl Forwarder {
         tokio::time::sleep(LAST_ANSWER_TIMEOUT).await;
     }
 
-    /// What a service answers to a GET, if that is a success.
-    pub(crate) async fn read(&self, service: Service, path: &str) -> Result<serde_json::Value, Problem> {
+    /// What a service answers to a GET, if that is a success. `trace` are the headers of [`trace_of`].
+    pub(crate) async fn read(&self, service: Service, path: &str, trace: HeaderMap) -> Result<serde_json::Value, Problem> {
         let path = path.parse::<PathAndQuery>().map_err(|_| Problem::unavailable(service.unavailable()))?;
         let mut request = axum::http::Request::new(Full::default());
         *request.uri_mut() = self.uri(service, Some(path));
+        *request.headers_mut() = trace;
         let exchange = async {
             let answer = self.client.request(request).await.map_err(|error| error.to_string())?;
             let status = answer.status();
@@ -289,6 +285,11 @@ fn authority(url: &Uri) -> anyhow::Result<Authority> {
         "{url} must look like http://host:port"
     );
     url.authority().cloned().with_context(|| format!("{url} names no host"))
+}
+
+/// What ties the requests that one request leads to together, in logs and traces.
+pub(crate) fn trace_of(headers: &HeaderMap) -> HeaderMap {
+    only(&[REQUEST_ID, TRACEPARENT, TRACESTATE], headers)
 }
 
 fn only(names: &[HeaderName], from: &HeaderMap) -> HeaderMap {

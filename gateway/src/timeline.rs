@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use service_kit::Problem;
 
-use crate::forward::{Forwarder, Service};
+use crate::forward::{Forwarder, Service, trace_of};
 
 /// Asks both services. Without payments the timeline is partial and says so; without orders nobody knows the order.
 pub(crate) async fn timeline(
@@ -19,8 +19,9 @@ pub(crate) async fn timeline(
     // What is no id is nobody's order, and must not end up in a path.
     let id: uuid::Uuid = id.parse().map_err(|_| not_found())?;
     let of_payments = format!("/v1/payments/{id}/timeline");
+    let trace = trace_of(request.headers());
     let (orders, payments) =
-        tokio::join!(forwarder.clone().forward(Service::Orders, request), forwarder.read(Service::Payments, &of_payments));
+        tokio::join!(forwarder.clone().forward(Service::Orders, request), forwarder.read(Service::Payments, &of_payments, trace));
     if orders.status() != StatusCode::OK {
         return Ok(orders);
     }

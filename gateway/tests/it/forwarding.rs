@@ -10,6 +10,8 @@ use bytes::Bytes;
 use serde_json::json;
 use stack::http::Http;
 use stack::testing::{Apart, eventually};
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::harness::{Does, Gateway, SOON, ok};
@@ -96,6 +98,42 @@ async fn a_head_is_answered_as_a_get_without_its_body() {
         }
     }
     assert!(gateway.behind.seen().iter().all(|seen| seen.line.starts_with("GET ")), "services are asked for what is answered");
+}
+
+/// A request id and a trace lead through all services.
+#[tokio::test]
+async fn every_request_that_one_leads_to_carries_its_id_and_its_trace() {
+    let id = "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11";
+    let gateway = Gateway::start(|_| Does::Answers(ok(r#"{"steps":[],"items":[],"missing":[],"pruned":false}"#))).await;
+    let traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let headers = [("x-request-id", "find-me"), ("traceparent", traceparent), ("cookie", "session=1")];
+    for (path, asked) in
+        [(format!("/v1/orders/{id}/timeline"), 2), ("/v1/ops/flow".to_owned(), 2), ("/v1/ops/dead-letters".to_owned(), 2)]
+    {
+        let before = gateway.behind.seen().len();
+        assert_eq!(gateway.http.request("GET", &path, &headers, Bytes::new()).await.unwrap().status, 200, "{path}");
+        let seen = gateway.behind.seen().split_off(before);
+        assert_eq!(seen.len(), asked, "{path}");
+        for seen in seen {
+            let told = (seen.header("x-request-id"), seen.header("traceparent"), seen.header("cookie"));
+            assert_eq!(told, (Some("find-me"), Some(traceparent), None), "{path}: {}", seen.line);
+        }
+    }
+}
+
+#[tokio::test]
+async fn whoever_follows_an_order_leaves_a_trace_too() {
+    let nats = format!("--nats-url=nats://127.0.0.1:{}", stack::ports::free_port().unwrap());
+    let gateway = Gateway::start_with(&["--nats-password=x", &nats], |_| Does::Answers(ok("{}"))).await;
+    let traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let request = format!(
+        "GET /v1/orders/01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11/events HTTP/1.1\r\nHost: x\r\nX-Request-Id: find-me\r\n\
+         traceparent: {traceparent}\r\n\r\n"
+    );
+    let mut follower = TcpStream::connect(gateway.address).await.unwrap();
+    follower.write_all(request.as_bytes()).await.unwrap();
+    let seen = eventually("the order is asked for", SOON, async || gateway.behind.seen().pop()).await;
+    assert_eq!((seen.header("x-request-id"), seen.header("traceparent")), (Some("find-me"), Some(traceparent)));
 }
 
 #[tokio::test]
