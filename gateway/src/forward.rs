@@ -43,8 +43,16 @@ const IDLE_CONNECTION_TIMEOUT: Duration = Duration::from_secs(20);
 const ANSWER_BYTES_MAX: usize = 1024 * 1024;
 
 /// Nothing else is handed on: no cookie, no credential, no header that a proxy in front might have trusted.
-const REQUEST_HEADERS: [HeaderName; 7] =
-    [header::ACCEPT, header::CONTENT_TYPE, IDEMPOTENCY_KEY, REQUEST_ID, TRACEPARENT, TRACESTATE, header::IF_NONE_MATCH];
+const REQUEST_HEADERS: [HeaderName; 8] = [
+    header::ACCEPT,
+    header::CONTENT_ENCODING,
+    header::CONTENT_TYPE,
+    IDEMPOTENCY_KEY,
+    REQUEST_ID,
+    TRACEPARENT,
+    TRACESTATE,
+    header::IF_NONE_MATCH,
+];
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 const ANSWER_HEADERS: [HeaderName; 7] = [
