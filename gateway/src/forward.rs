@@ -26,14 +26,12 @@ use service_kit::http::{REQUEST_ID, unless_it_panics};
 use service_kit::idempotency::{IDEMPOTENCY_KEY, IDEMPOTENCY_REPLAYED, IdempotencyKey};
 use service_kit::server::DRAIN_TIMEOUT;
 
-use crate::limits::{Limits, parameter};
+use crate::limits::{Limits, wait_asked_for};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// While their database is away, services try for 5 seconds, and the last try may take 3 more to be given up: this leaves
 /// them time to say so. A client of something slower is better told now that the outcome is unknown.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
-/// As for `?wait=` of an order.
-const WAIT_SECONDS_MAX: u64 = 30;
 /// After a shutdown begins, a service gets this long for an answer: less than [`DRAIN_TIMEOUT`], so that the client is told.
 const LAST_ANSWER_TIMEOUT: Duration = Duration::from_secs(4);
 const _: () = assert!(LAST_ANSWER_TIMEOUT.as_secs() < DRAIN_TIMEOUT.as_secs());
@@ -136,8 +134,8 @@ impl Forwarder {
     ) -> Result<Response<Body>, Problem> {
         // A GET has nothing to say in a body.
         let body = if parts.method == Method::POST { body::read(body).await? } else { Bytes::new() };
-        self.limits.admit_user(&parts.uri, &body)?;
-        let wait = wait_asked_for(&parts.uri);
+        self.limits.admit_user(&parts.method, &parts.uri, &body)?;
+        let wait = wait_asked_for(&parts.method, &parts.uri);
         let at_once = (!wait.is_zero()).then(|| format!("{}?wait=0", parts.uri.path()).parse().expect("a path of a URI"));
         let mut outgoing = axum::http::Request::new(Full::new(body));
         // The answer to a HEAD is that to a GET, and our server leaves its body out: so its length is right.
@@ -310,12 +308,6 @@ fn only(names: &[HeaderName], from: &HeaderMap) -> HeaderMap {
     to
 }
 
-/// A client that asks to wait must be waited for.
-fn wait_asked_for(uri: &Uri) -> Duration {
-    let seconds = parameter(uri, "wait").and_then(|seconds| seconds.parse().ok()).unwrap_or(0);
-    Duration::from_secs(seconds.min(WAIT_SECONDS_MAX))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -328,11 +320,5 @@ mod tests {
         for bad in ["https://orders", "/orders", "http://orders/base", "orders:8081"] {
             assert!(authority(&bad.parse().unwrap()).is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn a_wait_is_waited_for_and_bounded() {
-        let wait = |text: &str| wait_asked_for(&text.parse().unwrap()).as_secs();
-        assert_eq!([wait("/v1/orders/1?wait=7"), wait("/v1/orders/1?a=b&wait=99999"), wait("/v1/orders/1?wait=x")], [7, 30, 0]);
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderName, StatusCode, Uri};
+use axum::http::{HeaderMap, HeaderName, Method, StatusCode, Uri};
 use axum::middleware::Next;
 use axum::response::Response;
 use governor::clock::{Clock as _, DefaultClock};
@@ -23,6 +23,8 @@ use service_kit::server::Peer;
 use shared_contracts::UserId;
 
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+/// As for `?wait=` of an order.
+const WAIT_SECONDS_MAX: u64 = 30;
 /// Addresses and users that have sent nothing for a while are forgotten this often.
 const FORGET_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -84,10 +86,10 @@ impl Limits {
     }
 
     /// Counts a request for whichever user it is about.
-    pub(crate) fn admit_user(&self, uri: &Uri, body: &[u8]) -> Result<(), Problem> {
+    pub(crate) fn admit_user(&self, method: &Method, uri: &Uri, body: &[u8]) -> Result<(), Problem> {
         match &self.0.per_user {
             None => Ok(()),
-            Some(per_user) => match user_of(uri, body) {
+            Some(per_user) => match user_of(method, uri, body) {
                 Some(user) => check(per_user, &user, "user_rate", "for this user"),
                 None => Ok(()),
             },
@@ -123,7 +125,8 @@ pub(crate) async fn admit(State(limits): State<Limits>, request: Request, next: 
     if let (Some(per_ip), Some(Peer(peer))) = (&limits.0.per_ip, request.extensions().get::<Peer>()) {
         check(per_ip, &limits.client(*peer, request.headers()), "ip_rate", "from your address")?;
     }
-    let places = if parameter(request.uri(), "wait").is_some() { &limits.0.waiting } else { &limits.0.working };
+    let waits = !wait_asked_for(request.method(), request.uri()).is_zero();
+    let places = if waits { &limits.0.waiting } else { &limits.0.working };
     let Ok(_place) = places.try_acquire() else {
         refused("requests");
         let detail =
@@ -156,8 +159,19 @@ fn decoded(text: &str) -> String {
     percent_decode_str(text).decode_utf8_lossy().into_owned()
 }
 
-/// Whose account or orders a request is about, wherever it says so.
-fn user_of(uri: &Uri, body: &[u8]) -> Option<UserId> {
+/// How long a request asks to wait. Nothing but an order can be waited for, whatever else is asked.
+pub(crate) fn wait_asked_for(method: &Method, uri: &Uri) -> Duration {
+    let one_order = uri.path().strip_prefix("/v1/orders/").is_some_and(|id| !id.contains('/') && id != "events");
+    if method == Method::POST || !one_order {
+        return Duration::ZERO;
+    }
+    let seconds = parameter(uri, "wait").and_then(|seconds| seconds.parse().ok()).unwrap_or(0);
+    Duration::from_secs(seconds.min(WAIT_SECONDS_MAX))
+}
+
+/// Whose account or orders a request is about, from where the service behind will read it: elsewhere, somebody else could
+/// be named.
+fn user_of(method: &Method, uri: &Uri, body: &[u8]) -> Option<UserId> {
     #[derive(Deserialize)]
     struct Whose {
         user_id: String,
@@ -165,7 +179,12 @@ fn user_of(uri: &Uri, body: &[u8]) -> Option<UserId> {
     let in_path = || uri.path().strip_prefix("/v1/accounts/")?.split('/').next().map(decoded);
     let in_query = || parameter(uri, "user_id");
     let in_body = || serde_json::from_slice::<Whose>(body).ok().map(|whose| whose.user_id);
-    in_path().or_else(in_query).or_else(in_body).and_then(|user| UserId::parse(user).ok())
+    let named = match in_path() {
+        Some(user) => Some(user),
+        None if method == Method::POST => in_body(),
+        None => in_query(),
+    };
+    UserId::parse(named?).ok()
 }
 
 #[cfg(test)]
@@ -199,15 +218,32 @@ mod tests {
     }
 
     #[test]
-    fn the_user_of_a_request_is_found_wherever_it_stands() {
-        let user = |uri: &str, body: &str| user_of(&uri.parse().unwrap(), body.as_bytes()).map(|user| user.to_string());
-        assert_eq!(user("/v1/accounts/alice/deposits", r#"{"amount":1}"#).as_deref(), Some("alice"));
-        assert_eq!(user("/v1/orders?limit=1&user_id=alice", "").as_deref(), Some("alice"));
-        assert_eq!(user("/v1/orders", r#"{"amount":1,"user_id":"alice"}"#).as_deref(), Some("alice"));
-        assert_eq!(user("/v1/accounts/%61lice", "").as_deref(), Some("alice"), "no way around a limit");
-        assert_eq!(user("/v1/orders?user%5Fid=%61lice", "").as_deref(), Some("alice"));
+    fn the_user_of_a_request_is_found_where_the_service_will_read_it() {
+        let user =
+            |method, uri: &str, body: &str| user_of(&method, &uri.parse().unwrap(), body.as_bytes()).map(|user| user.to_string());
+        let (get, post) = (|uri| user(Method::GET, uri, ""), |uri, body| user(Method::POST, uri, body));
+        let order = r#"{"amount":1,"user_id":"alice"}"#;
+        assert_eq!(post("/v1/accounts/alice/deposits", r#"{"amount":1}"#).as_deref(), Some("alice"));
+        assert_eq!(get("/v1/orders?limit=1&user_id=alice").as_deref(), Some("alice"));
+        assert_eq!(post("/v1/orders", order).as_deref(), Some("alice"));
+        assert_eq!(get("/v1/accounts/%61lice").as_deref(), Some("alice"), "no way around a limit");
+        assert_eq!(get("/v1/orders?user%5Fid=%61lice").as_deref(), Some("alice"));
+        assert_eq!(post("/v1/orders?user_id=x1", order).as_deref(), Some("alice"), "nobody else can be named");
+        assert_eq!(post("/v1/accounts/alice/deposits?user_id=x1", r#"{"user_id":"x1"}"#).as_deref(), Some("alice"));
         for nobody in ["", "{", r#"{"user_id":7}"#, r#"{"user_id":"a b"}"#] {
-            assert_eq!(user("/v1/orders", nobody), None, "{nobody}");
+            assert_eq!(post("/v1/orders", nobody), None, "{nobody}");
         }
+    }
+
+    #[test]
+    fn a_wait_for_an_order_is_waited_for_and_bounded() {
+        let wait = |method, uri: &str| wait_asked_for(&method, &uri.parse().unwrap()).as_secs();
+        let get = |uri| wait(Method::GET, uri);
+        assert_eq!([get("/v1/orders/1?wait=7"), get("/v1/orders/1?a=b&wait=99999"), get("/v1/orders/1?wait=x")], [7, 30, 0]);
+        assert_eq!(wait(Method::HEAD, "/v1/orders/1?wait=7"), 7);
+        for other in ["/v1/orders?wait=7", "/v1/orders/1/timeline?wait=7", "/v1/orders/events?wait=7", "/v1/accounts/a?wait=7"] {
+            assert_eq!(get(other), 0, "{other}");
+        }
+        assert_eq!(wait(Method::POST, "/v1/orders/1?wait=7"), 0);
     }
 }

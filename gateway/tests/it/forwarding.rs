@@ -262,17 +262,20 @@ async fn a_gateway_that_stops_answers_whoever_it_has_let_in() {
         _ => Does::AnswersWhen(Arc::default()),
     })
     .await;
-    let http = gateway.http.clone();
+    let (http, behind) = (gateway.http.clone(), gateway.behind.clone());
     let body = json!({ "user_id": "a", "amount": 1 });
     let begun = Instant::now();
     let stopping = async {
-        eventually("both are let in", SOON, async || (gateway.behind.seen().len() == 2).then_some(())).await;
+        eventually("both are let in", SOON, async || (behind.seen().len() == 2).then_some(())).await;
         gateway.stop().await;
     };
-    let (waits, orders, ()) = tokio::join!(http.get("/v1/orders/7?wait=30"), http.post("/v1/orders", Some("k"), &body), stopping);
+    let ordering = http.post("/v1/orders?wait=30", Some("k"), &body);
+    let (waits, orders, ()) = tokio::join!(http.get("/v1/orders/7?wait=30"), ordering, stopping);
     let (waits, orders) = (waits.unwrap(), orders.unwrap());
     assert_eq!((waits.status, &waits.json()["status"]), (200, &json!("NEW")), "it is told how the order is now");
     let told = orders.json();
     assert_eq!((orders.status, &told["outcome"], &told["idempotency_key"]), (503, &json!("unknown"), &json!("k")), "{told}");
     assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    let sent: Vec<String> = behind.seen().into_iter().map(|seen| seen.line).filter(|line| line.starts_with("POST")).collect();
+    assert_eq!(sent, ["POST /v1/orders?wait=30"], "only who waits for an order is asked for again");
 }

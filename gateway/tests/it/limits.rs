@@ -63,6 +63,29 @@ async fn one_more_than_can_be_worked_on_is_told_at_once_to_come_again() {
 }
 
 #[tokio::test]
+async fn only_who_waits_for_an_order_has_a_place_beside_the_others() {
+    let gateway = Gateway::start_with(&["--requests-max=0", "--waits-max=1"], |_| Does::Answers(ok("{}"))).await;
+    let (body, http) = (json!({ "user_id": "a", "amount": 1 }), &gateway.http);
+    assert_eq!(http.get("/v1/orders/7?wait=1").await.unwrap().status, 200);
+    assert_eq!(http.post("/v1/orders?wait=1", None, &body).await.unwrap().status, 503);
+    for path in ["/v1/orders/7", "/v1/orders/7?wait=0", "/v1/orders/7?wait=x", "/v1/orders?wait=1", "/v1/accounts/a?wait=1"] {
+        assert_eq!(http.get(path).await.unwrap().status, 503, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn a_user_who_orders_too_much_is_slowed_down_whoever_else_is_named() {
+    let gateway = Gateway::start_with(&["--rate-per-user=1"], |_| Does::Answers(ok("{}"))).await;
+    let order = json!({ "user_id": "alice", "amount": 1 });
+    let paths: Vec<String> = (0..50).map(|number| format!("/v1/orders?user_id=x{number}")).collect();
+    let begun = Instant::now();
+    let answers = join_all(paths.iter().map(async |path| gateway.http.post(path, None, &order).await.unwrap())).await;
+    let allowed = 2 + usize::try_from(begun.elapsed().as_secs()).unwrap();
+    let (passed, refused) = statuses(&answers);
+    assert!(passed <= allowed && refused > 0, "{passed} passed, {refused} were refused");
+}
+
+#[tokio::test]
 async fn an_address_that_sends_too_much_is_slowed_down_whatever_it_claims_to_be() {
     let gateway = Gateway::start_with(&["--rate-per-ip=5"], |_| Does::Answers(ok("{}"))).await;
     let claims: Vec<String> = (0..40).map(|number| format!("9.9.9.{number}")).collect();
