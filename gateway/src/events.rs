@@ -13,6 +13,7 @@ use http_body_util::BodyExt as _;
 use serde_json::Value;
 use service_kit::Problem;
 use service_kit::body::{self, Fields};
+use service_kit::metrics::refused;
 use service_kit::problem::ProblemDocument;
 use shared_contracts::{OrderId, UserId};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc};
@@ -23,6 +24,7 @@ use utoipa_axum::routes;
 
 use crate::change::{Change, Position};
 use crate::forward::{Forwarder, Service, trace_of};
+use crate::limits::EVENT_STREAMS;
 use crate::live::{Live, News, REPLAY_MAX, Told};
 
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
@@ -57,6 +59,7 @@ impl Events {
             return Err(Problem::new(StatusCode::SERVICE_UNAVAILABLE, "no_live_events", detail));
         };
         let place = self.places.clone().try_acquire_owned().map_err(|_| {
+            refused(EVENT_STREAMS);
             let detail = "Too many clients follow events already. Try again soon.";
             Problem::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", detail).retry_after(1)
         })?;

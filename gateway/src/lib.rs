@@ -66,7 +66,7 @@ impl App {
     /// Runs until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         info!(address = %self.listener.local_addr()?, "gateway listens");
-        let metrics = Metrics::start("gateway", env!("CARGO_PKG_VERSION"))?;
+        let metrics = Metrics::start("gateway", env!("CARGO_PKG_VERSION"))?.refusing(&limits::REASONS);
         let probes = self.health().routes(shutdown.clone()).merge(metrics.routes());
         let forwarder = self.forwarder.until(shutdown.clone());
         let events = Events::new(self.live.clone(), forwarder.clone(), self.event_streams_max, shutdown.clone());

@@ -28,6 +28,10 @@ const WAIT_SECONDS_MAX: u64 = 30;
 /// Addresses and users that have sent nothing for a while are forgotten this often.
 const FORGET_INTERVAL: Duration = Duration::from_secs(10);
 
+/// Why the gateway turns requests away, as its metrics name it.
+pub(crate) const REASONS: [&str; 4] = ["requests", "ip_rate", "user_rate", EVENT_STREAMS];
+pub(crate) const EVENT_STREAMS: &str = "event_streams";
+
 /// What may come in at once, and from one client.
 #[derive(Clone, Debug, clap::Args)]
 pub struct LimitArgs {

@@ -20,7 +20,7 @@ const ASKED_AGAIN: &str = "gozon_orders_asked_again_total";
 
 /// Begins to count, and looks up in `db` and at the broker what waits.
 pub(crate) fn metrics(db: &DatabaseConnection, broker: &Broker) -> anyhow::Result<Metrics> {
-    let metrics = Metrics::start("orders", env!("CARGO_PKG_VERSION"))?;
+    let metrics = Metrics::start("orders", env!("CARGO_PKG_VERSION"))?.refusing(&["orders_queue"]);
     measure::describe();
     describe_counter!(PLACED, "Requests for an order that were stored, or recognised as a repetition by their key");
     describe_counter!(ENDED, "Orders that became final, by outcome: paid, or the reason of the refusal");

@@ -60,7 +60,17 @@ impl Metrics {
     /// Begins to count.
     pub fn start(service: &'static str, version: &'static str) -> anyhow::Result<Self> {
         recorder()?;
-        Ok(Self { service, version, looks: Vec::new() })
+        Ok(Self { service, version, looks: Vec::new() }.refusing(&["connections"]))
+    }
+
+    /// Names why this process may refuse requests, so that each is shown from the start: a counter that is absent tells
+    /// nobody whether nothing was refused or nothing is known.
+    #[must_use]
+    pub fn refusing(self, reasons: &[&'static str]) -> Self {
+        for reason in reasons {
+            counter!(HTTP_REFUSED, "reason" => *reason).increment(0);
+        }
+        self
     }
 
     /// Looks something up each time the page is asked for. If that fails or takes long, its lines are absent.
@@ -111,7 +121,7 @@ pub(crate) fn answered(method: &str, route: &str, status: u16, duration: Duratio
     counter!(HTTP_REQUESTS, &[method, route, ("status", status.to_string())]).increment(1);
 }
 
-/// A request was refused to keep the rest going.
+/// A request was refused to keep the rest going, for a reason that [`Metrics::refusing`] has named.
 pub fn refused(reason: &'static str) {
     counter!(HTTP_REFUSED, "reason" => reason).increment(1);
 }

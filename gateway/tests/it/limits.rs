@@ -132,6 +132,28 @@ async fn a_user_who_sends_too_much_is_slowed_down_and_others_are_not() {
 }
 
 #[tokio::test]
+async fn one_follower_too_many_is_told_to_come_again_and_counted() {
+    let nats = format!("--nats-url=nats://127.0.0.1:{}", stack::ports::free_port().unwrap());
+    let arguments = ["--nats-password=x", &nats, "--event-streams-max=0"];
+    let gateway = Gateway::start_with(&arguments, |_| Does::Answers(ok("{}"))).await;
+    let answer = gateway.http.get("/v1/orders/events").await.unwrap();
+    assert_eq!((answer.status, answer.header("retry-after")), (503, Some("1")));
+    assert_eq!(answer.json()["code"], "overloaded");
+    assert!(gateway.refused("event_streams").await >= 1);
+}
+
+/// An alarm on a counter that is absent does not tell a quiet gateway from one that cannot be asked.
+#[tokio::test]
+async fn what_was_never_refused_is_counted_as_zero() {
+    let gateway = Gateway::start(|_| Does::Answers(ok("{}"))).await;
+    let page = gateway.http.get("/metrics").await.unwrap().text();
+    for reason in ["connections", "requests", "ip_rate", "user_rate", "event_streams"] {
+        let series = format!("gozon_http_refused_total{{reason=\"{reason}\"}} ");
+        assert!(page.lines().any(|line| line.starts_with(&series)), "{reason} is missing in {page}");
+    }
+}
+
+#[tokio::test]
 async fn nothing_is_limited_unless_it_is_asked_for() {
     let gateway = Gateway::start(|_| Does::Answers(ok("{}"))).await;
     let answers = join_all((0..400).map(|_| gateway.http.get("/v1/accounts/alice"))).await;
