@@ -102,6 +102,13 @@ async fn requests_that_queue_while_a_transaction_runs_are_all_answered() {
 }
 
 #[tokio::test]
+async fn nobody_was_turned_away_is_said_and_not_left_out() {
+    let orders = Orders::start().await;
+    let page = orders.http.get("/metrics").await.unwrap().text();
+    assert!(page.contains("gozon_http_refused_total{reason=\"orders_queue\"} "), "{page}");
+}
+
+#[tokio::test]
 async fn an_order_that_the_database_refuses_every_time_does_not_hurt_its_group() {
     let orders = Orders::start().await;
     orders
