@@ -61,7 +61,7 @@ impl Events {
         let place = self.places.clone().try_acquire_owned().map_err(|_| {
             refused(EVENT_STREAMS);
             let detail = "Too many clients follow events already. Try again soon.";
-            Problem::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", detail).retry_after(1)
+            Problem::overloaded(detail)
         })?;
         Ok((live, place))
     }

@@ -135,7 +135,7 @@ pub(crate) async fn admit(State(limits): State<Limits>, request: Request, next: 
         refused("requests");
         let detail =
             "More requests came than can be worked on. Nothing was done; send it again, with the same key if it had one.";
-        return Err(Problem::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", detail).retry_after(1));
+        return Err(Problem::overloaded(detail));
     };
     Ok(next.run(request).await)
 }

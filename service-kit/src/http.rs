@@ -10,7 +10,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header}
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse as _, Response};
 use futures_util::FutureExt as _;
-use tracing::{Instrument as _, debug, error, info_span};
+use tracing::{Instrument as _, debug, error, info, info_span};
 
 use crate::idempotency::IdempotencyKey;
 use crate::metrics;
@@ -53,13 +53,20 @@ async fn finish(mut request: Request, next: Next) -> Response {
             0..=URL_BYTES_MAX => next.run(request).await,
             _ => foreign(StatusCode::URI_TOO_LONG).into_response(),
         };
-        let mut response = as_problem_document(response, &id_text, &method);
+        let (mut response, told) = as_problem_document(response, &id_text, &method);
         response.headers_mut().insert(REQUEST_ID, request_id);
         protect(response.headers_mut(), &route);
         if !PROBES.contains(&route.as_str()) {
             metrics::answered(method_label(&method), &route, response.status().as_u16(), begun.elapsed());
         }
-        debug!(http.status = response.status().as_u16(), duration_ms = begun.elapsed().as_millis() as u64, "Request answered");
+        let (status, duration_ms) = (response.status().as_u16(), begun.elapsed().as_millis() as u64);
+        match told {
+            // Its cause was logged where it was handled, if there is more to say than this.
+            Some(Told { code, sheds: false }) => {
+                info!(http.status = status, problem.code = code, duration_ms, "Request answered with a problem");
+            }
+            _ => debug!(http.status = status, duration_ms, "Request answered"),
+        }
         response
     }
     .instrument(span)
@@ -94,14 +101,23 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
     }
 }
 
-fn as_problem_document(mut response: Response, request_id: &str, method: &Method) -> Response {
+/// A problem document was written here, with a request id that somebody may come back with. One that is only handed on is in
+/// the log of whoever wrote it.
+struct Told {
+    code: &'static str,
+    /// What is turned away because there is too much of it must not fill the log as well; it is counted.
+    sheds: bool,
+}
+
+fn as_problem_document(mut response: Response, request_id: &str, method: &Method) -> (Response, Option<Told>) {
     let status = response.status();
     let problem = match response.extensions_mut().remove::<Problem>() {
         Some(problem) => problem,
-        None if status.is_success() || status.is_redirection() || status.is_informational() => return response,
-        None if has_problem_document(response.headers()) => return response,
+        None if status.is_success() || status.is_redirection() || status.is_informational() => return (response, None),
+        None if has_problem_document(response.headers()) => return (response, None),
         None => foreign(status),
     };
+    let told = Told { code: problem.code(), sheds: problem.sheds() };
     let document = problem.into_document(request_id);
     let bytes = serde_json::to_vec(&document).expect("a problem document is plain data");
     let headers = response.headers_mut();
@@ -109,7 +125,7 @@ fn as_problem_document(mut response: Response, request_id: &str, method: &Method
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     headers.insert(header::CONTENT_LENGTH, HeaderValue::from(bytes.len()));
     *response.body_mut() = if method == Method::HEAD { Body::empty() } else { Body::from(bytes) };
-    response
+    (response, Some(told))
 }
 
 fn has_problem_document(headers: &HeaderMap) -> bool {

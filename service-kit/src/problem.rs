@@ -10,6 +10,8 @@ use crate::idempotency::IdempotencyKey;
 /// Media type of a problem document.
 pub const CONTENT_TYPE: &str = "application/problem+json";
 
+const OVERLOADED: &str = "overloaded";
+
 /// An answer that is no success. As a response it has no body yet: the outermost layer
 /// ([`crate::http::edge`]) knows the request id and writes the document, in one place for all.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,6 +90,11 @@ impl Problem {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable", detail).retry_after(1)
     }
 
+    /// Turned away because there is too much to do; nothing was done.
+    pub fn overloaded(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, OVERLOADED, detail).retry_after(1)
+    }
+
     /// A bug of ours, or data that nobody expected; nothing was done. The cause belongs into the log, not here.
     pub fn internal() -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", "Something went wrong on our side. Nothing was done.")
@@ -119,6 +126,16 @@ impl Problem {
     /// The HTTP status.
     pub fn status(&self) -> StatusCode {
         self.status
+    }
+
+    /// The kind of problem for programs.
+    pub(crate) fn code(&self) -> &'static str {
+        self.code
+    }
+
+    /// Whether it turns a request away because there is too much to do, or too much from one client.
+    pub(crate) fn sheds(&self) -> bool {
+        self.code == OVERLOADED || self.status == StatusCode::TOO_MANY_REQUESTS
     }
 
     /// When trying again makes sense, if that is known.

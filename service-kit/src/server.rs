@@ -23,7 +23,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tower::Service as _;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use crate::http::{HEAD_BYTES_MAX, REQUEST_ID, foreign};
 use crate::problem::{self, Problem};
@@ -159,6 +159,10 @@ fn answer(problem: Problem) -> Vec<u8> {
     let status = problem.status();
     let retry_after = problem.retry_after_seconds().map_or_else(String::new, |seconds| format!("retry-after: {seconds}\r\n"));
     let request_id = uuid::Uuid::now_v7().to_string();
+    if !problem.sheds() {
+        let code = problem.code();
+        info!(request.id = request_id, http.status = status.as_u16(), problem.code = code, "Request answered with a problem");
+    }
     let document = serde_json::to_string(&problem.into_document(&request_id)).expect("a problem document is plain data");
     let (content_type, length) = (problem::CONTENT_TYPE, document.len());
     format!(
@@ -170,10 +174,11 @@ fn answer(problem: Problem) -> Vec<u8> {
 
 /// Too many connections: said at once, rather than letting clients wait for a place.
 fn turn_away(connections: &mut JoinSet<()>, stream: TcpStream) {
-    warn!("A connection is turned away: there are too many");
+    // As many lines as connections would make it worse; they are counted.
+    debug!("A connection is turned away: there are too many");
     crate::metrics::refused("connections");
     let detail = "There are too many connections. Try again soon.";
-    let problem = Problem::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", detail).retry_after(1);
+    let problem = Problem::overloaded(detail);
     connections.spawn(farewell(stream, Some(problem)));
 }
 

@@ -3,7 +3,7 @@
 use axum::http::StatusCode;
 use service_kit::Problem;
 use service_kit::idempotency::IdempotencyKey;
-use tracing::{error, warn};
+use tracing::{debug, error};
 
 use crate::error::Error;
 
@@ -22,9 +22,10 @@ pub(super) fn problem(error: Error, key: Option<&IdempotencyKey>) -> Problem {
             Problem::new(StatusCode::NOT_FOUND, "dead_letter_not_found", "There is no dead letter with this id.")
         }
         Error::Overloaded => {
-            warn!("A request is turned away: too many wait already");
+            // As many lines as requests would make it worse; they are counted.
+            debug!("A request is turned away: too many wait already");
             service_kit::metrics::refused("orders_queue");
-            Problem::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", UNAVAILABLE).retry_after(1)
+            Problem::overloaded(UNAVAILABLE)
         }
         Error::Stopping => Problem::in_doubt(UNAVAILABLE, key),
         Error::Database(cause) if messaging::db::is_lock_timeout(&cause) => Problem::new(
