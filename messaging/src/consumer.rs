@@ -26,7 +26,7 @@ use crate::inbox::{self, Delivery};
 use crate::incoming::{self, Incoming};
 use crate::losses::Losses;
 use crate::measure;
-use crate::topology::{self, Ensured, Subscription, TopologySettings};
+use crate::topology::{self, Ensured, NoStream, Subscription, TopologySettings};
 use crate::vital::Vital;
 
 pub use crate::incoming::{Received, read};
@@ -136,6 +136,10 @@ impl Consumer {
                     }
                 }
                 Err(error) => {
+                    // Only what is known to be absent has lost nothing since.
+                    if !error.is::<NoStream>() {
+                        looking = None;
+                    }
                     if self.vital.bad(format!("{error:#}")) {
                         info!(
                             consumer = self.subscription.consumer,

@@ -105,13 +105,13 @@ pub async fn migrate<M: MigratorTrait>(db: &DatabaseConnection) -> Result<(), Db
     let look = async {
         let txn = db.begin().await?;
         txn.execute_raw(sql("SELECT pg_advisory_xact_lock($1)", [MIGRATION_LOCK.into()])).await?;
-        let pending = M::get_pending_migrations(&txn).await?.len();
-        Ok::<_, DbErr>((txn, pending))
+        if M::get_pending_migrations(&txn).await?.is_empty() {
+            txn.commit().await?;
+            return Ok(None);
+        }
+        Ok::<_, DbErr>(Some(txn))
     };
-    let (txn, pending) = within(MIGRATION_LOOK_TIMEOUT, look).await?;
-    if pending == 0 {
-        return txn.commit().await;
-    }
+    let Some(txn) = within(MIGRATION_LOOK_TIMEOUT, look).await? else { return Ok(()) };
     // In the transaction that holds the lock, so that it cannot go while a change is still being made. An index on a large
     // table takes longer than any statement of the flow may.
     let change = async {

@@ -245,7 +245,7 @@ async fn replay_once<E: Event, T>(
     let (headers, payload) = letter.message();
     let refused = async |outcome: &'static str, cause: String| {
         if !dry_run {
-            note_return(db, id, outcome, &cause).await?;
+            note_return(db, &letter, outcome, &cause).await?;
         }
         Ok::<_, Failure>(Some((Replay { id, dry_run, outcome, detail: cause }, None)))
     };
@@ -292,12 +292,12 @@ fn later(error: &anyhow::Error) -> DbErr {
     cause.unwrap_or_else(|| DbErr::Conn(RuntimeErr::Internal(format!("{error:#}"))))
 }
 
-/// It was tried and is back: it goes on waiting.
-async fn note_return(db: &DatabaseConnection, id: Uuid, kind: &str, cause: &str) -> Result<(), DbErr> {
+/// It was tried and is back: it goes on waiting. Counted from what was read, so that doing it again counts once.
+async fn note_return(db: &DatabaseConnection, letter: &dead_letter::Model, kind: &str, cause: &str) -> Result<(), DbErr> {
     db.execute_raw(sql(
-        "UPDATE dead_letters SET replays = replays + 1, replayed_at = now(), times = times + 1, kind = $2, cause = $3,
+        "UPDATE dead_letters SET replays = $4 + 1, replayed_at = now(), times = $5 + 1, kind = $2, cause = $3,
                                  last_seen_at = clock_timestamp() WHERE id = $1",
-        [id.into(), kind.into(), dead_letter::short(cause).into()],
+        [letter.id.into(), kind.into(), dead_letter::short(cause).into(), letter.replays.into(), letter.times.into()],
     ))
     .await?;
     Ok(())

@@ -56,23 +56,24 @@ pub async fn look(db: &DatabaseConnection) -> Result<Vec<Gauge>, DbErr> {
     ])
 }
 
-/// Looks at the broker: how much the service's consumer is behind, and how full the service's stream is. Nothing while the
-/// broker is away.
-pub async fn look_at_broker(broker: &Broker, subscription: &Subscription, stream: &'static str) -> Vec<Gauge> {
-    let Some(lag) = desk::lag(broker, subscription).await else { return Vec::new() };
-    let consumer = || vec![("consumer", lag.name.clone())];
-    let mut gauges = vec![
-        ("gozon_consumer_pending", "Messages that the consumer has not been given yet", consumer(), lag.pending as f64),
-        (
-            "gozon_consumer_unacknowledged",
-            "Messages that it was given and has not acknowledged",
-            consumer(),
-            lag.ack_pending as f64,
-        ),
-    ];
-    if let Ok(found) = broker.jetstream().get_stream(stream).await {
+/// Looks at the broker: how full the service's stream is, and how far its reader, another service that may be away, is
+/// behind. What is not there is left out, and so is everything while the broker is away.
+pub async fn look_at_broker(broker: &Broker, reader: &Subscription) -> Vec<Gauge> {
+    let mut gauges = Vec::new();
+    if !broker.is_connected() {
+        return gauges;
+    }
+    let (lag, found) = tokio::join!(desk::lag(broker, reader), broker.jetstream().get_stream(reader.stream));
+    if let Some(lag) = lag {
+        let consumer = || vec![("consumer", lag.name.clone())];
+        let (pending, unacknowledged) = (lag.pending as f64, lag.ack_pending as f64);
+        gauges.push(("gozon_consumer_pending", "Messages that the consumer has not been given yet", consumer(), pending));
+        let help = "Messages that it was given and has not acknowledged";
+        gauges.push(("gozon_consumer_unacknowledged", help, consumer(), unacknowledged));
+    }
+    if let Ok(found) = found {
         let info = found.cached_info();
-        let name = || vec![("stream", stream.to_owned())];
+        let name = || vec![("stream", reader.stream.to_owned())];
         gauges.push(("gozon_stream_messages", "Messages in the stream", name(), info.state.messages as f64));
         gauges.push(("gozon_stream_bytes", "Their size", name(), info.state.bytes as f64));
         gauges.push(("gozon_stream_max_bytes", "At this size the oldest go", name(), info.config.max_bytes as f64));

@@ -159,6 +159,11 @@ impl Sent {
         self.acknowledged.push(Acknowledged { event_id: one.row.event_id, n: one.row.n, stream_sequence });
     }
 
+    /// Nothing of it is known to be stored after all.
+    pub(crate) fn doubt(&mut self) {
+        self.unacknowledged.extend(self.acknowledged.drain(..).map(|row| (row.event_id, row.n)));
+    }
+
     fn fail(&mut self, messages: &[Outgoing<'_>], error: PublishError) {
         self.stream_missing |= error.kind() == PublishErrorKind::StreamNotFound;
         self.unacknowledged.extend(messages.iter().map(|one| (one.row.event_id, one.row.n)));

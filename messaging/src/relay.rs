@@ -23,6 +23,7 @@ use crate::publish;
 use crate::schedule::{BATCH_MAX, Schedule, Step};
 use crate::topology::{self, Ensured, StreamState};
 use crate::vital::Vital;
+use shared_contracts::DLQ_STREAM;
 
 /// A step that hangs (a connection into nothing) is given up; the database frees its rows. The broker has two answers to
 /// give in it, each with a time limit of its own.
@@ -190,7 +191,12 @@ impl Relay {
     async fn publish(&self, db: &impl ConnectionTrait, rows: &[Pending]) -> anyhow::Result<Step> {
         failpoint!("relay.after_take")?;
         let begun = Instant::now();
-        let sent = publish::publish(&self.broker, rows).await?;
+        let connection_number = self.broker.connection_number();
+        let mut sent = publish::publish(&self.broker, rows).await?;
+        if self.broker.connection_number() != connection_number {
+            // Who said so may be gone with all that it had. Marked now, a row would look as if it had been published since.
+            sent.doubt();
+        }
         histogram!(measure::PUBLISH_SECONDS).record(begun.elapsed());
         failpoint!("relay.after_puback")?;
         outbox::mark_published(db, &sent.acknowledged).await.context("published rows cannot be marked")?;
@@ -269,12 +275,15 @@ impl Relay {
             }
             states.insert(wanted.name.clone(), state);
             if ensured == Ensured::Made || shrunk {
+                // Until we made it, it could take nothing. Who else made it, or cut it off, did so we do not know when.
+                if wanted.name != DLQ_STREAM {
+                    self.losses.note(if ensured == Ensured::Made { begun } else { Instant::now() });
+                }
                 // Of an installation that is just made, nothing can be lost.
-                if outbox::something_was_published(&self.db).await.unwrap_or(true) {
+                let something = db::within(STEP_TIMEOUT, outbox::something_was_published(&self.db)).await;
+                if something.unwrap_or(true) {
                     warn!(stream = wanted.name, "The broker does not have what it had acknowledged; it is asked for again");
                 }
-                // Until we made it, it could take nothing. Who else made it, or cut it off, did so we do not know when.
-                self.losses.note(if ensured == Ensured::Made { begun } else { Instant::now() });
             }
         }
         trouble.map_or(Ok(()), Err)

@@ -189,6 +189,11 @@ pub async fn ensure_stream(jetstream: &Context, wanted: &stream::Config) -> anyh
     }
 }
 
+/// There is no stream that a consumer could read.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("stream {0} does not exist yet; the service that owns it makes it")]
+pub struct NoStream(pub &'static str);
+
 /// Finds the durable consumer, or makes it if it is absent.
 pub async fn ensure_consumer(
     jetstream: &Context,
@@ -202,7 +207,7 @@ pub async fn ensure_consumer(
         Err(error) => match error.kind() {
             ConsumerErrorKind::JetStream(error) if error.error_code() == ErrorCode::CONSUMER_NOT_FOUND => {}
             ConsumerErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND => {
-                anyhow::bail!("stream {} does not exist yet; the service that owns it makes it", subscription.stream)
+                return Err(NoStream(subscription.stream).into());
             }
             _ => {
                 let context = format!("consumer {} cannot be looked up", subscription.consumer);

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use async_nats::jetstream;
+use async_nats::jetstream::context::GetStreamErrorKind;
+use async_nats::jetstream::{self, ErrorCode};
 use messaging::topology::{self, Subscription, TopologySettings};
 use messaging::{dead_letter, outbox};
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, FromQueryResult, Statement, Value as SqlValue};
@@ -155,23 +156,23 @@ pub async fn topology(jetstream: &jetstream::Context, settings: &TopologySetting
     if apply == Apply::Grow {
         // Before anything is changed: told other settings than the services, this would take away what they were given.
         for wanted in &all {
-            if let Ok(stream) = jetstream.get_stream(&wanted.name).await {
-                refuse_to_shrink(&stream.cached_info().config, wanted)?;
+            if let Some(found) = find_stream(jetstream, &wanted.name).await? {
+                refuse_to_shrink(&found.config, wanted)?;
             }
         }
     }
     for wanted in all {
         let mut changed = Vec::new();
         if apply != Apply::Look {
-            changed = match jetstream.get_stream(&wanted.name).await {
-                Ok(stream) => topology::drift(&stream.cached_info().config, &wanted),
-                Err(_) => vec!["made".to_owned()],
+            changed = match find_stream(jetstream, &wanted.name).await? {
+                Some(found) => topology::drift(&found.config, &wanted),
+                None => vec!["absent".to_owned()],
             };
             let applied = jetstream.create_or_update_stream(wanted.clone()).await;
             applied.with_context(|| format!("stream {} cannot be changed", wanted.name))?;
         }
-        let found = jetstream.get_stream(&wanted.name).await.ok();
-        let info = found.as_ref().map(jetstream::stream::Stream::cached_info);
+        let found = find_stream(jetstream, &wanted.name).await?;
+        let info = found.as_ref();
         parts.push(Part {
             name: format!("stream {}", wanted.name),
             there: info.is_some(),
@@ -186,6 +187,17 @@ pub async fn topology(jetstream: &jetstream::Context, settings: &TopologySetting
         parts.push(consumer(jetstream, &subscription, settings, apply).await?);
     }
     Ok(parts)
+}
+
+/// None if it is absent. Who does not answer has not said so.
+async fn find_stream(jetstream: &jetstream::Context, name: &str) -> anyhow::Result<Option<jetstream::stream::Info>> {
+    match jetstream.get_stream(name).await {
+        Ok(stream) => Ok(Some(stream.cached_info().clone())),
+        Err(error) => match error.kind() {
+            GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND => Ok(None),
+            _ => Err(anyhow::Error::new(error).context(format!("stream {name} cannot be looked up"))),
+        },
+    }
 }
 
 fn refuse_to_shrink(found: &jetstream::stream::Config, wanted: &jetstream::stream::Config) -> anyhow::Result<()> {
@@ -218,7 +230,7 @@ async fn consumer(
     if apply != Apply::Look {
         changed = match find().await {
             Some(consumer) => consumer_drift(&consumer.cached_info().config, &wanted),
-            None => vec!["made".to_owned()],
+            None => vec!["absent".to_owned()],
         };
         let applied = jetstream.create_consumer_on_stream(wanted.clone(), subscription.stream).await;
         applied.with_context(|| format!("consumer {} cannot be changed", subscription.consumer))?;

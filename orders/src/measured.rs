@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use messaging::broker::Broker;
 use messaging::measure;
-use messaging::topology::ORDERS_PAYMENT_SETTLED;
+use messaging::topology::PAYMENTS_ORDER_PLACED;
 use metrics::{counter, describe_counter, describe_histogram, histogram};
 use sea_orm::DatabaseConnection;
 use service_kit::metrics::{Gauge, Metrics};
-use shared_contracts::{DeclineReason, ORDERS_STREAM};
+use shared_contracts::DeclineReason;
 
 use crate::entity::order;
 use crate::order::Ended;
@@ -35,7 +35,7 @@ pub(crate) fn metrics(db: &DatabaseConnection, broker: &Broker) -> anyhow::Resul
     let metrics = metrics.look(move || {
         let broker = broker.clone();
         async move {
-            let gauges = measure::look_at_broker(&broker, &ORDERS_PAYMENT_SETTLED, ORDERS_STREAM).await;
+            let gauges = measure::look_at_broker(&broker, &PAYMENTS_ORDER_PLACED).await;
             Ok(gauges.into_iter().map(Gauge::from).collect())
         }
     });

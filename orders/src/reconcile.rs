@@ -108,10 +108,10 @@ impl Reconciler {
     /// Notes for all replicas that what was published before may be lost, by the database's clock, like the times it is
     /// compared with.
     async fn note(&self, before: Instant) -> Result<(), DbErr> {
-        // Waiting for a connection is over when the age is taken, and the transaction says what "now" is.
+        // Waiting for a connection is over when the age is taken.
         let txn = self.db.begin().await?;
         let age = before.elapsed().as_secs_f64();
-        let query = "UPDATE reconciliation SET lost_at = greatest(lost_at, now() - make_interval(secs => $1))";
+        let query = "UPDATE reconciliation SET lost_at = greatest(lost_at, clock_timestamp() - make_interval(secs => $1))";
         txn.execute_raw(sql(query, [age.into()])).await?;
         txn.commit().await
     }

@@ -2,11 +2,11 @@
 
 use messaging::broker::Broker;
 use messaging::measure;
-use messaging::topology::PAYMENTS_ORDER_PLACED;
+use messaging::topology::ORDERS_PAYMENT_SETTLED;
 use metrics::{counter, describe_counter};
 use sea_orm::DatabaseConnection;
 use service_kit::metrics::{Gauge, Metrics};
-use shared_contracts::{DeclineReason, PAYMENTS_STREAM};
+use shared_contracts::DeclineReason;
 
 use crate::charge::Charged;
 
@@ -28,7 +28,7 @@ pub(crate) fn metrics(db: &DatabaseConnection, broker: &Broker) -> anyhow::Resul
     let metrics = metrics.look(move || {
         let broker = broker.clone();
         async move {
-            let gauges = measure::look_at_broker(&broker, &PAYMENTS_ORDER_PLACED, PAYMENTS_STREAM).await;
+            let gauges = measure::look_at_broker(&broker, &ORDERS_PAYMENT_SETTLED).await;
             Ok(gauges.into_iter().map(Gauge::from).collect())
         }
     });

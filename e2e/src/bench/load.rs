@@ -143,7 +143,7 @@ pub(crate) async fn open_loop(http: &Http, per_second: u32, time: Duration) -> a
             _ => bail!("order {id} did not finish: {}", answer.text()),
         }
     });
-    let waited = orders.buffer_unordered(number as usize).try_collect().await;
+    let waited = orders.buffer_unordered(number.max(1) as usize).try_collect().await;
     clock.join().map_err(|_| anyhow::anyhow!("the thread that keeps time has panicked"))?;
     waited
 }

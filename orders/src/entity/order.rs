@@ -49,6 +49,14 @@ pub enum Status {
     Cancelled,
 }
 
+/// Named, since a prepared `*` fails for good once a newer version has added a column.
+macro_rules! columns {
+    () => {
+        "o.id, o.user_id, o.amount, o.description, o.status, o.reason, o.idempotency_key, o.request_hash, o.placed_event_id, o.asks,
+         o.asked_at, o.settlement_event_id, o.final_event_id, o.created_at, o.updated_at"
+    };
+}
+
 #[derive(FromQueryResult)]
 struct IdRow {
     id: Uuid,
@@ -106,8 +114,12 @@ pub(crate) async fn find_by_keys(
 ) -> Result<Vec<Model>, DbErr> {
     Entity::find()
         .from_raw_sql(sql(
-            "SELECT o.* FROM unnest($1::text[], $2::text[]) AS v (user_id, key)
-             JOIN orders o ON o.user_id = v.user_id AND o.idempotency_key = v.key",
+            concat!(
+                "SELECT ",
+                columns!(),
+                " FROM unnest($1::text[], $2::text[]) AS v (user_id, key)
+                  JOIN orders o ON o.user_id = v.user_id AND o.idempotency_key = v.key"
+            ),
             [user_ids.into(), keys.into()],
         ))
         .all(txn)
@@ -180,7 +192,10 @@ pub(crate) struct AskAgain {
 pub(crate) async fn lock_due(txn: &DatabaseTransaction, again: AskAgain) -> Result<Vec<Model>, DbErr> {
     Entity::find()
         .from_raw_sql(sql(
-            "SELECT o.* FROM orders o
+            concat!(
+                "SELECT ",
+                columns!(),
+                " FROM orders o
              LEFT JOIN outbox request ON request.event_id = o.placed_event_id AND request.n = o.asks
              CROSS JOIN reconciliation
              CROSS JOIN LATERAL (SELECT coalesce(request.published_at, o.asked_at, o.stored_at) AS at) asked
@@ -189,7 +204,8 @@ pub(crate) async fn lock_due(txn: &DatabaseTransaction, again: AskAgain) -> Resu
                AND (request.event_id IS NULL OR request.published_at IS NOT NULL)
                AND (asked.at < reconciliation.lost_at
                     OR asked.at < now() - make_interval(secs => least($1 * power(2, least(o.asks, 30)), $2)))
-             ORDER BY o.id LIMIT $3 FOR UPDATE OF o SKIP LOCKED",
+             ORDER BY o.id LIMIT $3 FOR UPDATE OF o SKIP LOCKED"
+            ),
             [again.after.as_secs_f64().into(), again.after_max.as_secs_f64().into(), i64::from(again.limit).into()],
         ))
         .all(txn)

@@ -1,5 +1,6 @@
 //! What works while something is away, and what is said about what does not.
 
+use sea_orm::ConnectionTrait as _;
 use serde_json::json;
 use shared_contracts::PaymentOutcome;
 use stack::http::Http;
@@ -82,4 +83,32 @@ async fn a_stop_is_quick_and_leaves_nothing_half_done() {
     waiting.abort();
     orders.run().await;
     assert_eq!(orders.status(id).await, "NEW");
+}
+
+#[tokio::test]
+async fn columns_that_a_newer_version_adds_trouble_no_replica_that_runs() {
+    let orders = Orders::start_with_arguments(&["--ask-again-ms=200"]).await;
+    let first = orders.place(Some("k"), "alice", 10).await;
+    let again = async || {
+        let answer = orders.place(Some("k"), "alice", 10).await;
+        assert_eq!((answer.status, answer.header("idempotency-replayed")), (201, Some("true")), "{}", answer.text());
+    };
+    let asked = async |times: i32| {
+        eventually("it is asked for again", SOON, async || (orders.row(id(&first.json())).await.asks >= times).then_some(()))
+            .await;
+    };
+    // Statements are prepared once a connection.
+    for _ in 0..10 {
+        again().await;
+    }
+    asked(1).await;
+    for table in ["orders", "outbox", "inbox", "dead_letters", "reconciliation", "retention"] {
+        orders.db.execute_unprepared(&format!("ALTER TABLE {table} ADD COLUMN later integer")).await.unwrap();
+    }
+    for _ in 0..10 {
+        again().await;
+    }
+    asked(3).await;
+    orders.payments().await.publish(&settlement(id(&first.json()), PaymentOutcome::Paid)).await;
+    orders.until_status(id(&first.json()), "FINISHED").await;
 }
