@@ -31,18 +31,19 @@ const losesAnswer = (arrived) => async (route) => {
 
 test('an order that had not arrived when the page was left is placed after it, once', browsing({ tolerated: ABORTED }, async ({ page, context }) => {
   const user = await startDemo(page);
-  const sent = await intercept(context, isOrder, (route) => route.abort());
+  let away = true;
+  const sent = await intercept(context, isOrder, (route) => (away ? route.abort() : route.continue()));
   await page.getByTestId('buy-tea').click();
   await page.getByTestId('unanswered').waitFor();
   assert.equal((await ordersOf(user)).length, 1);
-  sent.stop();
-  const again = await intercept(context, isOrder, (route) => route.continue());
-  await page.reload();
+  // Not before the page is left, or it asks again itself.
+  await page.reload({ waitUntil: 'commit' });
+  away = false;
   const note = page.getByTestId('resumed');
   await note.waitFor();
   assert.equal(await note.getAttribute('data-replayed'), 'false');
   assert.match(await note.innerText(), /Order “Tea” for ₽4\.50: it had not arrived, and is done now/);
-  assert.deepEqual(new Set(again.keys), new Set(sent.keys));
+  assert.ok(sent.keys.length >= 2 && new Set(sent.keys).size === 1, `${sent.keys}`);
   await eventually(async () => assert.equal(await orderWith(page, 'FINISHED').count(), 2));
   assert.equal((await ordersOf(user)).length, 2);
   await note.getByRole('button', { name: 'Close' }).click();
