@@ -13,34 +13,106 @@ use serde_json::Value;
 
 /// Which test catches which missing guard: package and name of the test.
 const CAUGHT_BY: [(&str, &str, &str); 20] = [
-    ("place.outbox_row", "orders", "placing::an_order_is_stored_with_the_fact_that_it_was_placed_and_published"),
-    ("place.idempotency_key", "orders", "placing::the_same_key_gets_the_first_answer_and_other_content_is_refused"),
-    ("relay.puback", "messaging", "relay::f19_a_row_that_the_broker_never_takes_holds_up_none_of_the_others"),
+    (
+        "place.outbox_row",
+        "orders",
+        "placing::an_order_is_stored_with_the_fact_that_it_was_placed_and_published",
+    ),
+    (
+        "place.idempotency_key",
+        "orders",
+        "placing::the_same_key_gets_the_first_answer_and_other_content_is_refused",
+    ),
+    (
+        "relay.puback",
+        "messaging",
+        "relay::f19_a_row_that_the_broker_never_takes_holds_up_none_of_the_others",
+    ),
     (
         "consumer.ack_after_commit",
         "payments",
         "charging::a_crash_before_the_commit_leaves_nothing_and_the_order_is_debited_after",
     ),
-    ("charge.decision_check", "payments", "charging::a_redelivered_order_writes_nothing_but_its_counter"),
-    ("charge.decision_over_inbox", "payments", "charging::the_decision_guards_even_without_an_inbox_row"),
+    (
+        "charge.decision_check",
+        "payments",
+        "charging::a_redelivered_order_writes_nothing_but_its_counter",
+    ),
+    (
+        "charge.decision_over_inbox",
+        "payments",
+        "charging::the_decision_guards_even_without_an_inbox_row",
+    ),
     (
         "charge.one_decision_in_a_batch",
         "payments",
         "charging::the_same_event_twice_and_two_asks_of_one_order_in_one_batch_are_one_debit",
     ),
-    ("charge.refusal_stored", "payments", "charging::f41_a_refusal_stands_even_after_a_top_up"),
-    ("charge.same_request", "payments", "poison::f33_another_amount_or_user_for_a_decided_order_is_quarantined"),
-    ("charge.enough_money", "payments", "charging::f41_a_refusal_stands_even_after_a_top_up"),
-    ("charge.re_arm", "payments", "charging::a_re_ask_is_answered_again_once"),
-    ("account.lock", "payments", "accounts::fifty_parallel_deposits_with_fifty_keys_all_count"),
-    ("deposit.idempotency_key", "payments", "accounts::f41_a_retried_deposit_adds_once"),
-    ("payments.append_only", "payments", "charging::money_rows_cannot_be_changed_or_deleted"),
-    ("settle.status_guard", "orders", "settling::a_repeated_answer_changes_nothing_and_publishes_nothing"),
-    ("settle.same_content", "orders", "settling::f33_an_answer_that_contradicts_is_quarantined_and_changes_nothing"),
-    ("orders.final", "orders", "settling::a_final_order_cannot_be_changed_and_no_order_deleted"),
-    ("reconcile.ask_again", "orders", "reconciling::an_order_without_an_answer_is_asked_for_again_under_new_numbers"),
-    ("reconcile.lost_at", "orders", "reconciling::when_the_broker_comes_back_empty_every_new_order_is_due_at_once"),
-    ("reconcile.fresh_message_id", "orders", "reconciling::an_order_without_an_answer_is_asked_for_again_under_new_numbers"),
+    (
+        "charge.refusal_stored",
+        "payments",
+        "charging::f41_a_refusal_stands_even_after_a_top_up",
+    ),
+    (
+        "charge.same_request",
+        "payments",
+        "poison::f33_another_amount_or_user_for_a_decided_order_is_quarantined",
+    ),
+    (
+        "charge.enough_money",
+        "payments",
+        "charging::f41_a_refusal_stands_even_after_a_top_up",
+    ),
+    (
+        "charge.re_arm",
+        "payments",
+        "charging::a_re_ask_is_answered_again_once",
+    ),
+    (
+        "account.lock",
+        "payments",
+        "accounts::fifty_parallel_deposits_with_fifty_keys_all_count",
+    ),
+    (
+        "deposit.idempotency_key",
+        "payments",
+        "accounts::f41_a_retried_deposit_adds_once",
+    ),
+    (
+        "payments.append_only",
+        "payments",
+        "charging::money_rows_cannot_be_changed_or_deleted",
+    ),
+    (
+        "settle.status_guard",
+        "orders",
+        "settling::a_repeated_answer_changes_nothing_and_publishes_nothing",
+    ),
+    (
+        "settle.same_content",
+        "orders",
+        "settling::f33_an_answer_that_contradicts_is_quarantined_and_changes_nothing",
+    ),
+    (
+        "orders.final",
+        "orders",
+        "settling::a_final_order_cannot_be_changed_and_no_order_deleted",
+    ),
+    (
+        "reconcile.ask_again",
+        "orders",
+        "reconciling::an_order_without_an_answer_is_asked_for_again_under_new_numbers",
+    ),
+    (
+        "reconcile.lost_at",
+        "orders",
+        "reconciling::when_the_broker_comes_back_empty_every_new_order_is_due_at_once",
+    ),
+    (
+        "reconcile.fresh_message_id",
+        "orders",
+        "reconciling::an_order_without_an_answer_is_asked_for_again_under_new_numbers",
+    ),
 ];
 
 /// Takes away one guard after the other; a test must notice each time.
@@ -53,30 +125,63 @@ struct Arguments {
 
 fn main() -> anyhow::Result<ExitCode> {
     let arguments = Arguments::parse();
-    let chosen: Vec<_> = CAUGHT_BY.iter().filter(|(guard, _, _)| guard.contains(&arguments.only)).collect();
-    ensure!(!chosen.is_empty(), "no guard is named like {:?}", arguments.only);
+    let chosen: Vec<_> = CAUGHT_BY
+        .iter()
+        .filter(|(guard, _, _)| guard.contains(&arguments.only))
+        .collect();
+    ensure!(
+        !chosen.is_empty(),
+        "no guard is named like {:?}",
+        arguments.only
+    );
 
     let programs = Programs::build()?;
     println!("Every test with all guards in place:");
-    let tests: BTreeSet<(&str, &str)> = chosen.iter().map(|(_, package, test)| (*package, *test)).collect();
+    let tests: BTreeSet<(&str, &str)> = chosen
+        .iter()
+        .map(|(_, package, test)| (*package, *test))
+        .collect();
     for (package, test) in &tests {
         let run = programs.run(package, test, None)?;
-        println!("  {:<6} {:>5.1} s  {package} {test}", if run.passed { "passes" } else { "FAILS" }, run.seconds);
-        ensure!(run.passed, "{test} fails although nothing is taken away:\n{}", run.why);
+        println!(
+            "  {:<6} {:>5.1} s  {package} {test}",
+            if run.passed { "passes" } else { "FAILS" },
+            run.seconds
+        );
+        ensure!(
+            run.passed,
+            "{test} fails although nothing is taken away:\n{}",
+            run.why
+        );
     }
 
     println!("\nThe same with one guard less:");
     let mut missed = 0;
     for (guard, package, test) in &chosen {
         let run = programs.run(package, test, Some(guard))?;
-        let what = GUARDS.iter().find(|(name, _)| name == guard).map_or("", |(_, what)| what);
+        let what = GUARDS
+            .iter()
+            .find(|(name, _)| name == guard)
+            .map_or("", |(_, what)| what);
         let verdict = if run.passed { "MISSED" } else { "caught" };
         println!("  {verdict} {:>5.1} s  {guard:<31} {what}", run.seconds);
-        println!("  {:>17}by {package} {test}: {}", "", if run.passed { "it passes" } else { &run.why });
+        println!(
+            "  {:>17}by {package} {test}: {}",
+            "",
+            if run.passed { "it passes" } else { &run.why }
+        );
         missed += usize::from(run.passed);
     }
-    println!("\n{} guards taken away, {} caught, {missed} missed.", chosen.len(), chosen.len() - missed);
-    Ok(if missed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    println!(
+        "\n{} guards taken away, {} caught, {missed} missed.",
+        chosen.len(),
+        chosen.len() - missed
+    );
+    Ok(if missed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 struct Run {
@@ -92,18 +197,35 @@ struct Programs(BTreeMap<String, (PathBuf, PathBuf)>);
 impl Programs {
     fn build() -> anyhow::Result<Self> {
         let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        cargo.args(["test", "--locked", "--workspace", "--test", "it", "--no-run", "--message-format=json"]);
-        let output = cargo.stderr(Stdio::inherit()).output().context("cargo cannot be run")?;
+        cargo.args([
+            "test",
+            "--locked",
+            "--workspace",
+            "--test",
+            "it",
+            "--no-run",
+            "--message-format=json",
+        ]);
+        let output = cargo
+            .stderr(Stdio::inherit())
+            .output()
+            .context("cargo cannot be run")?;
         ensure!(output.status.success(), "the tests cannot be built");
         let mut programs = BTreeMap::new();
         for line in String::from_utf8_lossy(&output.stdout).lines() {
             let artifact: Value = serde_json::from_str(line)?;
-            let manifest = artifact["manifest_path"].as_str().map(Path::new).and_then(Path::parent);
+            let manifest = artifact["manifest_path"]
+                .as_str()
+                .map(Path::new)
+                .and_then(Path::parent);
             if let (Some(program), Some(folder)) = (artifact["executable"].as_str(), manifest)
                 && artifact["target"]["name"] == "it"
                 && let Some(package) = folder.file_name()
             {
-                programs.insert(package.to_string_lossy().into_owned(), (program.into(), folder.to_owned()));
+                programs.insert(
+                    package.to_string_lossy().into_owned(),
+                    (program.into(), folder.to_owned()),
+                );
             }
         }
         Ok(Self(programs))
@@ -113,18 +235,38 @@ impl Programs {
     /// run has noticed nothing.
     fn run(&self, package: &str, test: &str, removed: Option<&str>) -> anyhow::Result<Run> {
         let begun = Instant::now();
-        let (program, folder) = self.0.get(package).with_context(|| format!("{package} has no tests"))?;
+        let (program, folder) = self
+            .0
+            .get(package)
+            .with_context(|| format!("{package} has no tests"))?;
         let mut command = Command::new(program);
-        command.args(["--exact", test]).current_dir(folder).env_remove(REMOVED_GUARD).env("RUST_BACKTRACE", "0");
+        command
+            .args(["--exact", test])
+            .current_dir(folder)
+            .env_remove(REMOVED_GUARD)
+            .env("RUST_BACKTRACE", "0");
         if let Some(guard) = removed {
             command.env(REMOVED_GUARD, guard);
         }
-        let output = command.output().with_context(|| format!("{} cannot be run", program.display()))?;
-        let said = format!("{}\n{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        let output = command
+            .output()
+            .with_context(|| format!("{} cannot be run", program.display()))?;
+        let said = format!(
+            "{}\n{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
         let passed = said.contains("test result: ok. 1 passed; 0 failed");
         let failed = said.contains("test result: FAILED. 0 passed; 1 failed");
-        ensure!(passed != failed && passed == output.status.success(), "{test} did not run:\n{said}");
-        Ok(Run { passed, why: why(&said), seconds: begun.elapsed().as_secs_f32() })
+        ensure!(
+            passed != failed && passed == output.status.success(),
+            "{test} did not run:\n{said}"
+        );
+        Ok(Run {
+            passed,
+            why: why(&said),
+            seconds: begun.elapsed().as_secs_f32(),
+        })
     }
 }
 

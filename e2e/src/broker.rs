@@ -11,7 +11,12 @@ use uuid::Uuid;
 /// Connects as the operator.
 pub async fn operator(system: &System) -> anyhow::Result<Broker> {
     let password = system.place().secrets.nats_ops.clone();
-    let config = BrokerConfig { url: system.nats().url(), user: "ops".to_owned(), password, name: "test".to_owned() };
+    let config = BrokerConfig {
+        url: system.nats().url(),
+        user: "ops".to_owned(),
+        password,
+        name: "test".to_owned(),
+    };
     let broker = Broker::connect(config).await?;
     broker.until_connected().await;
     Ok(broker)
@@ -24,28 +29,53 @@ pub async fn say_again(broker: &Broker, stream: &str, at_most: u64) -> anyhow::R
     const TOGETHER: usize = 50;
     let mut stream = broker.jetstream().get_stream(stream).await?;
     let state = stream.info().await?.state.clone();
-    let end = state.last_sequence.min(state.first_sequence.saturating_add(at_most).saturating_sub(1));
+    let end = state.last_sequence.min(
+        state
+            .first_sequence
+            .saturating_add(at_most)
+            .saturating_sub(1),
+    );
     let mut acks: Vec<PublishAckFuture> = Vec::new();
     let mut said = 0;
     for sequence in state.first_sequence..=end {
         // Old ones go while we read.
-        let Ok(message) = stream.direct_get(sequence).await else { continue };
+        let Ok(message) = stream.direct_get(sequence).await else {
+            continue;
+        };
         let mut headers = HeaderMap::new();
         // Without what speaks to the broker: some of these messages were stored as batches.
-        for (name, values) in message.headers.iter().filter(|(name, _)| !name.to_string().starts_with("Nats-")) {
-            headers.insert(name.clone(), values.first().context("a header has a value")?.clone());
+        for (name, values) in message
+            .headers
+            .iter()
+            .filter(|(name, _)| !name.to_string().starts_with("Nats-"))
+        {
+            headers.insert(
+                name.clone(),
+                values.first().context("a header has a value")?.clone(),
+            );
         }
         headers.insert("Nats-Msg-Id", Uuid::new_v4().to_string());
-        acks.push(broker.jetstream().publish_with_headers(message.subject.clone(), headers, message.payload.clone()).await?);
+        acks.push(
+            broker
+                .jetstream()
+                .publish_with_headers(message.subject.clone(), headers, message.payload.clone())
+                .await?,
+        );
         said += 1;
         if acks.len() == TOGETHER {
             for ack in acks.drain(..) {
-                anyhow::ensure!(!ack.into_future().await?.duplicate, "a new message id is taken for an old one");
+                anyhow::ensure!(
+                    !ack.into_future().await?.duplicate,
+                    "a new message id is taken for an old one"
+                );
             }
         }
     }
     for ack in acks {
-        anyhow::ensure!(!ack.into_future().await?.duplicate, "a new message id is taken for an old one");
+        anyhow::ensure!(
+            !ack.into_future().await?.duplicate,
+            "a new message id is taken for an old one"
+        );
     }
     Ok(said)
 }

@@ -24,8 +24,11 @@ mod nemesis;
 mod report;
 
 /// As short as makes sense: with the real ones, healing may take 10 minutes.
-pub const TIMERS: [(&str, &str); 3] =
-    [("GOZON_ACK_WAIT_MS", "1000"), ("GOZON_ASK_AGAIN_MS", "2000"), ("GOZON_ASK_AGAIN_MAX_MS", "10000")];
+pub const TIMERS: [(&str, &str); 3] = [
+    ("GOZON_ACK_WAIT_MS", "1000"),
+    ("GOZON_ASK_AGAIN_MS", "2000"),
+    ("GOZON_ASK_AGAIN_MAX_MS", "10000"),
+];
 /// After the last fault everything must be final within this.
 pub const SETTLE_WITHIN: Duration = Duration::from_secs(60);
 /// What was ordered when nothing broke any more must be final within this.
@@ -74,11 +77,19 @@ impl Settings {
 /// Runs it. Call it on a runtime of one thread: processes end when the thread that started them does.
 pub async fn run(settings: &Settings) -> anyhow::Result<Report> {
     let mut seed = Seed::new(settings.seed);
-    let mut environment: Vec<(String, String)> = TIMERS.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
+    let mut environment: Vec<(String, String)> = TIMERS
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .to_vec();
     environment.extend(settings.environment.iter().cloned());
-    let (stack, edges) = TestStack::start_behind_proxies(&settings.binaries, environment, &mut seed).await?;
+    let (stack, edges) =
+        TestStack::start_behind_proxies(&settings.binaries, environment, &mut seed).await?;
     let over = Duration::from_secs(settings.seconds);
-    let plan = Plan { users: USERS, orders: settings.orders, deposits: settings.deposits, over };
+    let plan = Plan {
+        users: USERS,
+        orders: settings.orders,
+        deposits: settings.deposits,
+        over,
+    };
     let customers = Customers::new(&edges.front());
     let words = RefCell::new(String::new());
     let mut nemesis = Nemesis::new(stack, edges, over, &settings.only, &mut seed)?;
@@ -91,8 +102,12 @@ pub async fn run(settings: &Settings) -> anyhow::Result<Report> {
         let mut last = String::new();
         loop {
             let seen = customers.seen();
-            let (done, word) =
-                words.borrow().split_once(' ').map_or(("0".to_owned(), String::new()), |(a, b)| (a.to_owned(), b.to_owned()));
+            let (done, word) = words
+                .borrow()
+                .split_once(' ')
+                .map_or(("0".to_owned(), String::new()), |(a, b)| {
+                    (a.to_owned(), b.to_owned())
+                });
             let line = format!(
                 "{:>4} s  {:>5}/{} orders  {:>4}/{} deposits  {:>4} unknown outcomes  {done}/{faults} faults  {word}",
                 begun.elapsed().as_secs(),
@@ -103,7 +118,12 @@ pub async fn run(settings: &Settings) -> anyhow::Result<Report> {
                 seen.unknown
             );
             show(&line, &mut last);
-            tokio::time::sleep(if std::io::stderr().is_terminal() { LOOK_INTERVAL * 5 } else { TELL_INTERVAL }).await;
+            tokio::time::sleep(if std::io::stderr().is_terminal() {
+                LOOK_INTERVAL * 5
+            } else {
+                TELL_INTERVAL
+            })
+            .await;
         }
     };
     let work = async {
@@ -139,26 +159,50 @@ pub async fn run(settings: &Settings) -> anyhow::Result<Report> {
     let seen = customers.seen();
     let history: History = customers.into_history();
     if let Some(path) = &settings.history {
-        crate::load::write(&history, path).with_context(|| format!("{} cannot be written", path.display()))?;
+        crate::load::write(&history, path)
+            .with_context(|| format!("{} cannot be written", path.display()))?;
     }
     // Everything was final a moment ago: nothing may be late or under way any more.
-    let options = audit::Options { grace: Duration::from_secs(2), late_after: Duration::ZERO, stuck_after: Duration::ZERO };
+    let options = audit::Options {
+        grace: Duration::from_secs(2),
+        late_after: Duration::ZERO,
+        stuck_after: Duration::ZERO,
+    };
     let broker = operator(nemesis.system()).await?;
-    let beside = Beside { streams: Some(broker.jetstream()), history: Some(&history) };
+    let beside = Beside {
+        streams: Some(broker.jetstream()),
+        history: Some(&history),
+    };
     let audited = audit::audit_with(&databases, options, beside).await?;
-    Ok(Report::new(settings, seen, &history, nemesis.fired(), nemesis.unexpected_ends(), audited, settled_after, took))
+    Ok(Report::new(
+        settings,
+        seen,
+        &history,
+        nemesis.fired(),
+        nemesis.unexpected_ends(),
+        audited,
+        settled_after,
+        took,
+    ))
 }
 
 async fn databases(nemesis: &Nemesis) -> anyhow::Result<Databases> {
     let postgres = nemesis.system().postgres();
-    Ok(Databases { orders: postgres.connect("orders").await?, payments: postgres.connect("payments").await? })
+    Ok(Databases {
+        orders: postgres.connect("orders").await?,
+        payments: postgres.connect("payments").await?,
+    })
 }
 
 /// Waits until no order is NEW and nothing waits to be published.
 async fn until_settled(databases: &Databases, deadline: Instant) -> anyhow::Result<bool> {
     let waits = "SELECT 1 FROM outbox WHERE published_at IS NULL LIMIT 1";
     loop {
-        let open = any(&databases.orders, "SELECT 1 FROM orders WHERE status = 'NEW' LIMIT 1").await?
+        let open = any(
+            &databases.orders,
+            "SELECT 1 FROM orders WHERE status = 'NEW' LIMIT 1",
+        )
+        .await?
             || any(&databases.orders, waits).await?
             || any(&databases.payments, waits).await?;
         if !open || Instant::now() > deadline {
@@ -169,7 +213,10 @@ async fn until_settled(databases: &Databases, deadline: Instant) -> anyhow::Resu
 }
 
 async fn any(db: &DatabaseConnection, query: &str) -> anyhow::Result<bool> {
-    Ok(db.query_one_raw(Statement::from_string(DbBackend::Postgres, query)).await?.is_some())
+    Ok(db
+        .query_one_raw(Statement::from_string(DbBackend::Postgres, query))
+        .await?
+        .is_some())
 }
 
 /// On a terminal one line that changes; elsewhere a line now and then.

@@ -31,27 +31,56 @@ const KILL_AT: usize = 10;
 const WITHIN: Duration = Duration::from_secs(60);
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 /// The broker waits this long before it delivers again what a dead process had taken; 30 s by default.
-const TIMERS: [(&str, &str); 2] = [("GOZON_ACK_WAIT_MS", "1000"), ("GOZON_ASK_AGAIN_MS", "2000")];
+const TIMERS: [(&str, &str); 2] = [
+    ("GOZON_ACK_WAIT_MS", "1000"),
+    ("GOZON_ASK_AGAIN_MS", "2000"),
+];
 
 // One thread: the processes of a stack end when the thread that started them does.
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<ExitCode> {
-    let teller = Teller { begun: Instant::now(), colours: std::io::stdout().is_terminal() };
+    let teller = Teller {
+        begun: Instant::now(),
+        colours: std::io::stdout().is_terminal(),
+    };
     teller.title("Twenty orders, and what can go wrong.");
-    teller.say("PostgreSQL, NATS, orders, payments and gateway start, as processes of their own ...");
-    let timers = TIMERS.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
-    let binaries = std::env::current_exe()?.parent().context("this program is in a folder")?.to_owned();
+    teller
+        .say("PostgreSQL, NATS, orders, payments and gateway start, as processes of their own ...");
+    let timers = TIMERS
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .to_vec();
+    let binaries = std::env::current_exe()?
+        .parent()
+        .context("this program is in a folder")?
+        .to_owned();
     let mut stack = TestStack::start_in(&binaries, timers).await?;
     let postgres = stack.system.postgres();
-    let databases = Databases { orders: postgres.connect("orders").await?, payments: postgres.connect("payments").await? };
+    let databases = Databases {
+        orders: postgres.connect("orders").await?,
+        payments: postgres.connect("payments").await?,
+    };
     let http = Http::new(stack.system.address("gateway"));
 
-    let mut shop = Shop { http, orders: Vec::new() };
-    until_done(&shop.http, "/v1/accounts", &json!({ "user_id": "alice" }), WITHIN).await?;
+    let mut shop = Shop {
+        http,
+        orders: Vec::new(),
+    };
+    until_done(
+        &shop.http,
+        "/v1/accounts",
+        &json!({ "user_id": "alice" }),
+        WITHIN,
+    )
+    .await?;
     let deposit = json!({ "amount": AFFORDABLE * PRICE });
-    let paid_in = until_done(&shop.http, "/v1/accounts/alice/deposits", &deposit, WITHIN).await?.json();
+    let paid_in = until_done(&shop.http, "/v1/accounts/alice/deposits", &deposit, WITHIN)
+        .await?
+        .json();
     let money = paid_in["balance"].as_i64().context("a balance")?;
-    teller.say(format!("Alice has {money}. She orders {ORDERS} times for {PRICE}: there is money for {}.", money / PRICE));
+    teller.say(format!(
+        "Alice has {money}. She orders {ORDERS} times for {PRICE}: there is money for {}.",
+        money / PRICE
+    ));
 
     while shop.orders.len() < REPEAT_AFTER {
         shop.order().await?;
@@ -62,44 +91,69 @@ async fn main() -> anyhow::Result<ExitCode> {
     let broker = operator(&stack.system).await?;
     repeat(&broker, REPEATED).await?;
     let repeats = "SELECT coalesce(sum(repeats), 0)::bigint FROM inbox WHERE consumer = 'payments-order-placed'";
-    until(async || Ok(count(&databases.payments, repeats).await? >= REPEATED as i64)).await.context("the repetitions")?;
+    until(async || Ok(count(&databases.payments, repeats).await? >= REPEATED as i64))
+        .await
+        .context("the repetitions")?;
     let recognised = count(&databases.payments, repeats).await?;
     let debits = count(&databases.payments, DEBITS).await?;
-    teller.fault(format!("The requests for orders 1 and {REPEATED} are delivered a second time."));
-    teller.say(format!("Payments recognises {recognised} repetitions. There are still {debits} debits."));
+    teller.fault(format!(
+        "The requests for orders 1 and {REPEATED} are delivered a second time."
+    ));
+    teller.say(format!(
+        "Payments recognises {recognised} repetitions. There are still {debits} debits."
+    ));
 
     while shop.orders.len() < KILL_AT {
         shop.order().await?;
     }
     let pid = stack.system.pid("payments").context("payments runs")?;
     stack.system.kill("payments").await?;
-    teller.fault(format!("Order {KILL_AT} is placed, and in that moment payments is killed: kill -9 {pid}."));
+    teller.fault(format!(
+        "Order {KILL_AT} is placed, and in that moment payments is killed: kill -9 {pid}."
+    ));
     while shop.orders.len() < ORDERS {
         shop.order().await?;
     }
     shop.look().await?;
-    teller.orders(&shop, "are taken all the same. Those that are open wait for payments.");
+    teller.orders(
+        &shop,
+        "are taken all the same. Those that are open wait for payments.",
+    );
 
     let nothing_waits = "SELECT count(*) FROM outbox WHERE published_at IS NULL";
-    until(async || Ok(count(&databases.orders, nothing_waits).await? == 0)).await.context("the requests are published")?;
+    until(async || Ok(count(&databases.orders, nothing_waits).await? == 0))
+        .await
+        .context("the requests are published")?;
     let held = held(&broker).await?;
     drop(broker);
     stack.system.kill("nats").await?;
     stack.system.wipe_nats()?;
-    teller.fault(format!("The broker is killed and its disk is wiped: {held} messages, acknowledged and gone."));
+    teller.fault(format!(
+        "The broker is killed and its disk is wiped: {held} messages, acknowledged and gone."
+    ));
     stack.system.start("nats").await?;
     stack.system.start("payments").await?;
     teller.say("The broker is back, empty. Payments is back. Nobody repairs anything.");
 
     shop.until(|final_ones| final_ones == ORDERS).await?;
-    let asked_again = count(&databases.orders, "SELECT count(*) FROM orders WHERE asks > 0").await?;
-    teller.say(format!("Orders has asked again for {asked_again} orders that stayed NEW."));
+    let asked_again = count(
+        &databases.orders,
+        "SELECT count(*) FROM orders WHERE asks > 0",
+    )
+    .await?;
+    teller.say(format!(
+        "Orders has asked again for {asked_again} orders that stayed NEW."
+    ));
     teller.orders(&shop, "are final.");
 
     let verdict = audited(&databases, &shop).await?;
     teller.end(&verdict);
     stack.system.stop_all().await?;
-    Ok(if verdict.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if verdict.is_good() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 /// Alice's orders, as they were last seen.
@@ -110,8 +164,18 @@ struct Shop {
 
 impl Shop {
     async fn order(&mut self) -> anyhow::Result<()> {
-        let order = until_done(&self.http, "/v1/orders", &json!({ "user_id": "alice", "amount": PRICE }), WITHIN).await?.json();
-        let id = order["id"].as_str().context("an order has an id")?.to_owned();
+        let order = until_done(
+            &self.http,
+            "/v1/orders",
+            &json!({ "user_id": "alice", "amount": PRICE }),
+            WITHIN,
+        )
+        .await?
+        .json();
+        let id = order["id"]
+            .as_str()
+            .context("an order has an id")?
+            .to_owned();
         self.orders.push((id, order["status"].clone()));
         Ok(())
     }
@@ -124,7 +188,10 @@ impl Shop {
     }
 
     fn count(&self, status: &str) -> usize {
-        self.orders.iter().filter(|(_, other)| other == status).count()
+        self.orders
+            .iter()
+            .filter(|(_, other)| other == status)
+            .count()
     }
 
     fn final_ones(&self) -> usize {
@@ -138,7 +205,12 @@ impl Shop {
             if enough(self.final_ones()) {
                 return Ok(());
             }
-            ensure!(Instant::now() < deadline, "after {WITHIN:?} only {} of {} are final", self.final_ones(), self.orders.len());
+            ensure!(
+                Instant::now() < deadline,
+                "after {WITHIN:?} only {} of {} are final",
+                self.final_ones(),
+                self.orders.len()
+            );
             tokio::time::sleep(LOOK_INTERVAL).await;
         }
     }
@@ -150,7 +222,10 @@ async fn repeat(broker: &Broker, messages: u64) -> anyhow::Result<()> {
     let mut sequence = stream.cached_info().state.first_sequence;
     let mut repeated = 0;
     while repeated < messages {
-        let message = stream.get_raw_message(sequence).await.context("a message of the stream")?;
+        let message = stream
+            .get_raw_message(sequence)
+            .await
+            .context("a message of the stream")?;
         sequence += 1;
         // The ends of orders are in the same stream.
         if message.subject.as_str() != "gozon.orders.placed" {
@@ -158,8 +233,14 @@ async fn repeat(broker: &Broker, messages: u64) -> anyhow::Result<()> {
         }
         let mut headers = message.headers.clone();
         headers.insert("Nats-Msg-Id", Uuid::new_v4().to_string());
-        let ack = broker.jetstream().publish_with_headers(message.subject, headers, message.payload).await?;
-        ensure!(!ack.await?.duplicate, "the broker has recognised the repetition");
+        let ack = broker
+            .jetstream()
+            .publish_with_headers(message.subject, headers, message.payload)
+            .await?;
+        ensure!(
+            !ack.await?.duplicate,
+            "the broker has recognised the repetition"
+        );
         repeated += 1;
     }
     Ok(())
@@ -187,7 +268,9 @@ async fn until(mut check: impl AsyncFnMut() -> anyhow::Result<bool>) -> anyhow::
 const DEBITS: &str = "SELECT count(*) FROM transfers WHERE kind = 'payment'";
 
 async fn count(db: &DatabaseConnection, sql: &str) -> anyhow::Result<i64> {
-    let row = db.query_one_raw(Statement::from_string(DbBackend::Postgres, sql)).await?;
+    let row = db
+        .query_one_raw(Statement::from_string(DbBackend::Postgres, sql))
+        .await?;
     Ok(row.context("a count is one row")?.try_get_by_index(0)?)
 }
 
@@ -200,21 +283,38 @@ struct Verdict {
 }
 
 async fn audited(databases: &Databases, shop: &Shop) -> anyhow::Result<Verdict> {
-    let options = audit::Options { grace: Duration::from_secs(4), late_after: Duration::ZERO, stuck_after: Duration::ZERO };
+    let options = audit::Options {
+        grace: Duration::from_secs(4),
+        late_after: Duration::ZERO,
+        stuck_after: Duration::ZERO,
+    };
     let report = audit::audit(databases, options).await?;
     let debits = count(&databases.payments, DEBITS).await?;
     let account = shop.http.get("/v1/accounts/alice").await?.json();
     let balance = account["balance"].as_i64().context("a balance")?;
-    Ok(Verdict { report, debits, balance, expected_balance: (AFFORDABLE - shop.count("FINISHED") as i64) * PRICE })
+    Ok(Verdict {
+        report,
+        debits,
+        balance,
+        expected_balance: (AFFORDABLE - shop.count("FINISHED") as i64) * PRICE,
+    })
 }
 
 impl Verdict {
     fn number(&self, kinds: &[Kind]) -> usize {
-        self.report.findings.iter().filter(|finding| kinds.contains(&finding.kind)).count()
+        self.report
+            .findings
+            .iter()
+            .filter(|finding| kinds.contains(&finding.kind))
+            .count()
     }
 
     fn status(&self, status: &str) -> u64 {
-        self.report.by_status.get(status).copied().unwrap_or_default()
+        self.report
+            .by_status
+            .get(status)
+            .copied()
+            .unwrap_or_default()
     }
 
     fn final_ones(&self) -> u64 {
@@ -222,7 +322,12 @@ impl Verdict {
     }
 
     fn balances_are_exact(&self) -> bool {
-        let kinds = [Kind::BalanceDrift, Kind::NegativeBalance, Kind::BrokenStatement, Kind::MalformedTransfer];
+        let kinds = [
+            Kind::BalanceDrift,
+            Kind::NegativeBalance,
+            Kind::BrokenStatement,
+            Kind::MalformedTransfer,
+        ];
         self.balance == self.expected_balance && self.number(&kinds) == 0
     }
 
@@ -237,9 +342,18 @@ impl Verdict {
 
 impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let exact = if self.balances_are_exact() { "balances exact" } else { "BALANCES WRONG" };
+        let exact = if self.balances_are_exact() {
+            "balances exact"
+        } else {
+            "BALANCES WRONG"
+        };
         let doubled = self.number(&[Kind::DoubledDebit]);
-        write!(f, "{} final, {} debits, {doubled} twice, {exact}", self.final_ones(), self.debits)
+        write!(
+            f,
+            "{} final, {} debits, {doubled} twice, {exact}",
+            self.final_ones(),
+            self.debits
+        )
     }
 }
 
@@ -255,7 +369,11 @@ impl Teller {
     }
 
     fn say(&self, words: impl AsRef<str>) {
-        self.print(&format!("{:>5.1} s  {}", self.begun.elapsed().as_secs_f32(), words.as_ref()));
+        self.print(&format!(
+            "{:>5.1} s  {}",
+            self.begun.elapsed().as_secs_f32(),
+            words.as_ref()
+        ));
     }
 
     fn fault(&self, words: impl AsRef<str>) {
@@ -277,7 +395,12 @@ impl Teller {
     }
 
     fn end(&self, verdict: &Verdict) {
-        let Verdict { report, debits, balance, expected_balance } = verdict;
+        let Verdict {
+            report,
+            debits,
+            balance,
+            expected_balance,
+        } = verdict;
         self.print("");
         self.print("  The books, read in both databases:");
         self.print(&format!(
@@ -287,18 +410,33 @@ impl Teller {
             verdict.status("CANCELLED"),
             verdict.status("NEW")
         ));
-        self.print(&format!("    {} decisions, {debits} debits of {PRICE}", report.decisions));
-        self.print(&format!("    Alice has {balance}, and should have {expected_balance}"));
+        self.print(&format!(
+            "    {} decisions, {debits} debits of {PRICE}",
+            report.decisions
+        ));
+        self.print(&format!(
+            "    Alice has {balance}, and should have {expected_balance}"
+        ));
         for finding in &report.findings {
-            self.print(&self.in_colour("31", &format!("    {} {}: {}", finding.kind, finding.id, finding.detail)));
+            self.print(&self.in_colour(
+                "31",
+                &format!("    {} {}: {}", finding.kind, finding.id, finding.detail),
+            ));
         }
         let colour = if verdict.is_good() { "1;32" } else { "1;31" };
         let took = self.begun.elapsed().as_secs_f32();
-        self.print(&format!("\n{}  ({took:.1} s)", self.in_colour(colour, &format!("{verdict}."))));
+        self.print(&format!(
+            "\n{}  ({took:.1} s)",
+            self.in_colour(colour, &format!("{verdict}."))
+        ));
     }
 
     fn in_colour(&self, colour: &str, words: &str) -> String {
-        if self.colours { format!("\u{1b}[{colour}m{words}\u{1b}[0m") } else { words.to_owned() }
+        if self.colours {
+            format!("\u{1b}[{colour}m{words}\u{1b}[0m")
+        } else {
+            words.to_owned()
+        }
     }
 
     fn print(&self, line: &str) {

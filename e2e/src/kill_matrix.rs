@@ -19,8 +19,11 @@ use tokio::time::Instant;
 const ACTIONS: [&str; 3] = ["kill", "error", "pause"];
 /// As short as makes sense, so that healing does not take longer than a person waits.
 const ACK_WAIT: Duration = Duration::from_millis(1000);
-const TIMERS: [(&str, &str); 3] =
-    [("GOZON_ACK_WAIT_MS", "1000"), ("GOZON_ASK_AGAIN_MS", "1000"), ("GOZON_ASK_AGAIN_MAX_MS", "4000")];
+const TIMERS: [(&str, &str); 3] = [
+    ("GOZON_ACK_WAIT_MS", "1000"),
+    ("GOZON_ASK_AGAIN_MS", "1000"),
+    ("GOZON_ASK_AGAIN_MAX_MS", "4000"),
+];
 const WITHIN: Duration = Duration::from_secs(40);
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -48,24 +51,54 @@ struct Run {
 async fn main() -> anyhow::Result<ExitCode> {
     let arguments = Arguments::parse();
     let mut runs: Vec<(&str, &str, &str)> = Vec::new();
-    for (failpoint, services) in failpoint::ALL.iter().filter(|(name, _)| name.contains(&arguments.only)) {
+    for (failpoint, services) in failpoint::ALL
+        .iter()
+        .filter(|(name, _)| name.contains(&arguments.only))
+    {
         for service in *services {
             runs.extend(ACTIONS.map(|action| (*service, *failpoint, action)));
         }
     }
-    runs.retain(|(_, _, action)| arguments.action.as_deref().is_none_or(|wanted| wanted == *action));
-    ensure!(!runs.is_empty(), "no failpoint is named like {:?}", arguments.only);
+    runs.retain(|(_, _, action)| {
+        arguments
+            .action
+            .as_deref()
+            .is_none_or(|wanted| wanted == *action)
+    });
+    ensure!(
+        !runs.is_empty(),
+        "no failpoint is named like {:?}",
+        arguments.only
+    );
 
-    let timers = TIMERS.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
-    let binaries = std::env::current_exe()?.parent().context("this program is in a folder")?.to_owned();
-    let mut matrix = Matrix { stack: TestStack::start_in(&binaries, timers).await?, customer: 0, orders: 0 };
+    let timers = TIMERS
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .to_vec();
+    let binaries = std::env::current_exe()?
+        .parent()
+        .context("this program is in a folder")?
+        .to_owned();
+    let mut matrix = Matrix {
+        stack: TestStack::start_in(&binaries, timers).await?,
+        customer: 0,
+        orders: 0,
+    };
     let total = runs.len();
     let mut results = Vec::with_capacity(total);
     for (number, (service, failpoint, action)) in runs.into_iter().enumerate() {
         let begun = Instant::now();
         let result = matrix.run(service, failpoint, action).await;
-        let run = Run { service, failpoint, action, result, took: begun.elapsed() };
-        let verdict = run.result.as_ref().map_or_else(|error| format!("FAILED: {error:#}"), |()| "ok".to_owned());
+        let run = Run {
+            service,
+            failpoint,
+            action,
+            result,
+            took: begun.elapsed(),
+        };
+        let verdict = run
+            .result
+            .as_ref()
+            .map_or_else(|error| format!("FAILED: {error:#}"), |()| "ok".to_owned());
         println!(
             "{:>3}/{total} {:<9} {:<28} {:<6} {:>5.1} s  {verdict}",
             number + 1,
@@ -85,11 +118,18 @@ async fn main() -> anyhow::Result<ExitCode> {
         matrix.orders,
         took.as_secs_f32()
     );
-    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 fn table(results: &[Run]) -> String {
-    let mut lines = vec![format!("{:<9} {:<28} {:>7} {:>7} {:>7}", "service", "failpoint", ACTIONS[0], ACTIONS[1], ACTIONS[2])];
+    let mut lines = vec![format!(
+        "{:<9} {:<28} {:>7} {:>7} {:>7}",
+        "service", "failpoint", ACTIONS[0], ACTIONS[1], ACTIONS[2]
+    )];
     for run in results {
         let line = format!("{:<9} {:<28}", run.service, run.failpoint);
         let cell = format!(" {:>7}", if run.result.is_ok() { "ok" } else { "FAILED" });
@@ -108,7 +148,12 @@ struct Matrix {
 }
 
 impl Matrix {
-    async fn run(&mut self, service: &'static str, failpoint: &'static str, action: &'static str) -> anyhow::Result<()> {
+    async fn run(
+        &mut self,
+        service: &'static str,
+        failpoint: &'static str,
+        action: &'static str,
+    ) -> anyhow::Result<()> {
         // The relay looks into its table only for what was left.
         if matches!(failpoint, "relay.before_commit" | "relay.after_commit") {
             self.leave_a_row(service).await?;
@@ -117,7 +162,10 @@ impl Matrix {
         let log = system.place().log(service);
         let log_begins = std::fs::metadata(&log).map_or(0, |metadata| metadata.len());
         system.stop(service).await?;
-        system.spawn_with(service, &[(failpoint::VARIABLE, &format!("{failpoint}={action}"))])?;
+        system.spawn_with(
+            service,
+            &[(failpoint::VARIABLE, &format!("{failpoint}={action}"))],
+        )?;
         // The reconciler has something to do only while nobody answers.
         let nobody_answers = failpoint.starts_with("reconcile.");
         if nobody_answers {
@@ -128,7 +176,9 @@ impl Matrix {
         let http = Http::new(system.address("gateway"));
         let reached = || {
             let log = std::fs::read(&log).unwrap_or_default();
-            let new = log.get(usize::try_from(log_begins).unwrap_or(0)..).unwrap_or_default();
+            let new = log
+                .get(usize::try_from(log_begins).unwrap_or(0)..)
+                .unwrap_or_default();
             String::from_utf8_lossy(new).contains(&format!("failpoint=\"{failpoint}\""))
         };
         let customer = format!("customer-{}", self.customer);
@@ -140,7 +190,11 @@ impl Matrix {
                 done = &mut shopping => break done?,
                 () = tokio::time::sleep(LOOK_INTERVAL) => {}
             }
-            ensure!(Instant::now() < deadline, "not settled within {WITHIN:?}; failpoint reached: {}", reached());
+            ensure!(
+                Instant::now() < deadline,
+                "not settled within {WITHIN:?}; failpoint reached: {}",
+                reached()
+            );
             // A process that died is started again, one that froze goes on when others have taken over its messages.
             if system.ended(service).is_some() {
                 system.spawn(service)?;
@@ -156,7 +210,10 @@ impl Matrix {
             }
         }
         self.orders += if nobody_answers { 1 } else { 5 };
-        ensure!(reached(), "the failpoint was not reached: the run proves nothing");
+        ensure!(
+            reached(),
+            "the failpoint was not reached: the run proves nothing"
+        );
         // What comes after the last step (the failpoint behind the last ack) may still be going on.
         if self.stack.system.is_paused(service) {
             self.stack.system.resume(service)?;
@@ -189,18 +246,40 @@ impl Matrix {
 
     async fn audit(&self) -> anyhow::Result<()> {
         let postgres = self.stack.system.postgres();
-        let databases = Databases { orders: postgres.connect("orders").await?, payments: postgres.connect("payments").await? };
-        let options = audit::Options { grace: Duration::from_secs(5), late_after: Duration::ZERO, stuck_after: Duration::ZERO };
+        let databases = Databases {
+            orders: postgres.connect("orders").await?,
+            payments: postgres.connect("payments").await?,
+        };
+        let options = audit::Options {
+            grace: Duration::from_secs(5),
+            late_after: Duration::ZERO,
+            stuck_after: Duration::ZERO,
+        };
         let broker = operator(&self.stack.system).await?;
-        let beside = Beside { streams: Some(broker.jetstream()), history: None };
+        let beside = Beside {
+            streams: Some(broker.jetstream()),
+            history: None,
+        };
         let report = audit::audit_with(&databases, options, beside).await?;
         databases.orders.close().await?;
         databases.payments.close().await?;
-        let findings: Vec<String> =
-            report.findings.iter().map(|finding| format!("{} {} {}", finding.kind, finding.id, finding.detail)).collect();
+        let findings: Vec<String> = report
+            .findings
+            .iter()
+            .map(|finding| format!("{} {} {}", finding.kind, finding.id, finding.detail))
+            .collect();
         ensure!(findings.is_empty(), "{}", findings.join("; "));
-        ensure!(report.not_looked_at.is_empty(), "not looked at: {}", report.not_looked_at.join("; "));
-        ensure!(report.orders == self.orders as u64, "{} orders are there, {} were placed", report.orders, self.orders);
+        ensure!(
+            report.not_looked_at.is_empty(),
+            "not looked at: {}",
+            report.not_looked_at.join("; ")
+        );
+        ensure!(
+            report.orders == self.orders as u64,
+            "{} orders are there, {} were placed",
+            report.orders,
+            self.orders
+        );
         Ok(())
     }
 }
@@ -209,8 +288,17 @@ impl Matrix {
 /// With `one` only one order, without money.
 async fn shopping(http: &Http, customer: &str, one: bool) -> anyhow::Result<()> {
     let order = async |amount: i64| {
-        let placed = until_done(http, "/v1/orders", &json!({ "user_id": customer, "amount": amount }), WITHIN).await?;
-        let path = format!("/v1/orders/{}", placed.json()["id"].as_str().context("an order has an id")?);
+        let placed = until_done(
+            http,
+            "/v1/orders",
+            &json!({ "user_id": customer, "amount": amount }),
+            WITHIN,
+        )
+        .await?;
+        let path = format!(
+            "/v1/orders/{}",
+            placed.json()["id"].as_str().context("an order has an id")?
+        );
         until_final(http, &path).await
     };
     if one {
@@ -218,12 +306,31 @@ async fn shopping(http: &Http, customer: &str, one: bool) -> anyhow::Result<()> 
         ensure!(ended["reason"] == "no_account", "it ended as {ended}");
         return Ok(());
     }
-    until_done(http, "/v1/accounts", &json!({ "user_id": customer }), WITHIN).await?;
-    until_done(http, &format!("/v1/accounts/{customer}/deposits"), &json!({ "amount": 100 }), WITHIN).await?;
+    until_done(
+        http,
+        "/v1/accounts",
+        &json!({ "user_id": customer }),
+        WITHIN,
+    )
+    .await?;
+    until_done(
+        http,
+        &format!("/v1/accounts/{customer}/deposits"),
+        &json!({ "amount": 100 }),
+        WITHIN,
+    )
+    .await?;
     let ended = try_join_all((0..5).map(|_| order(30))).await?;
-    let finished = ended.iter().filter(|order| order["status"] == "FINISHED").count();
-    ensure!(finished == 3, "{finished} of 5 orders are paid, with money for 3");
-    let balance = until_answered(http, &format!("/v1/accounts/{customer}")).await?["balance"].clone();
+    let finished = ended
+        .iter()
+        .filter(|order| order["status"] == "FINISHED")
+        .count();
+    ensure!(
+        finished == 3,
+        "{finished} of 5 orders are paid, with money for 3"
+    );
+    let balance =
+        until_answered(http, &format!("/v1/accounts/{customer}")).await?["balance"].clone();
     ensure!(balance == 10, "the balance is {balance}, not 10");
     Ok(())
 }

@@ -97,7 +97,9 @@ impl Customers {
 
     /// Everything that was seen.
     pub fn into_history(self) -> History {
-        History { exchanges: self.notebook.into_inner() }
+        History {
+            exchanges: self.notebook.into_inner(),
+        }
     }
 
     /// Opens the accounts, then orders and pays in until everything is answered.
@@ -107,18 +109,24 @@ impl Customers {
                 let mut seed = seed.clone();
                 async move {
                     let body = json!({ "user_id": user_id(user) });
-                    self.insist("/v1/accounts", &format!("account-{user}"), &body, &mut seed).await;
+                    self.insist("/v1/accounts", &format!("account-{user}"), &body, &mut seed)
+                        .await;
                 }
             })
             .await;
-        let mut planned: Vec<bool> = (0..plan.orders + plan.deposits).map(|number| number < plan.orders).collect();
+        let mut planned: Vec<bool> = (0..plan.orders + plan.deposits)
+            .map(|number| number < plan.orders)
+            .collect();
         seed.shuffle(&mut planned);
-        let each = plan.over.div_f64((plan.orders + plan.deposits).max(1) as f64);
+        let each = plan
+            .over
+            .div_f64((plan.orders + plan.deposits).max(1) as f64);
         let begun = Instant::now();
         let wishes = (0_u32..).map_while(|number| {
             let planned = planned.get(usize::try_from(number).ok()?).copied();
-            let is_order =
-                planned.or_else(|| (!self.closing.get()).then(|| seed.below(plan.orders + plan.deposits) < plan.orders))?;
+            let is_order = planned.or_else(|| {
+                (!self.closing.get()).then(|| seed.below(plan.orders + plan.deposits) < plan.orders)
+            })?;
             Some((number, is_order, seed.branch()))
         });
         stream::iter(wishes)
@@ -132,22 +140,37 @@ impl Customers {
     /// One order or deposit: until it is done, sometimes twice at once, sometimes again, sometimes with other content.
     async fn wish(&self, number: u32, is_order: bool, users: u64, mut seed: Seed) {
         let mut seen = self.seen.get();
-        *(if is_order { &mut seen.orders_begun } else { &mut seen.deposits_begun }) += 1;
+        *(if is_order {
+            &mut seen.orders_begun
+        } else {
+            &mut seen.deposits_begun
+        }) += 1;
         self.seen.set(seen);
         let user = user_id(seed.below(users));
-        let key = format!("{}-{number}-{:016x}", if is_order { "order" } else { "deposit" }, seed.number());
+        let key = format!(
+            "{}-{number}-{:016x}",
+            if is_order { "order" } else { "deposit" },
+            seed.number()
+        );
         let (path, body, other) = if is_order {
             let body = |amount: u64| json!({ "user_id": user, "amount": amount, "description": format!("wish {number}") });
             let amount = 1 + seed.below(ORDER_AMOUNT_MAX);
             ("/v1/orders".to_owned(), body(amount), body(amount + 1))
         } else {
             let amount = 1 + seed.below(DEPOSIT_AMOUNT_MAX);
-            (format!("/v1/accounts/{user}/deposits"), json!({ "amount": amount }), json!({ "amount": amount + 1 }))
+            (
+                format!("/v1/accounts/{user}/deposits"),
+                json!({ "amount": amount }),
+                json!({ "amount": amount + 1 }),
+            )
         };
         let dice = seed.below(100);
         let done = if dice < 3 {
             let (mut one, mut twin) = (seed.branch(), seed.branch());
-            let done = tokio::join!(self.insist(&path, &key, &body, &mut one), self.insist(&path, &key, &body, &mut twin));
+            let done = tokio::join!(
+                self.insist(&path, &key, &body, &mut one),
+                self.insist(&path, &key, &body, &mut twin)
+            );
             done.0.or(done.1)
         } else {
             self.insist(&path, &key, &body, &mut seed).await
@@ -157,7 +180,9 @@ impl Customers {
         if is_order {
             seen.orders += 1;
             let answer: Value = serde_json::from_str(&done.answer).unwrap_or_default();
-            self.open.borrow_mut().extend(answer["id"].as_str().map(str::to_owned));
+            self.open
+                .borrow_mut()
+                .extend(answer["id"].as_str().map(str::to_owned));
         } else {
             seen.deposits += 1;
         }
@@ -170,7 +195,13 @@ impl Customers {
     }
 
     /// Sends a POST under its key until it is done or refused.
-    async fn insist(&self, path: &str, key: &str, body: &Value, seed: &mut Seed) -> Option<Exchange> {
+    async fn insist(
+        &self,
+        path: &str,
+        key: &str,
+        body: &Value,
+        seed: &mut Seed,
+    ) -> Option<Exchange> {
         let mut delay = RETRY_DELAY_MIN;
         loop {
             let exchange = self.ask("POST", path, Some(key), body).await;
@@ -182,7 +213,11 @@ impl Customers {
             let mut seen = self.seen.get();
             seen.unknown += 1;
             self.seen.set(seen);
-            if self.give_up_at.get().is_some_and(|moment| Instant::now() > moment) {
+            if self
+                .give_up_at
+                .get()
+                .is_some_and(|moment| Instant::now() > moment)
+            {
                 return None;
             }
             tokio::time::sleep(delay.mul_f64(0.5 + seed.share() / 2.0)).await;
@@ -195,7 +230,8 @@ impl Customers {
         loop {
             let pick = |list: &RefCell<Vec<String>>, number: u64| {
                 let list = list.borrow();
-                list.get(usize::try_from(number).unwrap_or(0) % list.len().max(1)).cloned()
+                list.get(usize::try_from(number).unwrap_or(0) % list.len().max(1))
+                    .cloned()
             };
             let (dice, number) = (seed.below(10), seed.number());
             let order = match dice {
@@ -204,11 +240,23 @@ impl Customers {
                 _ => pick(&self.open, number),
             };
             match order {
-                None => drop(self.ask("GET", &format!("/v1/accounts/{}", user_id(seed.below(users))), None, &Value::Null).await),
+                None => drop(
+                    self.ask(
+                        "GET",
+                        &format!("/v1/accounts/{}", user_id(seed.below(users))),
+                        None,
+                        &Value::Null,
+                    )
+                    .await,
+                ),
                 Some(id) => {
-                    let read = self.ask("GET", &format!("/v1/orders/{id}"), None, &Value::Null).await;
+                    let read = self
+                        .ask("GET", &format!("/v1/orders/{id}"), None, &Value::Null)
+                        .await;
                     let answer: Value = serde_json::from_str(&read.answer).unwrap_or_default();
-                    if dice > 2 && matches!(answer["status"].as_str(), Some("FINISHED" | "CANCELLED")) {
+                    if dice > 2
+                        && matches!(answer["status"].as_str(), Some("FINISHED" | "CANCELLED"))
+                    {
                         self.open.borrow_mut().retain(|other| *other != id);
                         self.ended.borrow_mut().push(id);
                     }
@@ -222,21 +270,38 @@ impl Customers {
     pub async fn look_at_everything(&self, users: u64) -> anyhow::Result<()> {
         let mut cursor = String::new();
         loop {
-            let page = self.ask("GET", &format!("/v1/orders?limit=100{cursor}"), None, &Value::Null).await;
-            anyhow::ensure!(page.status == Some(200), "the orders cannot be listed: {page:?}");
+            let page = self
+                .ask(
+                    "GET",
+                    &format!("/v1/orders?limit=100{cursor}"),
+                    None,
+                    &Value::Null,
+                )
+                .await;
+            anyhow::ensure!(
+                page.status == Some(200),
+                "the orders cannot be listed: {page:?}"
+            );
             match serde_json::from_str::<Value>(&page.answer)?["next_cursor"].as_str() {
                 Some(next) => cursor = format!("&cursor={next}"),
                 None => break,
             }
         }
         for user in 0..users {
-            self.ask("GET", &format!("/v1/accounts/{}", user_id(user)), None, &Value::Null).await;
+            self.ask(
+                "GET",
+                &format!("/v1/accounts/{}", user_id(user)),
+                None,
+                &Value::Null,
+            )
+            .await;
         }
         Ok(())
     }
 
     async fn ask(&self, method: &str, path: &str, key: Option<&str>, body: &Value) -> Exchange {
-        let micros = |begun: Instant| u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let micros =
+            |begun: Instant| u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
         let begun_us = micros(self.begun);
         let asked = async {
             match method {
@@ -244,7 +309,10 @@ impl Customers {
                 _ => self.http.post(path, key, body).await,
             }
         };
-        let answer = tokio::time::timeout(ANSWER_TIMEOUT, asked).await.ok().and_then(Result::ok);
+        let answer = tokio::time::timeout(ANSWER_TIMEOUT, asked)
+            .await
+            .ok()
+            .and_then(Result::ok);
         let exchange = Exchange {
             begun_us,
             ended_us: micros(self.begun),
@@ -253,7 +321,9 @@ impl Customers {
             key: key.map(str::to_owned),
             body: body.clone(),
             status: answer.as_ref().map(|answer| answer.status),
-            replayed: answer.as_ref().is_some_and(|answer| answer.header("idempotency-replayed") == Some("true")),
+            replayed: answer
+                .as_ref()
+                .is_some_and(|answer| answer.header("idempotency-replayed") == Some("true")),
             answer: answer.map(|answer| answer.text()).unwrap_or_default(),
         };
         self.notebook.borrow_mut().push(exchange.clone());

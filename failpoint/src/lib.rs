@@ -95,7 +95,12 @@ impl std::error::Error for Injected {}
 #[macro_export]
 macro_rules! failpoint {
     ($name:literal) => {{
-        const { assert!($crate::is_listed($name), "this failpoint is not in failpoint::ALL") };
+        const {
+            assert!(
+                $crate::is_listed($name),
+                "this failpoint is not in failpoint::ALL"
+            )
+        };
         #[cfg(debug_assertions)]
         let outcome = $crate::hit($name);
         #[cfg(not(debug_assertions))]
@@ -116,9 +121,13 @@ pub fn hit(name: &'static str) -> Result<(), Injected> {
     static DONE: AtomicBool = AtomicBool::new(false);
     let ordered = ORDERED.get_or_init(|| {
         let order = std::env::var(VARIABLE).ok()?;
-        order.split_once('=').map(|(name, action)| (name.to_owned(), action.to_owned()))
+        order
+            .split_once('=')
+            .map(|(name, action)| (name.to_owned(), action.to_owned()))
     });
-    let Some((_, action)) = ordered.as_ref().filter(|(ordered, _)| ordered == name) else { return Ok(()) };
+    let Some((_, action)) = ordered.as_ref().filter(|(ordered, _)| ordered == name) else {
+        return Ok(());
+    };
     if DONE.swap(true, Ordering::SeqCst) {
         return Ok(());
     }

@@ -47,39 +47,61 @@ struct Connection {
 impl Broker {
     /// Begins to connect and returns at once; `None` if no password is set.
     pub(crate) async fn connect(arguments: BrokerArgs) -> anyhow::Result<Option<Self>> {
-        let BrokerArgs { nats_url, nats_user, nats_password } = arguments;
-        let Some(password) = nats_password else { return Ok(None) };
+        let BrokerArgs {
+            nats_url,
+            nats_user,
+            nats_password,
+        } = arguments;
+        let Some(password) = nats_password else {
+            return Ok(None);
+        };
         let (sender, connection) = watch::channel(Connection::default());
-        let client = ConnectOptions::with_user_and_password(nats_user.clone(), password.expose().to_owned())
-            .name("gateway")
-            .custom_inbox_prefix(format!("_INBOX_{nats_user}"))
-            .retry_on_initial_connect()
-            .ping_interval(PING_INTERVAL)
-            .connection_timeout(ANSWER_TIMEOUT)
-            .request_timeout(Some(ANSWER_TIMEOUT))
-            .reconnect_delay_callback(reconnect_delay)
-            .event_callback(move |event| {
-                match &event {
-                    Event::Connected => {
-                        info!("Connected to NATS");
-                        sender.send_modify(|connection| *connection = Connection { up: true, number: connection.number + 1 });
+        let client =
+            ConnectOptions::with_user_and_password(nats_user.clone(), password.expose().to_owned())
+                .name("gateway")
+                .custom_inbox_prefix(format!("_INBOX_{nats_user}"))
+                .retry_on_initial_connect()
+                .ping_interval(PING_INTERVAL)
+                .connection_timeout(ANSWER_TIMEOUT)
+                .request_timeout(Some(ANSWER_TIMEOUT))
+                .reconnect_delay_callback(reconnect_delay)
+                .event_callback(move |event| {
+                    match &event {
+                        Event::Connected => {
+                            info!("Connected to NATS");
+                            sender.send_modify(|connection| {
+                                *connection = Connection {
+                                    up: true,
+                                    number: connection.number + 1,
+                                }
+                            });
+                        }
+                        Event::Disconnected | Event::Closed => {
+                            warn!("Connection to NATS lost; reconnecting");
+                            sender.send_modify(|connection| connection.up = false);
+                        }
+                        // A missing permission never fails the call, it only shows up here and as a time-out.
+                        Event::ServerError(error) => {
+                            error!(error = %error, "NATS refuses something")
+                        }
+                        Event::ClientError(error) => warn!(error = %error, "NATS client error"),
+                        Event::SlowConsumer(_) | Event::LameDuckMode | Event::Draining => {
+                            warn!(event = %event, "NATS event")
+                        }
                     }
-                    Event::Disconnected | Event::Closed => {
-                        warn!("Connection to NATS lost; reconnecting");
-                        sender.send_modify(|connection| connection.up = false);
-                    }
-                    // A missing permission never fails the call, it only shows up here and as a time-out.
-                    Event::ServerError(error) => error!(error = %error, "NATS refuses something"),
-                    Event::ClientError(error) => warn!(error = %error, "NATS client error"),
-                    Event::SlowConsumer(_) | Event::LameDuckMode | Event::Draining => warn!(event = %event, "NATS event"),
-                }
-                std::future::ready(())
-            })
-            .connect(nats_url.split(',').map(str::to_owned).collect::<Vec<_>>())
-            .await
-            .context("NATS_URL is not usable")?;
-        let jetstream = ContextBuilder::new().timeout(ANSWER_TIMEOUT).build(client.clone());
-        Ok(Some(Self { client, jetstream, connection }))
+                    std::future::ready(())
+                })
+                .connect(nats_url.split(',').map(str::to_owned).collect::<Vec<_>>())
+                .await
+                .context("NATS_URL is not usable")?;
+        let jetstream = ContextBuilder::new()
+            .timeout(ANSWER_TIMEOUT)
+            .build(client.clone());
+        Ok(Some(Self {
+            client,
+            jetstream,
+            connection,
+        }))
     }
 
     /// Whether the connection stands right now, as far as is known.
@@ -99,7 +121,8 @@ impl Broker {
 
     /// Waits until there is another connection than this one.
     pub(crate) async fn until_reconnected(&self, number: u64) {
-        self.until(|connection| connection.up && connection.number != number).await;
+        self.until(|connection| connection.up && connection.number != number)
+            .await;
     }
 
     async fn until(&self, wanted: impl FnMut(&Connection) -> bool) {
@@ -128,7 +151,12 @@ mod tests {
         for attempts in [0, 1, 6, usize::MAX] {
             let exponential = Duration::from_millis(10 << attempts.min(6)).min(RECONNECT_DELAY_MAX);
             let delays: Vec<Duration> = (0..100).map(|_| reconnect_delay(attempts)).collect();
-            assert!(delays.iter().all(|delay| (exponential / 2..=exponential).contains(delay)), "{delays:?}");
+            assert!(
+                delays
+                    .iter()
+                    .all(|delay| (exponential / 2..=exponential).contains(delay)),
+                "{delays:?}"
+            );
             assert!(delays.iter().any(|delay| *delay != delays[0]), "{delays:?}");
         }
     }

@@ -7,7 +7,9 @@ use std::str::FromStr;
 use async_nats::HeaderMap;
 use serde::Serialize;
 use serde_json::Value;
-use shared_contracts::{DeclineReason, Event, OrderCancelled, OrderFinished, OrderId, OrderPlaced, UserId, header};
+use shared_contracts::{
+    DeclineReason, Event, OrderCancelled, OrderFinished, OrderId, OrderPlaced, UserId, header,
+};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use utoipa::ToSchema;
@@ -44,13 +46,19 @@ impl FromStr for Position {
             "-" => None,
             id => Some(id.parse().map_err(|_| RULE)?),
         };
-        Ok(Self { sequence: sequence.parse().map_err(|_| RULE)?, event_id })
+        Ok(Self {
+            sequence: sequence.parse().map_err(|_| RULE)?,
+            event_id,
+        })
     }
 }
 
 /// Where a message stands.
 pub(crate) fn position(sequence: u64, headers: Option<&HeaderMap>) -> Position {
-    Position { sequence, event_id: text_header(headers, header::ID).and_then(|id| id.parse().ok()) }
+    Position {
+        sequence,
+        event_id: text_header(headers, header::ID).and_then(|id| id.parse().ok()),
+    }
 }
 
 /// The status of an order, and since when.
@@ -79,24 +87,62 @@ pub(crate) struct Change {
 
 impl Change {
     /// What a message tells, if it tells a change: no repetition of a request, and nothing that is not understood.
-    pub(crate) fn read(headers: Option<&HeaderMap>, payload: &[u8], stored_at: OffsetDateTime) -> Option<Self> {
+    pub(crate) fn read(
+        headers: Option<&HeaderMap>,
+        payload: &[u8],
+        stored_at: OffsetDateTime,
+    ) -> Option<Self> {
         let at = OffsetDateTime::parse(text_header(headers, header::TIME)?, &Rfc3339).ok()?;
         let kind = text_header(headers, header::TYPE)?;
         if kind == OrderPlaced::TYPE {
             if text_header(headers, header::ASK).is_some() || stored_at - at > NEWS_AGE_MAX {
                 return None;
             }
-            let OrderPlaced { order_id, user_id, amount } = serde_json::from_slice(payload).ok()?;
-            return Some(Self { order_id, user_id, amount: amount.minor_units(), status: "NEW", reason: None, at });
+            let OrderPlaced {
+                order_id,
+                user_id,
+                amount,
+            } = serde_json::from_slice(payload).ok()?;
+            return Some(Self {
+                order_id,
+                user_id,
+                amount: amount.minor_units(),
+                status: "NEW",
+                reason: None,
+                at,
+            });
         }
         if kind == OrderFinished::TYPE {
-            let OrderFinished { order_id, user_id, amount } = serde_json::from_slice(payload).ok()?;
-            return Some(Self { order_id, user_id, amount: amount.minor_units(), status: "FINISHED", reason: None, at });
+            let OrderFinished {
+                order_id,
+                user_id,
+                amount,
+            } = serde_json::from_slice(payload).ok()?;
+            return Some(Self {
+                order_id,
+                user_id,
+                amount: amount.minor_units(),
+                status: "FINISHED",
+                reason: None,
+                at,
+            });
         }
         if kind == OrderCancelled::TYPE {
-            let OrderCancelled { order_id, user_id, amount, reason } = serde_json::from_slice(payload).ok()?;
+            let OrderCancelled {
+                order_id,
+                user_id,
+                amount,
+                reason,
+            } = serde_json::from_slice(payload).ok()?;
             let amount = amount.minor_units();
-            return Some(Self { order_id, user_id, amount, status: "CANCELLED", reason: Some(reason), at });
+            return Some(Self {
+                order_id,
+                user_id,
+                amount,
+                status: "CANCELLED",
+                reason: Some(reason),
+                at,
+            });
         }
         None
     }
@@ -108,7 +154,9 @@ impl Change {
             order_id: text("id")?.parse().ok()?,
             user_id: UserId::parse(text("user_id")?).ok()?,
             amount: order.get("amount")?.as_i64()?,
-            status: ["NEW", "FINISHED", "CANCELLED"].into_iter().find(|status| text("status") == Some(status))?,
+            status: ["NEW", "FINISHED", "CANCELLED"]
+                .into_iter()
+                .find(|status| text("status") == Some(status))?,
             reason: text("reason").and_then(DeclineReason::parse),
             at: OffsetDateTime::parse(text("updated_at")?, &Rfc3339).ok()?,
         })
@@ -137,7 +185,9 @@ impl Ended {
 
     /// Whether the order had ended before this place.
     pub(crate) fn before(&self, order_id: OrderId, sequence: u64) -> bool {
-        self.at.get(&order_id.as_uuid()).is_some_and(|end| *end < sequence)
+        self.at
+            .get(&order_id.as_uuid())
+            .is_some_and(|end| *end < sequence)
     }
 
     /// Notes the first end of an order.
@@ -188,16 +238,38 @@ mod tests {
     fn only_what_changes_a_status_is_a_change() {
         let body = br#"{"order_id":"01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11","user_id":"alice","amount":5,"reason":"no_account"}"#;
         let stored_at = OffsetDateTime::parse("2026-11-21T10:00:05Z", &Rfc3339).unwrap();
-        let read = |headers: HeaderMap| Change::read(Some(&headers), body, stored_at).map(|change| change.status);
+        let read = |headers: HeaderMap| {
+            Change::read(Some(&headers), body, stored_at).map(|change| change.status)
+        };
         let at = "2026-11-21T10:00:00Z";
         assert_eq!(read(headers(OrderPlaced::TYPE, at, None)), Some("NEW"));
-        assert_eq!(read(headers(OrderFinished::TYPE, at, None)), Some("FINISHED"));
-        assert_eq!(read(headers(OrderCancelled::TYPE, at, None)), Some("CANCELLED"));
-        assert_eq!(read(headers(OrderPlaced::TYPE, at, Some("1"))), None, "a re-ask is no change");
-        assert_eq!(read(headers(OrderPlaced::TYPE, "2026-11-21T08:00:00Z", None)), None, "old, published again");
-        assert_eq!(read(headers(OrderFinished::TYPE, "2026-11-21T08:00:00Z", None)), Some("FINISHED"));
+        assert_eq!(
+            read(headers(OrderFinished::TYPE, at, None)),
+            Some("FINISHED")
+        );
+        assert_eq!(
+            read(headers(OrderCancelled::TYPE, at, None)),
+            Some("CANCELLED")
+        );
+        assert_eq!(
+            read(headers(OrderPlaced::TYPE, at, Some("1"))),
+            None,
+            "a re-ask is no change"
+        );
+        assert_eq!(
+            read(headers(OrderPlaced::TYPE, "2026-11-21T08:00:00Z", None)),
+            None,
+            "old, published again"
+        );
+        assert_eq!(
+            read(headers(OrderFinished::TYPE, "2026-11-21T08:00:00Z", None)),
+            Some("FINISHED")
+        );
         assert_eq!(read(headers("gozon.order.placed.v2", at, None)), None);
-        assert_eq!(Change::read(Some(&headers(OrderPlaced::TYPE, at, None)), b"{", stored_at), None);
+        assert_eq!(
+            Change::read(Some(&headers(OrderPlaced::TYPE, at, None)), b"{", stored_at),
+            None
+        );
     }
 
     #[test]

@@ -20,10 +20,18 @@ pub struct Config {
     #[arg(long, env = "GOZON_LISTEN_UNPROTECTED", default_value_t = false)]
     pub listen_unprotected: bool,
     /// Where the orders service is.
-    #[arg(long, env = "GOZON_ORDERS_URL", default_value = "http://127.0.0.1:8081")]
+    #[arg(
+        long,
+        env = "GOZON_ORDERS_URL",
+        default_value = "http://127.0.0.1:8081"
+    )]
     pub orders_url: Uri,
     /// Where the payments service is.
-    #[arg(long, env = "GOZON_PAYMENTS_URL", default_value = "http://127.0.0.1:8082")]
+    #[arg(
+        long,
+        env = "GOZON_PAYMENTS_URL",
+        default_value = "http://127.0.0.1:8082"
+    )]
     pub payments_url: Uri,
     #[command(flatten)]
     pub limits: LimitArgs,

@@ -21,11 +21,19 @@ impl FromStr for Origin {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("{text:?} is no origin: it must look like https://shop.example or http://localhost:3000");
+        let wrong = || {
+            format!(
+                "{text:?} is no origin: it must look like https://shop.example or http://localhost:3000"
+            )
+        };
         let uri: Uri = text.parse().map_err(|_| wrong())?;
         let plain = matches!(uri.scheme_str(), Some("http" | "https"))
-            && uri.host().is_some_and(|host| host == host.to_ascii_lowercase() && !host.contains('*'))
-            && uri.authority().is_some_and(|authority| !authority.as_str().contains('@'))
+            && uri
+                .host()
+                .is_some_and(|host| host == host.to_ascii_lowercase() && !host.contains('*'))
+            && uri
+                .authority()
+                .is_some_and(|authority| !authority.as_str().contains('@'))
             && uri.path() == "/"
             && uri.query().is_none()
             && !text.ends_with('/');
@@ -50,10 +58,20 @@ pub(crate) fn allow(origins: &[Origin], router: Router) -> Router {
         HeaderName::from_static("tracestate"),
     ];
     let layer = CorsLayer::new()
-        .allow_origin(origins.iter().map(|origin| origin.0.clone()).collect::<Vec<_>>())
+        .allow_origin(
+            origins
+                .iter()
+                .map(|origin| origin.0.clone())
+                .collect::<Vec<_>>(),
+        )
         .allow_methods([Method::GET, Method::POST])
         .allow_headers(sent)
-        .expose_headers([header::LOCATION, header::RETRY_AFTER, IDEMPOTENCY_REPLAYED, REQUEST_ID])
+        .expose_headers([
+            header::LOCATION,
+            header::RETRY_AFTER,
+            IDEMPOTENCY_REPLAYED,
+            REQUEST_ID,
+        ])
         .max_age(PREFLIGHT_MAX_AGE);
     router.layer(layer)
 }
@@ -64,7 +82,11 @@ mod tests {
 
     #[test]
     fn an_origin_is_exact_or_refused() {
-        for good in ["https://shop.example", "http://localhost:3000", "https://xn--e1afmkfd.example:8443"] {
+        for good in [
+            "https://shop.example",
+            "http://localhost:3000",
+            "https://xn--e1afmkfd.example:8443",
+        ] {
             assert!(good.parse::<Origin>().is_ok(), "{good}");
         }
         for bad in [

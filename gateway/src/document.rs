@@ -15,9 +15,12 @@ const PAYMENTS: &str = include_str!("../../payments/openapi.json");
 /// What a service's document says, without the paths that are not the gateway's: what it puts together from both services
 /// it describes itself, and half a timeline it does not serve.
 fn forwarded(text: &str) -> OpenApi {
-    let mut document: OpenApi =
-        serde_json::from_str(text).expect("the documents in this repository are OpenAPI; a test reads them");
-    document.paths.paths.retain(|path, _| !path.starts_with("/v1/ops/") && !path.starts_with("/v1/payments/"));
+    let mut document: OpenApi = serde_json::from_str(text)
+        .expect("the documents in this repository are OpenAPI; a test reads them");
+    document
+        .paths
+        .paths
+        .retain(|path, _| !path.starts_with("/v1/ops/") && !path.starts_with("/v1/payments/"));
     document
 }
 
@@ -59,13 +62,23 @@ pub fn all() -> OpenApi {
 fn forget_what_nothing_names(document: &mut OpenApi) {
     let items = document.paths.paths.values();
     let operations = items.flat_map(|item| [&item.get, &item.post]).flatten();
-    let used: Vec<String> = operations.filter_map(|operation| operation.tags.clone()).flatten().collect();
-    document.tags.iter_mut().for_each(|tags| tags.retain(|tag| used.contains(&tag.name)));
+    let used: Vec<String> = operations
+        .filter_map(|operation| operation.tags.clone())
+        .flatten()
+        .collect();
+    document
+        .tags
+        .iter_mut()
+        .for_each(|tags| tags.retain(|tag| used.contains(&tag.name)));
     loop {
         let text = document.to_json().expect("a document is JSON");
-        let Some(components) = &mut document.components else { return };
+        let Some(components) = &mut document.components else {
+            return;
+        };
         let before = components.schemas.len();
-        components.schemas.retain(|name, _| text.contains(&format!("\"#/components/schemas/{name}\"")));
+        components
+            .schemas
+            .retain(|name, _| text.contains(&format!("\"#/components/schemas/{name}\"")));
         if components.schemas.len() == before {
             return;
         }
@@ -74,6 +87,10 @@ fn forget_what_nothing_names(document: &mut OpenApi) {
 
 /// The same as YAML.
 pub(crate) fn yaml() -> &'static str {
-    static YAML: LazyLock<String> = LazyLock::new(|| all().to_yaml().expect("a document that is JSON is YAML too"));
+    static YAML: LazyLock<String> = LazyLock::new(|| {
+        all()
+            .to_yaml()
+            .expect("a document that is JSON is YAML too")
+    });
     &YAML
 }

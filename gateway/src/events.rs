@@ -49,14 +49,28 @@ pub(crate) struct Events {
 
 impl Events {
     /// `live` is absent where no broker is configured.
-    pub(crate) fn new(live: Option<Live>, forwarder: Forwarder, streams_max: usize, shutdown: CancellationToken) -> Self {
-        Self { live, forwarder, places: Arc::new(Semaphore::new(streams_max)), shutdown }
+    pub(crate) fn new(
+        live: Option<Live>,
+        forwarder: Forwarder,
+        streams_max: usize,
+        shutdown: CancellationToken,
+    ) -> Self {
+        Self {
+            live,
+            forwarder,
+            places: Arc::new(Semaphore::new(streams_max)),
+            shutdown,
+        }
     }
 
     fn open(&self) -> Result<(Live, OwnedSemaphorePermit), Problem> {
         let Some(live) = self.live.clone() else {
             let detail = "This gateway was started without NATS_PASSWORD, so it has no live events. Poll instead.";
-            return Err(Problem::new(StatusCode::SERVICE_UNAVAILABLE, "no_live_events", detail));
+            return Err(Problem::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "no_live_events",
+                detail,
+            ));
         };
         let place = self.places.clone().try_acquire_owned().map_err(|_| {
             refused(EVENT_STREAMS);
@@ -68,7 +82,9 @@ impl Events {
 }
 
 pub(crate) fn api() -> OpenApiRouter<Events> {
-    OpenApiRouter::new().routes(routes!(follow_orders)).routes(routes!(follow_order))
+    OpenApiRouter::new()
+        .routes(routes!(follow_orders))
+        .routes(routes!(follow_order))
 }
 
 /// Follow orders as they change
@@ -99,8 +115,11 @@ async fn follow_orders(
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
     let mut parameters = Fields::from_query(&query);
-    let user_id = parameters
-        .optional("user_id", None, |value| UserId::parse(body::text(value)?).map(Some).map_err(|error| error.to_string()));
+    let user_id = parameters.optional("user_id", None, |value| {
+        UserId::parse(body::text(value)?)
+            .map(Some)
+            .map_err(|error| error.to_string())
+    });
     let after = resume_after(&mut parameters, &headers);
     parameters.finish()?;
     let (live, place) = events.open()?;
@@ -110,7 +129,19 @@ async fn follow_orders(
         None => Filter::All,
     };
     let after = after.flatten().unwrap_or(After::Now);
-    Ok(respond(Session { live, news, head, filter, opening: None, ended: false, place }, after, events.shutdown))
+    Ok(respond(
+        Session {
+            live,
+            news,
+            head,
+            filter,
+            opening: None,
+            ended: false,
+            place,
+        },
+        after,
+        events.shutdown,
+    ))
 }
 
 /// Follow one order
@@ -143,7 +174,11 @@ async fn follow_order(
     let after = resume_after(&mut parameters, &headers);
     parameters.finish()?;
     let Ok(order_id) = id.parse::<OrderId>() else {
-        return Err(Problem::new(StatusCode::NOT_FOUND, "order_not_found", "There is no order with this id."));
+        return Err(Problem::new(
+            StatusCode::NOT_FOUND,
+            "order_not_found",
+            "There is no order with this id.",
+        ));
     };
     let (live, place) = events.open()?;
     // Listening comes before looking: then no change is between the two.
@@ -160,7 +195,15 @@ async fn follow_order(
     };
     let opening = opening.filter(|_| matches!(after, After::Now));
     Ok(respond(
-        Session { live, news, head, filter: Filter::Order(order_id), opening, ended: false, place },
+        Session {
+            live,
+            news,
+            head,
+            filter: Filter::Order(order_id),
+            opening,
+            ended: false,
+            place,
+        },
         after,
         events.shutdown,
     ))
@@ -181,24 +224,44 @@ fn resume_after(parameters: &mut Fields, headers: &HeaderMap) -> Option<Option<A
         "" => Ok(None),
         id => Ok(Some(After::Event(id.parse().map_err(str::to_owned)?))),
     });
-    let in_header = headers.get(LAST_EVENT_ID).map(HeaderValue::to_str).filter(|value| !matches!(value, Ok("")));
+    let in_header = headers
+        .get(LAST_EVENT_ID)
+        .map(HeaderValue::to_str)
+        .filter(|value| !matches!(value, Ok("")));
     match in_header {
         // Of another server, perhaps. A browser that is refused gives up for ever.
-        Some(id) => Some(Some(id.ok().and_then(|id| id.parse().ok()).map_or(After::Unknown, After::Event))),
+        Some(id) => Some(Some(
+            id.ok()
+                .and_then(|id| id.parse().ok())
+                .map_or(After::Unknown, After::Event),
+        )),
         None => in_query,
     }
 }
 
 /// The order as its service knows it, `None` if the service is away, or an answer that ends the matter.
-async fn order_as_it_is(forwarder: &Forwarder, id: OrderId, headers: &HeaderMap) -> Result<Option<Change>, Response> {
+async fn order_as_it_is(
+    forwarder: &Forwarder,
+    id: OrderId,
+    headers: &HeaderMap,
+) -> Result<Option<Change>, Response> {
     let request = axum::http::Request::get(format!("/v1/orders/{id}"));
-    let mut request = request.body(axum::body::Body::empty()).expect("a path makes a request");
+    let mut request = request
+        .body(axum::body::Body::empty())
+        .expect("a path makes a request");
     *request.headers_mut() = trace_of(headers);
     let answer = forwarder.clone().forward(Service::Orders, request).await;
     match answer.status() {
         StatusCode::OK => {
-            let bytes = answer.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
-            Ok(serde_json::from_slice(&bytes).ok().and_then(|order: Value| Change::of_order(&order)))
+            let bytes = answer
+                .into_body()
+                .collect()
+                .await
+                .map(|body| body.to_bytes())
+                .unwrap_or_default();
+            Ok(serde_json::from_slice(&bytes)
+                .ok()
+                .and_then(|order: Value| Change::of_order(&order)))
         }
         StatusCode::NOT_FOUND => Err(answer),
         _ => Ok(None),
@@ -215,7 +278,11 @@ fn respond(session: Session, after: After, shutdown: CancellationToken) -> Respo
             () = shutdown.cancelled() => {}
         }
     });
-    let frames = stream::poll_fn(move |cx| outgoing.poll_recv(cx).map(|event: Option<Event>| event.map(Ok::<_, Infallible>)));
+    let frames = stream::poll_fn(move |cx| {
+        outgoing
+            .poll_recv(cx)
+            .map(|event: Option<Event>| event.map(Ok::<_, Infallible>))
+    });
     // nginx would otherwise keep events back.
     ([("x-accel-buffering", "no")], Sse::new(frames)).into_response()
 }
@@ -262,7 +329,11 @@ impl Session {
     async fn tell(&mut self, after: After, to: &mpsc::Sender<Event>) -> Result<(), CutOff> {
         let mut here = self.head;
         let hello = Event::default().retry(RECONNECT_AFTER).comment("orders");
-        send(to, with_id(hello, here.filter(|_| matches!(after, After::Now)))).await?;
+        send(
+            to,
+            with_id(hello, here.filter(|_| matches!(after, After::Now))),
+        )
+        .await?;
         match after {
             After::Now => {}
             After::Unknown => self.reset(here, to).await?,
@@ -271,7 +342,11 @@ impl Session {
         if let Some(opening) = self.opening.take() {
             self.ended = opening.is_final();
             let json = serde_json::to_string(&opening).expect("a change is plain data");
-            send(to, with_id(Event::default().event("order").data(json), here)).await?;
+            send(
+                to,
+                with_id(Event::default().event("order").data(json), here),
+            )
+            .await?;
         }
         let mut heartbeat = tokio::time::interval_at(Instant::now() + HEARTBEAT, HEARTBEAT);
         loop {
@@ -299,7 +374,11 @@ impl Session {
     }
 
     /// Reads what the client has missed from the stream itself, until the live events join on.
-    async fn catch_up(&mut self, after: Position, to: &mpsc::Sender<Event>) -> Result<Option<Position>, CutOff> {
+    async fn catch_up(
+        &mut self,
+        after: Position,
+        to: &mpsc::Sender<Event>,
+    ) -> Result<Option<Position>, CutOff> {
         let mut here = after;
         let mut heartbeat = tokio::time::interval_at(Instant::now() + HEARTBEAT, HEARTBEAT);
         loop {
@@ -316,7 +395,9 @@ impl Session {
                     for told in page {
                         self.show(&told, to).await?;
                     }
-                    let joined = self.head.is_some_and(|head| reached.sequence >= head.sequence);
+                    let joined = self
+                        .head
+                        .is_some_and(|head| reached.sequence >= head.sequence);
                     let stuck = reached == here;
                     here = reached;
                     if joined {
@@ -345,11 +426,22 @@ impl Session {
             return Ok(());
         }
         self.ended = matches!(self.filter, Filter::Order(_)) && told.change.is_final();
-        send(to, with_id(Event::default().event("order").data(&told.json), Some(told.position))).await
+        send(
+            to,
+            with_id(
+                Event::default().event("order").data(&told.json),
+                Some(told.position),
+            ),
+        )
+        .await
     }
 
     async fn reset(&self, here: Option<Position>, to: &mpsc::Sender<Event>) -> Result<(), CutOff> {
-        send(to, with_id(Event::default().event("reset").data("{}"), here)).await
+        send(
+            to,
+            with_id(Event::default().event("reset").data("{}"), here),
+        )
+        .await
     }
 }
 

@@ -115,13 +115,21 @@ impl Forwarder {
     }
 
     /// Forwards a request and hands back the answer, whatever it is.
-    pub(crate) async fn forward(self, service: Service, request: Request) -> axum::response::Response {
+    pub(crate) async fn forward(
+        self,
+        service: Service,
+        request: Request,
+    ) -> axum::response::Response {
         let (mut parts, body) = request.into_parts();
         let key = match key_of(&mut parts) {
             Ok(key) => key,
             Err(problem) => return problem.into_response(),
         };
-        let answered = async { self.answer(service, parts, body, key.as_ref()).await.into_response() };
+        let answered = async {
+            self.answer(service, parts, body, key.as_ref())
+                .await
+                .into_response()
+        };
         unless_it_panics(key.as_ref(), answered).await
     }
 
@@ -133,13 +141,25 @@ impl Forwarder {
         key: Option<&IdempotencyKey>,
     ) -> Result<Response<Body>, Problem> {
         // A GET has nothing to say in a body.
-        let body = if parts.method == Method::POST { body::read(body).await? } else { Bytes::new() };
+        let body = if parts.method == Method::POST {
+            body::read(body).await?
+        } else {
+            Bytes::new()
+        };
         self.limits.admit_user(&parts.method, &parts.uri, &body)?;
         let wait = wait_asked_for(&parts.method, &parts.uri);
-        let at_once = (!wait.is_zero()).then(|| format!("{}?wait=0", parts.uri.path()).parse().expect("a path of a URI"));
+        let at_once = (!wait.is_zero()).then(|| {
+            format!("{}?wait=0", parts.uri.path())
+                .parse()
+                .expect("a path of a URI")
+        });
         let mut outgoing = axum::http::Request::new(Full::new(body));
         // The answer to a HEAD is that to a GET, and our server leaves its body out: so its length is right.
-        *outgoing.method_mut() = if parts.method == Method::HEAD { Method::GET } else { parts.method };
+        *outgoing.method_mut() = if parts.method == Method::HEAD {
+            Method::GET
+        } else {
+            parts.method
+        };
         *outgoing.uri_mut() = self.uri(service, parts.uri.path_and_query().cloned());
         *outgoing.headers_mut() = only(&REQUEST_HEADERS, &parts.headers);
         let at_once = at_once.map(|path| {
@@ -175,19 +195,38 @@ impl Forwarder {
     }
 
     /// Sends a request, and takes the whole answer within this time.
-    async fn exchange(&self, request: Outgoing, within: Duration) -> Result<(response::Parts, Bytes), Failed> {
+    async fn exchange(
+        &self,
+        request: Outgoing,
+        within: Duration,
+    ) -> Result<(response::Parts, Bytes), Failed> {
         let exchange = async {
-            failpoint!("gateway.before_forward").map_err(|injected| Failed::NotReached(injected.to_string()))?;
-            let (parts, body) = self.client.request(request).await.map_err(Failed::from)?.into_parts();
-            let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await.map_err(|error| Failed::Midway(error.to_string()))?;
-            failpoint!("gateway.after_forward").map_err(|injected| Failed::Midway(injected.to_string()))?;
+            failpoint!("gateway.before_forward")
+                .map_err(|injected| Failed::NotReached(injected.to_string()))?;
+            let (parts, body) = self
+                .client
+                .request(request)
+                .await
+                .map_err(Failed::from)?
+                .into_parts();
+            let body = Limited::new(body, ANSWER_BYTES_MAX)
+                .collect()
+                .await
+                .map_err(|error| Failed::Midway(error.to_string()))?;
+            failpoint!("gateway.after_forward")
+                .map_err(|injected| Failed::Midway(injected.to_string()))?;
             Ok((parts, body.to_bytes()))
         };
-        timeout(within, exchange).await.unwrap_or_else(|_| Err(Failed::Midway(format!("no answer within {within:?}"))))
+        timeout(within, exchange)
+            .await
+            .unwrap_or_else(|_| Err(Failed::Midway(format!("no answer within {within:?}"))))
     }
 
     /// When a shutdown begins: what there is to say instead of what is waited for. Never before.
-    async fn last_exchange(&self, instead: Option<Outgoing>) -> Result<(response::Parts, Bytes), Failed> {
+    async fn last_exchange(
+        &self,
+        instead: Option<Outgoing>,
+    ) -> Result<(response::Parts, Bytes), Failed> {
         match instead {
             Some(request) => {
                 self.shutdown.cancelled().await;
@@ -207,15 +246,29 @@ impl Forwarder {
     }
 
     /// What a service answers to a GET, if that is a success. `trace` are the headers of [`trace_of`].
-    pub(crate) async fn read(&self, service: Service, path: &str, trace: HeaderMap) -> Result<serde_json::Value, Problem> {
-        let path = path.parse::<PathAndQuery>().map_err(|_| Problem::unavailable(service.unavailable()))?;
+    pub(crate) async fn read(
+        &self,
+        service: Service,
+        path: &str,
+        trace: HeaderMap,
+    ) -> Result<serde_json::Value, Problem> {
+        let path = path
+            .parse::<PathAndQuery>()
+            .map_err(|_| Problem::unavailable(service.unavailable()))?;
         let mut request = axum::http::Request::new(Full::default());
         *request.uri_mut() = self.uri(service, Some(path));
         *request.headers_mut() = trace;
         let exchange = async {
-            let answer = self.client.request(request).await.map_err(|error| error.to_string())?;
+            let answer = self
+                .client
+                .request(request)
+                .await
+                .map_err(|error| error.to_string())?;
             let status = answer.status();
-            let body = Limited::new(answer.into_body(), ANSWER_BYTES_MAX).collect().await.map_err(|error| error.to_string())?;
+            let body = Limited::new(answer.into_body(), ANSWER_BYTES_MAX)
+                .collect()
+                .await
+                .map_err(|error| error.to_string())?;
             if status != StatusCode::OK {
                 return Err(format!("answers {status}"));
             }
@@ -237,8 +290,16 @@ impl Forwarder {
     pub(crate) async fn probe(self, service: Service) -> Result<(), String> {
         let mut request = axum::http::Request::new(Full::default());
         *request.uri_mut() = self.uri(service, Some(PathAndQuery::from_static("/readyz")));
-        let answer = self.client.request(request).await.map_err(|error| format!("not reached: {error}"))?;
-        if answer.status() == StatusCode::OK { Ok(()) } else { Err(format!("answers {}", answer.status())) }
+        let answer = self
+            .client
+            .request(request)
+            .await
+            .map_err(|error| format!("not reached: {error}"))?;
+        if answer.status() == StatusCode::OK {
+            Ok(())
+        } else {
+            Err(format!("answers {}", answer.status()))
+        }
     }
 
     fn uri(&self, service: Service, path_and_query: Option<PathAndQuery>) -> Uri {
@@ -266,7 +327,11 @@ impl From<hyper_util::client::legacy::Error> for Failed {
     fn from(error: hyper_util::client::legacy::Error) -> Self {
         let connecting = error.is_connect();
         let words = format!("{:#}", anyhow::Error::from(error));
-        if connecting { Self::NotReached(words) } else { Self::Midway(words) }
+        if connecting {
+            Self::NotReached(words)
+        } else {
+            Self::Midway(words)
+        }
     }
 }
 
@@ -281,7 +346,10 @@ fn key_of(parts: &mut Parts) -> Result<Option<IdempotencyKey>, Problem> {
         return Ok(found);
     }
     let minted = IdempotencyKey::mint();
-    parts.headers.insert(IDEMPOTENCY_KEY, minted.as_str().parse().expect("a UUID is a header value"));
+    parts.headers.insert(
+        IDEMPOTENCY_KEY,
+        minted.as_str().parse().expect("a UUID is a header value"),
+    );
     Ok(Some(minted))
 }
 
@@ -290,7 +358,9 @@ fn authority(url: &Uri) -> anyhow::Result<Authority> {
         url.scheme() == Some(&Scheme::HTTP) && url.path() == "/" && url.query().is_none(),
         "{url} must look like http://host:port"
     );
-    url.authority().cloned().with_context(|| format!("{url} names no host"))
+    url.authority()
+        .cloned()
+        .with_context(|| format!("{url} names no host"))
 }
 
 /// What ties the requests that one request leads to together, in logs and traces.
@@ -317,7 +387,12 @@ mod tests {
         for good in ["http://127.0.0.1:8081", "http://orders:8081/"] {
             assert!(authority(&good.parse().unwrap()).is_ok(), "{good}");
         }
-        for bad in ["https://orders", "/orders", "http://orders/base", "orders:8081"] {
+        for bad in [
+            "https://orders",
+            "/orders",
+            "http://orders/base",
+            "orders:8081",
+        ] {
             assert!(authority(&bad.parse().unwrap()).is_err(), "{bad}");
         }
     }

@@ -17,14 +17,34 @@ use crate::page;
 use crate::timeline;
 
 /// `probes` are the routes for machines: health, metrics.
-pub(crate) fn router(forwarder: Forwarder, events: Events, limits: Limits, origins: &[Origin], probes: Router) -> Router {
+pub(crate) fn router(
+    forwarder: Forwarder,
+    events: Events,
+    limits: Limits,
+    origins: &[Origin],
+    probes: Router,
+) -> Router {
     let swagger = SwaggerUi::new("/swagger")
         .urls(vec![
-            (Url::with_primary("all", "/openapi.json", true), document::all()),
-            (Url::new("orders", "/openapi/orders.json"), document::orders()),
-            (Url::new("payments", "/openapi/payments.json"), document::payments()),
+            (
+                Url::with_primary("all", "/openapi.json", true),
+                document::all(),
+            ),
+            (
+                Url::new("orders", "/openapi/orders.json"),
+                document::orders(),
+            ),
+            (
+                Url::new("payments", "/openapi/payments.json"),
+                document::payments(),
+            ),
         ])
-        .config(Config::default().try_it_out_enabled(true).display_request_duration(true).persist_authorization(true));
+        .config(
+            Config::default()
+                .try_it_out_enabled(true)
+                .display_request_duration(true)
+                .persist_authorization(true),
+        );
     let router = Router::new()
         .route("/v1/orders", get(to_orders).post(to_orders))
         .route("/v1/orders/{id}", get(to_orders))
@@ -39,15 +59,29 @@ pub(crate) fn router(forwarder: Forwarder, events: Events, limits: Limits, origi
         .route_layer(from_fn_with_state(limits, limits::admit))
         .merge(probes)
         .merge(swagger)
-        .route("/openapi.yaml", get(async || ([(header::CONTENT_TYPE, "application/yaml")], document::yaml())))
+        .route(
+            "/openapi.yaml",
+            get(async || {
+                (
+                    [(header::CONTENT_TYPE, "application/yaml")],
+                    document::yaml(),
+                )
+            }),
+        )
         .merge(page::routes());
     cors::allow(origins, service_kit::http::edge(router))
 }
 
-async fn to_orders(State(forwarder): State<Forwarder>, request: Request) -> axum::response::Response {
+async fn to_orders(
+    State(forwarder): State<Forwarder>,
+    request: Request,
+) -> axum::response::Response {
     forwarder.forward(Service::Orders, request).await
 }
 
-async fn to_payments(State(forwarder): State<Forwarder>, request: Request) -> axum::response::Response {
+async fn to_payments(
+    State(forwarder): State<Forwarder>,
+    request: Request,
+) -> axum::response::Response {
     forwarder.forward(Service::Payments, request).await
 }

@@ -50,12 +50,20 @@ pub struct App {
 impl App {
     /// Opens the port. The services behind it are not waited for: they may come later.
     pub async fn build(config: Config) -> anyhow::Result<Self> {
-        let listener = service_kit::config::listen(config.listen, config.listen_unprotected).await?;
+        let listener =
+            service_kit::config::listen(config.listen, config.listen_unprotected).await?;
         let limits = Limits::new(config.limits);
         let forwarder = Forwarder::new(&config.orders_url, &config.payments_url, limits.clone())?;
         let live = Broker::connect(config.broker).await?.map(Live::new);
         let event_streams_max = config.event_streams_max;
-        Ok(Self { listener, forwarder, limits, origins: config.cors_origins, live, event_streams_max })
+        Ok(Self {
+            listener,
+            forwarder,
+            limits,
+            origins: config.cors_origins,
+            live,
+            event_streams_max,
+        })
     }
 
     /// Where it listens.
@@ -66,11 +74,26 @@ impl App {
     /// Runs until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         info!(address = %self.listener.local_addr()?, "gateway listens");
-        let metrics = Metrics::start("gateway", env!("CARGO_PKG_VERSION"))?.refusing(&limits::REASONS);
-        let probes = self.health().routes(shutdown.clone()).merge(metrics.routes());
+        let metrics =
+            Metrics::start("gateway", env!("CARGO_PKG_VERSION"))?.refusing(&limits::REASONS);
+        let probes = self
+            .health()
+            .routes(shutdown.clone())
+            .merge(metrics.routes());
         let forwarder = self.forwarder.until(shutdown.clone());
-        let events = Events::new(self.live.clone(), forwarder.clone(), self.event_streams_max, shutdown.clone());
-        let router = http::router(forwarder, events, self.limits.clone(), &self.origins, probes);
+        let events = Events::new(
+            self.live.clone(),
+            forwarder.clone(),
+            self.event_streams_max,
+            shutdown.clone(),
+        );
+        let router = http::router(
+            forwarder,
+            events,
+            self.limits.clone(),
+            &self.origins,
+            probes,
+        );
         let follow = async {
             if let Some(live) = &self.live {
                 live.run(shutdown.clone()).await;
@@ -87,9 +110,14 @@ impl App {
         let live = self.live.clone();
         Health::default()
             .informative("orders", move || orders.clone().probe(Service::Orders))
-            .informative("payments", move || payments.clone().probe(Service::Payments))
+            .informative("payments", move || {
+                payments.clone().probe(Service::Payments)
+            })
             .informative("events", move || {
-                let health = live.as_ref().map_or_else(|| Err("switched off: NATS_PASSWORD is not set".to_owned()), Live::health);
+                let health = live.as_ref().map_or_else(
+                    || Err("switched off: NATS_PASSWORD is not set".to_owned()),
+                    Live::health,
+                );
                 std::future::ready(health)
             })
     }

@@ -69,15 +69,23 @@ impl Limits {
         Self(Arc::new(Inner {
             working: Semaphore::new(arguments.requests_max),
             waiting: Semaphore::new(arguments.waits_max),
-            per_ip: arguments.rate_per_ip.map(|rate| RateLimiter::keyed(Quota::per_second(rate))),
-            per_user: arguments.rate_per_user.map(|rate| RateLimiter::keyed(Quota::per_second(rate))),
+            per_ip: arguments
+                .rate_per_ip
+                .map(|rate| RateLimiter::keyed(Quota::per_second(rate))),
+            per_user: arguments
+                .rate_per_user
+                .map(|rate| RateLimiter::keyed(Quota::per_second(rate))),
             trusted_proxies: arguments.trusted_proxies,
         }))
     }
 
     /// Forgets who has sent nothing for a while, until `shutdown`.
     pub(crate) async fn run(&self, shutdown: CancellationToken) {
-        while shutdown.run_until_cancelled(tokio::time::sleep(FORGET_INTERVAL)).await.is_some() {
+        while shutdown
+            .run_until_cancelled(tokio::time::sleep(FORGET_INTERVAL))
+            .await
+            .is_some()
+        {
             if let Some(per_ip) = &self.0.per_ip {
                 per_ip.retain_recent();
                 per_ip.shrink_to_fit();
@@ -90,7 +98,12 @@ impl Limits {
     }
 
     /// Counts a request for whichever user it is about.
-    pub(crate) fn admit_user(&self, method: &Method, uri: &Uri, body: &[u8]) -> Result<(), Problem> {
+    pub(crate) fn admit_user(
+        &self,
+        method: &Method,
+        uri: &Uri,
+        body: &[u8],
+    ) -> Result<(), Problem> {
         match &self.0.per_user {
             None => Ok(()),
             Some(per_user) => match user_of(method, uri, body) {
@@ -114,7 +127,9 @@ impl Limits {
             .collect();
         let mut last = peer;
         for name in named.into_iter().rev() {
-            let Ok(address) = name.trim().parse() else { break };
+            let Ok(address) = name.trim().parse() else {
+                break;
+            };
             last = address;
             if !trusted(&address) {
                 break;
@@ -125,38 +140,64 @@ impl Limits {
 }
 
 /// Lets a request in, or refuses it.
-pub(crate) async fn admit(State(limits): State<Limits>, request: Request, next: Next) -> Result<Response, Problem> {
-    if let (Some(per_ip), Some(Peer(peer))) = (&limits.0.per_ip, request.extensions().get::<Peer>()) {
-        check(per_ip, &limits.client(*peer, request.headers()), "ip_rate", "from your address")?;
+pub(crate) async fn admit(
+    State(limits): State<Limits>,
+    request: Request,
+    next: Next,
+) -> Result<Response, Problem> {
+    if let (Some(per_ip), Some(Peer(peer))) = (&limits.0.per_ip, request.extensions().get::<Peer>())
+    {
+        check(
+            per_ip,
+            &limits.client(*peer, request.headers()),
+            "ip_rate",
+            "from your address",
+        )?;
     }
     let waits = !wait_asked_for(request.method(), request.uri()).is_zero();
-    let places = if waits { &limits.0.waiting } else { &limits.0.working };
+    let places = if waits {
+        &limits.0.waiting
+    } else {
+        &limits.0.working
+    };
     let Ok(_place) = places.try_acquire() else {
         refused("requests");
-        let detail =
-            "More requests came than can be worked on. Nothing was done; send it again, with the same key if it had one.";
+        let detail = "More requests came than can be worked on. Nothing was done; send it again, with the same key if it had one.";
         return Err(Problem::overloaded(detail));
     };
     Ok(next.run(request).await)
 }
 
-fn check<K>(limiter: &DefaultKeyedRateLimiter<K>, key: &K, reason: &'static str, whose: &str) -> Result<(), Problem>
+fn check<K>(
+    limiter: &DefaultKeyedRateLimiter<K>,
+    key: &K,
+    reason: &'static str,
+    whose: &str,
+) -> Result<(), Problem>
 where
     K: Clone + Eq + std::hash::Hash,
 {
     limiter.check_key(key).map_err(|earliest| {
         refused(reason);
         let wait = earliest.wait_time_from(DefaultClock::default().now());
-        let seconds = u32::try_from(wait.as_millis().div_ceil(1000)).unwrap_or(u32::MAX).max(1);
-        let detail = format!("Too many requests {whose}. Nothing was done; send it again in {seconds} s.");
+        let seconds = u32::try_from(wait.as_millis().div_ceil(1000))
+            .unwrap_or(u32::MAX)
+            .max(1);
+        let detail =
+            format!("Too many requests {whose}. Nothing was done; send it again in {seconds} s.");
         Problem::new(StatusCode::TOO_MANY_REQUESTS, "rate_limited", detail).retry_after(seconds)
     })
 }
 
 /// A parameter of a URL, as the services read it.
 pub(crate) fn parameter(uri: &Uri, name: &str) -> Option<String> {
-    let mut pairs = uri.query()?.split('&').filter_map(|pair| pair.split_once('='));
-    pairs.find(|(found, _)| decoded(found) == name).map(|(_, value)| decoded(value))
+    let mut pairs = uri
+        .query()?
+        .split('&')
+        .filter_map(|pair| pair.split_once('='));
+    pairs
+        .find(|(found, _)| decoded(found) == name)
+        .map(|(_, value)| decoded(value))
 }
 
 fn decoded(text: &str) -> String {
@@ -165,11 +206,16 @@ fn decoded(text: &str) -> String {
 
 /// How long a request asks to wait. Nothing but an order can be waited for, whatever else is asked.
 pub(crate) fn wait_asked_for(method: &Method, uri: &Uri) -> Duration {
-    let one_order = uri.path().strip_prefix("/v1/orders/").is_some_and(|id| !id.contains('/') && id != "events");
+    let one_order = uri
+        .path()
+        .strip_prefix("/v1/orders/")
+        .is_some_and(|id| !id.contains('/') && id != "events");
     if method == Method::POST || !one_order {
         return Duration::ZERO;
     }
-    let seconds = parameter(uri, "wait").and_then(|seconds| seconds.parse().ok()).unwrap_or(0);
+    let seconds = parameter(uri, "wait")
+        .and_then(|seconds| seconds.parse().ok())
+        .unwrap_or(0);
     Duration::from_secs(seconds.min(WAIT_SECONDS_MAX))
 }
 
@@ -180,9 +226,19 @@ fn user_of(method: &Method, uri: &Uri, body: &[u8]) -> Option<UserId> {
     struct Whose {
         user_id: String,
     }
-    let in_path = || uri.path().strip_prefix("/v1/accounts/")?.split('/').next().map(decoded);
+    let in_path = || {
+        uri.path()
+            .strip_prefix("/v1/accounts/")?
+            .split('/')
+            .next()
+            .map(decoded)
+    };
     let in_query = || parameter(uri, "user_id");
-    let in_body = || serde_json::from_slice::<Whose>(body).ok().map(|whose| whose.user_id);
+    let in_body = || {
+        serde_json::from_slice::<Whose>(body)
+            .ok()
+            .map(|whose| whose.user_id)
+    };
     let named = match in_path() {
         Some(user) => Some(user),
         None if method == Method::POST => in_body(),
@@ -201,7 +257,10 @@ mod tests {
             waits_max: 1,
             rate_per_ip: None,
             rate_per_user: None,
-            trusted_proxies: trusted_proxies.iter().map(|address| address.parse().unwrap()).collect(),
+            trusted_proxies: trusted_proxies
+                .iter()
+                .map(|address| address.parse().unwrap())
+                .collect(),
         })
     }
 
@@ -214,26 +273,66 @@ mod tests {
         };
         let (nobody, proxy) = (limits(&[]), limits(&["10.0.0.1", "10.0.0.2"]));
         assert_eq!(client(&nobody, "10.0.0.1", "1.1.1.1"), "10.0.0.1");
-        assert_eq!(client(&proxy, "9.9.9.9", "1.1.1.1"), "9.9.9.9", "a stranger claims to be a proxy");
+        assert_eq!(
+            client(&proxy, "9.9.9.9", "1.1.1.1"),
+            "9.9.9.9",
+            "a stranger claims to be a proxy"
+        );
         assert_eq!(client(&proxy, "10.0.0.1", "1.1.1.1"), "1.1.1.1");
-        assert_eq!(client(&proxy, "10.0.0.1", "6.6.6.6, 1.1.1.1"), "1.1.1.1", "the client claims to be a proxy of another");
-        assert_eq!(client(&proxy, "10.0.0.1", "6.6.6.6, 1.1.1.1, 10.0.0.2"), "1.1.1.1", "two proxies of ours");
+        assert_eq!(
+            client(&proxy, "10.0.0.1", "6.6.6.6, 1.1.1.1"),
+            "1.1.1.1",
+            "the client claims to be a proxy of another"
+        );
+        assert_eq!(
+            client(&proxy, "10.0.0.1", "6.6.6.6, 1.1.1.1, 10.0.0.2"),
+            "1.1.1.1",
+            "two proxies of ours"
+        );
         assert_eq!(client(&proxy, "10.0.0.1", "nonsense"), "10.0.0.1");
     }
 
     #[test]
     fn the_user_of_a_request_is_found_where_the_service_will_read_it() {
-        let user =
-            |method, uri: &str, body: &str| user_of(&method, &uri.parse().unwrap(), body.as_bytes()).map(|user| user.to_string());
-        let (get, post) = (|uri| user(Method::GET, uri, ""), |uri, body| user(Method::POST, uri, body));
+        let user = |method, uri: &str, body: &str| {
+            user_of(&method, &uri.parse().unwrap(), body.as_bytes()).map(|user| user.to_string())
+        };
+        let (get, post) = (
+            |uri| user(Method::GET, uri, ""),
+            |uri, body| user(Method::POST, uri, body),
+        );
         let order = r#"{"amount":1,"user_id":"alice"}"#;
-        assert_eq!(post("/v1/accounts/alice/deposits", r#"{"amount":1}"#).as_deref(), Some("alice"));
-        assert_eq!(get("/v1/orders?limit=1&user_id=alice").as_deref(), Some("alice"));
+        assert_eq!(
+            post("/v1/accounts/alice/deposits", r#"{"amount":1}"#).as_deref(),
+            Some("alice")
+        );
+        assert_eq!(
+            get("/v1/orders?limit=1&user_id=alice").as_deref(),
+            Some("alice")
+        );
         assert_eq!(post("/v1/orders", order).as_deref(), Some("alice"));
-        assert_eq!(get("/v1/accounts/%61lice").as_deref(), Some("alice"), "no way around a limit");
-        assert_eq!(get("/v1/orders?user%5Fid=%61lice").as_deref(), Some("alice"));
-        assert_eq!(post("/v1/orders?user_id=x1", order).as_deref(), Some("alice"), "nobody else can be named");
-        assert_eq!(post("/v1/accounts/alice/deposits?user_id=x1", r#"{"user_id":"x1"}"#).as_deref(), Some("alice"));
+        assert_eq!(
+            get("/v1/accounts/%61lice").as_deref(),
+            Some("alice"),
+            "no way around a limit"
+        );
+        assert_eq!(
+            get("/v1/orders?user%5Fid=%61lice").as_deref(),
+            Some("alice")
+        );
+        assert_eq!(
+            post("/v1/orders?user_id=x1", order).as_deref(),
+            Some("alice"),
+            "nobody else can be named"
+        );
+        assert_eq!(
+            post(
+                "/v1/accounts/alice/deposits?user_id=x1",
+                r#"{"user_id":"x1"}"#
+            )
+            .as_deref(),
+            Some("alice")
+        );
         for nobody in ["", "{", r#"{"user_id":7}"#, r#"{"user_id":"a b"}"#] {
             assert_eq!(post("/v1/orders", nobody), None, "{nobody}");
         }
@@ -243,9 +342,21 @@ mod tests {
     fn a_wait_for_an_order_is_waited_for_and_bounded() {
         let wait = |method, uri: &str| wait_asked_for(&method, &uri.parse().unwrap()).as_secs();
         let get = |uri| wait(Method::GET, uri);
-        assert_eq!([get("/v1/orders/1?wait=7"), get("/v1/orders/1?a=b&wait=99999"), get("/v1/orders/1?wait=x")], [7, 30, 0]);
+        assert_eq!(
+            [
+                get("/v1/orders/1?wait=7"),
+                get("/v1/orders/1?a=b&wait=99999"),
+                get("/v1/orders/1?wait=x")
+            ],
+            [7, 30, 0]
+        );
         assert_eq!(wait(Method::HEAD, "/v1/orders/1?wait=7"), 7);
-        for other in ["/v1/orders?wait=7", "/v1/orders/1/timeline?wait=7", "/v1/orders/events?wait=7", "/v1/accounts/a?wait=7"] {
+        for other in [
+            "/v1/orders?wait=7",
+            "/v1/orders/1/timeline?wait=7",
+            "/v1/orders/events?wait=7",
+            "/v1/accounts/a?wait=7",
+        ] {
             assert_eq!(get(other), 0, "{other}");
         }
         assert_eq!(wait(Method::POST, "/v1/orders/1?wait=7"), 0);

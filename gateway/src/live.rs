@@ -63,7 +63,11 @@ pub(crate) struct Told {
 impl Told {
     fn new(position: Position, change: Change) -> Self {
         let json = serde_json::to_string(&change).expect("a change is plain data");
-        Self { position, change, json }
+        Self {
+            position,
+            change,
+            json,
+        }
     }
 }
 
@@ -97,24 +101,40 @@ impl Live {
     pub(crate) fn new(broker: Broker) -> Self {
         let (news, _) = broadcast::channel(RING);
         let health = RwLock::new(Err("starting".to_owned()));
-        Self(Arc::new(Inner { broker, state: Mutex::default(), news, reads: Semaphore::new(READS_MAX), health }))
+        Self(Arc::new(Inner {
+            broker,
+            state: Mutex::default(),
+            news,
+            reads: Semaphore::new(READS_MAX),
+            health,
+        }))
     }
 
     /// From here on: what comes after the head, which is absent until the broker was reached once.
     pub(crate) fn subscribe(&self) -> (broadcast::Receiver<News>, Option<Position>) {
         let state = self.state();
-        (self.0.news.subscribe(), state.head.map(|head| head.position))
+        (
+            self.0.news.subscribe(),
+            state.head.map(|head| head.position),
+        )
     }
 
     /// How far a listener who has taken everything is.
     pub(crate) fn head_if_taken(&self, news: &broadcast::Receiver<News>) -> Option<Position> {
         let state = self.state();
-        state.head.filter(|_| news.is_empty()).map(|head| head.position)
+        state
+            .head
+            .filter(|_| news.is_empty())
+            .map(|head| head.position)
     }
 
     /// How it goes.
     pub(crate) fn health(&self) -> Result<(), String> {
-        self.0.health.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0
+            .health
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Follows until `shutdown`, whatever the broker does.
@@ -135,7 +155,11 @@ impl Live {
     }
 
     fn say(&self, why: &str) {
-        let mut health = self.0.health.write().unwrap_or_else(PoisonError::into_inner);
+        let mut health = self
+            .0
+            .health
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         if health.as_ref().err().is_none_or(|before| before != why) {
             info!(why, "Not following order events; trying again");
         }
@@ -149,11 +173,21 @@ impl Live {
     /// Follows as long as nothing is doubtful; says what became so.
     async fn follow(&self) -> anyhow::Result<()> {
         let connection_number = self.0.broker.connection_number();
-        let mut stream = self.0.broker.jetstream.get_stream(ORDERS_STREAM).await.context("stream ORDERS cannot be looked up")?;
+        let mut stream = self
+            .0
+            .broker
+            .jetstream
+            .get_stream(ORDERS_STREAM)
+            .await
+            .context("stream ORDERS cannot be looked up")?;
         let made_at = stream.cached_info().created;
         let from = self.settle(&stream).await?;
         let mut messages = self.pull(&stream, from).await?;
-        *self.0.health.write().unwrap_or_else(PoisonError::into_inner) = Ok(());
+        *self
+            .0
+            .health
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = Ok(());
         let mut look = tokio::time::interval(LOOK_INTERVAL);
         let (mut taken, mut missing_heartbeats) = (0, 0);
         loop {
@@ -187,7 +221,11 @@ impl Live {
     async fn settle(&self, stream: &Stream) -> anyhow::Result<Position> {
         let info = stream.cached_info();
         let known = self.state().head;
-        if let Some(Head { position: known, made_at }) = known {
+        if let Some(Head {
+            position: known,
+            made_at,
+        }) = known
+        {
             let there = match known.event_id {
                 Some(_) => self.find(known.sequence).await? == Some(known),
                 None => made_at == info.created && info.state.last_sequence >= known.sequence,
@@ -199,8 +237,14 @@ impl Live {
         }
         let last = info.state.last_sequence;
         let mut ended = Vec::new();
-        let mut here = Position { sequence: last, event_id: None };
-        let mut next = info.state.first_sequence.max(last.saturating_sub(REPLAY_MAX) + 1);
+        let mut here = Position {
+            sequence: last,
+            event_id: None,
+        };
+        let mut next = info
+            .state
+            .first_sequence
+            .max(last.saturating_sub(REPLAY_MAX) + 1);
         while next <= last {
             let messages = self.read(next, READ_MAX).await?;
             let Some(newest) = messages.last() else { break };
@@ -216,8 +260,13 @@ impl Live {
         }
         let mut state = self.state();
         state.ended.all_before_everything();
-        ended.into_iter().for_each(|(order_id, sequence)| state.ended.note(order_id, sequence));
-        state.head = Some(Head { position: here, made_at: info.created });
+        ended
+            .into_iter()
+            .for_each(|(order_id, sequence)| state.ended.note(order_id, sequence));
+        state.head = Some(Head {
+            position: here,
+            made_at: info.created,
+        });
         // Nobody may listen.
         let _ = self.0.news.send(News::Reset(here));
         Ok(here)
@@ -230,14 +279,19 @@ impl Live {
             // A name of its own in the subject of the request: that is what the permissions can see.
             name: Some(format!("gateway-{}", Uuid::new_v4().simple())),
             filter_subject: SUBJECTS.to_owned(),
-            deliver_policy: DeliverPolicy::ByStartSequence { start_sequence: after.sequence + 1 },
+            deliver_policy: DeliverPolicy::ByStartSequence {
+                start_sequence: after.sequence + 1,
+            },
             ack_policy: AckPolicy::None,
             inactive_threshold: CONSUMER_INACTIVE_MAX,
             memory_storage: true,
             num_replicas: 1,
             ..Default::default()
         };
-        let consumer = stream.create_consumer(config).await.context("a consumer cannot be made")?;
+        let consumer = stream
+            .create_consumer(config)
+            .await
+            .context("a consumer cannot be made")?;
         consumer
             .stream()
             .max_messages_per_batch(READ_MAX as usize)
@@ -253,23 +307,38 @@ impl Live {
         let here = position(info.stream_sequence, message.headers.as_ref());
         let change = Change::read(message.headers.as_ref(), &message.payload, info.published);
         let mut state = self.state();
-        state.head = Some(Head { position: here, made_at });
-        let Some(change) = change.filter(|change| !state.ended.before(change.order_id, here.sequence)) else { return Ok(()) };
+        state.head = Some(Head {
+            position: here,
+            made_at,
+        });
+        let Some(change) =
+            change.filter(|change| !state.ended.before(change.order_id, here.sequence))
+        else {
+            return Ok(());
+        };
         if change.is_final() {
             state.ended.note(change.order_id, here.sequence);
         }
         // Nobody may listen.
-        let _ = self.0.news.send(News::Change(Arc::new(Told::new(here, change))));
+        let _ = self
+            .0
+            .news
+            .send(News::Change(Arc::new(Told::new(here, change))));
         Ok(())
     }
 
     /// What came after a place, up to a page of it, and how far that reaches. `None`: the place is not there (any more).
-    pub(crate) async fn page_after(&self, place: Position) -> anyhow::Result<Option<(Vec<Told>, Position)>> {
+    pub(crate) async fn page_after(
+        &self,
+        place: Position,
+    ) -> anyhow::Result<Option<(Vec<Told>, Position)>> {
         let _turn = self.0.reads.acquire().await.context("the gateway stops")?;
         // The place itself is read too: what stands there must be what stood there.
         let messages = self.read(place.sequence.max(1), READ_MAX).await?;
         let mut messages = messages.into_iter();
-        let found = messages.next().map(|message| position(message.sequence, Some(&message.headers)));
+        let found = messages
+            .next()
+            .map(|message| position(message.sequence, Some(&message.headers)));
         if place.event_id.is_none() || found != Some(place) {
             return Ok(None);
         }
@@ -279,13 +348,19 @@ impl Live {
             page.extend(change_of(&message).map(|change| Told::new(reached, change)));
         }
         let state = self.state();
-        page.retain(|told| !state.ended.before(told.change.order_id, told.position.sequence));
+        page.retain(|told| {
+            !state
+                .ended
+                .before(told.change.order_id, told.position.sequence)
+        });
         Ok(Some((page, reached)))
     }
 
     async fn find(&self, sequence: u64) -> anyhow::Result<Option<Position>> {
         let found = self.read(sequence, 1).await?;
-        Ok(found.first().map(|message| position(message.sequence, Some(&message.headers))))
+        Ok(found
+            .first()
+            .map(|message| position(message.sequence, Some(&message.headers))))
     }
 
     /// Messages from a sequence on, in order, with one request and without a consumer.
@@ -294,15 +369,25 @@ impl Live {
         let inbox = client.new_inbox();
         let mut answers = client.subscribe(inbox.clone()).await?;
         let request = json!({ "seq": from, "batch": count, "next_by_subj": SUBJECTS }).to_string();
-        client.publish_with_reply(format!("$JS.API.DIRECT.GET.{ORDERS_STREAM}"), inbox, request.into()).await?;
+        client
+            .publish_with_reply(
+                format!("$JS.API.DIRECT.GET.{ORDERS_STREAM}"),
+                inbox,
+                request.into(),
+            )
+            .await?;
         let mut messages: Vec<StreamMessage> = Vec::new();
         loop {
             let answer = tokio::time::timeout(ANSWER_TIMEOUT, answers.next()).await;
-            let answer = answer.context("the broker does not answer")?.context("the broker is away")?;
+            let answer = answer
+                .context("the broker does not answer")?
+                .context("the broker is away")?;
             match answer.status {
                 None => messages.push(jetstream::message::StreamMessage::try_from(answer)?),
                 // The end of the batch, or nothing is there.
-                Some(status) if status.as_u16() == 204 || status == StatusCode::NOT_FOUND => return Ok(messages),
+                Some(status) if status.as_u16() == 204 || status == StatusCode::NOT_FOUND => {
+                    return Ok(messages);
+                }
                 Some(status) => bail!("the broker answers {status}"),
             }
         }

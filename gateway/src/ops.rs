@@ -12,17 +12,23 @@ use serde_json::Value;
 use service_kit::problem::ProblemDocument;
 use utoipa::ToSchema;
 use utoipa::openapi::Ref;
-use utoipa::openapi::schema::{AllOfBuilder, Array, ArrayBuilder, ObjectBuilder, OneOfBuilder, Schema, Type};
+use utoipa::openapi::schema::{
+    AllOfBuilder, Array, ArrayBuilder, ObjectBuilder, OneOfBuilder, Schema, Type,
+};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::forward::{Forwarder, Service};
 
 const LIMIT_DEFAULT: usize = 20;
-const SERVICES: [(Service, &str); 2] = [(Service::Orders, "orders"), (Service::Payments, "payments")];
+const SERVICES: [(Service, &str); 2] =
+    [(Service::Orders, "orders"), (Service::Payments, "payments")];
 
 pub(crate) fn api() -> OpenApiRouter<Forwarder> {
-    OpenApiRouter::new().routes(routes!(flow)).routes(routes!(dead_letters)).routes(routes!(replay))
+    OpenApiRouter::new()
+        .routes(routes!(flow))
+        .routes(routes!(dead_letters))
+        .routes(routes!(replay))
 }
 
 /// How the flow of both services goes.
@@ -69,11 +75,19 @@ fn flow_of_payments() -> Schema {
 }
 
 fn dead_letters_of_both() -> Array {
-    let service = ObjectBuilder::new().schema_type(Type::String).enum_values(Some(SERVICES.map(|(_, name)| name)));
-    let whose = ObjectBuilder::new().property("service", service).required("service");
+    let service = ObjectBuilder::new()
+        .schema_type(Type::String)
+        .enum_values(Some(SERVICES.map(|(_, name)| name)));
+    let whose = ObjectBuilder::new()
+        .property("service", service)
+        .required("service");
     ArrayBuilder::new()
         .description(Some("Newest first, each with the service whose it is."))
-        .items(AllOfBuilder::new().item(Ref::from_schema_name("DeadLetter")).item(whose))
+        .items(
+            AllOfBuilder::new()
+                .item(Ref::from_schema_name("DeadLetter"))
+                .item(whose),
+        )
         .build()
 }
 
@@ -106,12 +120,25 @@ struct ReplayBody {
     )
 )]
 async fn flow(State(forwarder): State<Forwarder>, request: Parts) -> Response {
-    let Both { mut found, unavailable } = match ask_both(&forwarder, &request).await {
+    let Both {
+        mut found,
+        unavailable,
+    } = match ask_both(&forwarder, &request).await {
         Ok(both) => both,
         Err(refusal) => return refusal,
     };
-    let mut take = |name| found.iter().position(|(other, _)| *other == name).map(|place| found.swap_remove(place).1);
-    Json(FlowBody { orders: take("orders"), payments: take("payments"), unavailable }).into_response()
+    let mut take = |name| {
+        found
+            .iter()
+            .position(|(other, _)| *other == name)
+            .map(|place| found.swap_remove(place).1)
+    };
+    Json(FlowBody {
+        orders: take("orders"),
+        payments: take("payments"),
+        unavailable,
+    })
+    .into_response()
 }
 
 /// Messages that were not applied, newest first
@@ -135,7 +162,9 @@ async fn dead_letters(State(forwarder): State<Forwarder>, request: Parts) -> Res
         Err(refusal) => return refusal,
     };
     // Checked by the services already.
-    let limit = crate::limits::parameter(&request.uri, "limit").and_then(|limit| limit.parse().ok()).unwrap_or(LIMIT_DEFAULT);
+    let limit = crate::limits::parameter(&request.uri, "limit")
+        .and_then(|limit| limit.parse().ok())
+        .unwrap_or(LIMIT_DEFAULT);
     Json(merge(both, limit)).into_response()
 }
 
@@ -145,7 +174,11 @@ fn merge(both: Both, limit: usize) -> DeadLettersBody {
     let mut items: Vec<Value> = Vec::new();
     for (service, mut page) in both.found {
         more |= page["next_cursor"].is_string();
-        for mut item in page["items"].as_array_mut().map(std::mem::take).unwrap_or_default() {
+        for mut item in page["items"]
+            .as_array_mut()
+            .map(std::mem::take)
+            .unwrap_or_default()
+        {
             item["service"] = service.into();
             items.push(item);
         }
@@ -153,9 +186,16 @@ fn merge(both: Both, limit: usize) -> DeadLettersBody {
     items.sort_by(|a, b| b["id"].as_str().cmp(&a["id"].as_str()));
     more |= items.len() > limit;
     items.truncate(limit);
-    let last = items.last().and_then(|item| item["id"].as_str()).filter(|_| more);
+    let last = items
+        .last()
+        .and_then(|item| item["id"].as_str())
+        .filter(|_| more);
     let next_cursor = last.map(|id| id.replace('-', ""));
-    DeadLettersBody { items, next_cursor, unavailable: both.unavailable }
+    DeadLettersBody {
+        items,
+        next_cursor,
+        unavailable: both.unavailable,
+    }
 }
 
 /// Apply a message again
@@ -189,7 +229,8 @@ async fn replay(State(forwarder): State<Forwarder>, request: Parts) -> Response 
         }
     }
     // It may be in the one that is away.
-    away.or(missing).unwrap_or_else(|| StatusCode::NOT_FOUND.into_response())
+    away.or(missing)
+        .unwrap_or_else(|| StatusCode::NOT_FOUND.into_response())
 }
 
 /// What the services answered.
@@ -200,15 +241,25 @@ struct Both {
 
 /// Asks both services the same. An answer that is neither success nor absence ends it, as does the absence of both.
 async fn ask_both(forwarder: &Forwarder, request: &Parts) -> Result<Both, Response> {
-    let [orders, payments] = SERVICES.map(|(service, _)| forwarder.clone().forward(service, again(request)));
+    let [orders, payments] =
+        SERVICES.map(|(service, _)| forwarder.clone().forward(service, again(request)));
     let (orders, payments) = tokio::join!(orders, payments);
-    let mut both = Both { found: Vec::new(), unavailable: Vec::new() };
+    let mut both = Both {
+        found: Vec::new(),
+        unavailable: Vec::new(),
+    };
     let mut away = None;
     for ((_, name), answer) in SERVICES.into_iter().zip([orders, payments]) {
         match answer.status() {
             StatusCode::OK => {
-                let body = answer.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
-                both.found.push((name, serde_json::from_slice(&body).unwrap_or_default()));
+                let body = answer
+                    .into_body()
+                    .collect()
+                    .await
+                    .map(|body| body.to_bytes())
+                    .unwrap_or_default();
+                both.found
+                    .push((name, serde_json::from_slice(&body).unwrap_or_default()));
             }
             StatusCode::SERVICE_UNAVAILABLE => {
                 both.unavailable.push(name);
@@ -241,13 +292,47 @@ mod tests {
     #[test]
     fn pages_of_both_services_make_one_page_without_gaps() {
         let page = |ids: &[&str], cursor: Option<&str>| json!({ "items": ids.iter().map(|id| json!({ "id": id })).collect::<Vec<_>>(), "next_cursor": cursor });
-        let found = vec![("orders", page(&["9", "3"], Some("3"))), ("payments", page(&["8", "7"], None))];
-        let merged = merge(Both { found, unavailable: Vec::new() }, 2);
-        let ids: Vec<_> =
-            merged.items.iter().map(|item| (item["id"].as_str().unwrap(), item["service"].as_str().unwrap())).collect();
+        let found = vec![
+            ("orders", page(&["9", "3"], Some("3"))),
+            ("payments", page(&["8", "7"], None)),
+        ];
+        let merged = merge(
+            Both {
+                found,
+                unavailable: Vec::new(),
+            },
+            2,
+        );
+        let ids: Vec<_> = merged
+            .items
+            .iter()
+            .map(|item| {
+                (
+                    item["id"].as_str().unwrap(),
+                    item["service"].as_str().unwrap(),
+                )
+            })
+            .collect();
         assert_eq!(ids, [("9", "orders"), ("8", "payments")]);
-        assert_eq!(merged.next_cursor.as_deref(), Some("8"), "the next page begins with 7, then 3");
-        let found = vec![("orders", page(&["3"], None)), ("payments", page(&[], None))];
-        assert_eq!(merge(Both { found, unavailable: Vec::new() }, 2).next_cursor, None);
+        assert_eq!(
+            merged.next_cursor.as_deref(),
+            Some("8"),
+            "the next page begins with 7, then 3"
+        );
+        let found = vec![
+            ("orders", page(&["3"], None)),
+            ("payments", page(&[], None)),
+        ];
+        assert_eq!(
+            merge(
+                Both {
+                    found,
+                    unavailable: Vec::new()
+                },
+                2
+            )
+            .next_cursor,
+            None
+        );
     }
 }

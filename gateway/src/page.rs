@@ -30,13 +30,21 @@ struct Files;
 
 pub(crate) fn routes() -> Router {
     Router::new()
-        .route("/", get(async |headers: HeaderMap| file("index.html", &headers)))
-        .route("/assets/{*path}", get(async |Path(path): Path<String>, headers: HeaderMap| file(&path, &headers)))
+        .route(
+            "/",
+            get(async |headers: HeaderMap| file("index.html", &headers)),
+        )
+        .route(
+            "/assets/{*path}",
+            get(async |Path(path): Path<String>, headers: HeaderMap| file(&path, &headers)),
+        )
 }
 
 fn file(path: &str, request: &HeaderMap) -> Response {
     let found = content_type(path).and_then(|content_type| Some((content_type, Files::get(path)?)));
-    let Some((content_type, file)) = found else { return StatusCode::NOT_FOUND.into_response() };
+    let Some((content_type, file)) = found else {
+        return StatusCode::NOT_FOUND.into_response();
+    };
     let tag = tag(&file);
     let mut response = if lists(request, &header::IF_NONE_MATCH, &tag) {
         StatusCode::NOT_MODIFIED.into_response()
@@ -49,7 +57,10 @@ fn file(path: &str, request: &HeaderMap) -> Response {
     headers.insert(header::REFERRER_POLICY, REFERRER_POLICY);
     headers.insert(header::CACHE_CONTROL, CACHE_CONTROL);
     headers.insert(header::VARY, HeaderValue::from_static("accept-encoding"));
-    headers.insert(header::ETAG, HeaderValue::from_str(&tag).expect("hexadecimal digits are a header value"));
+    headers.insert(
+        header::ETAG,
+        HeaderValue::from_str(&tag).expect("hexadecimal digits are a header value"),
+    );
     response
 }
 
@@ -67,7 +78,10 @@ fn content_type(path: &str) -> Option<&'static str> {
 /// Weak, because the same file goes out compressed and as it is.
 fn tag(file: &EmbeddedFile) -> String {
     let digest = file.metadata.sha256_hash();
-    let digits: String = digest[..TAG_BYTES].iter().map(|byte| format!("{byte:02x}")).collect();
+    let digits: String = digest[..TAG_BYTES]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
     format!("W/\"{digits}\"")
 }
 
@@ -76,15 +90,25 @@ fn whole(file: EmbeddedFile, request: &HeaderMap) -> Response {
         return Body::from(file.data.into_owned()).into_response();
     }
     let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
-    let compressed = encoder.write_all(&file.data).and_then(|()| encoder.finish()).expect("writing to memory does not fail");
+    let compressed = encoder
+        .write_all(&file.data)
+        .and_then(|()| encoder.finish())
+        .expect("writing to memory does not fail");
     ([(header::CONTENT_ENCODING, "gzip")], compressed).into_response()
 }
 
 /// Whether a header with a list in it holds `wanted`. What has the quality 0 is not wanted.
 fn lists(request: &HeaderMap, name: &header::HeaderName, wanted: &str) -> bool {
-    let values = request.get_all(name).into_iter().filter_map(|value| value.to_str().ok());
+    let values = request
+        .get_all(name)
+        .into_iter()
+        .filter_map(|value| value.to_str().ok());
     values.flat_map(|value| value.split(',')).any(|item| {
         let (item, quality) = item.split_once(";q=").unwrap_or((item, "1"));
-        item.trim() == wanted && quality.trim().parse().is_ok_and(|quality: f32| quality > 0.0)
+        item.trim() == wanted
+            && quality
+                .trim()
+                .parse()
+                .is_ok_and(|quality: f32| quality > 0.0)
     })
 }

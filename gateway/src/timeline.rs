@@ -20,14 +20,19 @@ pub(crate) async fn timeline(
     let id: uuid::Uuid = id.parse().map_err(|_| not_found())?;
     let of_payments = format!("/v1/payments/{id}/timeline");
     let trace = trace_of(request.headers());
-    let (orders, payments) =
-        tokio::join!(forwarder.clone().forward(Service::Orders, request), forwarder.read(Service::Payments, &of_payments, trace));
+    let (orders, payments) = tokio::join!(
+        forwarder.clone().forward(Service::Orders, request),
+        forwarder.read(Service::Payments, &of_payments, trace)
+    );
     if orders.status() != StatusCode::OK {
         return Ok(orders);
     }
-    let whole = axum::body::to_bytes(orders.into_body(), usize::MAX).await.ok();
+    let whole = axum::body::to_bytes(orders.into_body(), usize::MAX)
+        .await
+        .ok();
     let whole = whole.and_then(|bytes| serde_json::from_slice::<Value>(&bytes).ok());
-    let mut whole = whole.ok_or_else(|| Problem::unavailable("Orders Service temporarily unavailable."))?;
+    let mut whole =
+        whole.ok_or_else(|| Problem::unavailable("Orders Service temporarily unavailable."))?;
     if let Ok(half) = payments {
         merge(&mut whole, half);
     }
@@ -35,12 +40,21 @@ pub(crate) async fn timeline(
 }
 
 fn not_found() -> Problem {
-    Problem::new(StatusCode::NOT_FOUND, "order_not_found", "There is no order with this id.")
+    Problem::new(
+        StatusCode::NOT_FOUND,
+        "order_not_found",
+        "There is no order with this id.",
+    )
 }
 
 /// Puts the steps of both in the order of time. Of one time, those of orders come first, as they do in the flow.
 fn merge(whole: &mut Value, mut half: Value) {
-    let take = |value: &mut Value| value["steps"].as_array_mut().map(std::mem::take).unwrap_or_default();
+    let take = |value: &mut Value| {
+        value["steps"]
+            .as_array_mut()
+            .map(std::mem::take)
+            .unwrap_or_default()
+    };
     let mut steps = take(whole);
     steps.extend(take(&mut half));
     steps.sort_by_key(time);
@@ -51,7 +65,10 @@ fn merge(whole: &mut Value, mut half: Value) {
 
 /// RFC 3339 in UTC; the fraction of a second has as many digits as it needs, so text alone does not sort.
 fn time(step: &Value) -> (String, String) {
-    let text = step["at"].as_str().unwrap_or_default().trim_end_matches('Z');
+    let text = step["at"]
+        .as_str()
+        .unwrap_or_default()
+        .trim_end_matches('Z');
     let (second, fraction) = text.split_once('.').unwrap_or((text, ""));
     (second.to_owned(), format!("{fraction:0<9}"))
 }
@@ -71,9 +88,19 @@ mod tests {
         });
         let half = json!({ "steps": [step("payments", "2026-11-21T10:00:00.25Z"), step("payments", "2026-11-21T10:00:00.3Z")], "pruned": true });
         merge(&mut whole, half);
-        let services: Vec<&str> =
-            whole["steps"].as_array().unwrap().iter().map(|step| step["service"].as_str().unwrap()).collect();
-        assert_eq!(services, ["orders", "orders", "payments", "payments", "orders"]);
-        assert_eq!((&whole["missing"], &whole["pruned"]), (&json!([]), &json!(true)));
+        let services: Vec<&str> = whole["steps"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|step| step["service"].as_str().unwrap())
+            .collect();
+        assert_eq!(
+            services,
+            ["orders", "orders", "payments", "payments", "orders"]
+        );
+        assert_eq!(
+            (&whole["missing"], &whole["pruned"]),
+            (&json!([]), &json!(true))
+        );
     }
 }

@@ -61,7 +61,12 @@ impl Broker {
                 match &event {
                     Event::Connected => {
                         info!("Connected to NATS");
-                        sender.send_modify(|connection| *connection = Connection { up: true, number: connection.number + 1 });
+                        sender.send_modify(|connection| {
+                            *connection = Connection {
+                                up: true,
+                                number: connection.number + 1,
+                            }
+                        });
                     }
                     Event::Disconnected | Event::Closed => {
                         warn!("Connection to NATS lost; reconnecting");
@@ -70,15 +75,24 @@ impl Broker {
                     // A missing permission never fails the call, it only shows up here and as a time-out.
                     Event::ServerError(error) => error!(error = %error, "NATS refuses something"),
                     Event::ClientError(error) => warn!(error = %error, "NATS client error"),
-                    Event::SlowConsumer(_) | Event::LameDuckMode | Event::Draining => warn!(event = %event, "NATS event"),
+                    Event::SlowConsumer(_) | Event::LameDuckMode | Event::Draining => {
+                        warn!(event = %event, "NATS event")
+                    }
                 }
                 std::future::ready(())
             })
             .connect(config.url.split(',').map(str::to_owned).collect::<Vec<_>>())
             .await
             .context("NATS_URL is not usable")?;
-        let jetstream = ContextBuilder::new().timeout(ANSWER_TIMEOUT).max_ack_inflight(ACKS_IN_FLIGHT_MAX).build(client.clone());
-        Ok(Self { client, jetstream, connection })
+        let jetstream = ContextBuilder::new()
+            .timeout(ANSWER_TIMEOUT)
+            .max_ack_inflight(ACKS_IN_FLIGHT_MAX)
+            .build(client.clone());
+        Ok(Self {
+            client,
+            jetstream,
+            connection,
+        })
     }
 
     /// The core NATS connection.
@@ -113,7 +127,8 @@ impl Broker {
 
     /// Waits until there is another connection than this one.
     pub(crate) async fn until_reconnected(&self, number: u64) {
-        self.until(|connection| connection.up && connection.number != number).await;
+        self.until(|connection| connection.up && connection.number != number)
+            .await;
     }
 
     async fn until(&self, wanted: impl FnMut(&Connection) -> bool) {

@@ -112,7 +112,9 @@ impl Consumer {
         while !shutdown.is_cancelled() {
             if !self.broker.is_connected() {
                 self.vital.bad("the broker is away");
-                shutdown.run_until_cancelled(self.broker.until_connected()).await;
+                shutdown
+                    .run_until_cancelled(self.broker.until_connected())
+                    .await;
                 continue;
             }
             let connection_number = self.broker.connection_number();
@@ -127,11 +129,17 @@ impl Consumer {
                     self.vital.good();
                     retry_delay = RETRY_DELAY_MIN;
                     let reconnected = self.broker.until_reconnected(connection_number);
-                    match self.pull(messages, reconnected, &handle, &committed, &shutdown).await {
+                    match self
+                        .pull(messages, reconnected, &handle, &committed, &shutdown)
+                        .await
+                    {
                         Ended::Shutdown => break,
                         Ended::Vanished(why) => {
                             self.vital.bad(&why);
-                            warn!(consumer = self.subscription.consumer, why, "Looking for the consumer again");
+                            warn!(
+                                consumer = self.subscription.consumer,
+                                why, "Looking for the consumer again"
+                            );
                         }
                     }
                 }
@@ -149,7 +157,9 @@ impl Consumer {
                     }
                 }
             }
-            shutdown.run_until_cancelled(tokio::time::sleep(retry_delay.mul_f64(jitter()))).await;
+            shutdown
+                .run_until_cancelled(tokio::time::sleep(retry_delay.mul_f64(jitter())))
+                .await;
             retry_delay = (retry_delay * 2).min(RETRY_DELAY_MAX);
         }
         Ok(())
@@ -158,7 +168,8 @@ impl Consumer {
     /// Finds the durable, which has been looked for `since` then, and begins to pull.
     async fn open(&self, since: Instant) -> anyhow::Result<Stream> {
         let (consumer, ensured): (PullConsumer, Ensured) =
-            topology::ensure_consumer(self.broker.jetstream(), &self.subscription, &self.settings).await?;
+            topology::ensure_consumer(self.broker.jetstream(), &self.subscription, &self.settings)
+                .await?;
         if ensured == Ensured::Made {
             // What its stream was given while it was looked for is in it still, and is read from the beginning.
             self.losses.note(since);
@@ -225,7 +236,9 @@ impl Consumer {
                 }
             }
             if missing_heartbeats >= MISSING_HEARTBEATS_MAX {
-                vanished.get_or_insert_with(|| "no heartbeat from the consumer; it may be gone".to_owned());
+                vanished.get_or_insert_with(|| {
+                    "no heartbeat from the consumer; it may be gone".to_owned()
+                });
             }
             if let Some(why) = vanished {
                 break Ended::Vanished(why);
@@ -274,7 +287,10 @@ impl Consumer {
         if removed!("consumer.ack_after_commit") {
             self.acknowledge(&decoded, &HashMap::new()).await;
         }
-        let error = match self.deliver_until_settled(&decoded, handle, committed, shutdown).await {
+        let error = match self
+            .deliver_until_settled(&decoded, handle, committed, shutdown)
+            .await
+        {
             Settled::Committed => return true,
             Settled::Shutdown => return false,
             Settled::Refused(error) => error,
@@ -291,7 +307,10 @@ impl Consumer {
         );
         for single in &decoded {
             let one = std::slice::from_ref(single);
-            let goes_on = match self.deliver_until_settled(one, handle, committed, shutdown).await {
+            let goes_on = match self
+                .deliver_until_settled(one, handle, committed, shutdown)
+                .await
+            {
                 Settled::Committed => true,
                 Settled::Shutdown => false,
                 Settled::Refused(error) => self.give_up(single, &error, shutdown).await,
@@ -311,13 +330,25 @@ impl Consumer {
         shutdown: &CancellationToken,
     ) -> bool {
         let poison = [single.poisoned(format!("{error:#}"))];
-        let nothing = async |_: &DatabaseTransaction, _: &[Received<E>]| Ok(Handled { quarantined: Vec::new(), effect: () });
-        match self.deliver_until_settled(&poison, &nothing, &|()| {}, shutdown).await {
+        let nothing = async |_: &DatabaseTransaction, _: &[Received<E>]| {
+            Ok(Handled {
+                quarantined: Vec::new(),
+                effect: (),
+            })
+        };
+        match self
+            .deliver_until_settled(&poison, &nothing, &|()| {}, shutdown)
+            .await
+        {
             Settled::Committed => true,
             Settled::Shutdown => false,
             Settled::Refused(error) => {
                 // Not even the dead letter can be stored. Left alone, it comes again after ack_wait.
-                error!(consumer = self.subscription.consumer, error = format!("{error:#}"), "A dead letter cannot be stored");
+                error!(
+                    consumer = self.subscription.consumer,
+                    error = format!("{error:#}"),
+                    "A dead letter cannot be stored"
+                );
                 true
             }
         }
@@ -360,7 +391,9 @@ impl Consumer {
                 }
             }
             self.keep_waiting(batch).await;
-            shutdown.run_until_cancelled(tokio::time::sleep(retry_delay.mul_f64(jitter()))).await;
+            shutdown
+                .run_until_cancelled(tokio::time::sleep(retry_delay.mul_f64(jitter())))
+                .await;
             if shutdown.is_cancelled() {
                 return Settled::Shutdown;
             }
@@ -383,14 +416,22 @@ impl Consumer {
         let first = inbox::record(&txn, self.subscription.consumer, &deliveries).await?;
         failpoint!("consumer.after_inbox")?;
         let (events, places) = incoming::distinct(batch, &first);
-        let Handled { quarantined, effect } = handle(&txn, &events).await?;
+        let Handled {
+            quarantined,
+            effect,
+        } = handle(&txn, &events).await?;
         failpoint!("consumer.after_handle")?;
 
-        let quarantined: HashMap<usize, String> = quarantined.into_iter().map(|one| (one.index, one.cause)).collect();
+        let quarantined: HashMap<usize, String> = quarantined
+            .into_iter()
+            .map(|one| (one.index, one.cause))
+            .collect();
         let dead: Vec<DeadMessage<'_>> = batch
             .iter()
             .zip(places)
-            .filter_map(|(incoming, place)| incoming.dead(place.and_then(|place| quarantined.get(&place))))
+            .filter_map(|(incoming, place)| {
+                incoming.dead(place.and_then(|place| quarantined.get(&place)))
+            })
             .collect();
         dead_letter::bury(&txn, &self.subscription, &dead).await?;
         failpoint!("consumer.before_commit")?;
@@ -399,10 +440,13 @@ impl Consumer {
 
         let consumer = self.subscription.consumer;
         histogram!(measure::TRANSACTION_SECONDS, "work" => consumer).record(begun.elapsed());
-        counter!(measure::MESSAGES, "consumer" => consumer, "result" => "first").increment(first.len() as u64);
+        counter!(measure::MESSAGES, "consumer" => consumer, "result" => "first")
+            .increment(first.len() as u64);
         let repeated = deliveries.len().saturating_sub(first.len()) as u64;
-        counter!(measure::MESSAGES, "consumer" => consumer, "result" => "repeated").increment(repeated);
-        counter!(measure::MESSAGES, "consumer" => consumer, "result" => "dead").increment(dead.len() as u64);
+        counter!(measure::MESSAGES, "consumer" => consumer, "result" => "repeated")
+            .increment(repeated);
+        counter!(measure::MESSAGES, "consumer" => consumer, "result" => "dead")
+            .increment(dead.len() as u64);
         for letter in &dead {
             error!(
                 consumer = self.subscription.consumer,
@@ -412,8 +456,12 @@ impl Consumer {
                 "Dead letter: a message was not applied"
             );
         }
-        let verdicts =
-            dead.into_iter().filter_map(|letter| Some((u64::try_from(letter.stream_sequence).ok()?, letter.verdict))).collect();
+        let verdicts = dead
+            .into_iter()
+            .filter_map(|letter| {
+                Some((u64::try_from(letter.stream_sequence).ok()?, letter.verdict))
+            })
+            .collect();
         Ok((effect, verdicts))
     }
 
@@ -421,11 +469,17 @@ impl Consumer {
     /// after it makes them repetitions. All acks of a connection are taken in order, so the answer to the last one
     /// says that the others have been taken too; waiting for each would cost a round trip a message.
     async fn acknowledge<E>(&self, batch: &[Incoming<'_, E>], dead: &HashMap<u64, Verdict>) {
-        let Some((last, others)) = batch.split_last() else { return };
+        let Some((last, others)) = batch.split_last() else {
+            return;
+        };
         for incoming in others {
             let result = match dead.get(&incoming.stream_sequence) {
                 Some(verdict) => self.terminate(incoming.message, verdict).await,
-                None => incoming.message.ack().await.map_err(anyhow::Error::from_boxed),
+                None => incoming
+                    .message
+                    .ack()
+                    .await
+                    .map_err(anyhow::Error::from_boxed),
             };
             if let Err(error) = result {
                 // It comes again and is recognised.
@@ -443,7 +497,10 @@ impl Consumer {
             },
         };
         if let Err(error) = result {
-            debug!(error = format!("{error:#}"), "The last ack of a batch was not confirmed");
+            debug!(
+                error = format!("{error:#}"),
+                "The last ack of a batch was not confirmed"
+            );
         }
         if let Err(injected) = failpoint!("consumer.after_ack") {
             debug!(error = %injected, "Nothing is left to fail");
@@ -452,9 +509,20 @@ impl Consumer {
 
     /// Ends delivery for good and says why. By hand, since the client's `Term` carries no reason.
     async fn terminate(&self, message: &Message, verdict: &Verdict) -> anyhow::Result<()> {
-        let reply = message.reply.clone().context("a JetStream message has a reply subject")?;
-        let reason: String = verdict.cause().chars().filter(|c| !c.is_control()).take(200).collect();
-        self.broker.client().publish(reply, format!("+TERM {reason}").into()).await?;
+        let reply = message
+            .reply
+            .clone()
+            .context("a JetStream message has a reply subject")?;
+        let reason: String = verdict
+            .cause()
+            .chars()
+            .filter(|c| !c.is_control())
+            .take(200)
+            .collect();
+        self.broker
+            .client()
+            .publish(reply, format!("+TERM {reason}").into())
+            .await?;
         Ok(())
     }
 
@@ -479,10 +547,17 @@ enum Settled {
 /// and would fail every time.
 pub(crate) fn is_transient(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
-        cause.is::<LostRace>() || cause.is::<Injected>() || cause.downcast_ref::<DbErr>().is_some_and(db::is_transient)
+        cause.is::<LostRace>()
+            || cause.is::<Injected>()
+            || cause.downcast_ref::<DbErr>().is_some_and(db::is_transient)
     })
 }
 
 fn is_lost_race(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| cause.is::<LostRace>() || cause.downcast_ref::<DbErr>().is_some_and(db::is_unique_violation))
+    error.chain().any(|cause| {
+        cause.is::<LostRace>()
+            || cause
+                .downcast_ref::<DbErr>()
+                .is_some_and(db::is_unique_violation)
+    })
 }

@@ -7,8 +7,9 @@ use failpoint::Injected;
 use futures_util::future::BoxFuture;
 use sea_orm::sqlx::Connection as _;
 use sea_orm::{
-    ConnAcquireErr, ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr,
-    RuntimeErr, SqlxError, Statement, TransactionTrait, Value,
+    ConnAcquireErr, ConnectOptions, ConnectionTrait, Database, DatabaseConnection,
+    DatabaseTransaction, DbBackend, DbErr, RuntimeErr, SqlxError, Statement, TransactionTrait,
+    Value,
 };
 use sea_orm_migration::MigratorTrait;
 use time::OffsetDateTime;
@@ -54,7 +55,12 @@ pub enum Role {
 /// Opens a pool, without waiting for the database: the first use connects.
 ///
 /// Each role in a process gets a pool of its own, so that a flood of requests cannot starve the consumers.
-pub async fn connect(url: &str, service: &str, role: Role, connections_max: u32) -> Result<DatabaseConnection, DbErr> {
+pub async fn connect(
+    url: &str,
+    service: &str,
+    role: Role,
+    connections_max: u32,
+) -> Result<DatabaseConnection, DbErr> {
     let (name, lock_timeout) = match role {
         Role::Http => ("http", HTTP_LOCK_TIMEOUT_MS),
         Role::Flow => ("flow", FLOW_LOCK_TIMEOUT_MS),
@@ -73,7 +79,10 @@ pub async fn connect(url: &str, service: &str, role: Role, connections_max: u32)
         .map_sqlx_postgres_opts(move |options| {
             options.options([
                 ("lock_timeout", lock_timeout),
-                ("idle_in_transaction_session_timeout", IDLE_IN_TRANSACTION_TIMEOUT_MS),
+                (
+                    "idle_in_transaction_session_timeout",
+                    IDLE_IN_TRANSACTION_TIMEOUT_MS,
+                ),
             ])
         })
         .map_sqlx_postgres_pool_opts(|options| {
@@ -92,7 +101,9 @@ pub async fn connect(url: &str, service: &str, role: Role, connections_max: u32)
 }
 
 /// Whether the database is there, for a health page that asks again and again.
-pub fn probe(db: &DatabaseConnection) -> impl Fn() -> BoxFuture<'static, Result<(), String>> + Send + Sync + 'static {
+pub fn probe(
+    db: &DatabaseConnection,
+) -> impl Fn() -> BoxFuture<'static, Result<(), String>> + Send + Sync + 'static {
     let db = db.clone();
     move || {
         let db = db.clone();
@@ -104,18 +115,25 @@ pub fn probe(db: &DatabaseConnection) -> impl Fn() -> BoxFuture<'static, Result<
 pub async fn migrate<M: MigratorTrait>(db: &DatabaseConnection) -> Result<(), DbErr> {
     let look = async {
         let txn = db.begin().await?;
-        txn.execute_raw(sql("SELECT pg_advisory_xact_lock($1)", [MIGRATION_LOCK.into()])).await?;
+        txn.execute_raw(sql(
+            "SELECT pg_advisory_xact_lock($1)",
+            [MIGRATION_LOCK.into()],
+        ))
+        .await?;
         if M::get_pending_migrations(&txn).await?.is_empty() {
             txn.commit().await?;
             return Ok(None);
         }
         Ok::<_, DbErr>(Some(txn))
     };
-    let Some(txn) = within(MIGRATION_LOOK_TIMEOUT, look).await? else { return Ok(()) };
+    let Some(txn) = within(MIGRATION_LOOK_TIMEOUT, look).await? else {
+        return Ok(());
+    };
     // In the transaction that holds the lock, so that it cannot go while a change is still being made. An index on a large
     // table takes longer than any statement of the flow may.
     let change = async {
-        txn.execute_unprepared("SET LOCAL statement_timeout = 0").await?;
+        txn.execute_unprepared("SET LOCAL statement_timeout = 0")
+            .await?;
         M::up(&txn, None).await?;
         txn.commit().await
     };
@@ -137,7 +155,9 @@ pub async fn migrate_when_possible<M: MigratorTrait>(
             Err(error) => {
                 vital.bad(&error);
                 warn!(error = %error, "The tables cannot be looked at; trying again");
-                shutdown.run_until_cancelled(tokio::time::sleep(MIGRATION_RETRY_DELAY)).await;
+                shutdown
+                    .run_until_cancelled(tokio::time::sleep(MIGRATION_RETRY_DELAY))
+                    .await;
             }
         }
     }
@@ -147,7 +167,8 @@ pub async fn migrate_when_possible<M: MigratorTrait>(
 /// The time as PostgreSQL keeps it: to the microsecond.
 pub fn now() -> OffsetDateTime {
     let now = OffsetDateTime::now_utc();
-    now.replace_nanosecond(now.microsecond() * 1000).unwrap_or(now)
+    now.replace_nanosecond(now.microsecond() * 1000)
+        .unwrap_or(now)
 }
 
 /// A PostgreSQL statement with bound values.
@@ -160,7 +181,9 @@ pub fn sql<const N: usize>(text: &str, values: [Value; N]) -> Statement {
 pub fn is_transient(error: &DbErr) -> bool {
     match sqlstate(error) {
         // Data exception; not-null, foreign-key and check violation.
-        Some(code) => !(code.starts_with("22") || matches!(code.as_str(), "23502" | "23503" | "23514")),
+        Some(code) => {
+            !(code.starts_with("22") || matches!(code.as_str(), "23502" | "23503" | "23514"))
+        }
         // Without a code from the server, only what concerns the connection is transient.
         None => match error {
             DbErr::ConnectionAcquire(_) | DbErr::Conn(RuntimeErr::Internal(_)) => true,
@@ -190,7 +213,10 @@ fn sqlstate(error: &DbErr) -> Option<String> {
     else {
         return None;
     };
-    inner.as_database_error()?.code().map(|code| code.into_owned())
+    inner
+        .as_database_error()?
+        .code()
+        .map(|code| code.into_owned())
 }
 
 /// Whether a row of somebody else's making was in the way. Transient if a race was lost; a damaged table says it for ever.
@@ -204,7 +230,10 @@ pub fn is_lock_timeout(error: &DbErr) -> bool {
 }
 
 /// Does database work of the flow, or gives it up: a connection into nothing would hold it for ever.
-pub async fn within<T, E: From<DbErr>>(limit: Duration, work: impl Future<Output = Result<T, E>>) -> Result<T, E> {
+pub async fn within<T, E: From<DbErr>>(
+    limit: Duration,
+    work: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
     match tokio::time::timeout(limit, work).await {
         Ok(done) => done,
         Err(_) => Err(no_answer(limit).into()),
@@ -212,7 +241,9 @@ pub async fn within<T, E: From<DbErr>>(limit: Duration, work: impl Future<Output
 }
 
 fn no_answer(limit: Duration) -> DbErr {
-    DbErr::Conn(RuntimeErr::Internal(format!("the database did not get done within {limit:?}")))
+    DbErr::Conn(RuntimeErr::Internal(format!(
+        "the database did not get done within {limit:?}"
+    )))
 }
 
 /// What a failpoint injects, as the database would say it.
@@ -264,7 +295,9 @@ where
         let attempt = async { query().await.map_err(Failure::NotDone) };
         match retry.settle(attempt).await {
             ControlFlow::Break(Ok(value)) => return Ok(value),
-            ControlFlow::Break(Err(Failure::NotDone(error) | Failure::Unknown(error))) => return Err(error),
+            ControlFlow::Break(Err(Failure::NotDone(error) | Failure::Unknown(error))) => {
+                return Err(error);
+            }
             ControlFlow::Continue(()) => {}
         }
     }
@@ -295,16 +328,27 @@ pub struct Retry {
 impl Retry {
     /// Starts the clock.
     pub fn begin() -> Self {
-        Self { deadline: Instant::now() + RETRY_DEADLINE, delay: RETRY_DELAY_MIN, unknown: false, waits_for_locks: true }
+        Self {
+            deadline: Instant::now() + RETRY_DEADLINE,
+            delay: RETRY_DELAY_MIN,
+            unknown: false,
+            waits_for_locks: true,
+        }
     }
 
     /// The same, but a lock that is not to be had ends it: the caller can do something better than wait.
     pub fn unless_locked() -> Self {
-        Self { waits_for_locks: false, ..Self::begin() }
+        Self {
+            waits_for_locks: false,
+            ..Self::begin()
+        }
     }
 
     /// Tries once, for a limited time. Says `Break` with the end of it, or waits a little and says `Continue`.
-    pub async fn settle<T>(&mut self, attempt: impl Future<Output = Result<T, Failure>>) -> ControlFlow<Result<T, Failure>> {
+    pub async fn settle<T>(
+        &mut self,
+        attempt: impl Future<Output = Result<T, Failure>>,
+    ) -> ControlFlow<Result<T, Failure>> {
         let left = self.deadline.saturating_duration_since(Instant::now());
         let limit = left.clamp(ATTEMPT_TIMEOUT_MIN, ATTEMPT_TIMEOUT);
         let tried = tokio::time::timeout(limit, attempt).await;
@@ -318,7 +362,11 @@ impl Retry {
         };
         let hopeless = !is_transient(&error) || (!self.waits_for_locks && is_lock_timeout(&error));
         if hopeless || Instant::now() + self.delay > self.deadline {
-            return ControlFlow::Break(Err(if self.unknown { Failure::Unknown(error) } else { Failure::NotDone(error) }));
+            return ControlFlow::Break(Err(if self.unknown {
+                Failure::Unknown(error)
+            } else {
+                Failure::NotDone(error)
+            }));
         }
         tokio::time::sleep(self.delay.mul_f64(jitter())).await;
         self.delay *= 2;

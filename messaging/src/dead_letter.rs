@@ -72,32 +72,55 @@ impl Model {
     pub fn message(&self) -> (HeaderMap, Vec<u8>) {
         let mut headers = HeaderMap::new();
         for line in String::from_utf8_lossy(&self.headers).lines() {
-            let Some((name, value)) = line.split_once(": ").filter(|(name, _)| !name.starts_with("Nats-")) else { continue };
-            if let (Ok(name), Ok(value)) = (HeaderName::from_str(name), HeaderValue::from_str(value)) {
+            let Some((name, value)) = line
+                .split_once(": ")
+                .filter(|(name, _)| !name.starts_with("Nats-"))
+            else {
+                continue;
+            };
+            if let (Ok(name), Ok(value)) =
+                (HeaderName::from_str(name), HeaderValue::from_str(value))
+            {
                 headers.append(name, value);
             }
         }
-        let fact = self.event_id.map_or_else(|| self.id.to_string(), |event_id| event_id.to_string());
-        headers.insert(header::MESSAGE_ID, format!("{fact}.d{}", Uuid::new_v4().simple()));
+        let fact = self
+            .event_id
+            .map_or_else(|| self.id.to_string(), |event_id| event_id.to_string());
+        headers.insert(
+            header::MESSAGE_ID,
+            format!("{fact}.d{}", Uuid::new_v4().simple()),
+        );
         (headers, self.payload.clone())
     }
 
     /// Whether it waits for a person: never sent again, or back since.
     pub fn waits(&self) -> bool {
-        self.replayed_at.is_none_or(|replayed_at| self.last_seen_at > replayed_at)
+        self.replayed_at
+            .is_none_or(|replayed_at| self.last_seen_at > replayed_at)
     }
 }
 
 /// The database's clock, by which replays and returns are compared.
 pub async fn clock(db: &DatabaseConnection) -> Result<OffsetDateTime, DbErr> {
-    let row = db.query_one_raw(sql("SELECT clock_timestamp() AS now", [])).await?;
-    row.ok_or_else(|| DbErr::RecordNotFound("the time".to_owned()))?.try_get("", "now")
+    let row = db
+        .query_one_raw(sql("SELECT clock_timestamp() AS now", []))
+        .await?;
+    row.ok_or_else(|| DbErr::RecordNotFound("the time".to_owned()))?
+        .try_get("", "now")
 }
 
 /// Notes that a dead letter was sent again, with the time from before it was: it may be back already.
-pub async fn note_replay(db: &DatabaseConnection, id: Uuid, at: OffsetDateTime) -> Result<(), DbErr> {
-    db.execute_raw(sql("UPDATE dead_letters SET replays = replays + 1, replayed_at = $2 WHERE id = $1", [id.into(), at.into()]))
-        .await?;
+pub async fn note_replay(
+    db: &DatabaseConnection,
+    id: Uuid,
+    at: OffsetDateTime,
+) -> Result<(), DbErr> {
+    db.execute_raw(sql(
+        "UPDATE dead_letters SET replays = replays + 1, replayed_at = $2 WHERE id = $1",
+        [id.into(), at.into()],
+    ))
+    .await?;
     Ok(())
 }
 
@@ -115,7 +138,11 @@ const CAUSE_CHARACTERS_MAX: usize = 1000;
 
 /// A cause as it is stored: not too long, and without what PostgreSQL does not take in a text (NUL) or a terminal obeys.
 pub(crate) fn short(cause: &str) -> String {
-    cause.chars().map(|c| if c.is_control() { ' ' } else { c }).take(CAUSE_CHARACTERS_MAX).collect()
+    cause
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .take(CAUSE_CHARACTERS_MAX)
+        .collect()
 }
 
 impl Verdict {
@@ -149,7 +176,10 @@ pub(crate) struct DeadMessage<'a> {
 
 /// What makes two messages the same dead letter: the event id, or a hash of the message where it has none.
 pub fn message_key(message: &async_nats::Message) -> String {
-    let event_id = message.headers.as_ref().and_then(|headers| headers.get(header::ID));
+    let event_id = message
+        .headers
+        .as_ref()
+        .and_then(|headers| headers.get(header::ID));
     if let Some(event_id) = event_id.and_then(|id| id.as_str().parse::<EventId>().ok()) {
         return event_id.to_string();
     }
@@ -160,7 +190,10 @@ pub fn message_key(message: &async_nats::Message) -> String {
         hash.update(u64::try_from(part.len()).unwrap_or(u64::MAX).to_be_bytes());
         hash.update(part);
     }
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    hash.finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 fn header_lines(headers: Option<&HeaderMap>, wanted: impl Fn(&str) -> bool) -> Vec<u8> {
@@ -181,7 +214,11 @@ struct Stored {
 }
 
 /// Stores dead letters, and for each new one a copy to be published for tools.
-pub(crate) async fn bury(txn: &DatabaseTransaction, subscription: &Subscription, dead: &[DeadMessage<'_>]) -> Result<(), DbErr> {
+pub(crate) async fn bury(
+    txn: &DatabaseTransaction,
+    subscription: &Subscription,
+    dead: &[DeadMessage<'_>],
+) -> Result<(), DbErr> {
     let mut copies = Vec::new();
     // A query per message: there are none on a healthy day, and a flood of them is slow on purpose of nobody.
     for letter in dead {
@@ -271,9 +308,19 @@ mod tests {
         names.sort();
         assert_eq!(
             (names, payload),
-            (vec!["Gozon-Ask".to_owned(), "Nats-Msg-Id".to_owned(), "ce-id".to_owned()], b"{}".to_vec())
+            (
+                vec![
+                    "Gozon-Ask".to_owned(),
+                    "Nats-Msg-Id".to_owned(),
+                    "ce-id".to_owned()
+                ],
+                b"{}".to_vec()
+            )
         );
         let message_id = headers.get(header::MESSAGE_ID).unwrap().as_str();
-        assert!(message_id.starts_with("01933f3c-7d5a-7b60-9d6f-000000000001.d"), "{message_id}");
+        assert!(
+            message_id.starts_with("01933f3c-7d5a-7b60-9d6f-000000000001.d"),
+            "{message_id}"
+        );
     }
 }

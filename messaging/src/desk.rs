@@ -8,8 +8,8 @@ use std::ops::ControlFlow;
 
 use sea_orm::entity::prelude::*;
 use sea_orm::{
-    ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbErr, FromQueryResult, QueryOrder, QuerySelect, RuntimeErr,
-    TransactionTrait,
+    ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbErr, FromQueryResult, QueryOrder,
+    QuerySelect, RuntimeErr, TransactionTrait,
 };
 use serde::Serialize;
 use time::OffsetDateTime;
@@ -68,7 +68,11 @@ struct FlowRow {
 }
 
 /// Looks.
-pub async fn flow(db: &DatabaseConnection, broker: &Broker, subscription: &Subscription) -> Result<Flow, DbErr> {
+pub async fn flow(
+    db: &DatabaseConnection,
+    broker: &Broker,
+    subscription: &Subscription,
+) -> Result<Flow, DbErr> {
     let row = FlowRow::find_by_statement(sql(
         "SELECT count(*) AS outbox_pending,
                 coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0)::float8 AS outbox_oldest_seconds,
@@ -80,8 +84,19 @@ pub async fn flow(db: &DatabaseConnection, broker: &Broker, subscription: &Subsc
     .one(db)
     .await?
     .ok_or_else(|| DbErr::RecordNotFound("a count".to_owned()))?;
-    let FlowRow { outbox_pending, outbox_oldest_seconds, poison, quarantine } = row;
-    Ok(Flow { outbox_pending, outbox_oldest_seconds, poison, quarantine, consumer: lag(broker, subscription).await })
+    let FlowRow {
+        outbox_pending,
+        outbox_oldest_seconds,
+        poison,
+        quarantine,
+    } = row;
+    Ok(Flow {
+        outbox_pending,
+        outbox_oldest_seconds,
+        poison,
+        quarantine,
+        consumer: lag(broker, subscription).await,
+    })
 }
 
 pub(crate) async fn lag(broker: &Broker, subscription: &Subscription) -> Option<Lag> {
@@ -89,8 +104,10 @@ pub(crate) async fn lag(broker: &Broker, subscription: &Subscription) -> Option<
         return None;
     }
     let jetstream = broker.jetstream();
-    let consumer: async_nats::jetstream::consumer::PullConsumer =
-        jetstream.get_consumer_from_stream(subscription.consumer, subscription.stream).await.ok()?;
+    let consumer: async_nats::jetstream::consumer::PullConsumer = jetstream
+        .get_consumer_from_stream(subscription.consumer, subscription.stream)
+        .await
+        .ok()?;
     let info = consumer.cached_info();
     Some(Lag {
         name: subscription.consumer.to_owned(),
@@ -185,15 +202,29 @@ pub struct DeadLetters {
 }
 
 /// Up to `limit` dead letters older than `before`, newest first.
-pub async fn dead_letters(db: &DatabaseConnection, before: Option<Uuid>, limit: u64) -> Result<DeadLetters, DbErr> {
-    let mut query = dead_letter::Entity::find().order_by_desc(dead_letter::Column::Id).limit(limit + 1);
+pub async fn dead_letters(
+    db: &DatabaseConnection,
+    before: Option<Uuid>,
+    limit: u64,
+) -> Result<DeadLetters, DbErr> {
+    let mut query = dead_letter::Entity::find()
+        .order_by_desc(dead_letter::Column::Id)
+        .limit(limit + 1);
     if let Some(before) = before {
         query = query.filter(dead_letter::Column::Id.lt(before));
     }
-    let mut items: Vec<DeadLetter> = query.all(db).await?.into_iter().map(DeadLetter::from).collect();
+    let mut items: Vec<DeadLetter> = query
+        .all(db)
+        .await?
+        .into_iter()
+        .map(DeadLetter::from)
+        .collect();
     let more = items.len() as u64 > limit;
     items.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
-    let next_cursor = items.last().filter(|_| more).map(|last| last.id.simple().to_string());
+    let next_cursor = items
+        .last()
+        .filter(|_| more)
+        .map(|last| last.id.simple().to_string());
     Ok(DeadLetters { items, next_cursor })
 }
 
@@ -241,23 +272,39 @@ async fn replay_once<E: Event, T>(
     describe: &impl Fn(&T) -> Option<String>,
 ) -> Result<Option<(Replay, Option<T>)>, Failure> {
     // Not locked: the consumer takes this row last, and whoever is second finds what the first has done.
-    let Some(letter) = dead_letter::Entity::find_by_id(id).one(db).await? else { return Ok(None) };
+    let Some(letter) = dead_letter::Entity::find_by_id(id).one(db).await? else {
+        return Ok(None);
+    };
     let (headers, payload) = letter.message();
     let refused = async |outcome: &'static str, cause: String| {
         if !dry_run {
             note_return(db, &letter, outcome, &cause).await?;
         }
-        Ok::<_, Failure>(Some((Replay { id, dry_run, outcome, detail: cause }, None)))
+        Ok::<_, Failure>(Some((
+            Replay {
+                id,
+                dry_run,
+                outcome,
+                detail: cause,
+            },
+            None,
+        )))
     };
     let received = match read::<E>(Some(&headers), &payload) {
         Ok(received) => received,
         Err(cause) => return refused("poison", cause).await,
     };
     let txn = db.begin().await?;
-    let delivery =
-        Delivery { event_id: received.event_id.as_uuid(), stream_sequence: letter.stream_sequence, delivered: letter.delivered };
+    let delivery = Delivery {
+        event_id: received.event_id.as_uuid(),
+        stream_sequence: letter.stream_sequence,
+        delivered: letter.delivered,
+    };
     let first = inbox::record(&txn, subscription.consumer, &[delivery]).await?;
-    let received = Received { first: !first.is_empty(), ..received };
+    let received = Received {
+        first: !first.is_empty(),
+        ..received
+    };
     let handled = match handle(&txn, &[received]).await {
         Ok(handled) => handled,
         Err(error) if is_transient(&error) => return Err(later(&error).into()),
@@ -266,7 +313,10 @@ async fn replay_once<E: Event, T>(
             return refused("poison", format!("{error:#}")).await;
         }
     };
-    let Handled { mut quarantined, effect } = handled;
+    let Handled {
+        mut quarantined,
+        effect,
+    } = handled;
     if let Some(contradiction) = quarantined.pop() {
         txn.rollback().await?;
         return refused("quarantine", contradiction.cause).await;
@@ -275,7 +325,12 @@ async fn replay_once<E: Event, T>(
         Some(detail) => ("applied", detail),
         None => ("nothing_to_do", "It was applied meanwhile.".to_owned()),
     };
-    let replay = Replay { id, dry_run, outcome, detail };
+    let replay = Replay {
+        id,
+        dry_run,
+        outcome,
+        detail,
+    };
     if dry_run {
         txn.rollback().await?;
         return Ok(Some((replay, None)));
@@ -288,12 +343,20 @@ async fn replay_once<E: Event, T>(
 
 /// A race that was lost is no database error, and ends in the same way: the next try sees what was in the way.
 fn later(error: &anyhow::Error) -> DbErr {
-    let cause = error.chain().find_map(|cause| cause.downcast_ref::<DbErr>()).cloned();
+    let cause = error
+        .chain()
+        .find_map(|cause| cause.downcast_ref::<DbErr>())
+        .cloned();
     cause.unwrap_or_else(|| DbErr::Conn(RuntimeErr::Internal(format!("{error:#}"))))
 }
 
 /// It was tried and is back: it goes on waiting. Counted from what was read, so that doing it again counts once.
-async fn note_return(db: &DatabaseConnection, letter: &dead_letter::Model, kind: &str, cause: &str) -> Result<(), DbErr> {
+async fn note_return(
+    db: &DatabaseConnection,
+    letter: &dead_letter::Model,
+    kind: &str,
+    cause: &str,
+) -> Result<(), DbErr> {
     db.execute_raw(sql(
         "UPDATE dead_letters SET replays = $4 + 1, replayed_at = now(), times = $5 + 1, kind = $2, cause = $3,
                                  last_seen_at = clock_timestamp() WHERE id = $1",

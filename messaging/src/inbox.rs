@@ -47,23 +47,41 @@ struct EventIdRow {
 }
 
 /// Records deliveries, several of one event allowed, and says which events had not been taken before.
-pub(crate) async fn record(txn: &DatabaseTransaction, consumer: &str, deliveries: &[Delivery]) -> Result<HashSet<Uuid>, DbErr> {
+pub(crate) async fn record(
+    txn: &DatabaseTransaction,
+    consumer: &str,
+    deliveries: &[Delivery],
+) -> Result<HashSet<Uuid>, DbErr> {
     // Sorted by event id: two replicas with overlapping batches then wait for each other instead of deadlocking.
     let mut by_event: BTreeMap<Uuid, (Delivery, i32)> = BTreeMap::new();
     for delivery in deliveries {
-        by_event.entry(delivery.event_id).or_insert((*delivery, 0)).1 += 1;
+        by_event
+            .entry(delivery.event_id)
+            .or_insert((*delivery, 0))
+            .1 += 1;
     }
     if by_event.is_empty() {
         return Ok(HashSet::new());
     }
     let event_ids: Vec<Uuid> = by_event.keys().copied().collect();
-    let sequences: Vec<i64> = by_event.values().map(|(delivery, _)| delivery.stream_sequence).collect();
-    let delivered: Vec<i32> = by_event.values().map(|(delivery, _)| delivery.delivered).collect();
+    let sequences: Vec<i64> = by_event
+        .values()
+        .map(|(delivery, _)| delivery.stream_sequence)
+        .collect();
+    let delivered: Vec<i32> = by_event
+        .values()
+        .map(|(delivery, _)| delivery.delivered)
+        .collect();
     let first: HashSet<Uuid> = EventIdRow::find_by_statement(sql(
         "INSERT INTO inbox (consumer, event_id, stream_sequence, delivered)
          SELECT $1, * FROM unnest($2::uuid[], $3::bigint[], $4::integer[])
          ON CONFLICT (consumer, event_id) DO NOTHING RETURNING event_id",
-        [consumer.into(), event_ids.into(), sequences.into(), delivered.into()],
+        [
+            consumer.into(),
+            event_ids.into(),
+            sequences.into(),
+            delivered.into(),
+        ],
     ))
     .all(txn)
     .await?
@@ -73,7 +91,16 @@ pub(crate) async fn record(txn: &DatabaseTransaction, consumer: &str, deliveries
 
     let repeated: Vec<(Uuid, i32)> = by_event
         .iter()
-        .map(|(event_id, (_, times))| (*event_id, if first.contains(event_id) { times - 1 } else { *times }))
+        .map(|(event_id, (_, times))| {
+            (
+                *event_id,
+                if first.contains(event_id) {
+                    times - 1
+                } else {
+                    *times
+                },
+            )
+        })
         .filter(|(_, repeats)| *repeats > 0)
         .collect();
     if !repeated.is_empty() {

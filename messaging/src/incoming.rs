@@ -40,9 +40,13 @@ pub(crate) struct Incoming<'a, E> {
 
 impl<'a, E: Event + Clone + PartialEq> Incoming<'a, E> {
     pub(crate) fn decode(message: &'a Message) -> Self {
-        let (stream_sequence, delivered) = message.info().map_or((0, 0), |info| (info.stream_sequence, info.delivered));
-        let event_id = text_header(message.headers.as_ref(), header::ID).and_then(|id| id.parse::<EventId>().ok());
-        let order_id = text_header(message.headers.as_ref(), header::SUBJECT).and_then(|id| id.parse::<OrderId>().ok());
+        let (stream_sequence, delivered) = message
+            .info()
+            .map_or((0, 0), |info| (info.stream_sequence, info.delivered));
+        let event_id = text_header(message.headers.as_ref(), header::ID)
+            .and_then(|id| id.parse::<EventId>().ok());
+        let order_id = text_header(message.headers.as_ref(), header::SUBJECT)
+            .and_then(|id| id.parse::<OrderId>().ok());
         let content = read(message.headers.as_ref(), &message.payload).map_err(Verdict::Poison);
         Self {
             message,
@@ -56,7 +60,10 @@ impl<'a, E: Event + Clone + PartialEq> Incoming<'a, E> {
 
     /// The same message, found to be one that can never be applied.
     pub(crate) fn poisoned(&self, cause: String) -> Self {
-        Self { content: Err(Verdict::Poison(cause)), ..self.clone() }
+        Self {
+            content: Err(Verdict::Poison(cause)),
+            ..self.clone()
+        }
     }
 
     /// Its inbox row. A message that cannot be read gets none: the re-ask that heals it must not look repeated.
@@ -72,7 +79,10 @@ impl<'a, E: Event + Clone + PartialEq> Incoming<'a, E> {
     pub(crate) fn dead(&self, quarantined: Option<&String>) -> Option<DeadMessage<'a>> {
         let (verdict, order_id) = match &self.content {
             Err(verdict) => (verdict.clone(), self.order_id),
-            Ok(received) => (Verdict::Quarantine(quarantined?.clone()), Some(received.event.order_id().as_uuid())),
+            Ok(received) => (
+                Verdict::Quarantine(quarantined?.clone()),
+                Some(received.event.order_id().as_uuid()),
+            ),
         };
         Some(DeadMessage {
             verdict,
@@ -91,11 +101,16 @@ fn text_header<'a>(headers: Option<&'a HeaderMap>, name: &str) -> Option<&'a str
 
 /// Reads a message strictly; says in words what is wrong with it. What this refuses is poison.
 pub fn read<E: Event>(headers: Option<&HeaderMap>, payload: &[u8]) -> Result<Received<E>, String> {
-    let required = |name: &str| text_header(headers, name).ok_or_else(|| format!("header {name} is missing"));
-    let event_id: EventId = required(header::ID)?.parse().map_err(|_| format!("header {} is no UUID", header::ID))?;
+    let required =
+        |name: &str| text_header(headers, name).ok_or_else(|| format!("header {name} is missing"));
+    let event_id: EventId = required(header::ID)?
+        .parse()
+        .map_err(|_| format!("header {} is no UUID", header::ID))?;
     let version = required(header::SPEC_VERSION)?;
     if version != SPEC_VERSION {
-        return Err(format!("CloudEvents version {version:?} is not known, only {SPEC_VERSION}"));
+        return Err(format!(
+            "CloudEvents version {version:?} is not known, only {SPEC_VERSION}"
+        ));
     }
     let kind = required(header::TYPE)?;
     if kind != E::TYPE {
@@ -103,15 +118,28 @@ pub fn read<E: Event>(headers: Option<&HeaderMap>, payload: &[u8]) -> Result<Rec
     }
     let ask = match text_header(headers, header::ASK) {
         None => 0,
-        Some(text) => text.parse().map_err(|_| format!("header {} is no number: {text:?}", header::ASK))?,
+        Some(text) => text
+            .parse()
+            .map_err(|_| format!("header {} is no number: {text:?}", header::ASK))?,
     };
-    let event: E = serde_json::from_slice(payload).map_err(|error| format!("the body is no {}: {error}", E::TYPE))?;
+    let event: E = serde_json::from_slice(payload)
+        .map_err(|error| format!("the body is no {}: {error}", E::TYPE))?;
     let order_id = required(header::SUBJECT)?;
     if order_id != event.order_id().to_string() {
-        return Err(format!("header {} names order {order_id:?}, the body order {}", header::SUBJECT, event.order_id()));
+        return Err(format!(
+            "header {} names order {order_id:?}, the body order {}",
+            header::SUBJECT,
+            event.order_id()
+        ));
     }
     let traceparent = text_header(headers, header::TRACEPARENT).map(str::to_owned);
-    Ok(Received { event, event_id, ask, first: false, traceparent })
+    Ok(Received {
+        event,
+        event_id,
+        ask,
+        first: false,
+        traceparent,
+    })
 }
 
 /// One entry per event, in stream order, and for each message its place among them. Of several deliveries of one
@@ -130,13 +158,20 @@ pub(crate) fn distinct<E: Event + Clone + PartialEq>(
             continue;
         };
         let same_id = by_id.entry(received.event_id).or_default();
-        let place = match same_id.iter().copied().find(|place| events[*place].event == received.event) {
+        let place = match same_id
+            .iter()
+            .copied()
+            .find(|place| events[*place].event == received.event)
+        {
             Some(place) => {
                 events[place].ask = events[place].ask.max(received.ask);
                 place
             }
             None => {
-                events.push(Received { first: first.contains(&received.event_id.as_uuid()), ..received.clone() });
+                events.push(Received {
+                    first: first.contains(&received.event_id.as_uuid()),
+                    ..received.clone()
+                });
                 same_id.push(events.len() - 1);
                 events.len() - 1
             }

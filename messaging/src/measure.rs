@@ -19,10 +19,22 @@ pub const TRANSACTION_SECONDS: &str = "gozon_transaction_duration_seconds";
 
 /// Says what is counted here. Once, at start.
 pub fn describe() {
-    describe_counter!(PUBLISHED, "Outbox rows that the broker acknowledged, or did not");
-    describe_histogram!(PUBLISH_SECONDS, "From sending a batch of outbox rows to the last answer of the broker");
-    describe_counter!(MESSAGES, "Messages taken: facts seen for the first time, repetitions, dead letters");
-    describe_histogram!(TRANSACTION_SECONDS, "A transaction of the flow, from begin to commit, by its work");
+    describe_counter!(
+        PUBLISHED,
+        "Outbox rows that the broker acknowledged, or did not"
+    );
+    describe_histogram!(
+        PUBLISH_SECONDS,
+        "From sending a batch of outbox rows to the last answer of the broker"
+    );
+    describe_counter!(
+        MESSAGES,
+        "Messages taken: facts seen for the first time, repetitions, dead letters"
+    );
+    describe_histogram!(
+        TRANSACTION_SECONDS,
+        "A transaction of the flow, from begin to commit, by its work"
+    );
 }
 
 /// Something that waits: its name, what it is, what tells it from others of its name, how much.
@@ -44,7 +56,12 @@ pub async fn look(db: &DatabaseConnection) -> Result<Vec<Gauge>, DbErr> {
     let kind = |kind: &str| vec![("kind", kind.to_owned())];
     let dead = "Dead letters that wait for a person";
     Ok(vec![
-        ("gozon_outbox_pending", "Outbox rows that are not published yet; counts to 100000", Vec::new(), count("rows")?),
+        (
+            "gozon_outbox_pending",
+            "Outbox rows that are not published yet; counts to 100000",
+            Vec::new(),
+            count("rows")?,
+        ),
         (
             "gozon_outbox_oldest_pending_age_seconds",
             "How long the oldest of them has waited",
@@ -52,7 +69,12 @@ pub async fn look(db: &DatabaseConnection) -> Result<Vec<Gauge>, DbErr> {
             row.try_get("", "oldest")?,
         ),
         ("gozon_dead_letters", dead, kind("poison"), count("poison")?),
-        ("gozon_dead_letters", dead, kind("quarantine"), count("quarantine")?),
+        (
+            "gozon_dead_letters",
+            dead,
+            kind("quarantine"),
+            count("quarantine")?,
+        ),
     ])
 }
 
@@ -63,20 +85,48 @@ pub async fn look_at_broker(broker: &Broker, reader: &Subscription) -> Vec<Gauge
     if !broker.is_connected() {
         return gauges;
     }
-    let (lag, found) = tokio::join!(desk::lag(broker, reader), broker.jetstream().get_stream(reader.stream));
+    let (lag, found) = tokio::join!(
+        desk::lag(broker, reader),
+        broker.jetstream().get_stream(reader.stream)
+    );
     if let Some(lag) = lag {
         let consumer = || vec![("consumer", lag.name.clone())];
         let (pending, unacknowledged) = (lag.pending as f64, lag.ack_pending as f64);
-        gauges.push(("gozon_consumer_pending", "Messages that the consumer has not been given yet", consumer(), pending));
+        gauges.push((
+            "gozon_consumer_pending",
+            "Messages that the consumer has not been given yet",
+            consumer(),
+            pending,
+        ));
         let help = "Messages that it was given and has not acknowledged";
-        gauges.push(("gozon_consumer_unacknowledged", help, consumer(), unacknowledged));
+        gauges.push((
+            "gozon_consumer_unacknowledged",
+            help,
+            consumer(),
+            unacknowledged,
+        ));
     }
     if let Ok(found) = found {
         let info = found.cached_info();
         let name = || vec![("stream", reader.stream.to_owned())];
-        gauges.push(("gozon_stream_messages", "Messages in the stream", name(), info.state.messages as f64));
-        gauges.push(("gozon_stream_bytes", "Their size", name(), info.state.bytes as f64));
-        gauges.push(("gozon_stream_max_bytes", "At this size the oldest go", name(), info.config.max_bytes as f64));
+        gauges.push((
+            "gozon_stream_messages",
+            "Messages in the stream",
+            name(),
+            info.state.messages as f64,
+        ));
+        gauges.push((
+            "gozon_stream_bytes",
+            "Their size",
+            name(),
+            info.state.bytes as f64,
+        ));
+        gauges.push((
+            "gozon_stream_max_bytes",
+            "At this size the oldest go",
+            name(),
+            info.config.max_bytes as f64,
+        ));
     }
     gauges
 }

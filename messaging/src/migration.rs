@@ -23,7 +23,10 @@ impl MigrationTrait for MessagingTables {
     }
 
     async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        manager.get_connection().execute_unprepared("DROP TABLE dead_letters, inbox, outbox").await?;
+        manager
+            .get_connection()
+            .execute_unprepared("DROP TABLE dead_letters, inbox, outbox")
+            .await?;
         Ok(())
     }
 }
@@ -44,12 +47,18 @@ impl MigrationName for RetentionTable {
 #[async_trait::async_trait]
 impl MigrationTrait for RetentionTable {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        manager.get_connection().execute_unprepared(RETENTION).await?;
+        manager
+            .get_connection()
+            .execute_unprepared(RETENTION)
+            .await?;
         Ok(())
     }
 
     async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        manager.get_connection().execute_unprepared("DROP TABLE retention").await?;
+        manager
+            .get_connection()
+            .execute_unprepared("DROP TABLE retention")
+            .await?;
         Ok(())
     }
 }

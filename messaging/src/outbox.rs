@@ -57,12 +57,23 @@ pub struct Message {
 
 impl Message {
     /// `event` said for the first time. `traceparent` ties it to the request or message that caused it.
-    pub fn first<E: Event>(event_id: EventId, event: &E, at: OffsetDateTime, traceparent: Option<&str>) -> Self {
+    pub fn first<E: Event>(
+        event_id: EventId,
+        event: &E,
+        at: OffsetDateTime,
+        traceparent: Option<&str>,
+    ) -> Self {
         Self::nth(event_id, 0, event, at, traceparent)
     }
 
     /// `event` said again: the n-th re-ask, with a de-duplication id of its own and the header `Gozon-Ask`.
-    pub fn nth<E: Event>(event_id: EventId, n: u32, event: &E, at: OffsetDateTime, traceparent: Option<&str>) -> Self {
+    pub fn nth<E: Event>(
+        event_id: EventId,
+        n: u32,
+        event: &E,
+        at: OffsetDateTime,
+        traceparent: Option<&str>,
+    ) -> Self {
         let mut headers = Headers::new(E::TYPE, E::SOURCE, E::STREAM, at);
         headers.set(header::SUBJECT, event.order_id().to_string());
         if n > 0 {
@@ -76,12 +87,20 @@ impl Message {
             n: i32::try_from(n).unwrap_or(i32::MAX),
             subject: E::SUBJECT.to_owned(),
             headers: headers.into_json(),
-            payload: serde_json::to_string(event).expect("an event is plain data, which always serializes"),
+            payload: serde_json::to_string(event)
+                .expect("an event is plain data, which always serializes"),
         }
     }
 
     /// Something that is no [`Event`] of the contracts: copies of dead letters, for tools.
-    pub(crate) fn notice(subject: String, stream: &str, kind: &str, source: &str, at: OffsetDateTime, body: &Json) -> Self {
+    pub(crate) fn notice(
+        subject: String,
+        stream: &str,
+        kind: &str,
+        source: &str,
+        at: OffsetDateTime,
+        body: &Json,
+    ) -> Self {
         Self {
             event_id: EventId::mint(),
             n: 0,
@@ -99,7 +118,11 @@ impl Headers {
         let mut headers = Self(Map::new());
         headers.set(header::TYPE, kind);
         headers.set(header::SOURCE, source);
-        headers.set(header::TIME, at.format(&Rfc3339).expect("a time of this millennium has an RFC 3339 form"));
+        headers.set(
+            header::TIME,
+            at.format(&Rfc3339)
+                .expect("a time of this millennium has an RFC 3339 form"),
+        );
         headers.set(header::EXPECTED_STREAM, stream);
         headers
     }
@@ -122,7 +145,10 @@ impl Headers {
 pub struct Enqueued(pub(crate) Vec<Pending>);
 
 /// Stores facts together with what they tell about.
-pub async fn enqueue(txn: &DatabaseTransaction, mut messages: Vec<Message>) -> Result<Enqueued, DbErr> {
+pub async fn enqueue(
+    txn: &DatabaseTransaction,
+    mut messages: Vec<Message>,
+) -> Result<Enqueued, DbErr> {
     if messages.is_empty() {
         return Ok(Enqueued::default());
     }
@@ -145,7 +171,13 @@ pub async fn enqueue(txn: &DatabaseTransaction, mut messages: Vec<Message>) -> R
         sql(
             "INSERT INTO outbox (event_id, n, subject, headers, payload)
              SELECT * FROM unnest($1::uuid[], $2::integer[], $3::text[], $4::text[], $5::text[])",
-            [event_ids.into(), ns.into(), subjects.into(), headers.into(), payloads.into()],
+            [
+                event_ids.into(),
+                ns.into(),
+                subjects.into(),
+                headers.into(),
+                payloads.into(),
+            ],
         ),
     )
     .await?;
@@ -164,8 +196,20 @@ pub(crate) struct Pending {
 
 impl From<Message> for Pending {
     fn from(message: Message) -> Self {
-        let Message { event_id, n, subject, headers, payload } = message;
-        Self { event_id: event_id.as_uuid(), n, subject, headers, payload }
+        let Message {
+            event_id,
+            n,
+            subject,
+            headers,
+            payload,
+        } = message;
+        Self {
+            event_id: event_id.as_uuid(),
+            n,
+            subject,
+            headers,
+            payload,
+        }
     }
 }
 
@@ -196,7 +240,11 @@ pub(crate) enum Which {
 /// Locks up to `limit` waiting rows, passing over those that another relay holds. Never-tried ones come in the order of
 /// their ids, which is about that of their making; others by how often they were tried, so that a few that never go
 /// through do not keep the rest from their turn.
-pub(crate) async fn lock_pending(txn: &DatabaseTransaction, which: Which, limit: u32) -> Result<Vec<Pending>, DbErr> {
+pub(crate) async fn lock_pending(
+    txn: &DatabaseTransaction,
+    which: Which,
+    limit: u32,
+) -> Result<Vec<Pending>, DbErr> {
     let limit = i64::from(limit).into();
     let query = match which {
         Which::Left(from, age) => sql(
@@ -216,27 +264,50 @@ pub(crate) async fn lock_pending(txn: &DatabaseTransaction, which: Which, limit:
 
 /// Whether anything waits, also what another relay holds.
 pub(crate) async fn something_waits(db: &DatabaseConnection) -> Result<bool, DbErr> {
-    Ok(db.query_one_raw(sql("SELECT 1 FROM outbox WHERE published_at IS NULL LIMIT 1", [])).await?.is_some())
+    Ok(db
+        .query_one_raw(sql(
+            "SELECT 1 FROM outbox WHERE published_at IS NULL LIMIT 1",
+            [],
+        ))
+        .await?
+        .is_some())
 }
 
 /// Whether the broker has ever taken anything, as far as is remembered.
 pub(crate) async fn something_was_published(db: &DatabaseConnection) -> Result<bool, DbErr> {
-    Ok(db.query_one_raw(sql("SELECT 1 FROM outbox WHERE published_at IS NOT NULL LIMIT 1", [])).await?.is_some())
+    Ok(db
+        .query_one_raw(sql(
+            "SELECT 1 FROM outbox WHERE published_at IS NOT NULL LIMIT 1",
+            [],
+        ))
+        .await?
+        .is_some())
 }
 
 /// How many rows were published since a time, on `subject` or on any.
-pub async fn count_published(db: &DatabaseConnection, since: OffsetDateTime, subject: Option<&str>) -> Result<u64, DbErr> {
+pub async fn count_published(
+    db: &DatabaseConnection,
+    since: OffsetDateTime,
+    subject: Option<&str>,
+) -> Result<u64, DbErr> {
     let query = sql(
         "SELECT count(*) AS number FROM outbox WHERE published_at >= $1 AND ($2::text IS NULL OR subject = $2)",
         [since.into(), subject.into()],
     );
-    let row = db.query_one_raw(query).await?.ok_or_else(|| DbErr::RecordNotFound("a count".to_owned()))?;
+    let row = db
+        .query_one_raw(query)
+        .await?
+        .ok_or_else(|| DbErr::RecordNotFound("a count".to_owned()))?;
     Ok(row.try_get::<i64>("", "number")?.unsigned_abs())
 }
 
 /// Has rows that were published since a time wait again, to be published under the same ids by the next relay. For
 /// whoever reads the streams after the broker has lost something; what it still remembers, it does not store twice.
-pub async fn publish_again(db: &DatabaseConnection, since: OffsetDateTime, subject: Option<&str>) -> Result<u64, DbErr> {
+pub async fn publish_again(
+    db: &DatabaseConnection,
+    since: OffsetDateTime,
+    subject: Option<&str>,
+) -> Result<u64, DbErr> {
     const ROWS: u64 = 1000;
     let begun = dead_letter::clock(db).await?;
     let mut total = 0;
@@ -261,12 +332,20 @@ const ATTEMPTS_OF_ITS_OWN: i32 = 5;
 
 /// Whether a row for `subject` has waited longer than `age`: then the broker or the relay is the problem, and more rows
 /// do not help. One that the broker has refused again and again is a problem of its own, and holds up nothing.
-pub async fn is_behind(txn: &DatabaseTransaction, subject: &str, age: Duration) -> Result<bool, DbErr> {
+pub async fn is_behind(
+    txn: &DatabaseTransaction,
+    subject: &str,
+    age: Duration,
+) -> Result<bool, DbErr> {
     let found = txn
         .query_one_raw(sql(
             "SELECT 1 FROM outbox WHERE published_at IS NULL AND attempts < $3 AND subject = $2
              AND created_at < now() - make_interval(secs => $1) LIMIT 1",
-            [age.as_secs_f64().into(), subject.into(), ATTEMPTS_OF_ITS_OWN.into()],
+            [
+                age.as_secs_f64().into(),
+                subject.into(),
+                ATTEMPTS_OF_ITS_OWN.into(),
+            ],
         ))
         .await?;
     Ok(found.is_some())
@@ -281,7 +360,10 @@ pub(crate) struct Acknowledged {
 
 /// Marks exactly these rows. Who has locked them marks in the same transaction; who was handed them marks in one
 /// statement, after whoever may have locked them since.
-pub(crate) async fn mark_published(db: &impl ConnectionTrait, rows: &[Acknowledged]) -> Result<(), DbErr> {
+pub(crate) async fn mark_published(
+    db: &impl ConnectionTrait,
+    rows: &[Acknowledged],
+) -> Result<(), DbErr> {
     if rows.is_empty() {
         return Ok(());
     }
@@ -302,12 +384,19 @@ pub(crate) async fn mark_published(db: &impl ConnectionTrait, rows: &[Acknowledg
 }
 
 /// Counts an attempt for rows whose PubAck did not come.
-pub(crate) async fn count_attempt(db: &impl ConnectionTrait, rows: &[(Uuid, i32)]) -> Result<(), DbErr> {
+pub(crate) async fn count_attempt(
+    db: &impl ConnectionTrait,
+    rows: &[(Uuid, i32)],
+) -> Result<(), DbErr> {
     if rows.is_empty() {
         return Ok(());
     }
     if removed!("relay.puback") {
-        let without = |(event_id, n): &(Uuid, i32)| Acknowledged { event_id: *event_id, n: *n, stream_sequence: 0 };
+        let without = |(event_id, n): &(Uuid, i32)| Acknowledged {
+            event_id: *event_id,
+            n: *n,
+            stream_sequence: 0,
+        };
         return mark_published(db, &rows.iter().map(without).collect::<Vec<_>>()).await;
     }
     let (event_ids, ns): (Vec<Uuid>, Vec<i32>) = rows.iter().copied().unzip();
@@ -331,16 +420,26 @@ pub(crate) mod tests {
 
     pub(crate) fn pending(n: u32) -> Pending {
         let order_id: OrderId = "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11".parse().unwrap();
-        let event = OrderPlaced { order_id, user_id: UserId::parse("alice").unwrap(), amount: Amount::new(5).unwrap() };
+        let event = OrderPlaced {
+            order_id,
+            user_id: UserId::parse("alice").unwrap(),
+            amount: Amount::new(5).unwrap(),
+        };
         let event_id = "01933f3c-7d5a-7b60-9d6f-000000000001".parse().unwrap();
         Message::nth(event_id, n, &event, OffsetDateTime::UNIX_EPOCH, None).into()
     }
 
     #[test]
     fn a_re_ask_has_a_message_id_of_its_own_and_says_its_number() {
-        assert_eq!(pending(0).message_id(), "01933f3c-7d5a-7b60-9d6f-000000000001");
+        assert_eq!(
+            pending(0).message_id(),
+            "01933f3c-7d5a-7b60-9d6f-000000000001"
+        );
         assert!(!pending(0).headers.contains(header::ASK));
-        assert_eq!(pending(3).message_id(), "01933f3c-7d5a-7b60-9d6f-000000000001.r3");
+        assert_eq!(
+            pending(3).message_id(),
+            "01933f3c-7d5a-7b60-9d6f-000000000001.r3"
+        );
         assert!(pending(3).headers.contains(r#""Gozon-Ask":"3""#));
     }
 }

@@ -45,7 +45,10 @@ impl Outlet {
     /// What was handed over first, at most so much.
     pub(crate) fn take(&self, limit: usize) -> Vec<Pending> {
         let mut rows = self.rows();
-        while rows.front().is_some_and(|(come, _)| come.elapsed() > WAIT_MAX) {
+        while rows
+            .front()
+            .is_some_and(|(come, _)| come.elapsed() > WAIT_MAX)
+        {
             rows.pop_front();
         }
         let taken = rows.len().min(limit);
@@ -83,7 +86,11 @@ mod tests {
         outlet.hand_over(enqueued(ROWS_MAX - 1));
         outlet.hand_over(enqueued(2));
         assert_eq!(outlet.take(10).len(), 10);
-        assert_eq!(outlet.take(ROWS_MAX).len(), ROWS_MAX - 11, "two were too much");
+        assert_eq!(
+            outlet.take(ROWS_MAX).len(),
+            ROWS_MAX - 11,
+            "two were too much"
+        );
 
         outlet.hand_over(enqueued(3));
         tokio::time::advance(WAIT_MAX + Duration::from_millis(1)).await;
@@ -97,8 +104,15 @@ mod tests {
         outlet.hand_over(enqueued(3));
         outlet.come().await;
         assert_eq!(outlet.take(2).len(), 2);
-        tokio::time::timeout(Duration::from_secs(1), outlet.come()).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(1), outlet.come())
+            .await
+            .unwrap();
         assert_eq!(outlet.take(2).len(), 1);
-        assert!(tokio::time::timeout(Duration::from_secs(1), outlet.come()).await.is_err(), "nothing is left");
+        assert!(
+            tokio::time::timeout(Duration::from_secs(1), outlet.come())
+                .await
+                .is_err(),
+            "nothing is left"
+        );
     }
 }

@@ -55,8 +55,14 @@ pub(crate) async fn publish(broker: &Broker, rows: &[Pending]) -> Result<Sent, I
     let mut by_stream: BTreeMap<String, Vec<Outgoing<'_>>> = BTreeMap::new();
     for row in rows {
         let headers = message_headers(row);
-        let stream = headers.get(header::EXPECTED_STREAM).map(|name| name.as_str().to_owned()).unwrap_or_default();
-        by_stream.entry(stream).or_default().push(Outgoing { row, headers });
+        let stream = headers
+            .get(header::EXPECTED_STREAM)
+            .map(|name| name.as_str().to_owned())
+            .unwrap_or_default();
+        by_stream
+            .entry(stream)
+            .or_default()
+            .push(Outgoing { row, headers });
     }
     let mut sent = Sent::default();
     let mut in_flight = Vec::new();
@@ -80,7 +86,8 @@ pub(crate) async fn publish(broker: &Broker, rows: &[Pending]) -> Result<Sent, I
 /// Sends all as one atomic batch, if that is worth it; its last message commits it and is answered.
 async fn send_batch(broker: &Broker, messages: &[Outgoing<'_>]) -> Option<PublishAckFuture> {
     let payload_max = broker.client().server_info().max_payload;
-    let fits = |one: &Outgoing<'_>| one.row.payload.len() + one.row.headers.len() + OVERHEAD < payload_max;
+    let fits =
+        |one: &Outgoing<'_>| one.row.payload.len() + one.row.headers.len() + OVERHEAD < payload_max;
     if messages.len() < ATOMIC_MIN || !messages.iter().all(fits) {
         return None;
     }
@@ -95,18 +102,30 @@ async fn send_batch(broker: &Broker, messages: &[Outgoing<'_>]) -> Option<Publis
     for (index, one) in others.iter().enumerate() {
         let payload = one.row.payload.clone().into();
         let headers = in_batch(one, index + 1);
-        if let Err(error) = broker.client().publish_with_headers(one.row.subject.clone(), headers, payload).await {
+        if let Err(error) = broker
+            .client()
+            .publish_with_headers(one.row.subject.clone(), headers, payload)
+            .await
+        {
             // The broker forgets a batch that is never committed.
             debug!(error = %error, "A batch could not be sent; its messages are sent one by one");
             return None;
         }
     }
     let mut headers = in_batch(last, messages.len());
-    headers.insert(nats_header::NATS_BATCH_COMMIT, nats_header::NATS_BATCH_COMMIT_FINAL);
+    headers.insert(
+        nats_header::NATS_BATCH_COMMIT,
+        nats_header::NATS_BATCH_COMMIT_FINAL,
+    );
     send(broker, last.row, headers).await.ok()
 }
 
-async fn send_each<'a>(broker: &Broker, messages: &'a [Outgoing<'a>], in_flight: &mut Vec<InFlight<'a>>, sent: &mut Sent) {
+async fn send_each<'a>(
+    broker: &Broker,
+    messages: &'a [Outgoing<'a>],
+    in_flight: &mut Vec<InFlight<'a>>,
+    sent: &mut Sent,
+) {
     for one in messages {
         match send(broker, one.row, one.headers.clone()).await {
             Ok(answer) => in_flight.push(InFlight::One(one, answer)),
@@ -115,9 +134,18 @@ async fn send_each<'a>(broker: &Broker, messages: &'a [Outgoing<'a>], in_flight:
     }
 }
 
-async fn send(broker: &Broker, row: &Pending, headers: HeaderMap) -> Result<PublishAckFuture, PublishError> {
-    let message = PublishMessage::build().payload(row.payload.clone().into()).headers(headers);
-    broker.jetstream().send_publish(row.subject.clone(), message).await
+async fn send(
+    broker: &Broker,
+    row: &Pending,
+    headers: HeaderMap,
+) -> Result<PublishAckFuture, PublishError> {
+    let message = PublishMessage::build()
+        .payload(row.payload.clone().into())
+        .headers(headers);
+    broker
+        .jetstream()
+        .send_publish(row.subject.clone(), message)
+        .await
 }
 
 /// Waits for every answer. Gives back the batches that the broker refused.
@@ -150,23 +178,34 @@ async fn settle<'a>(in_flight: Vec<InFlight<'a>>, sent: &mut Sent) -> Vec<&'a [O
 }
 
 fn is_silence(error: &PublishError) -> bool {
-    matches!(error.kind(), PublishErrorKind::TimedOut | PublishErrorKind::BrokenPipe | PublishErrorKind::StreamNotFound)
+    matches!(
+        error.kind(),
+        PublishErrorKind::TimedOut
+            | PublishErrorKind::BrokenPipe
+            | PublishErrorKind::StreamNotFound
+    )
 }
 
 impl Sent {
     fn acknowledge(&mut self, one: &Outgoing<'_>, sequence: u64) {
         let stream_sequence = i64::try_from(sequence).unwrap_or(i64::MAX);
-        self.acknowledged.push(Acknowledged { event_id: one.row.event_id, n: one.row.n, stream_sequence });
+        self.acknowledged.push(Acknowledged {
+            event_id: one.row.event_id,
+            n: one.row.n,
+            stream_sequence,
+        });
     }
 
     /// Nothing of it is known to be stored after all.
     pub(crate) fn doubt(&mut self) {
-        self.unacknowledged.extend(self.acknowledged.drain(..).map(|row| (row.event_id, row.n)));
+        self.unacknowledged
+            .extend(self.acknowledged.drain(..).map(|row| (row.event_id, row.n)));
     }
 
     fn fail(&mut self, messages: &[Outgoing<'_>], error: PublishError) {
         self.stream_missing |= error.kind() == PublishErrorKind::StreamNotFound;
-        self.unacknowledged.extend(messages.iter().map(|one| (one.row.event_id, one.row.n)));
+        self.unacknowledged
+            .extend(messages.iter().map(|one| (one.row.event_id, one.row.n)));
         self.error.get_or_insert(error);
     }
 }
@@ -181,14 +220,21 @@ fn message_headers(row: &Pending) -> HeaderMap {
         Ok(stored) => {
             for (name, value) in stored {
                 // Checked, since the client panics on what is no header.
-                match (HeaderName::from_str(&name), value.as_str().map(HeaderValue::from_str)) {
+                match (
+                    HeaderName::from_str(&name),
+                    value.as_str().map(HeaderValue::from_str),
+                ) {
                     (Ok(name), Some(Ok(value))) => headers.insert(name, value),
-                    _ => error!(event.id = %row.event_id, header = name, "Outbox row with something that is no header; left out"),
+                    _ => {
+                        error!(event.id = %row.event_id, header = name, "Outbox row with something that is no header; left out")
+                    }
                 }
             }
         }
         // The reader will dead-letter it. Written only by `enqueue`, so somebody edited the table.
-        Err(error) => error!(event.id = %row.event_id, error = %error, "Outbox row with headers that are no JSON object"),
+        Err(error) => {
+            error!(event.id = %row.event_id, error = %error, "Outbox row with headers that are no JSON object")
+        }
     }
     headers
 }

@@ -74,20 +74,32 @@ impl Relay {
     }
 
     /// One lane.
-    async fn go(&self, mut looks: watch::Receiver<u64>, poll_interval: Duration, look: &Notify, shutdown: &CancellationToken) {
+    async fn go(
+        &self,
+        mut looks: watch::Receiver<u64>,
+        poll_interval: Duration,
+        look: &Notify,
+        shutdown: &CancellationToken,
+    ) {
         let mut schedule = Schedule::new(poll_interval, Instant::now());
         let mut connection_number = 0;
         while !shutdown.is_cancelled() {
             if !self.broker.is_connected() {
-                self.vital.bad("the broker is away; what is committed is kept and published when it returns");
-                shutdown.run_until_cancelled(self.broker.until_connected()).await;
+                self.vital.bad(
+                    "the broker is away; what is committed is kept and published when it returns",
+                );
+                shutdown
+                    .run_until_cancelled(self.broker.until_connected())
+                    .await;
                 continue;
             }
             if connection_number != self.broker.connection_number() {
                 connection_number = self.broker.connection_number();
                 let looked = looks.wait_for(|number| *number == connection_number);
                 // Where the streams cannot be made, publishing says so too, and another stream may be there.
-                let _ = shutdown.run_until_cancelled(tokio::time::timeout(FIRST_LOOK_TIMEOUT, looked)).await;
+                let _ = shutdown
+                    .run_until_cancelled(tokio::time::timeout(FIRST_LOOK_TIMEOUT, looked))
+                    .await;
                 schedule.begin_anew(Instant::now());
             }
             let which = schedule.due(Instant::now());
@@ -96,7 +108,14 @@ impl Relay {
                 None => {
                     let rows = self.outlet.take(BATCH_MAX as usize);
                     if rows.is_empty() {
-                        let quiet_until = self.wait(schedule.next_at(), poll_interval, connection_number, shutdown).await;
+                        let quiet_until = self
+                            .wait(
+                                schedule.next_at(),
+                                poll_interval,
+                                connection_number,
+                                shutdown,
+                            )
+                            .await;
                         if let Some(then) = quiet_until {
                             schedule.nothing_waits(then);
                         }
@@ -113,22 +132,30 @@ impl Relay {
                     schedule.done(which, step, Instant::now());
                 }
                 Ok(step) => {
-                    self.vital.bad(format!("{} messages could not be published", step.failed));
+                    self.vital
+                        .bad(format!("{} messages could not be published", step.failed));
                     if step.stream_missing {
                         look.notify_one();
                     }
                     let pause = schedule.failed(Instant::now());
                     if which != Some(Which::Tried) && step.published == 0 {
                         // Nothing goes through: not a few rows are to blame.
-                        shutdown.run_until_cancelled(tokio::time::sleep(pause)).await;
+                        shutdown
+                            .run_until_cancelled(tokio::time::sleep(pause))
+                            .await;
                     }
                 }
                 Err(error) => {
                     if self.vital.bad(format!("{error:#}")) {
-                        warn!(error = format!("{error:#}"), "Publishing does not work; trying again");
+                        warn!(
+                            error = format!("{error:#}"),
+                            "Publishing does not work; trying again"
+                        );
                     }
                     let pause = schedule.failed(Instant::now());
-                    shutdown.run_until_cancelled(tokio::time::sleep(pause)).await;
+                    shutdown
+                        .run_until_cancelled(tokio::time::sleep(pause))
+                        .await;
                 }
             }
         }
@@ -145,13 +172,19 @@ impl Relay {
     ) -> Option<Instant> {
         let mut quiet_until = None;
         loop {
-            let woken = shutdown.run_until_cancelled(tokio::time::timeout_at(until, self.outlet.come())).await;
-            let same_connection = self.broker.is_connected() && self.broker.connection_number() == connection_number;
+            let woken = shutdown
+                .run_until_cancelled(tokio::time::timeout_at(until, self.outlet.come()))
+                .await;
+            let same_connection =
+                self.broker.is_connected() && self.broker.connection_number() == connection_number;
             if !matches!(woken, Some(Err(_))) || !same_connection {
                 return quiet_until;
             }
             // An error shows in the next step, which tells it.
-            if db::within(STEP_TIMEOUT, outbox::something_waits(&self.db)).await.unwrap_or(true) {
+            if db::within(STEP_TIMEOUT, outbox::something_waits(&self.db))
+                .await
+                .unwrap_or(true)
+            {
                 return quiet_until;
             }
             self.vital.good();
@@ -168,14 +201,18 @@ impl Relay {
     /// process dies, the server frees the rows and the next relay publishes them again under the same message id.
     async fn publish_found(&self, which: Which) -> anyhow::Result<Step> {
         let txn = self.db.begin().await.context("the outbox cannot be read")?;
-        let rows = outbox::lock_pending(&txn, which, BATCH_MAX).await.context("the outbox cannot be read")?;
+        let rows = outbox::lock_pending(&txn, which, BATCH_MAX)
+            .await
+            .context("the outbox cannot be read")?;
         if rows.is_empty() {
             txn.rollback().await.context("the outbox cannot be read")?;
             return Ok(Step::default());
         }
         let step = self.publish(&txn, &rows).await?;
         failpoint!("relay.before_commit")?;
-        txn.commit().await.context("published rows cannot be marked")?;
+        txn.commit()
+            .await
+            .context("published rows cannot be marked")?;
         failpoint!("relay.after_commit")?;
         Ok(step)
     }
@@ -199,8 +236,12 @@ impl Relay {
         }
         histogram!(measure::PUBLISH_SECONDS).record(begun.elapsed());
         failpoint!("relay.after_puback")?;
-        outbox::mark_published(db, &sent.acknowledged).await.context("published rows cannot be marked")?;
-        outbox::count_attempt(db, &sent.unacknowledged).await.context("attempts cannot be counted")?;
+        outbox::mark_published(db, &sent.acknowledged)
+            .await
+            .context("published rows cannot be marked")?;
+        outbox::count_attempt(db, &sent.unacknowledged)
+            .await
+            .context("attempts cannot be counted")?;
 
         let (published, failed) = (sent.acknowledged.len(), sent.unacknowledged.len());
         counter!(measure::PUBLISHED, "result" => "acknowledged").increment(published as u64);
@@ -211,17 +252,29 @@ impl Relay {
                 warn!(published, failed, error = %error, "Some outbox rows could not be published; they stay");
             }
         }
-        Ok(Step { published, failed, stream_missing: sent.stream_missing, newest: rows.last().map(|row| row.event_id) })
+        Ok(Step {
+            published,
+            failed,
+            stream_missing: sent.stream_missing,
+            newest: rows.last().map(|row| row.event_id),
+        })
     }
 
     /// Looks at the streams on every new connection, when publishing misses one, and every now and then.
-    async fn watch_streams(&self, look: &Notify, looked: &watch::Sender<u64>, shutdown: &CancellationToken) {
+    async fn watch_streams(
+        &self,
+        look: &Notify,
+        looked: &watch::Sender<u64>,
+        shutdown: &CancellationToken,
+    ) {
         let mut states = HashMap::new();
         let mut retry_delay = RETRY_DELAY_MIN;
         while !shutdown.is_cancelled() {
             if !self.broker.is_connected() {
                 self.streams_vital.bad("the broker is away");
-                shutdown.run_until_cancelled(self.broker.until_connected()).await;
+                shutdown
+                    .run_until_cancelled(self.broker.until_connected())
+                    .await;
                 continue;
             }
             let connection_number = self.broker.connection_number();
@@ -234,7 +287,10 @@ impl Relay {
                 }
                 Err(error) => {
                     if self.streams_vital.bad(format!("{error:#}")) {
-                        warn!(error = format!("{error:#}"), "A stream cannot be looked at or made; trying again");
+                        warn!(
+                            error = format!("{error:#}"),
+                            "A stream cannot be looked at or made; trying again"
+                        );
                     }
                     let pause = retry_delay.mul_f64(jitter());
                     retry_delay = (retry_delay * 2).min(RETRY_DELAY_MAX);
@@ -252,37 +308,54 @@ impl Relay {
 
     /// Makes the service's streams where they are absent, and notices what the broker has lost: a stream that is new
     /// (whoever made it), or that ends before where it ended when it was last looked at.
-    async fn look_at_streams(&self, states: &mut HashMap<String, StreamState>) -> anyhow::Result<()> {
+    async fn look_at_streams(
+        &self,
+        states: &mut HashMap<String, StreamState>,
+    ) -> anyhow::Result<()> {
         let mut trouble = None;
         for wanted in &self.streams {
             let begun = Instant::now();
             // One stream that cannot be made must not keep the rows of the others.
-            let (state, ensured) = match topology::ensure_stream(self.broker.jetstream(), wanted).await {
-                Ok(found) => found,
-                Err(error) => {
-                    trouble = Some(error);
-                    continue;
-                }
-            };
+            let (state, ensured) =
+                match topology::ensure_stream(self.broker.jetstream(), wanted).await {
+                    Ok(found) => found,
+                    Err(error) => {
+                        trouble = Some(error);
+                        continue;
+                    }
+                };
             let earlier = states.get(&wanted.name);
-            let shrunk =
-                earlier.is_some_and(|earlier| earlier.made_at != state.made_at || earlier.last_sequence > state.last_sequence);
+            let shrunk = earlier.is_some_and(|earlier| {
+                earlier.made_at != state.made_at || earlier.last_sequence > state.last_sequence
+            });
             if earlier.is_none_or(|earlier| earlier.drift != state.drift) {
                 for difference in &state.drift {
                     let stream = &wanted.name;
-                    warn!(stream, difference, "Stream differs from what this version would make; nothing is changed");
+                    warn!(
+                        stream,
+                        difference,
+                        "Stream differs from what this version would make; nothing is changed"
+                    );
                 }
             }
             states.insert(wanted.name.clone(), state);
             if ensured == Ensured::Made || shrunk {
                 // Until we made it, it could take nothing. Who else made it, or cut it off, did so we do not know when.
                 if wanted.name != DLQ_STREAM {
-                    self.losses.note(if ensured == Ensured::Made { begun } else { Instant::now() });
+                    self.losses.note(if ensured == Ensured::Made {
+                        begun
+                    } else {
+                        Instant::now()
+                    });
                 }
                 // Of an installation that is just made, nothing can be lost.
-                let something = db::within(STEP_TIMEOUT, outbox::something_was_published(&self.db)).await;
+                let something =
+                    db::within(STEP_TIMEOUT, outbox::something_was_published(&self.db)).await;
                 if something.unwrap_or(true) {
-                    warn!(stream = wanted.name, "The broker does not have what it had acknowledged; it is asked for again");
+                    warn!(
+                        stream = wanted.name,
+                        "The broker does not have what it had acknowledged; it is asked for again"
+                    );
                 }
             }
         }

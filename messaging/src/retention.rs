@@ -39,14 +39,22 @@ impl Retention {
                 Ok(pruned) => {
                     debug!(rows = pruned, "Old outbox and inbox rows pruned");
                     // Less than a full batch: there is nothing more for now.
-                    if pruned >= BATCH_MAX { BATCH_PAUSE } else { interval }
+                    if pruned >= BATCH_MAX {
+                        BATCH_PAUSE
+                    } else {
+                        interval
+                    }
                 }
                 Err(error) => {
                     warn!(error = %error, "Old rows could not be pruned; trying again");
                     interval
                 }
             };
-            if shutdown.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
+            if shutdown
+                .run_until_cancelled(tokio::time::sleep(pause))
+                .await
+                .is_none()
+            {
                 return Ok(());
             }
         }
@@ -59,7 +67,11 @@ impl Retention {
     pub async fn prune_batch(&self) -> Result<u64, DbErr> {
         let before = db::now() - self.keep;
         let seconds = u64::try_from(before.unix_timestamp()).unwrap_or(0);
-        let id_before = Uuid::new_v7(Timestamp::from_unix(NoContext, seconds, before.nanosecond()));
+        let id_before = Uuid::new_v7(Timestamp::from_unix(
+            NoContext,
+            seconds,
+            before.nanosecond(),
+        ));
         // Noted with it, so that an audit does not miss what is gone.
         let outbox = self
             .db

@@ -46,7 +46,14 @@ impl Schedule {
     /// (Another replica's may be among it: then it is published twice under one id.)
     pub(crate) fn new(poll_interval: Duration, now: Instant) -> Self {
         let (retry_delay, from, age) = (RETRY_DELAY_MIN, Uuid::nil(), Duration::ZERO);
-        Self { poll_interval, retry_at: now, retry_delay, look_at: now, from, age }
+        Self {
+            poll_interval,
+            retry_at: now,
+            retry_delay,
+            look_at: now,
+            from,
+            age,
+        }
     }
 
     /// There is another connection to the broker: everything is due.
@@ -89,7 +96,8 @@ impl Schedule {
             // entry for each until a vacuum.
             (Some(Which::Left(..)), Some(newest)) if full => self.from = newest,
             (Some(Which::Left(..)), _) => {
-                (self.from, self.age, self.look_at) = (Uuid::nil(), LOOKED_FOR_AFTER, now + self.poll_interval);
+                (self.from, self.age, self.look_at) =
+                    (Uuid::nil(), LOOKED_FOR_AFTER, now + self.poll_interval);
             }
         }
     }
@@ -114,7 +122,11 @@ mod tests {
         let mut schedule = Schedule::new(POLL, now);
         assert_eq!(schedule.due(now), Some(Which::Tried));
         schedule.done(Some(Which::Tried), Step::default(), now);
-        assert_eq!(schedule.due(now), Some(Which::Left(Uuid::nil(), Duration::ZERO)), "at first of any age");
+        assert_eq!(
+            schedule.due(now),
+            Some(Which::Left(Uuid::nil(), Duration::ZERO)),
+            "at first of any age"
+        );
         schedule.done(schedule.due(now), Step::default(), now);
         assert_eq!((schedule.due(now), schedule.next_at()), (None, now + POLL));
         schedule
@@ -129,13 +141,36 @@ mod tests {
         let first = schedule.due(later);
         assert_eq!(first, Some(Which::Left(Uuid::nil(), LOOKED_FOR_AFTER)));
         let newest = Uuid::now_v7();
-        schedule.done(first, Step { published: BATCH_MAX as usize, newest: Some(newest), ..Step::default() }, later);
+        schedule.done(
+            first,
+            Step {
+                published: BATCH_MAX as usize,
+                newest: Some(newest),
+                ..Step::default()
+            },
+            later,
+        );
         let second = schedule.due(later);
-        assert_eq!(second, Some(Which::Left(newest, LOOKED_FOR_AFTER)), "at once, behind the first batch");
-        schedule.done(second, Step { published: 3, newest: Some(Uuid::now_v7()), ..Step::default() }, later);
+        assert_eq!(
+            second,
+            Some(Which::Left(newest, LOOKED_FOR_AFTER)),
+            "at once, behind the first batch"
+        );
+        schedule.done(
+            second,
+            Step {
+                published: 3,
+                newest: Some(Uuid::now_v7()),
+                ..Step::default()
+            },
+            later,
+        );
         assert_eq!(schedule.due(later), None);
         schedule.done(Some(Which::Tried), Step::default(), later + POLL);
-        assert_eq!(schedule.due(later + POLL), Some(Which::Left(Uuid::nil(), LOOKED_FOR_AFTER)));
+        assert_eq!(
+            schedule.due(later + POLL),
+            Some(Which::Left(Uuid::nil(), LOOKED_FOR_AFTER))
+        );
     }
 
     #[test]
@@ -146,14 +181,24 @@ mod tests {
         for doublings in 0..8 {
             let pause = schedule.failed(now);
             let longest = (RETRY_DELAY_MIN * (1 << doublings)).min(RETRY_DELAY_MAX);
-            assert!(pause >= longest / 2 && pause <= longest && pause * 2 >= before, "{pause:?} after {before:?}");
+            assert!(
+                pause >= longest / 2 && pause <= longest && pause * 2 >= before,
+                "{pause:?} after {before:?}"
+            );
             assert_eq!(schedule.due(now), None);
             assert_eq!(schedule.due(now + pause), Some(Which::Tried));
             before = pause;
         }
-        assert!(schedule.next_at() <= now + POLL, "others are looked for meanwhile");
+        assert!(
+            schedule.next_at() <= now + POLL,
+            "others are looked for meanwhile"
+        );
         schedule.begin_anew(now);
-        assert_eq!(schedule.due(now), Some(Which::Tried), "another connection: at once");
+        assert_eq!(
+            schedule.due(now),
+            Some(Which::Tried),
+            "another connection: at once"
+        );
         assert!(schedule.failed(now) <= RETRY_DELAY_MIN);
     }
 }

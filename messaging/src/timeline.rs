@@ -1,7 +1,10 @@
 //! The way of one order through a service, told from its tables: what was enqueued, published, taken, taken again, set
 //! aside. Each service adds its own steps; whoever shows the whole way puts the services' halves together.
 
-use sea_orm::{ColumnTrait as _, DatabaseConnection, DbErr, EntityTrait as _, QueryFilter as _, QueryOrder as _};
+use sea_orm::{
+    ColumnTrait as _, DatabaseConnection, DbErr, EntityTrait as _, QueryFilter as _,
+    QueryOrder as _,
+};
 use serde::Serialize;
 use serde_json::Value;
 use time::OffsetDateTime;
@@ -124,12 +127,20 @@ pub struct Timeline {
 }
 
 /// How a fact was published: each time it was said. Nothing if its rows were pruned.
-pub async fn sent(db: &DatabaseConnection, service: &'static str, event_id: Uuid) -> Result<Vec<Step>, DbErr> {
-    let rows =
-        outbox::Entity::find().filter(outbox::Column::EventId.eq(event_id)).order_by_asc(outbox::Column::N).all(db).await?;
+pub async fn sent(
+    db: &DatabaseConnection,
+    service: &'static str,
+    event_id: Uuid,
+) -> Result<Vec<Step>, DbErr> {
+    let rows = outbox::Entity::find()
+        .filter(outbox::Column::EventId.eq(event_id))
+        .order_by_asc(outbox::Column::N)
+        .all(db)
+        .await?;
     let mut steps = Vec::new();
     for row in rows {
-        let headers: Value = serde_json::from_str(&row.headers).unwrap_or(Value::String(row.headers));
+        let headers: Value =
+            serde_json::from_str(&row.headers).unwrap_or(Value::String(row.headers));
         let enqueued = Step {
             event: headers[header::TYPE].as_str().map(str::to_owned),
             event_id: Some(event_id),
@@ -144,7 +155,14 @@ pub async fn sent(db: &DatabaseConnection, service: &'static str, event_id: Uuid
             ..enqueued.clone()
         });
         let payload = serde_json::from_str(&row.payload).unwrap_or(Value::String(row.payload));
-        steps.push(Step { message: Some(StepMessage { subject: row.subject, headers, payload }), ..enqueued });
+        steps.push(Step {
+            message: Some(StepMessage {
+                subject: row.subject,
+                headers,
+                payload,
+            }),
+            ..enqueued
+        });
         steps.extend(published);
     }
     Ok(steps)
@@ -158,7 +176,9 @@ pub async fn taken(
     event_id: Uuid,
 ) -> Result<Vec<Step>, DbErr> {
     let key = (subscription.consumer.to_owned(), event_id);
-    let Some(row) = inbox::Entity::find_by_id(key).one(db).await? else { return Ok(Vec::new()) };
+    let Some(row) = inbox::Entity::find_by_id(key).one(db).await? else {
+        return Ok(Vec::new());
+    };
     let taken = Step {
         event: Some(event.to_owned()),
         event_id: Some(event_id),
@@ -177,8 +197,15 @@ pub async fn taken(
 }
 
 /// Messages about an order that were not applied.
-pub async fn dead_lettered(db: &DatabaseConnection, service: &'static str, order_id: Uuid) -> Result<Vec<Step>, DbErr> {
-    let letters = dead_letter::Entity::find().filter(dead_letter::Column::OrderId.eq(order_id)).all(db).await?;
+pub async fn dead_lettered(
+    db: &DatabaseConnection,
+    service: &'static str,
+    order_id: Uuid,
+) -> Result<Vec<Step>, DbErr> {
+    let letters = dead_letter::Entity::find()
+        .filter(dead_letter::Column::OrderId.eq(order_id))
+        .all(db)
+        .await?;
     let step = |letter: dead_letter::Model| Step {
         event_id: letter.event_id,
         times: Some(letter.times),

@@ -12,7 +12,9 @@ use async_nats::jetstream::{Context, ErrorCode};
 use time::OffsetDateTime;
 use tracing::info;
 
-use shared_contracts::{DLQ_STREAM, Event, ORDERS_STREAM, OrderPlaced, PAYMENTS_STREAM, PaymentSettled};
+use shared_contracts::{
+    DLQ_STREAM, Event, ORDERS_STREAM, OrderPlaced, PAYMENTS_STREAM, PaymentSettled,
+};
 
 const GIB: i64 = 1 << 30;
 const MIB: i64 = 1 << 20;
@@ -59,8 +61,12 @@ pub struct Subscription {
 }
 
 /// payments takes orders to be paid.
-pub const PAYMENTS_ORDER_PLACED: Subscription =
-    Subscription { consumer: "payments-order-placed", stream: ORDERS_STREAM, subject: OrderPlaced::SUBJECT, service: "payments" };
+pub const PAYMENTS_ORDER_PLACED: Subscription = Subscription {
+    consumer: "payments-order-placed",
+    stream: ORDERS_STREAM,
+    subject: OrderPlaced::SUBJECT,
+    service: "payments",
+};
 
 /// orders takes how payments ended.
 pub const ORDERS_PAYMENT_SETTLED: Subscription = Subscription {
@@ -77,12 +83,22 @@ pub fn dlq_subject(service: &str) -> String {
 
 /// The stream of what `orders` says.
 pub fn orders_stream(settings: &TopologySettings) -> stream::Config {
-    event_stream(ORDERS_STREAM, "gozon.orders.>", settings.stream_max_bytes, settings)
+    event_stream(
+        ORDERS_STREAM,
+        "gozon.orders.>",
+        settings.stream_max_bytes,
+        settings,
+    )
 }
 
 /// The stream of what `payments` says.
 pub fn payments_stream(settings: &TopologySettings) -> stream::Config {
-    event_stream(PAYMENTS_STREAM, "gozon.payments.>", settings.stream_max_bytes, settings)
+    event_stream(
+        PAYMENTS_STREAM,
+        "gozon.payments.>",
+        settings.stream_max_bytes,
+        settings,
+    )
 }
 
 /// The stream of copies of dead letters.
@@ -90,7 +106,12 @@ pub fn dlq_stream(settings: &TopologySettings) -> stream::Config {
     event_stream(DLQ_STREAM, "gozon.dlq.>", settings.dlq_max_bytes, settings)
 }
 
-fn event_stream(name: &str, subjects: &str, max_bytes: i64, settings: &TopologySettings) -> stream::Config {
+fn event_stream(
+    name: &str,
+    subjects: &str,
+    max_bytes: i64,
+    settings: &TopologySettings,
+) -> stream::Config {
     stream::Config {
         name: name.to_owned(),
         subjects: vec![subjects.to_owned()],
@@ -157,35 +178,59 @@ pub struct StreamState {
 
 impl StreamState {
     fn new(found: &stream::Info, wanted: &stream::Config) -> Self {
-        Self { made_at: found.created, last_sequence: found.state.last_sequence, drift: drift(&found.config, wanted) }
+        Self {
+            made_at: found.created,
+            last_sequence: found.state.last_sequence,
+            drift: drift(&found.config, wanted),
+        }
     }
 }
 
 /// Makes the stream if it is absent; never changes one that differs.
-pub async fn ensure_stream(jetstream: &Context, wanted: &stream::Config) -> anyhow::Result<(StreamState, Ensured)> {
+pub async fn ensure_stream(
+    jetstream: &Context,
+    wanted: &stream::Config,
+) -> anyhow::Result<(StreamState, Ensured)> {
     match jetstream.get_stream(&wanted.name).await {
-        Ok(stream) => return Ok((StreamState::new(stream.cached_info(), wanted), Ensured::Found)),
+        Ok(stream) => {
+            return Ok((
+                StreamState::new(stream.cached_info(), wanted),
+                Ensured::Found,
+            ));
+        }
         Err(error) => match error.kind() {
-            GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND => {}
-            _ => return Err(anyhow::Error::new(error).context(format!("stream {} cannot be looked up", wanted.name))),
+            GetStreamErrorKind::JetStream(error)
+                if error.error_code() == ErrorCode::STREAM_NOT_FOUND => {}
+            _ => {
+                return Err(anyhow::Error::new(error)
+                    .context(format!("stream {} cannot be looked up", wanted.name)));
+            }
         },
     }
     match jetstream.create_stream(wanted.clone()).await {
         Ok(stream) => {
             info!(stream = wanted.name, "Stream made");
-            Ok((StreamState::new(stream.cached_info(), wanted), Ensured::Made))
+            Ok((
+                StreamState::new(stream.cached_info(), wanted),
+                Ensured::Made,
+            ))
         }
-        Err(error) => match error.kind() {
-            CreateStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STORAGE_RESOURCES_EXCEEDED => {
-                anyhow::bail!(
-                    "the NATS server has no room for stream {}, which may grow to {} bytes: raise `max_file` in its configuration \
+        Err(error) => {
+            match error.kind() {
+                CreateStreamErrorKind::JetStream(error)
+                    if error.error_code() == ErrorCode::STORAGE_RESOURCES_EXCEEDED =>
+                {
+                    anyhow::bail!(
+                        "the NATS server has no room for stream {}, which may grow to {} bytes: raise `max_file` in its configuration \
                      above the sum of all streams, or lower GOZON_STREAM_MAX_BYTES",
-                    wanted.name,
-                    wanted.max_bytes
-                )
+                        wanted.name,
+                        wanted.max_bytes
+                    )
+                }
+                _ => Err(anyhow::Error::new(error)
+                    .context(format!("stream {} cannot be made", wanted.name))),
             }
-            _ => Err(anyhow::Error::new(error).context(format!("stream {} cannot be made", wanted.name))),
-        },
+        }
     }
 }
 
@@ -202,11 +247,17 @@ pub async fn ensure_consumer(
 ) -> anyhow::Result<(PullConsumer, Ensured)> {
     use async_nats::jetstream::stream::ConsumerErrorKind;
 
-    match jetstream.get_consumer_from_stream(subscription.consumer, subscription.stream).await {
+    match jetstream
+        .get_consumer_from_stream(subscription.consumer, subscription.stream)
+        .await
+    {
         Ok(consumer) => return Ok((consumer, Ensured::Found)),
         Err(error) => match error.kind() {
-            ConsumerErrorKind::JetStream(error) if error.error_code() == ErrorCode::CONSUMER_NOT_FOUND => {}
-            ConsumerErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND => {
+            ConsumerErrorKind::JetStream(error)
+                if error.error_code() == ErrorCode::CONSUMER_NOT_FOUND => {}
+            ConsumerErrorKind::JetStream(error)
+                if error.error_code() == ErrorCode::STREAM_NOT_FOUND =>
+            {
                 return Err(NoStream(subscription.stream).into());
             }
             _ => {
@@ -216,12 +267,23 @@ pub async fn ensure_consumer(
         },
     }
     // Strict: if a replica was faster with another configuration, its consumer stays as it is.
-    match jetstream.create_consumer_strict_on_stream(consumer_config(subscription, settings), subscription.stream).await {
+    match jetstream
+        .create_consumer_strict_on_stream(
+            consumer_config(subscription, settings),
+            subscription.stream,
+        )
+        .await
+    {
         Ok(consumer) => {
-            info!(consumer = subscription.consumer, stream = subscription.stream, "Consumer made");
+            info!(
+                consumer = subscription.consumer,
+                stream = subscription.stream,
+                "Consumer made"
+            );
             Ok((consumer, Ensured::Made))
         }
-        Err(error) => Err(anyhow::Error::new(error).context(format!("consumer {} cannot be made", subscription.consumer))),
+        Err(error) => Err(anyhow::Error::new(error)
+            .context(format!("consumer {} cannot be made", subscription.consumer))),
     }
 }
 
@@ -233,18 +295,66 @@ pub fn drift(found: &stream::Config, wanted: &stream::Config) -> Vec<String> {
             differences.push(format!("{option} is {found}, not {wanted}"));
         }
     };
-    compare("subjects", format!("{:?}", found.subjects), format!("{:?}", wanted.subjects));
-    compare("storage", format!("{:?}", found.storage), format!("{:?}", wanted.storage));
-    compare("retention", format!("{:?}", found.retention), format!("{:?}", wanted.retention));
-    compare("max_age", format!("{:?}", found.max_age), format!("{:?}", wanted.max_age));
-    compare("max_bytes", found.max_bytes.to_string(), wanted.max_bytes.to_string());
-    compare("discard", format!("{:?}", found.discard), format!("{:?}", wanted.discard));
-    compare("num_replicas", found.num_replicas.to_string(), wanted.num_replicas.to_string());
-    compare("duplicate_window", format!("{:?}", found.duplicate_window), format!("{:?}", wanted.duplicate_window));
-    compare("deny_delete", found.deny_delete.to_string(), wanted.deny_delete.to_string());
-    compare("deny_purge", found.deny_purge.to_string(), wanted.deny_purge.to_string());
-    compare("allow_direct", found.allow_direct.to_string(), wanted.allow_direct.to_string());
-    compare("allow_atomic_publish", found.allow_atomic_publish.to_string(), wanted.allow_atomic_publish.to_string());
+    compare(
+        "subjects",
+        format!("{:?}", found.subjects),
+        format!("{:?}", wanted.subjects),
+    );
+    compare(
+        "storage",
+        format!("{:?}", found.storage),
+        format!("{:?}", wanted.storage),
+    );
+    compare(
+        "retention",
+        format!("{:?}", found.retention),
+        format!("{:?}", wanted.retention),
+    );
+    compare(
+        "max_age",
+        format!("{:?}", found.max_age),
+        format!("{:?}", wanted.max_age),
+    );
+    compare(
+        "max_bytes",
+        found.max_bytes.to_string(),
+        wanted.max_bytes.to_string(),
+    );
+    compare(
+        "discard",
+        format!("{:?}", found.discard),
+        format!("{:?}", wanted.discard),
+    );
+    compare(
+        "num_replicas",
+        found.num_replicas.to_string(),
+        wanted.num_replicas.to_string(),
+    );
+    compare(
+        "duplicate_window",
+        format!("{:?}", found.duplicate_window),
+        format!("{:?}", wanted.duplicate_window),
+    );
+    compare(
+        "deny_delete",
+        found.deny_delete.to_string(),
+        wanted.deny_delete.to_string(),
+    );
+    compare(
+        "deny_purge",
+        found.deny_purge.to_string(),
+        wanted.deny_purge.to_string(),
+    );
+    compare(
+        "allow_direct",
+        found.allow_direct.to_string(),
+        wanted.allow_direct.to_string(),
+    );
+    compare(
+        "allow_atomic_publish",
+        found.allow_atomic_publish.to_string(),
+        wanted.allow_atomic_publish.to_string(),
+    );
     differences
 }
 
@@ -257,8 +367,15 @@ mod tests {
         let settings = TopologySettings::default();
         let wanted = orders_stream(&settings);
         assert_eq!(drift(&wanted, &wanted), Vec::<String>::new());
-        let found = stream::Config { max_bytes: 5, deny_purge: false, ..wanted.clone() };
-        let expected = vec!["max_bytes is 5, not 1073741824".to_owned(), "deny_purge is false, not true".to_owned()];
+        let found = stream::Config {
+            max_bytes: 5,
+            deny_purge: false,
+            ..wanted.clone()
+        };
+        let expected = vec![
+            "max_bytes is 5, not 1073741824".to_owned(),
+            "deny_purge is false, not true".to_owned(),
+        ];
         assert_eq!(drift(&found, &wanted), expected);
     }
 }

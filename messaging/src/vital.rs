@@ -29,7 +29,10 @@ impl Vital {
 
     /// The newest word.
     pub fn read(&self) -> Result<(), String> {
-        self.0.read().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
+        self.0
+            .read()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+            .clone()
     }
 
     /// The newest word, for a health page that asks again and again.
@@ -39,6 +42,9 @@ impl Vital {
     }
 
     fn set(&self, state: Result<(), String>) {
-        *self.0.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = state;
+        *self
+            .0
+            .write()
+            .unwrap_or_else(|poisoned| poisoned.into_inner()) = state;
     }
 }

@@ -9,7 +9,9 @@ use std::fmt;
 use std::time::Duration;
 
 use async_nats::jetstream;
-use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, DbErr, FromQueryResult, Statement, Value};
+use sea_orm::{
+    ConnectionTrait as _, DatabaseConnection, DbBackend, DbErr, FromQueryResult, Statement, Value,
+};
 use serde::Serialize;
 
 use crate::history::History;
@@ -160,13 +162,19 @@ pub async fn audit(databases: &Databases, options: Options) -> Result<Report, Db
 }
 
 /// The same, also against what is beside them.
-pub async fn audit_with(databases: &Databases, options: Options, beside: Beside<'_>) -> Result<Report, DbErr> {
+pub async fn audit_with(
+    databases: &Databases,
+    options: Options,
+    beside: Beside<'_>,
+) -> Result<Report, DbErr> {
     let first = look_with(databases, options, beside).await?;
     if first.findings.is_empty() {
         return Ok(first);
     }
     tokio::time::sleep(options.grace).await;
-    Ok(look_with(databases, options, beside).await?.still_standing(&first))
+    Ok(look_with(databases, options, beside)
+        .await?
+        .still_standing(&first))
 }
 
 /// Looks at both databases once. On a live system, what is under way may look wrong.
@@ -174,7 +182,11 @@ pub async fn look(databases: &Databases, options: Options) -> Result<Report, DbE
     look_with(databases, options, Beside::default()).await
 }
 
-async fn look_with(databases: &Databases, options: Options, beside: Beside<'_>) -> Result<Report, DbErr> {
+async fn look_with(
+    databases: &Databases,
+    options: Options,
+    beside: Beside<'_>,
+) -> Result<Report, DbErr> {
     let mut report = Report::default();
     // Orders before payments: whatever an order shows was decided before.
     orders::check(databases, options, &mut report).await?;
@@ -195,12 +207,21 @@ impl Report {
     /// This report with only the findings that an earlier one had too.
     #[must_use]
     pub fn still_standing(mut self, earlier: &Self) -> Self {
-        self.findings.retain(|finding| earlier.findings.iter().any(|other| other.kind == finding.kind && other.id == finding.id));
+        self.findings.retain(|finding| {
+            earlier
+                .findings
+                .iter()
+                .any(|other| other.kind == finding.kind && other.id == finding.id)
+        });
         self
     }
 
     fn find(&mut self, kind: Kind, id: impl fmt::Display, detail: impl Into<String>) {
-        self.findings.push(Finding { kind, id: id.to_string(), detail: detail.into() });
+        self.findings.push(Finding {
+            kind,
+            id: id.to_string(),
+            detail: detail.into(),
+        });
     }
 }
 
@@ -212,8 +233,18 @@ impl fmt::Display for Kind {
     }
 }
 
-async fn rows<T: FromQueryResult>(db: &DatabaseConnection, sql: &str, values: Vec<Value>) -> Result<Vec<T>, DbErr> {
-    T::find_by_statement(Statement::from_sql_and_values(DbBackend::Postgres, sql, values)).all(db).await
+async fn rows<T: FromQueryResult>(
+    db: &DatabaseConnection,
+    sql: &str,
+    values: Vec<Value>,
+) -> Result<Vec<T>, DbErr> {
+    T::find_by_statement(Statement::from_sql_and_values(
+        DbBackend::Postgres,
+        sql,
+        values,
+    ))
+    .all(db)
+    .await
 }
 
 /// More than this many of one kind help nobody.
@@ -229,11 +260,23 @@ struct Wrong {
 
 /// Reports what `query` names: `id` and `detail` of what is wrong. In a fixed order, so that a second look sees the same
 /// ones; and that there are more is a finding itself, which a second look cannot miss.
-async fn find(db: &DatabaseConnection, kind: Kind, query: &str, report: &mut Report) -> Result<(), DbErr> {
-    let query = format!("SELECT id, detail FROM ({query}) wrong ORDER BY id LIMIT {}", FINDINGS_MAX + 1);
+async fn find(
+    db: &DatabaseConnection,
+    kind: Kind,
+    query: &str,
+    report: &mut Report,
+) -> Result<(), DbErr> {
+    let query = format!(
+        "SELECT id, detail FROM ({query}) wrong ORDER BY id LIMIT {}",
+        FINDINGS_MAX + 1
+    );
     let wrong: Vec<Wrong> = rows(db, &query, Vec::new()).await?;
     if wrong.len() > FINDINGS_MAX {
-        report.find(kind, AND_MORE, format!("only the first {FINDINGS_MAX} are named"));
+        report.find(
+            kind,
+            AND_MORE,
+            format!("only the first {FINDINGS_MAX} are named"),
+        );
     }
     for one in wrong.into_iter().take(FINDINGS_MAX) {
         report.find(kind, one.id, one.detail);
@@ -242,7 +285,11 @@ async fn find(db: &DatabaseConnection, kind: Kind, query: &str, report: &mut Rep
 }
 
 async fn count(db: &DatabaseConnection, sql: &str) -> Result<u64, DbErr> {
-    let row = db.query_one_raw(Statement::from_string(DbBackend::Postgres, sql)).await?;
-    let count: i64 = row.ok_or_else(|| DbErr::RecordNotFound(sql.to_owned()))?.try_get_by_index(0)?;
+    let row = db
+        .query_one_raw(Statement::from_string(DbBackend::Postgres, sql))
+        .await?;
+    let count: i64 = row
+        .ok_or_else(|| DbErr::RecordNotFound(sql.to_owned()))?
+        .try_get_by_index(0)?;
     Ok(count.unsigned_abs())
 }

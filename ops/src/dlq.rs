@@ -74,8 +74,14 @@ impl Letter {
 /// All dead letters, the oldest first.
 pub async fn list(databases: &Databases) -> anyhow::Result<Vec<Letter>> {
     let mut letters = Vec::new();
-    for (service, db) in [("orders", &databases.orders), ("payments", &databases.payments)] {
-        let rows = dead_letter::Entity::find().order_by_asc(dead_letter::Column::Id).all(db).await?;
+    for (service, db) in [
+        ("orders", &databases.orders),
+        ("payments", &databases.payments),
+    ] {
+        let rows = dead_letter::Entity::find()
+            .order_by_asc(dead_letter::Column::Id)
+            .all(db)
+            .await?;
         letters.extend(rows.into_iter().map(|row| Letter::new(service, row)));
     }
     Ok(letters)
@@ -83,7 +89,10 @@ pub async fn list(databases: &Databases) -> anyhow::Result<Vec<Letter>> {
 
 /// The dead letter with this id.
 pub async fn find(databases: &Databases, id: Uuid) -> anyhow::Result<Letter> {
-    let letter = list(databases).await?.into_iter().find(|letter| letter.id == id);
+    let letter = list(databases)
+        .await?
+        .into_iter()
+        .find(|letter| letter.id == id);
     letter.with_context(|| format!("there is no dead letter {id}: gozon dlq ls shows them"))
 }
 
@@ -102,30 +111,53 @@ pub async fn foresee(databases: &Databases, letter: &Letter) -> anyhow::Result<S
     }
 }
 
-async fn foresee_charge(databases: &Databases, received: &Received<OrderPlaced>) -> anyhow::Result<String> {
+async fn foresee_charge(
+    databases: &Databases,
+    received: &Received<OrderPlaced>,
+) -> anyhow::Result<String> {
     let event = &received.event;
-    let decided = payment::Entity::find_by_id(event.order_id.as_uuid()).one(&databases.payments).await?;
+    let decided = payment::Entity::find_by_id(event.order_id.as_uuid())
+        .one(&databases.payments)
+        .await?;
     if let Some(decision) = decided {
-        let same = decision.user_id == event.user_id.as_str() && decision.amount == event.amount.minor_units();
+        let same = decision.user_id == event.user_id.as_str()
+            && decision.amount == event.amount.minor_units();
         let asks = i64::from(received.ask) > i64::from(decision.last_ask);
         return Ok(match same {
-            true if asks => format!("would give the answer again: the order is decided as {}", decision.outcome),
-            true => format!("would change nothing: the order is decided as {}", decision.outcome),
-            false => "would be quarantined again: the order is decided with another user or amount".to_owned(),
+            true if asks => format!(
+                "would give the answer again: the order is decided as {}",
+                decision.outcome
+            ),
+            true => format!(
+                "would change nothing: the order is decided as {}",
+                decision.outcome
+            ),
+            false => "would be quarantined again: the order is decided with another user or amount"
+                .to_owned(),
         });
     }
-    let balance =
-        account::Entity::find_by_id(event.user_id.to_string()).one(&databases.payments).await?.map(|account| account.balance);
+    let balance = account::Entity::find_by_id(event.user_id.to_string())
+        .one(&databases.payments)
+        .await?
+        .map(|account| account.balance);
     let amount = event.amount.minor_units();
     Ok(match balance {
         None => "would decline the order: no_account".to_owned(),
-        Some(balance) if balance < amount => format!("would decline the order: insufficient_funds ({amount} of {balance})"),
+        Some(balance) if balance < amount => {
+            format!("would decline the order: insufficient_funds ({amount} of {balance})")
+        }
         Some(balance) => format!("would debit {amount} of {balance} from {}", event.user_id),
     })
 }
 
-async fn foresee_settlement(databases: &Databases, event: &PaymentSettled) -> anyhow::Result<String> {
-    let Some(order) = order::Entity::find_by_id(event.order_id.as_uuid()).one(&databases.orders).await? else {
+async fn foresee_settlement(
+    databases: &Databases,
+    event: &PaymentSettled,
+) -> anyhow::Result<String> {
+    let Some(order) = order::Entity::find_by_id(event.order_id.as_uuid())
+        .one(&databases.orders)
+        .await?
+    else {
         return Ok("would be quarantined again: there is no such order".to_owned());
     };
     if order.user_id != event.user_id.as_str() || order.amount != event.amount.minor_units() {
@@ -138,27 +170,53 @@ async fn foresee_settlement(databases: &Databases, event: &PaymentSettled) -> an
     };
     Ok(match order.status {
         order::Status::New => format!("would end the order: {end}"),
-        ended if ended == status && order.reason.as_deref() == reason => format!("would change nothing: the order is {end}"),
+        ended if ended == status && order.reason.as_deref() == reason => {
+            format!("would change nothing: the order is {end}")
+        }
         _ => "would be quarantined again: the order has ended otherwise".to_owned(),
     })
 }
 
 /// Sends it again and waits until the broker has it.
-pub async fn replay(databases: &Databases, jetstream: &jetstream::Context, letter: &Letter) -> anyhow::Result<()> {
-    let db = if letter.service == "orders" { &databases.orders } else { &databases.payments };
+pub async fn replay(
+    databases: &Databases,
+    jetstream: &jetstream::Context,
+    letter: &Letter,
+) -> anyhow::Result<()> {
+    let db = if letter.service == "orders" {
+        &databases.orders
+    } else {
+        &databases.payments
+    };
     let begun_at = dead_letter::clock(db).await?;
     let (headers, payload) = letter.row.message();
-    let message = PublishMessage::build().headers(headers).payload(payload.into());
-    let published = jetstream.send_publish(letter.subject.clone(), message).await?.await;
-    let ack = published.with_context(|| format!("dead letter {} was not taken by the broker", letter.id))?;
-    ensure!(!ack.duplicate, "the broker took dead letter {} for a repetition, under an id made for it", letter.id);
+    let message = PublishMessage::build()
+        .headers(headers)
+        .payload(payload.into());
+    let published = jetstream
+        .send_publish(letter.subject.clone(), message)
+        .await?
+        .await;
+    let ack = published
+        .with_context(|| format!("dead letter {} was not taken by the broker", letter.id))?;
+    ensure!(
+        !ack.duplicate,
+        "the broker took dead letter {} for a repetition, under an id made for it",
+        letter.id
+    );
     dead_letter::note_replay(db, letter.id, begun_at).await?;
     Ok(())
 }
 
 /// Takes it away for good.
 pub async fn remove(databases: &Databases, letter: &Letter) -> anyhow::Result<()> {
-    let db = if letter.service == "orders" { &databases.orders } else { &databases.payments };
-    dead_letter::Entity::delete_by_id(letter.id).exec(db).await?;
+    let db = if letter.service == "orders" {
+        &databases.orders
+    } else {
+        &databases.payments
+    };
+    dead_letter::Entity::delete_by_id(letter.id)
+        .exec(db)
+        .await?;
     Ok(())
 }

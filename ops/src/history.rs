@@ -53,15 +53,23 @@ pub struct History {
 impl History {
     /// Reads a file. A last line that was not written to its end is left out: its client was killed.
     pub fn read(path: &Path) -> anyhow::Result<Self> {
-        let text = std::fs::read_to_string(path).with_context(|| format!("{} cannot be read", path.display()))?;
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("{} cannot be read", path.display()))?;
         Self::parse(&text).with_context(|| format!("{} is no history", path.display()))
     }
 
     fn parse(text: &str) -> anyhow::Result<Self> {
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);
-        let lines = whole.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-        let exchanges = lines.map(|(number, line)| serde_json::from_str(line).with_context(|| format!("line {}", number + 1)));
-        Ok(Self { exchanges: exchanges.collect::<anyhow::Result<_>>()? })
+        let lines = whole
+            .lines()
+            .enumerate()
+            .filter(|(_, line)| !line.trim().is_empty());
+        let exchanges = lines.map(|(number, line)| {
+            serde_json::from_str(line).with_context(|| format!("line {}", number + 1))
+        });
+        Ok(Self {
+            exchanges: exchanges.collect::<anyhow::Result<_>>()?,
+        })
     }
 }
 

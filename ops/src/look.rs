@@ -7,7 +7,10 @@ use async_nats::jetstream::context::GetStreamErrorKind;
 use async_nats::jetstream::{self, ErrorCode};
 use messaging::topology::{self, Subscription, TopologySettings};
 use messaging::{dead_letter, outbox};
-use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, FromQueryResult, Statement, Value as SqlValue};
+use sea_orm::{
+    ConnectionTrait as _, DatabaseConnection, DbBackend, FromQueryResult, Statement,
+    Value as SqlValue,
+};
 use serde::Serialize;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
@@ -22,8 +25,15 @@ pub async fn order(databases: &Databases, id: Uuid) -> anyhow::Result<Value> {
     let order = json_rows(orders, "SELECT * FROM orders WHERE id = $1", id).await?;
     let decision = json_rows(payments, "SELECT * FROM payments WHERE order_id = $1", id).await?;
     let dead_letters = "SELECT id, kind, cause FROM dead_letters WHERE order_id = $1";
-    let dead_letters = [json_rows(orders, dead_letters, id).await?, json_rows(payments, dead_letters, id).await?].concat();
-    anyhow::ensure!(!order.is_empty() || !decision.is_empty(), "no database knows order {id}");
+    let dead_letters = [
+        json_rows(orders, dead_letters, id).await?,
+        json_rows(payments, dead_letters, id).await?,
+    ]
+    .concat();
+    anyhow::ensure!(
+        !order.is_empty() || !decision.is_empty(),
+        "no database knows order {id}"
+    );
     Ok(json!({
         "order": order.first(),
         "requests": json_rows(orders, "SELECT b.* FROM outbox b JOIN orders o ON b.event_id = o.placed_event_id WHERE o.id = $1 ORDER BY n", id).await?,
@@ -39,8 +49,16 @@ pub async fn order(databases: &Databases, id: Uuid) -> anyhow::Result<Value> {
 
 async fn json_rows(db: &DatabaseConnection, query: &str, id: Uuid) -> anyhow::Result<Vec<Value>> {
     let query = format!("SELECT row_to_json(t)::text AS row FROM ({query}) t");
-    let rows = db.query_all_raw(Statement::from_sql_and_values(DbBackend::Postgres, query, [SqlValue::from(id)])).await?;
-    rows.iter().map(|row| Ok(serde_json::from_str(&row.try_get::<String>("", "row")?)?)).collect()
+    let rows = db
+        .query_all_raw(Statement::from_sql_and_values(
+            DbBackend::Postgres,
+            query,
+            [SqlValue::from(id)],
+        ))
+        .await?;
+    rows.iter()
+        .map(|row| Ok(serde_json::from_str(&row.try_get::<String>("", "row")?)?))
+        .collect()
 }
 
 /// How an outbox is.
@@ -66,7 +84,10 @@ struct OutboxRow {
 /// Both outboxes.
 pub async fn outboxes(databases: &Databases) -> anyhow::Result<Vec<Outbox>> {
     let mut outboxes = Vec::new();
-    for (service, db) in [("orders", &databases.orders), ("payments", &databases.payments)] {
+    for (service, db) in [
+        ("orders", &databases.orders),
+        ("payments", &databases.payments),
+    ] {
         let row = OutboxRow::find_by_statement(Statement::from_string(
             DbBackend::Postgres,
             "SELECT count(*) AS pending, coalesce(extract(epoch FROM now() - min(created_at)), 0)::float8 AS oldest_seconds,
@@ -107,14 +128,21 @@ pub async fn resend(
     duplicate_window: Duration,
 ) -> anyhow::Result<Vec<Resent>> {
     let mut resent = Vec::new();
-    for (service, db) in [("orders", &databases.orders), ("payments", &databases.payments)] {
+    for (service, db) in [
+        ("orders", &databases.orders),
+        ("payments", &databases.payments),
+    ] {
         let remembered = dead_letter::clock(db).await? - duplicate_window;
         let recent = outbox::count_published(db, since.max(remembered), subject).await?;
         let messages = match dry_run {
             true => outbox::count_published(db, since, subject).await?,
             false => outbox::publish_again(db, since, subject).await?,
         };
-        resent.push(Resent { service, messages, recent });
+        resent.push(Resent {
+            service,
+            messages,
+            recent,
+        });
     }
     Ok(resent)
 }
@@ -150,9 +178,17 @@ pub enum Apply {
 }
 
 /// All streams and durable consumers.
-pub async fn topology(jetstream: &jetstream::Context, settings: &TopologySettings, apply: Apply) -> anyhow::Result<Vec<Part>> {
+pub async fn topology(
+    jetstream: &jetstream::Context,
+    settings: &TopologySettings,
+    apply: Apply,
+) -> anyhow::Result<Vec<Part>> {
     let mut parts = Vec::new();
-    let all = [topology::orders_stream(settings), topology::payments_stream(settings), topology::dlq_stream(settings)];
+    let all = [
+        topology::orders_stream(settings),
+        topology::payments_stream(settings),
+        topology::dlq_stream(settings),
+    ];
     if apply == Apply::Grow {
         // Before anything is changed: told other settings than the services, this would take away what they were given.
         for wanted in &all {
@@ -176,31 +212,48 @@ pub async fn topology(jetstream: &jetstream::Context, settings: &TopologySetting
         parts.push(Part {
             name: format!("stream {}", wanted.name),
             there: info.is_some(),
-            drift: info.map(|info| topology::drift(&info.config, &wanted)).unwrap_or_default(),
+            drift: info
+                .map(|info| topology::drift(&info.config, &wanted))
+                .unwrap_or_default(),
             changed,
             messages: info.map_or(0, |info| info.state.messages),
             ack_pending: 0,
             redelivered: 0,
         });
     }
-    for subscription in [topology::PAYMENTS_ORDER_PLACED, topology::ORDERS_PAYMENT_SETTLED] {
+    for subscription in [
+        topology::PAYMENTS_ORDER_PLACED,
+        topology::ORDERS_PAYMENT_SETTLED,
+    ] {
         parts.push(consumer(jetstream, &subscription, settings, apply).await?);
     }
     Ok(parts)
 }
 
 /// None if it is absent. Who does not answer has not said so.
-async fn find_stream(jetstream: &jetstream::Context, name: &str) -> anyhow::Result<Option<jetstream::stream::Info>> {
+async fn find_stream(
+    jetstream: &jetstream::Context,
+    name: &str,
+) -> anyhow::Result<Option<jetstream::stream::Info>> {
     match jetstream.get_stream(name).await {
         Ok(stream) => Ok(Some(stream.cached_info().clone())),
         Err(error) => match error.kind() {
-            GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND => Ok(None),
-            _ => Err(anyhow::Error::new(error).context(format!("stream {name} cannot be looked up"))),
+            GetStreamErrorKind::JetStream(error)
+                if error.error_code() == ErrorCode::STREAM_NOT_FOUND =>
+            {
+                Ok(None)
+            }
+            _ => {
+                Err(anyhow::Error::new(error).context(format!("stream {name} cannot be looked up")))
+            }
         },
     }
 }
 
-fn refuse_to_shrink(found: &jetstream::stream::Config, wanted: &jetstream::stream::Config) -> anyhow::Result<()> {
+fn refuse_to_shrink(
+    found: &jetstream::stream::Config,
+    wanted: &jetstream::stream::Config,
+) -> anyhow::Result<()> {
     let smaller = found.max_bytes < 0 || wanted.max_bytes < found.max_bytes;
     ensure!(
         !smaller && wanted.num_replicas >= found.num_replicas,
@@ -224,7 +277,10 @@ async fn consumer(
     let wanted = topology::consumer_config(subscription, settings);
     let find = async || {
         let (name, stream) = (subscription.consumer, subscription.stream);
-        jetstream.get_consumer_from_stream::<jetstream::consumer::pull::Config, _, _>(name, stream).await.ok()
+        jetstream
+            .get_consumer_from_stream::<jetstream::consumer::pull::Config, _, _>(name, stream)
+            .await
+            .ok()
     };
     let mut changed = Vec::new();
     if apply != Apply::Look {
@@ -232,7 +288,9 @@ async fn consumer(
             Some(consumer) => consumer_drift(&consumer.cached_info().config, &wanted),
             None => vec!["absent".to_owned()],
         };
-        let applied = jetstream.create_consumer_on_stream(wanted.clone(), subscription.stream).await;
+        let applied = jetstream
+            .create_consumer_on_stream(wanted.clone(), subscription.stream)
+            .await;
         applied.with_context(|| format!("consumer {} cannot be changed", subscription.consumer))?;
     }
     let found = find().await;
@@ -240,7 +298,9 @@ async fn consumer(
     Ok(Part {
         name: format!("consumer {}", subscription.consumer),
         there: info.is_some(),
-        drift: info.map(|info| consumer_drift(&info.config, &wanted)).unwrap_or_default(),
+        drift: info
+            .map(|info| consumer_drift(&info.config, &wanted))
+            .unwrap_or_default(),
         changed,
         messages: info.map_or(0, |info| info.num_pending),
         ack_pending: info.map_or(0, |info| info.num_ack_pending as u64),
@@ -248,18 +308,45 @@ async fn consumer(
     })
 }
 
-fn consumer_drift(found: &jetstream::consumer::Config, wanted: &jetstream::consumer::pull::Config) -> Vec<String> {
+fn consumer_drift(
+    found: &jetstream::consumer::Config,
+    wanted: &jetstream::consumer::pull::Config,
+) -> Vec<String> {
     let mut drift = Vec::new();
     let mut compare = |option: &str, found: String, wanted: String| {
         if found != wanted {
             drift.push(format!("{option} is {found}, not {wanted}"));
         }
     };
-    compare("filter_subject", found.filter_subject.clone(), wanted.filter_subject.clone());
-    compare("ack_wait", format!("{:?}", found.ack_wait), format!("{:?}", wanted.ack_wait));
-    compare("max_deliver", found.max_deliver.to_string(), wanted.max_deliver.to_string());
-    compare("max_ack_pending", found.max_ack_pending.to_string(), wanted.max_ack_pending.to_string());
-    compare("ack_policy", format!("{:?}", found.ack_policy), format!("{:?}", wanted.ack_policy));
-    compare("num_replicas", found.num_replicas.to_string(), wanted.num_replicas.to_string());
+    compare(
+        "filter_subject",
+        found.filter_subject.clone(),
+        wanted.filter_subject.clone(),
+    );
+    compare(
+        "ack_wait",
+        format!("{:?}", found.ack_wait),
+        format!("{:?}", wanted.ack_wait),
+    );
+    compare(
+        "max_deliver",
+        found.max_deliver.to_string(),
+        wanted.max_deliver.to_string(),
+    );
+    compare(
+        "max_ack_pending",
+        found.max_ack_pending.to_string(),
+        wanted.max_ack_pending.to_string(),
+    );
+    compare(
+        "ack_policy",
+        format!("{:?}", found.ack_policy),
+        format!("{:?}", wanted.ack_policy),
+    );
+    compare(
+        "num_replicas",
+        found.num_replicas.to_string(),
+        wanted.num_replicas.to_string(),
+    );
     drift
 }

@@ -179,30 +179,82 @@ async fn main() -> ExitCode {
 async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let json = arguments.json;
     match &arguments.command {
-        Command::Audit { grace_seconds, stuck_after_seconds, history, no_streams } => {
-            let options =
-                Options { grace: seconds(*grace_seconds)?, stuck_after: seconds(*stuck_after_seconds)?, ..Options::default() };
+        Command::Audit {
+            grace_seconds,
+            stuck_after_seconds,
+            history,
+            no_streams,
+        } => {
+            let options = Options {
+                grace: seconds(*grace_seconds)?,
+                stuck_after: seconds(*stuck_after_seconds)?,
+                ..Options::default()
+            };
             let begun = Instant::now();
             let history = history.as_deref().map(History::read).transpose()?;
             let databases = databases(&arguments).await?;
-            let broker = if *no_streams { None } else { Some(broker(&arguments).await) };
-            let streams = broker.as_ref().and_then(|broker| broker.as_ref().ok()).map(Broker::jetstream);
-            let mut report = audit::audit_with(&databases, options, Beside { streams, history: history.as_ref() }).await?;
+            let broker = if *no_streams {
+                None
+            } else {
+                Some(broker(&arguments).await)
+            };
+            let streams = broker
+                .as_ref()
+                .and_then(|broker| broker.as_ref().ok())
+                .map(Broker::jetstream);
+            let mut report = audit::audit_with(
+                &databases,
+                options,
+                Beside {
+                    streams,
+                    history: history.as_ref(),
+                },
+            )
+            .await?;
             if let Some(Err(error)) = &broker {
                 report.not_looked_at.push(format!("the streams: {error:#}"));
             }
-            print(json, &report, |report| show::report(report, begun.elapsed()))?;
-            return Ok(if report.findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+            print(json, &report, |report| {
+                show::report(report, begun.elapsed())
+            })?;
+            return Ok(if report.findings.is_empty() {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            });
         }
         Command::Order { id } => {
-            print(json, &look::order(&databases(&arguments).await?, *id).await?, show::order)?;
+            print(
+                json,
+                &look::order(&databases(&arguments).await?, *id).await?,
+                show::order,
+            )?;
         }
         Command::Outbox { command: None } => {
-            print(json, &look::outboxes(&databases(&arguments).await?).await?, |outboxes| show::outboxes(outboxes))?;
+            print(
+                json,
+                &look::outboxes(&databases(&arguments).await?).await?,
+                |outboxes| show::outboxes(outboxes),
+            )?;
         }
-        Command::Outbox { command: Some(Outbox::Resend { since, subject, dry_run, duplicate_window_ms }) } => {
+        Command::Outbox {
+            command:
+                Some(Outbox::Resend {
+                    since,
+                    subject,
+                    dry_run,
+                    duplicate_window_ms,
+                }),
+        } => {
             let window = Duration::from_millis(*duplicate_window_ms);
-            let resent = look::resend(&databases(&arguments).await?, *since, subject.as_deref(), *dry_run, window).await?;
+            let resent = look::resend(
+                &databases(&arguments).await?,
+                *since,
+                subject.as_deref(),
+                *dry_run,
+                window,
+            )
+            .await?;
             print(json, &resent, |resent| show::resent(resent, *dry_run))?;
         }
         Command::Streams => {
@@ -210,14 +262,29 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             print(json, &streams, |streams| show::streams(streams))?;
         }
         Command::Consumers { stream } => {
-            let consumers = stream::consumers(broker(&arguments).await?.jetstream(), stream.as_deref()).await?;
+            let consumers =
+                stream::consumers(broker(&arguments).await?.jetstream(), stream.as_deref()).await?;
             print(json, &consumers, |consumers| show::consumers(consumers))?;
         }
-        Command::Peek { stream, count, subject } => {
-            let messages = stream::peek(broker(&arguments).await?.jetstream(), stream, *count, subject.as_deref()).await?;
+        Command::Peek {
+            stream,
+            count,
+            subject,
+        } => {
+            let messages = stream::peek(
+                broker(&arguments).await?.jetstream(),
+                stream,
+                *count,
+                subject.as_deref(),
+            )
+            .await?;
             print(json, &messages, |messages| match messages.is_empty() {
                 true => "There are no messages.".to_owned(),
-                false => messages.iter().map(show::message).collect::<Vec<_>>().join("\n\n"),
+                false => messages
+                    .iter()
+                    .map(show::message)
+                    .collect::<Vec<_>>()
+                    .join("\n\n"),
             })?;
         }
         Command::Tail { stream, subject } => {
@@ -236,7 +303,11 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
                 interrupted = tokio::signal::ctrl_c() => interrupted?,
             }
         }
-        Command::Topology { apply, shrink, settings } => {
+        Command::Topology {
+            apply,
+            shrink,
+            settings,
+        } => {
             let broker = broker(&arguments).await?;
             let apply = match (apply, shrink) {
                 (false, _) => Apply::Look,
@@ -245,46 +316,91 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             };
             let parts = look::topology(broker.jetstream(), &settings.settings(), apply).await?;
             print(json, &parts, |parts| show::topology(parts))?;
-            if parts.iter().any(|part| !part.there || !part.drift.is_empty()) {
+            if parts
+                .iter()
+                .any(|part| !part.there || !part.drift.is_empty())
+            {
                 return Ok(ExitCode::FAILURE);
             }
         }
-        Command::Dlq(command) => return dead_letters(&arguments, &databases(&arguments).await?, command).await,
+        Command::Dlq(command) => {
+            return dead_letters(&arguments, &databases(&arguments).await?, command).await;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
 
 async fn databases(arguments: &Arguments) -> anyhow::Result<Databases> {
-    let orders = arguments.orders_database_url.as_deref().context("GOZON_ORDERS_DATABASE_URL is not set")?;
-    let payments = arguments.payments_database_url.as_deref().context("GOZON_PAYMENTS_DATABASE_URL is not set")?;
+    let orders = arguments
+        .orders_database_url
+        .as_deref()
+        .context("GOZON_ORDERS_DATABASE_URL is not set")?;
+    let payments = arguments
+        .payments_database_url
+        .as_deref()
+        .context("GOZON_PAYMENTS_DATABASE_URL is not set")?;
     Ok(Databases {
-        orders: connect(orders).await.context("the database of orders cannot be reached")?,
-        payments: connect(payments).await.context("the database of payments cannot be reached")?,
+        orders: connect(orders)
+            .await
+            .context("the database of orders cannot be reached")?,
+        payments: connect(payments)
+            .await
+            .context("the database of payments cannot be reached")?,
     })
 }
 
-async fn dead_letters(arguments: &Arguments, databases: &Databases, command: &Dlq) -> anyhow::Result<ExitCode> {
+async fn dead_letters(
+    arguments: &Arguments,
+    databases: &Databases,
+    command: &Dlq,
+) -> anyhow::Result<ExitCode> {
     match command {
         Dlq::Ls => {
-            print(arguments.json, &dlq::list(databases).await?, |letters| match letters.is_empty() {
-                true => "There are no dead letters.".to_owned(),
-                false => letters.iter().map(show::letter).collect::<Vec<_>>().join("\n"),
-            })?;
+            print(
+                arguments.json,
+                &dlq::list(databases).await?,
+                |letters| match letters.is_empty() {
+                    true => "There are no dead letters.".to_owned(),
+                    false => letters
+                        .iter()
+                        .map(show::letter)
+                        .collect::<Vec<_>>()
+                        .join("\n"),
+                },
+            )?;
         }
         Dlq::Show { id } => {
             let letter = dlq::find(databases, *id).await?;
             let foreseen = dlq::foresee(databases, &letter).await?;
             print(arguments.json, &letter, |letter| {
-                format!("{}\n\n{}\n{}\n\nA replay {foreseen}.", show::letter(letter), letter.headers, letter.payload)
+                format!(
+                    "{}\n\n{}\n{}\n\nA replay {foreseen}.",
+                    show::letter(letter),
+                    letter.headers,
+                    letter.payload
+                )
             })?;
         }
         Dlq::Replay { ids, dry_run } => {
             let mut letters = dlq::list(databases).await?;
             for id in ids {
-                ensure!(letters.iter().any(|letter| letter.id == *id), "there is no dead letter {id}: gozon dlq ls shows them");
+                ensure!(
+                    letters.iter().any(|letter| letter.id == *id),
+                    "there is no dead letter {id}: gozon dlq ls shows them"
+                );
             }
-            letters.retain(|letter| if ids.is_empty() { letter.waits } else { ids.contains(&letter.id) });
-            let broker = if *dry_run { None } else { Some(broker(arguments).await?) };
+            letters.retain(|letter| {
+                if ids.is_empty() {
+                    letter.waits
+                } else {
+                    ids.contains(&letter.id)
+                }
+            });
+            let broker = if *dry_run {
+                None
+            } else {
+                Some(broker(arguments).await?)
+            };
             let (mut replays, mut ended) = (Vec::new(), Ok(()));
             for letter in &letters {
                 let foreseen = dlq::foresee(databases, letter).await?;
@@ -294,35 +410,68 @@ async fn dead_letters(arguments: &Arguments, databases: &Databases, command: &Dl
                 if ended.is_err() {
                     break;
                 }
-                replays.push(show::Replay { id: letter.id, foreseen, sent: broker.is_some() });
+                replays.push(show::Replay {
+                    id: letter.id,
+                    foreseen,
+                    sent: broker.is_some(),
+                });
             }
             // Also what was sent before one could not be.
-            print(arguments.json, &replays, |replays| show::replays(replays, *dry_run))?;
+            print(arguments.json, &replays, |replays| {
+                show::replays(replays, *dry_run)
+            })?;
             ended?;
         }
         Dlq::Drop { id } => {
             let letter = dlq::find(databases, *id).await?;
             dlq::remove(databases, &letter).await?;
-            print(arguments.json, &serde_json::json!({ "id": id, "gone": true }), |_| format!("{id} is gone"))?;
+            print(
+                arguments.json,
+                &serde_json::json!({ "id": id, "gone": true }),
+                |_| format!("{id} is gone"),
+            )?;
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-async fn replay(databases: &Databases, jetstream: &jetstream::Context, letter: &Letter) -> anyhow::Result<()> {
-    dlq::replay(databases, jetstream, letter).await.with_context(|| format!("dead letter {} was not sent again", letter.id))
+async fn replay(
+    databases: &Databases,
+    jetstream: &jetstream::Context,
+    letter: &Letter,
+) -> anyhow::Result<()> {
+    dlq::replay(databases, jetstream, letter)
+        .await
+        .with_context(|| format!("dead letter {} was not sent again", letter.id))
 }
 
 async fn broker(arguments: &Arguments) -> anyhow::Result<Broker> {
-    let password = arguments.nats_ops_password.clone().context("NATS_OPS_PASSWORD is not set, and this concerns the broker")?;
-    let config = BrokerConfig { url: arguments.nats_url.clone(), user: "ops".to_owned(), password, name: "gozon".to_owned() };
+    let password = arguments
+        .nats_ops_password
+        .clone()
+        .context("NATS_OPS_PASSWORD is not set, and this concerns the broker")?;
+    let config = BrokerConfig {
+        url: arguments.nats_url.clone(),
+        user: "ops".to_owned(),
+        password,
+        name: "gozon".to_owned(),
+    };
     let broker = Broker::connect(config).await?;
     let connected = tokio::time::timeout(CONNECT_TIMEOUT, broker.until_connected()).await;
-    connected.with_context(|| format!("NATS cannot be reached at {}, or refuses user ops", arguments.nats_url))?;
+    connected.with_context(|| {
+        format!(
+            "NATS cannot be reached at {}, or refuses user ops",
+            arguments.nats_url
+        )
+    })?;
     Ok(broker)
 }
 
-fn print<T: Serialize>(json: bool, value: &T, for_people: impl FnOnce(&T) -> String) -> anyhow::Result<()> {
+fn print<T: Serialize>(
+    json: bool,
+    value: &T,
+    for_people: impl FnOnce(&T) -> String,
+) -> anyhow::Result<()> {
     match json {
         true => println!("{}", serde_json::to_string_pretty(value)?),
         false => println!("{}", for_people(value).trim_end()),
@@ -331,7 +480,8 @@ fn print<T: Serialize>(json: bool, value: &T, for_people: impl FnOnce(&T) -> Str
 }
 
 fn time(text: &str) -> Result<OffsetDateTime, String> {
-    OffsetDateTime::parse(text, &Rfc3339).map_err(|_| "must be a time such as 2026-11-21T10:00:00Z".to_owned())
+    OffsetDateTime::parse(text, &Rfc3339)
+        .map_err(|_| "must be a time such as 2026-11-21T10:00:00Z".to_owned())
 }
 
 fn seconds(number: f64) -> anyhow::Result<Duration> {
@@ -340,6 +490,9 @@ fn seconds(number: f64) -> anyhow::Result<Duration> {
 
 async fn connect(url: &str) -> anyhow::Result<DatabaseConnection> {
     let mut options = ConnectOptions::new(url);
-    options.max_connections(2).sqlx_logging(false).connect_timeout(CONNECT_TIMEOUT);
+    options
+        .max_connections(2)
+        .sqlx_logging(false)
+        .connect_timeout(CONNECT_TIMEOUT);
     Ok(Database::connect(options).await?)
 }

@@ -26,25 +26,44 @@ pub(crate) fn letter(letter: &Letter) -> String {
     let state = if letter.waits { "waits" } else { "sent again" };
     format!(
         "{} {:<8} {:<10} {:<10} {:>3}x {}  {}",
-        letter.id, letter.service, letter.kind, state, letter.times, letter.created_at, letter.cause
+        letter.id,
+        letter.service,
+        letter.kind,
+        state,
+        letter.times,
+        letter.created_at,
+        letter.cause
     )
 }
 
 /// In the order of the flow.
-const TABLES: [&str; 9] =
-    ["order", "requests", "taken_by_payments", "decision", "debits", "answers", "taken_by_orders", "ends", "dead_letters"];
+const TABLES: [&str; 9] = [
+    "order",
+    "requests",
+    "taken_by_payments",
+    "decision",
+    "debits",
+    "answers",
+    "taken_by_orders",
+    "ends",
+    "dead_letters",
+];
 
 /// Everything about an order: a heading for each row, a line for each value. What is empty is left out.
 pub(crate) fn order(tables: &Value) -> String {
     let mut lines = Vec::new();
     for table in TABLES {
         let rows = &tables[table];
-        let rows = rows.as_array().map_or_else(|| std::slice::from_ref(rows), Vec::as_slice);
+        let rows = rows
+            .as_array()
+            .map_or_else(|| std::slice::from_ref(rows), Vec::as_slice);
         for row in rows.iter().filter_map(Value::as_object) {
             lines.push(table.replace('_', " "));
             let width = row.keys().map(String::len).max().unwrap_or(0);
             for (column, value) in row.iter().filter(|(_, value)| !value.is_null()) {
-                let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+                let value = value
+                    .as_str()
+                    .map_or_else(|| value.to_string(), str::to_owned);
                 lines.push(format!("    {column:<width$}  {value}"));
             }
         }
@@ -89,23 +108,37 @@ pub(crate) fn report(report: &Report, took: Duration) -> String {
     let mut text = format!(
         "{} orders ({}), {} decisions, {} transfers, {} accounts in {:.1} s\n",
         report.orders,
-        report.by_status.iter().map(|(status, number)| format!("{number} {status}")).collect::<Vec<_>>().join(", "),
+        report
+            .by_status
+            .iter()
+            .map(|(status, number)| format!("{number} {status}"))
+            .collect::<Vec<_>>()
+            .join(", "),
         report.decisions,
         report.transfers,
         report.accounts,
         took.as_secs_f64()
     );
     if report.messages > 0 {
-        text.push_str(&format!("against {} messages in the streams\n", report.messages));
+        text.push_str(&format!(
+            "against {} messages in the streams\n",
+            report.messages
+        ));
     }
     for what in &report.not_looked_at {
         text.push_str(&format!("not looked at: {what}\n"));
     }
     if report.exchanges > 0 {
-        text.push_str(&format!("against {} exchanges of a client\n", report.exchanges));
+        text.push_str(&format!(
+            "against {} exchanges of a client\n",
+            report.exchanges
+        ));
     }
     for finding in &report.findings {
-        text.push_str(&format!("  {:<22} {}  {}\n", finding.kind, finding.id, finding.detail));
+        text.push_str(&format!(
+            "  {:<22} {}  {}\n",
+            finding.kind, finding.id, finding.detail
+        ));
     }
     text.push_str(&match report.findings.len() {
         0 => "Everything fits together.\n".to_owned(),
@@ -127,8 +160,13 @@ pub(crate) fn outboxes(outboxes: &[look::Outbox]) -> String {
 
 /// What is published again.
 pub(crate) fn resent(resent: &[look::Resent], dry_run: bool) -> String {
-    let done = if dry_run { "would be published again" } else { "will be published again" };
-    let line = |one: &look::Resent| format!("{:<9} {:>7} messages {done}", one.service, one.messages);
+    let done = if dry_run {
+        "would be published again"
+    } else {
+        "will be published again"
+    };
+    let line =
+        |one: &look::Resent| format!("{:<9} {:>7} messages {done}", one.service, one.messages);
     let mut lines: Vec<String> = resent.iter().map(line).collect();
     let recent: u64 = resent.iter().map(|one| one.recent).sum();
     if recent > 0 {
@@ -151,10 +189,26 @@ pub(crate) fn streams(streams: &[StreamLook]) -> String {
             u64::try_from(one.max_bytes).map_or("-".to_owned(), size),
             one.consumers.to_string(),
             format!("{}-{}", one.first_sequence, one.last_sequence),
-            if one.messages == 0 { "-".to_owned() } else { second(one.last_at) },
+            if one.messages == 0 {
+                "-".to_owned()
+            } else {
+                second(one.last_at)
+            },
         ]
     });
-    table(&["stream", "subjects", "messages", "size", "at most", "consumers", "sequences", "newest (UTC)"], rows)
+    table(
+        &[
+            "stream",
+            "subjects",
+            "messages",
+            "size",
+            "at most",
+            "consumers",
+            "sequences",
+            "newest (UTC)",
+        ],
+        rows,
+    )
 }
 
 /// The consumers.
@@ -171,12 +225,29 @@ pub(crate) fn consumers(consumers: &[ConsumerLook]) -> String {
             one.acked_up_to.to_string(),
         ]
     });
-    table(&["consumer", "stream", "takes", "durable", "lag", "unacked", "redelivered", "acked up to"], rows)
+    table(
+        &[
+            "consumer",
+            "stream",
+            "takes",
+            "durable",
+            "lag",
+            "unacked",
+            "redelivered",
+            "acked up to",
+        ],
+        rows,
+    )
 }
 
 /// A message, with headers and body.
 pub(crate) fn message(message: &MessageLook) -> String {
-    let mut text = format!("#{}  {}  {}", message.sequence, second(message.stored_at), printable(&message.subject));
+    let mut text = format!(
+        "#{}  {}  {}",
+        message.sequence,
+        second(message.stored_at),
+        printable(&message.subject)
+    );
     for (name, value) in &message.headers {
         text.push_str(&format!("\n    {}: {}", printable(name), printable(value)));
     }
@@ -186,20 +257,37 @@ pub(crate) fn message(message: &MessageLook) -> String {
 
 /// Columns as wide as their widest entry, numbers to the right.
 fn table(names: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
-    let mut lines = vec![names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>()];
+    let mut lines = vec![
+        names
+            .iter()
+            .map(|name| (*name).to_owned())
+            .collect::<Vec<_>>(),
+    ];
     lines.extend(rows.map(|row| row.iter().map(|entry| printable(entry)).collect()));
-    let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0);
+    let width = |column: usize| {
+        lines
+            .iter()
+            .map(|line| line[column].chars().count())
+            .max()
+            .unwrap_or(0)
+    };
     let widths: Vec<usize> = (0..names.len()).map(width).collect();
     let is_number: Vec<bool> = (0..names.len())
         .map(|column| {
-            lines.iter().skip(1).all(|line| line[column].starts_with(|c: char| c.is_ascii_digit()) && !line[column].contains('-'))
+            lines.iter().skip(1).all(|line| {
+                line[column].starts_with(|c: char| c.is_ascii_digit())
+                    && !line[column].contains('-')
+            })
         })
         .collect();
     let text = |line: &Vec<String>| {
-        let entries = line.iter().enumerate().map(|(column, entry)| match is_number[column] {
-            true => format!("{entry:>width$}", width = widths[column]),
-            false => format!("{entry:<width$}", width = widths[column]),
-        });
+        let entries = line
+            .iter()
+            .enumerate()
+            .map(|(column, entry)| match is_number[column] {
+                true => format!("{entry:>width$}", width = widths[column]),
+                false => format!("{entry:<width$}", width = widths[column]),
+            });
         entries.collect::<Vec<_>>().join("  ").trim_end().to_owned()
     };
     lines.iter().map(text).collect::<Vec<_>>().join("\n")
@@ -216,12 +304,23 @@ fn size(bytes: u64) -> String {
 }
 
 fn second(at: OffsetDateTime) -> String {
-    at.replace_nanosecond(0).unwrap_or(at).format(&Rfc3339).unwrap_or_default()
+    at.replace_nanosecond(0)
+        .unwrap_or(at)
+        .format(&Rfc3339)
+        .unwrap_or_default()
 }
 
 /// Control characters of a message could do things to the terminal.
 fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
+    text.chars()
+        .map(|c| {
+            if c.is_control() {
+                char::REPLACEMENT_CHARACTER
+            } else {
+                c
+            }
+        })
+        .collect()
 }
 
 #[cfg(test)]
@@ -238,9 +337,19 @@ mod tests {
         });
         let shown = super::order(&tables);
         let lines: Vec<&str> = shown.lines().collect();
-        assert!(lines.contains(&"    outcome  paid") && lines.contains(&r#"    payload  {"amount":1}"#), "{shown}");
-        assert_eq!(lines.iter().filter(|line| **line == "requests").count(), 2, "{shown}");
+        assert!(
+            lines.contains(&"    outcome  paid") && lines.contains(&r#"    payload  {"amount":1}"#),
+            "{shown}"
+        );
+        assert_eq!(
+            lines.iter().filter(|line| **line == "requests").count(),
+            2,
+            "{shown}"
+        );
         assert!(shown.find("requests") < shown.find("decision"), "{shown}");
-        assert!(!shown.contains("reason") && !shown.contains("debits") && !shown.contains("order"), "{shown}");
+        assert!(
+            !shown.contains("reason") && !shown.contains("debits") && !shown.contains("order"),
+            "{shown}"
+        );
     }
 }

@@ -73,21 +73,49 @@ pub struct MessageLook {
 }
 
 /// What the broker adds when it hands out a message by its sequence.
-const ADDED: [&str; 4] = ["Nats-Stream", "Nats-Subject", "Nats-Sequence", "Nats-Time-Stamp"];
+const ADDED: [&str; 4] = [
+    "Nats-Stream",
+    "Nats-Subject",
+    "Nats-Sequence",
+    "Nats-Time-Stamp",
+];
 
 impl MessageLook {
-    fn new(sequence: u64, subject: &str, stored_at: OffsetDateTime, headers: Option<&HeaderMap>, payload: &[u8]) -> Self {
-        let headers = headers.into_iter().flat_map(HeaderMap::iter).filter(|(name, _)| !ADDED.contains(&name.as_ref()));
-        let headers = headers.flat_map(|(name, values)| values.iter().map(move |value| (name.to_string(), value.to_string())));
-        let body =
-            serde_json::from_slice(payload).unwrap_or_else(|_| Value::String(String::from_utf8_lossy(payload).into_owned()));
-        Self { sequence, subject: subject.to_owned(), stored_at, headers: headers.collect(), body }
+    fn new(
+        sequence: u64,
+        subject: &str,
+        stored_at: OffsetDateTime,
+        headers: Option<&HeaderMap>,
+        payload: &[u8],
+    ) -> Self {
+        let headers = headers
+            .into_iter()
+            .flat_map(HeaderMap::iter)
+            .filter(|(name, _)| !ADDED.contains(&name.as_ref()));
+        let headers = headers.flat_map(|(name, values)| {
+            values
+                .iter()
+                .map(move |value| (name.to_string(), value.to_string()))
+        });
+        let body = serde_json::from_slice(payload)
+            .unwrap_or_else(|_| Value::String(String::from_utf8_lossy(payload).into_owned()));
+        Self {
+            sequence,
+            subject: subject.to_owned(),
+            stored_at,
+            headers: headers.collect(),
+            body,
+        }
     }
 }
 
 /// All streams, by name.
 pub async fn streams(jetstream: &Context) -> anyhow::Result<Vec<StreamLook>> {
-    let found: Vec<stream::Info> = jetstream.streams().try_collect().await.context("the streams cannot be listed")?;
+    let found: Vec<stream::Info> = jetstream
+        .streams()
+        .try_collect()
+        .await
+        .context("the streams cannot be listed")?;
     let mut looks: Vec<StreamLook> = found
         .into_iter()
         .map(|info| StreamLook {
@@ -107,16 +135,26 @@ pub async fn streams(jetstream: &Context) -> anyhow::Result<Vec<StreamLook>> {
 }
 
 /// The consumers of one stream, or of all.
-pub async fn consumers(jetstream: &Context, stream: Option<&str>) -> anyhow::Result<Vec<ConsumerLook>> {
+pub async fn consumers(
+    jetstream: &Context,
+    stream: Option<&str>,
+) -> anyhow::Result<Vec<ConsumerLook>> {
     let names = match stream {
         Some(name) => vec![name.to_owned()],
-        None => streams(jetstream).await?.into_iter().map(|stream| stream.name).collect(),
+        None => streams(jetstream)
+            .await?
+            .into_iter()
+            .map(|stream| stream.name)
+            .collect(),
     };
     let mut looks = Vec::new();
     for name in names {
         let stream = find(jetstream, &name).await?;
-        let found: Vec<jetstream::consumer::Info> =
-            stream.consumers().try_collect().await.context("consumers cannot be listed")?;
+        let found: Vec<jetstream::consumer::Info> = stream
+            .consumers()
+            .try_collect()
+            .await
+            .context("consumers cannot be listed")?;
         looks.extend(found.into_iter().map(|info| ConsumerLook {
             name: info.name,
             stream: info.stream_name,
@@ -132,7 +170,12 @@ pub async fn consumers(jetstream: &Context, stream: Option<&str>) -> anyhow::Res
 }
 
 /// The newest messages of a stream, the oldest of them first; only those on `subject`, if one is given.
-pub async fn peek(jetstream: &Context, stream: &str, count: u64, subject: Option<&str>) -> anyhow::Result<Vec<MessageLook>> {
+pub async fn peek(
+    jetstream: &Context,
+    stream: &str,
+    count: u64,
+    subject: Option<&str>,
+) -> anyhow::Result<Vec<MessageLook>> {
     let stream = find(jetstream, stream).await?;
     let state = &stream.cached_info().state;
     let mut looks = Vec::new();
@@ -141,12 +184,22 @@ pub async fn peek(jetstream: &Context, stream: &str, count: u64, subject: Option
     while sequence >= state.first_sequence.max(1) && (looks.len() as u64) < count {
         match stream.direct_get(sequence).await {
             Ok(message) if subject.is_none_or(|wanted| message.subject.as_str() == wanted) => {
-                let look = MessageLook::new(sequence, &message.subject, message.time, Some(&message.headers), &message.payload);
+                let look = MessageLook::new(
+                    sequence,
+                    &message.subject,
+                    message.time,
+                    Some(&message.headers),
+                    &message.payload,
+                );
                 looks.push(look);
             }
             Ok(_) => {}
             Err(error) if error.kind() == stream::DirectGetErrorKind::NotFound => {}
-            Err(error) => return Err(anyhow::Error::new(error).context(format!("message {sequence} cannot be read"))),
+            Err(error) => {
+                return Err(
+                    anyhow::Error::new(error).context(format!("message {sequence} cannot be read"))
+                );
+            }
         }
         sequence -= 1;
     }
@@ -167,15 +220,27 @@ pub async fn tail(
         filter_subject: subject.unwrap_or_default().to_owned(),
         ..Default::default()
     };
-    let consumer = stream.create_consumer(config).await.context("the stream cannot be followed")?;
-    let mut messages = consumer.messages().await.context("the stream cannot be followed")?;
+    let consumer = stream
+        .create_consumer(config)
+        .await
+        .context("the stream cannot be followed")?;
+    let mut messages = consumer
+        .messages()
+        .await
+        .context("the stream cannot be followed")?;
     while let Some(message) = messages.next().await {
         let message = message.context("the stream cannot be followed any more")?;
         let (sequence, stored_at) = match message.info() {
             Ok(info) => (info.stream_sequence, info.published),
             Err(error) => anyhow::bail!("a message without its place: {error}"),
         };
-        if !show(MessageLook::new(sequence, &message.subject, stored_at, message.headers.as_ref(), &message.payload)) {
+        if !show(MessageLook::new(
+            sequence,
+            &message.subject,
+            stored_at,
+            message.headers.as_ref(),
+            &message.payload,
+        )) {
             break;
         }
     }
@@ -186,8 +251,16 @@ async fn find(jetstream: &Context, name: &str) -> anyhow::Result<stream::Stream>
     match jetstream.get_stream(name).await {
         Ok(stream) => Ok(stream),
         Err(error) => {
-            let known: Vec<String> = streams(jetstream).await?.into_iter().map(|stream| stream.name).collect();
-            anyhow::ensure!(known.iter().any(|one| one == name), "there is no stream {name}, only {}", known.join(", "));
+            let known: Vec<String> = streams(jetstream)
+                .await?
+                .into_iter()
+                .map(|stream| stream.name)
+                .collect();
+            anyhow::ensure!(
+                known.iter().any(|one| one == name),
+                "there is no stream {name}, only {}",
+                known.join(", ")
+            );
             Err(anyhow::Error::new(error).context(format!("stream {name} cannot be looked up")))
         }
     }

@@ -52,7 +52,11 @@ const TOLD: [Told; 3] = [
         "request_in_progress",
         "Another request with this Idempotency-Key is still being stored. Send it again with the same key.",
     ),
-    (503, "service_unavailable", "Orders Service temporarily unavailable."),
+    (
+        503,
+        "service_unavailable",
+        "Orders Service temporarily unavailable.",
+    ),
 ];
 
 fn api() -> OpenApiRouter<State> {
@@ -81,6 +85,9 @@ pub(crate) fn router(state: State, probes: Router) -> Router {
         .with_state(state)
         .merge(probes)
         .merge(SwaggerUi::new("/swagger").url("/openapi.json", openapi()))
-        .route("/", get(async || axum::response::Redirect::temporary("/swagger/")));
+        .route(
+            "/",
+            get(async || axum::response::Redirect::temporary("/swagger/")),
+        );
     service_kit::http::edge(router)
 }

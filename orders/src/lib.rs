@@ -61,9 +61,22 @@ pub struct App {
 impl App {
     /// Opens the port. Database and broker are not waited for: they may come later.
     pub async fn build(config: Config) -> anyhow::Result<Self> {
-        let listener = service_kit::config::listen(config.listen, config.listen_unprotected).await?;
-        let flow = db::connect(&config.flow.database_url, "orders", db::Role::Flow, config.flow.flow_connections).await?;
-        let http_db = db::connect(&config.flow.database_url, "orders", db::Role::Http, config.flow.http_connections).await?;
+        let listener =
+            service_kit::config::listen(config.listen, config.listen_unprotected).await?;
+        let flow = db::connect(
+            &config.flow.database_url,
+            "orders",
+            db::Role::Flow,
+            config.flow.flow_connections,
+        )
+        .await?;
+        let http_db = db::connect(
+            &config.flow.database_url,
+            "orders",
+            db::Role::Http,
+            config.flow.http_connections,
+        )
+        .await?;
         let broker = Broker::connect(config.flow.broker("orders")).await?;
         let settings = config.flow.topology();
         let outlet = Outlet::default();
@@ -81,7 +94,10 @@ impl App {
             relay: Relay {
                 db: flow.clone(),
                 broker: broker.clone(),
-                streams: vec![topology::orders_stream(&settings), topology::dlq_stream(&settings)],
+                streams: vec![
+                    topology::orders_stream(&settings),
+                    topology::dlq_stream(&settings),
+                ],
                 outlet: outlet.clone(),
                 losses: losses.clone(),
                 vital: Vital::starting("starting"),
@@ -95,7 +111,12 @@ impl App {
                 losses: losses.clone(),
                 vital: Vital::starting("starting"),
             },
-            reconciler: Reconciler { db: flow.clone(), again, losses, outlet },
+            reconciler: Reconciler {
+                db: flow.clone(),
+                again,
+                losses,
+                outlet,
+            },
             retention: Retention {
                 db: flow.clone(),
                 consumer: topology::ORDERS_PAYMENT_SETTLED.consumer,
@@ -116,7 +137,18 @@ impl App {
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         info!(address = %self.listener.local_addr()?, "orders listens");
         let health = self.health();
-        let Self { listener, db, outlet, flow, relay, consumer, reconciler, retention, schema, metrics } = self;
+        let Self {
+            listener,
+            db,
+            outlet,
+            flow,
+            relay,
+            consumer,
+            reconciler,
+            retention,
+            schema,
+            metrics,
+        } = self;
         let waiting = Waiting::default();
         let (intake, clerk) = intake::open();
         let committed: Arc<dyn Fn(order::Settled) + Send + Sync> = {
@@ -135,14 +167,21 @@ impl App {
             waiting: waiting.clone(),
             shutdown: shutdown.clone(),
         };
-        let router = http::router(state, health.routes(shutdown.clone()).merge(metrics.routes()));
+        let router = http::router(
+            state,
+            health.routes(shutdown.clone()).merge(metrics.routes()),
+        );
         let flow = async {
             if !db::migrate_when_possible::<migration::Migrator>(&flow, &schema, &shutdown).await {
                 return Ok(());
             }
             tokio::try_join!(
                 relay.run(shutdown.clone()),
-                consumer.run(order::settle, |settled| committed(settled), shutdown.clone()),
+                consumer.run(
+                    order::settle,
+                    |settled| committed(settled),
+                    shutdown.clone()
+                ),
                 reconciler.run(shutdown.clone()),
                 retention.run(shutdown.clone()),
                 waiting.run(&flow, shutdown.clone()),

@@ -22,13 +22,26 @@ const ASKED_AGAIN: &str = "gozon_orders_asked_again_total";
 pub(crate) fn metrics(db: &DatabaseConnection, broker: &Broker) -> anyhow::Result<Metrics> {
     let metrics = Metrics::start("orders", env!("CARGO_PKG_VERSION"))?.refusing(&["orders_queue"]);
     measure::describe();
-    describe_counter!(PLACED, "Requests for an order that were stored, or recognised as a repetition by their key");
-    describe_counter!(ENDED, "Orders that became final, by outcome: paid, or the reason of the refusal");
+    describe_counter!(
+        PLACED,
+        "Requests for an order that were stored, or recognised as a repetition by their key"
+    );
+    describe_counter!(
+        ENDED,
+        "Orders that became final, by outcome: paid, or the reason of the refusal"
+    );
     describe_histogram!(SECONDS_TO_END, "From placing an order to its final status");
-    describe_counter!(ASKED_AGAIN, "Requests for payment that were sent again because the order stayed NEW");
+    describe_counter!(
+        ASKED_AGAIN,
+        "Requests for payment that were sent again because the order stayed NEW"
+    );
     // What never happened is 0, and not absent.
     asked_again(0);
-    for outcome in ["paid", DeclineReason::InsufficientFunds.as_str(), DeclineReason::NoAccount.as_str()] {
+    for outcome in [
+        "paid",
+        DeclineReason::InsufficientFunds.as_str(),
+        DeclineReason::NoAccount.as_str(),
+    ] {
         counter!(ENDED, "outcome" => outcome).increment(0);
     }
     let (db, broker) = (db.clone(), broker.clone());
@@ -42,11 +55,23 @@ pub(crate) fn metrics(db: &DatabaseConnection, broker: &Broker) -> anyhow::Resul
     Ok(metrics.look(move || {
         let db = db.clone();
         async move {
-            let waiting = measure::look(&db).await.map_err(|error| error.to_string())?;
-            let oldest = order::oldest_new_seconds(&db).await.map_err(|error| error.to_string())?;
-            let (name, help) = ("gozon_oldest_new_order_age_seconds", "How long the oldest order that is not final has waited");
+            let waiting = measure::look(&db)
+                .await
+                .map_err(|error| error.to_string())?;
+            let oldest = order::oldest_new_seconds(&db)
+                .await
+                .map_err(|error| error.to_string())?;
+            let (name, help) = (
+                "gozon_oldest_new_order_age_seconds",
+                "How long the oldest order that is not final has waited",
+            );
             let mut gauges: Vec<Gauge> = waiting.into_iter().map(Gauge::from).collect();
-            gauges.push(Gauge { name, help, labels: Vec::new(), value: oldest });
+            gauges.push(Gauge {
+                name,
+                help,
+                labels: Vec::new(),
+                value: oldest,
+            });
             Ok(gauges)
         }
     }))

@@ -17,7 +17,8 @@ use messaging::outbox::{self, Enqueued, Message};
 use messaging::outlet::Outlet;
 use service_kit::idempotency::Delivery;
 use shared_contracts::{
-    Amount, EventId, OrderCancelled, OrderFinished, OrderId, OrderPlaced, PaymentOutcome, PaymentSettled, UserId,
+    Amount, EventId, OrderCancelled, OrderFinished, OrderId, OrderPlaced, PaymentOutcome,
+    PaymentSettled, UserId,
 };
 
 use crate::entity::order::{self, Ending, Filter, Model, Status};
@@ -59,7 +60,11 @@ pub(crate) async fn place(
     }
 }
 
-async fn place_once(db: &DatabaseConnection, outlet: &Outlet, new: &[NewOrder]) -> Result<Vec<Result<Placed, Error>>, Failure> {
+async fn place_once(
+    db: &DatabaseConnection,
+    outlet: &Outlet,
+    new: &[NewOrder],
+) -> Result<Vec<Result<Placed, Error>>, Failure> {
     let begun = Instant::now();
     failpoint!("place.before_begin").map_err(db::injected)?;
     let txn = db.begin().await?;
@@ -72,7 +77,10 @@ async fn place_once(db: &DatabaseConnection, outlet: &Outlet, new: &[NewOrder]) 
     let mut by_key: HashMap<(String, String), Model> = HashMap::new();
     if !known.is_empty() {
         let user_ids = known.iter().map(|one| one.user_id.to_string()).collect();
-        let keys = known.iter().map(|one| one.idempotency_key.clone()).collect();
+        let keys = known
+            .iter()
+            .map(|one| one.idempotency_key.clone())
+            .collect();
         for row in order::find_by_keys(&txn, user_ids, keys).await? {
             by_key.insert((row.user_id.clone(), row.idempotency_key.clone()), row);
         }
@@ -80,12 +88,20 @@ async fn place_once(db: &DatabaseConnection, outlet: &Outlet, new: &[NewOrder]) 
     let messages = new
         .iter()
         .filter(|one| is_new(one) && !removed!("place.outbox_row"))
-        .map(|one| Message::first(one.placed_event_id, &OrderPlaced::from(one), one.created_at, one.traceparent.as_deref()));
+        .map(|one| {
+            Message::first(
+                one.placed_event_id,
+                &OrderPlaced::from(one),
+                one.created_at,
+                one.traceparent.as_deref(),
+            )
+        });
     let enqueued = outbox::enqueue(&txn, messages.collect()).await?;
     failpoint!("place.before_commit").map_err(db::injected)?;
     db::commit(txn).await?;
     measured::placed(inserted.len(), known.len(), begun.elapsed());
-    failpoint!("place.after_commit").map_err(|injected| Failure::Unknown(db::injected(injected)))?;
+    failpoint!("place.after_commit")
+        .map_err(|injected| Failure::Unknown(db::injected(injected)))?;
     outlet.hand_over(enqueued);
 
     Ok(new
@@ -116,7 +132,11 @@ impl From<&NewOrder> for Model {
             description: new.description.clone(),
             status: Status::New,
             reason: None,
-            idempotency_key: if removed!("place.idempotency_key") { new.id.to_string() } else { new.idempotency_key.clone() },
+            idempotency_key: if removed!("place.idempotency_key") {
+                new.id.to_string()
+            } else {
+                new.idempotency_key.clone()
+            },
             request_hash: request_hash(new),
             placed_event_id: new.placed_event_id.as_uuid(),
             asks: 0,
@@ -131,7 +151,11 @@ impl From<&NewOrder> for Model {
 
 impl From<&NewOrder> for OrderPlaced {
     fn from(new: &NewOrder) -> Self {
-        Self { order_id: new.id, user_id: new.user_id.clone(), amount: new.amount }
+        Self {
+            order_id: new.id,
+            user_id: new.user_id.clone(),
+            amount: new.amount,
+        }
     }
 }
 
@@ -146,11 +170,17 @@ fn request_hash(new: &NewOrder) -> Vec<u8> {
 }
 
 pub(crate) async fn find(db: &DatabaseConnection, id: OrderId) -> Result<Model, Error> {
-    db::read(|| order::Entity::find_by_id(id.as_uuid()).one(db)).await?.ok_or(Error::OrderNotFound)
+    db::read(|| order::Entity::find_by_id(id.as_uuid()).one(db))
+        .await?
+        .ok_or(Error::OrderNotFound)
 }
 
 /// A page of orders, newest first, and whether there are more.
-pub(crate) async fn list(db: &DatabaseConnection, filter: Filter, limit: usize) -> Result<(Vec<Model>, bool), Error> {
+pub(crate) async fn list(
+    db: &DatabaseConnection,
+    filter: Filter,
+    limit: usize,
+) -> Result<(Vec<Model>, bool), Error> {
     let mut orders = db::read(|| order::list(db, filter.clone(), limit as u64 + 1)).await?;
     let more = orders.len() > limit;
     orders.truncate(limit);
@@ -176,8 +206,18 @@ pub(crate) struct Ended {
 
 /// Event handler: ends orders as payments decided. The consumer began `txn` and commits it, together with the inbox
 /// rows. May run again after a rollback; takes effect once, because only a NEW order is ended.
-pub(crate) async fn settle(txn: &DatabaseTransaction, batch: &[Received<PaymentSettled>]) -> anyhow::Result<Handled<Settled>> {
-    let orders = order::lock(txn, batch.iter().map(|one| one.event.order_id.as_uuid()).collect()).await?;
+pub(crate) async fn settle(
+    txn: &DatabaseTransaction,
+    batch: &[Received<PaymentSettled>],
+) -> anyhow::Result<Handled<Settled>> {
+    let orders = order::lock(
+        txn,
+        batch
+            .iter()
+            .map(|one| one.event.order_id.as_uuid())
+            .collect(),
+    )
+    .await?;
     failpoint!("settle.after_lock")?;
     let (endings, quarantined) = decide(batch, orders);
 
@@ -185,51 +225,102 @@ pub(crate) async fn settle(txn: &DatabaseTransaction, batch: &[Received<PaymentS
     let mut messages = Vec::with_capacity(endings.len());
     for (index, ending) in &endings {
         let received = &batch[*index];
-        let PaymentSettled { order_id, user_id, amount, outcome } = received.event.clone();
+        let PaymentSettled {
+            order_id,
+            user_id,
+            amount,
+            outcome,
+        } = received.event.clone();
         let event_id = EventId::from(ending.final_event_id);
         let traceparent = received.traceparent.as_deref();
         messages.push(match outcome {
-            PaymentOutcome::Paid => Message::first(event_id, &OrderFinished { order_id, user_id, amount }, now, traceparent),
-            PaymentOutcome::Declined { reason } => {
-                Message::first(event_id, &OrderCancelled { order_id, user_id, amount, reason }, now, traceparent)
-            }
+            PaymentOutcome::Paid => Message::first(
+                event_id,
+                &OrderFinished {
+                    order_id,
+                    user_id,
+                    amount,
+                },
+                now,
+                traceparent,
+            ),
+            PaymentOutcome::Declined { reason } => Message::first(
+                event_id,
+                &OrderCancelled {
+                    order_id,
+                    user_id,
+                    amount,
+                    reason,
+                },
+                now,
+                traceparent,
+            ),
         });
         debug!(order.id = %order_id, outcome = outcome.as_str(), "Order settled");
     }
     let endings: Vec<Ending> = endings.into_iter().map(|(_, ending)| ending).collect();
-    let ended = endings.iter().map(|one| Ended { id: one.id, reason: one.reason, after: now - one.placed_at }).collect();
+    let ended = endings
+        .iter()
+        .map(|one| Ended {
+            id: one.id,
+            reason: one.reason,
+            after: now - one.placed_at,
+        })
+        .collect();
     if !endings.is_empty() {
         let ended = order::end(txn, &endings, now).await?;
-        anyhow::ensure!(ended == endings.len() as u64, "orders that were locked while NEW are not: {ended} of {}", endings.len());
+        anyhow::ensure!(
+            ended == endings.len() as u64,
+            "orders that were locked while NEW are not: {ended} of {}",
+            endings.len()
+        );
     }
     failpoint!("settle.after_end")?;
     let enqueued = outbox::enqueue(txn, messages).await?;
-    Ok(Handled { quarantined, effect: Settled { enqueued, ended } })
+    Ok(Handled {
+        quarantined,
+        effect: Settled { enqueued, ended },
+    })
 }
 
 /// Which orders end, each with the place in the batch of the answer that ends it, and which answers contradict what is
 /// known. A repetition of what is known is neither.
-fn decide(batch: &[Received<PaymentSettled>], orders: Vec<Model>) -> (Vec<(usize, Ending)>, Vec<Quarantined>) {
-    let mut orders: HashMap<Uuid, Model> = orders.into_iter().map(|order| (order.id, order)).collect();
+fn decide(
+    batch: &[Received<PaymentSettled>],
+    orders: Vec<Model>,
+) -> (Vec<(usize, Ending)>, Vec<Quarantined>) {
+    let mut orders: HashMap<Uuid, Model> =
+        orders.into_iter().map(|order| (order.id, order)).collect();
     let mut endings = Vec::new();
     let mut quarantined = Vec::new();
     for (index, received) in batch.iter().enumerate() {
         let event = &received.event;
         let id = event.order_id.as_uuid();
         let Some(order) = orders.get_mut(&id) else {
-            quarantined.push(Quarantined { index, cause: format!("order {id} is not known here; was this database restored?") });
+            quarantined.push(Quarantined {
+                index,
+                cause: format!("order {id} is not known here; was this database restored?"),
+            });
             continue;
         };
-        let same_content = order.user_id == event.user_id.as_str() && order.amount == event.amount.minor_units();
+        let same_content =
+            order.user_id == event.user_id.as_str() && order.amount == event.amount.minor_units();
         if !same_content && !removed!("settle.same_content") {
-            quarantined.push(Quarantined { index, cause: format!("the answer for order {id} names another user or amount") });
+            quarantined.push(Quarantined {
+                index,
+                cause: format!("the answer for order {id} names another user or amount"),
+            });
             continue;
         }
         let (status, reason) = match event.outcome {
             PaymentOutcome::Paid => (Status::Finished, None),
             PaymentOutcome::Declined { reason } => (Status::Cancelled, Some(reason.as_str())),
         };
-        let status_now = if removed!("settle.status_guard") { Status::New } else { order.status };
+        let status_now = if removed!("settle.status_guard") {
+            Status::New
+        } else {
+            order.status
+        };
         match status_now {
             Status::New => {
                 order.status = status;
@@ -246,7 +337,10 @@ fn decide(batch: &[Received<PaymentSettled>], orders: Vec<Model>) -> (Vec<(usize
             }
             _ if order.status == status && order.reason.as_deref() == reason => {}
             Status::Finished | Status::Cancelled => {
-                let cause = format!("order {id} is final with another outcome; {} comes too late", event.outcome.as_str());
+                let cause = format!(
+                    "order {id} is final with another outcome; {} comes too late",
+                    event.outcome.as_str()
+                );
                 quarantined.push(Quarantined { index, cause });
             }
         }
@@ -261,7 +355,9 @@ mod tests {
     use super::*;
 
     const PAID: PaymentOutcome = PaymentOutcome::Paid;
-    const DECLINED: PaymentOutcome = PaymentOutcome::Declined { reason: DeclineReason::InsufficientFunds };
+    const DECLINED: PaymentOutcome = PaymentOutcome::Declined {
+        reason: DeclineReason::InsufficientFunds,
+    };
 
     fn order() -> Model {
         Model::from(&NewOrder {
@@ -283,11 +379,20 @@ mod tests {
             amount: Amount::new(order.amount).unwrap(),
             outcome,
         };
-        Received { event, event_id: EventId::mint(), ask: 0, first: true, traceparent: None }
+        Received {
+            event,
+            event_id: EventId::mint(),
+            ask: 0,
+            first: true,
+            traceparent: None,
+        }
     }
 
     fn statuses(endings: &[(usize, Ending)]) -> Vec<(usize, Status)> {
-        endings.iter().map(|(index, ending)| (*index, ending.status)).collect()
+        endings
+            .iter()
+            .map(|(index, ending)| (*index, ending.status))
+            .collect()
     }
 
     #[test]
@@ -295,7 +400,10 @@ mod tests {
         let (paid, declined) = (order(), order());
         let batch = [answer(&paid, PAID), answer(&declined, DECLINED)];
         let (endings, quarantined) = decide(&batch, vec![paid, declined]);
-        assert_eq!(statuses(&endings), [(0, Status::Finished), (1, Status::Cancelled)]);
+        assert_eq!(
+            statuses(&endings),
+            [(0, Status::Finished), (1, Status::Cancelled)]
+        );
         assert_eq!(endings[1].1.reason, Some("insufficient_funds"));
         assert_eq!(quarantined, []);
     }
@@ -305,8 +413,14 @@ mod tests {
         let new = order();
         let batch = [answer(&new, PAID), answer(&new, PAID)];
         let (endings, quarantined) = decide(&batch, vec![new.clone()]);
-        assert_eq!((statuses(&endings), quarantined), (vec![(0, Status::Finished)], vec![]));
-        let finished = Model { status: Status::Finished, ..new };
+        assert_eq!(
+            (statuses(&endings), quarantined),
+            (vec![(0, Status::Finished)], vec![])
+        );
+        let finished = Model {
+            status: Status::Finished,
+            ..new
+        };
         let (endings, quarantined) = decide(&batch, vec![finished]);
         assert_eq!((statuses(&endings), quarantined), (vec![], vec![]));
     }
@@ -314,15 +428,27 @@ mod tests {
     #[test]
     fn an_answer_that_contradicts_is_quarantined() {
         let new = order();
-        let finished = Model { status: Status::Finished, ..order() };
+        let finished = Model {
+            status: Status::Finished,
+            ..order()
+        };
         let mut dearer = answer(&new, PAID);
         dearer.event.amount = Amount::new(11).unwrap();
         let mut another = answer(&new, PAID);
         another.event.user_id = UserId::parse("bob").unwrap();
-        let batch =
-            [dearer, another, answer(&finished, DECLINED), answer(&order(), PAID), answer(&new, DECLINED), answer(&new, PAID)];
+        let batch = [
+            dearer,
+            another,
+            answer(&finished, DECLINED),
+            answer(&order(), PAID),
+            answer(&new, DECLINED),
+            answer(&new, PAID),
+        ];
         let (endings, quarantined) = decide(&batch, vec![new, finished]);
         assert_eq!(statuses(&endings), [(4, Status::Cancelled)]);
-        assert_eq!(quarantined.iter().map(|one| one.index).collect::<Vec<_>>(), [0, 1, 2, 3, 5]);
+        assert_eq!(
+            quarantined.iter().map(|one| one.index).collect::<Vec<_>>(),
+            [0, 1, 2, 3, 5]
+        );
     }
 }

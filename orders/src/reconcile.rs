@@ -45,7 +45,11 @@ impl Reconciler {
         let mut losses = self.losses.watch();
         let mut noted = None;
         let mut pause = LOOK_INTERVAL;
-        while shutdown.run_until_cancelled(tokio::time::timeout(pause, losses.changed())).await.is_some() {
+        while shutdown
+            .run_until_cancelled(tokio::time::timeout(pause, losses.changed()))
+            .await
+            .is_some()
+        {
             let latest = *losses.borrow_and_update();
             let begun = Instant::now();
             match db::within(STEP_TIMEOUT, self.step(latest.filter(|_| latest > noted))).await {
@@ -56,7 +60,10 @@ impl Reconciler {
                         info!(orders = asked, "Orders that stayed NEW are asked for again");
                     }
                 }
-                Err(error) => warn!(error = format!("{error:#}"), "Orders that stay NEW could not be looked for; trying again"),
+                Err(error) => warn!(
+                    error = format!("{error:#}"),
+                    "Orders that stay NEW could not be looked for; trying again"
+                ),
             }
             // A look that takes long (very many orders are NEW) is taken less often.
             pause = LOOK_INTERVAL.max(begun.elapsed() * 10);
@@ -67,14 +74,21 @@ impl Reconciler {
     /// One look: in one transaction, the orders that are due and a new request for each.
     async fn step(&self, loss: Option<Instant>) -> anyhow::Result<usize> {
         if let Some(before) = loss.filter(|_| !removed!("reconcile.lost_at")) {
-            self.note(before).await.context("that the broker lost messages could not be noted")?;
+            self.note(before)
+                .await
+                .context("that the broker lost messages could not be noted")?;
         }
         // Most looks find that nothing is NEW.
         if !order::something_is_new(&self.db).await? {
             return Ok(0);
         }
         let txn = self.db.begin().await?;
-        let lock = txn.query_one_raw(sql("SELECT pg_try_advisory_xact_lock($1) AS mine", [RECONCILER_LOCK.into()])).await?;
+        let lock = txn
+            .query_one_raw(sql(
+                "SELECT pg_try_advisory_xact_lock($1) AS mine",
+                [RECONCILER_LOCK.into()],
+            ))
+            .await?;
         let mine = lock.is_some_and(|row| row.try_get("", "mine").unwrap_or(false));
         if !mine || outbox::is_behind(&txn, OrderPlaced::SUBJECT, self.again.after).await? {
             txn.rollback().await?;
@@ -92,11 +106,16 @@ impl Reconciler {
             match request(order, now) {
                 Ok(request) => requests.push(request),
                 // Somebody edited the table. It must not keep the others from being asked for.
-                Err(error) => error!(order.id = %order.id, error = format!("{error:#}"), "An order cannot be asked for again"),
+                Err(error) => {
+                    error!(order.id = %order.id, error = format!("{error:#}"), "An order cannot be asked for again")
+                }
             }
         }
         let counted = order::count_ask(&txn, due.iter().map(|order| order.id).collect()).await?;
-        anyhow::ensure!(counted == due.len() as u64, "orders that were locked while NEW are not");
+        anyhow::ensure!(
+            counted == due.len() as u64,
+            "orders that were locked while NEW are not"
+        );
         let enqueued = outbox::enqueue(&txn, requests).await?;
         failpoint!("reconcile.before_commit")?;
         txn.commit().await?;
@@ -125,5 +144,11 @@ fn request(order: &Model, now: time::OffsetDateTime) -> anyhow::Result<Message> 
         amount: Amount::new(order.amount)?,
     };
     let ask = u32::try_from(order.asks)?.saturating_add(1);
-    Ok(Message::nth(EventId::from(order.placed_event_id), ask, &event, now, None))
+    Ok(Message::nth(
+        EventId::from(order.placed_event_id),
+        ask,
+        &event,
+        now,
+        None,
+    ))
 }

@@ -12,22 +12,35 @@ use crate::error::Error;
 const SERVICE: &str = "orders";
 
 /// The steps, in the order of time.
-pub(crate) async fn of_order(db: &DatabaseConnection, order_id: OrderId) -> Result<Timeline, Error> {
-    db::read(|| look(db, order_id)).await?.ok_or(Error::OrderNotFound)
+pub(crate) async fn of_order(
+    db: &DatabaseConnection,
+    order_id: OrderId,
+) -> Result<Timeline, Error> {
+    db::read(|| look(db, order_id))
+        .await?
+        .ok_or(Error::OrderNotFound)
 }
 
 async fn look(db: &DatabaseConnection, order_id: OrderId) -> Result<Option<Timeline>, DbErr> {
     let order_id = order_id.as_uuid();
-    let Some(order) = order::Entity::find_by_id(order_id).one(db).await? else { return Ok(None) };
+    let Some(order) = order::Entity::find_by_id(order_id).one(db).await? else {
+        return Ok(None);
+    };
     let mut steps = vec![Step::new(order.created_at, SERVICE, StepKind::Placed)];
     let sent = timeline::sent(db, SERVICE, order.placed_event_id).await?;
     let mut pruned = sent.is_empty();
     steps.extend(sent);
     if let Some(event_id) = order.settlement_event_id {
-        steps.extend(timeline::taken(db, &ORDERS_PAYMENT_SETTLED, PaymentSettled::TYPE, event_id).await?);
+        steps.extend(
+            timeline::taken(db, &ORDERS_PAYMENT_SETTLED, PaymentSettled::TYPE, event_id).await?,
+        );
     }
     if let Some(event_id) = order.final_event_id {
-        let outcome = if order.status == Status::Finished { "FINISHED" } else { "CANCELLED" };
+        let outcome = if order.status == Status::Finished {
+            "FINISHED"
+        } else {
+            "CANCELLED"
+        };
         steps.push(Step {
             outcome: Some(outcome.to_owned()),
             reason: order.reason,
@@ -43,5 +56,10 @@ async fn look(db: &DatabaseConnection, order_id: OrderId) -> Result<Option<Timel
     }
     steps.extend(timeline::dead_lettered(db, SERVICE, order_id).await?);
     steps.sort_by_key(|step| step.at);
-    Ok(Some(Timeline { order_id, steps, missing: vec!["payments".to_owned()], pruned }))
+    Ok(Some(Timeline {
+        order_id,
+        steps,
+        missing: vec!["payments".to_owned()],
+        pruned,
+    }))
 }

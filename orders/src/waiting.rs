@@ -36,7 +36,11 @@ impl Waiting {
     pub(crate) fn register(&self, id: Uuid) -> Waiter {
         let notify = Arc::new(Notify::new());
         self.lock().entry(id).or_default().push(notify.clone());
-        Waiter { waiting: self.clone(), id, notify }
+        Waiter {
+            waiting: self.clone(),
+            id,
+            notify,
+        }
     }
 
     /// These orders became final.
@@ -51,8 +55,16 @@ impl Waiting {
     }
 
     /// Looks, in one query for all waiters, for orders that others ended. Does nothing while nobody waits.
-    pub(crate) async fn run(&self, db: &DatabaseConnection, shutdown: CancellationToken) -> anyhow::Result<()> {
-        while shutdown.run_until_cancelled(tokio::time::sleep(LOOK_INTERVAL)).await.is_some() {
+    pub(crate) async fn run(
+        &self,
+        db: &DatabaseConnection,
+        shutdown: CancellationToken,
+    ) -> anyhow::Result<()> {
+        while shutdown
+            .run_until_cancelled(tokio::time::sleep(LOOK_INTERVAL))
+            .await
+            .is_some()
+        {
             let ids: Vec<Uuid> = self.lock().keys().copied().collect();
             if ids.is_empty() {
                 continue;

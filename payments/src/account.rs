@@ -4,7 +4,10 @@ use std::ops::ControlFlow;
 
 use failpoint::{failpoint, removed};
 use messaging::db::{self, Failure, Retry};
-use sea_orm::{ActiveValue::Set, DatabaseConnection, DbErr, EntityTrait as _, TransactionTrait as _, TryInsertResult};
+use sea_orm::{
+    ActiveValue::Set, DatabaseConnection, DbErr, EntityTrait as _, TransactionTrait as _,
+    TryInsertResult,
+};
 use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -32,7 +35,10 @@ pub(crate) struct NewDeposit {
 }
 
 /// Opens the account, or finds that this key opened it before.
-pub(crate) async fn open(db: &DatabaseConnection, new: &NewAccount) -> Result<(account::Model, Delivery), Error> {
+pub(crate) async fn open(
+    db: &DatabaseConnection,
+    new: &NewAccount,
+) -> Result<(account::Model, Delivery), Error> {
     let mut retry = Retry::begin();
     loop {
         if let ControlFlow::Break(settled) = retry.settle(open_once(db, new)).await {
@@ -41,7 +47,10 @@ pub(crate) async fn open(db: &DatabaseConnection, new: &NewAccount) -> Result<(a
     }
 }
 
-async fn open_once(db: &DatabaseConnection, new: &NewAccount) -> Result<Result<(account::Model, Delivery), Error>, Failure> {
+async fn open_once(
+    db: &DatabaseConnection,
+    new: &NewAccount,
+) -> Result<Result<(account::Model, Delivery), Error>, Failure> {
     let txn = db.begin().await?;
     let row = account::ActiveModel {
         user_id: Set(new.user_id.to_string()),
@@ -51,10 +60,16 @@ async fn open_once(db: &DatabaseConnection, new: &NewAccount) -> Result<Result<(
         created_at: Set(new.created_at),
     };
     // A conflict looks like `Inserted(0)` here, so the number is what counts.
-    let inserted =
-        account::Entity::insert(row).on_conflict_do_nothing_on([account::Column::UserId]).exec_without_returning(&txn).await?;
-    let stored = account::Entity::find_by_id(new.user_id.to_string()).one(&txn).await?;
-    let stored = stored.ok_or_else(|| DbErr::RecordNotFound(format!("account {} that was just stored", new.user_id)))?;
+    let inserted = account::Entity::insert(row)
+        .on_conflict_do_nothing_on([account::Column::UserId])
+        .exec_without_returning(&txn)
+        .await?;
+    let stored = account::Entity::find_by_id(new.user_id.to_string())
+        .one(&txn)
+        .await?;
+    let stored = stored.ok_or_else(|| {
+        DbErr::RecordNotFound(format!("account {} that was just stored", new.user_id))
+    })?;
     let same_key = stored.idempotency_key == new.idempotency_key;
     let delivery = match inserted {
         TryInsertResult::Inserted(1) => Delivery::First,
@@ -65,12 +80,18 @@ async fn open_once(db: &DatabaseConnection, new: &NewAccount) -> Result<Result<(
     };
     failpoint!("account.before_commit").map_err(db::injected)?;
     db::commit(txn).await?;
-    failpoint!("account.after_commit").map_err(|injected| Failure::Unknown(db::injected(injected)))?;
+    failpoint!("account.after_commit")
+        .map_err(|injected| Failure::Unknown(db::injected(injected)))?;
     Ok(Ok((stored, delivery)))
 }
 
-pub(crate) async fn find(db: &DatabaseConnection, user_id: &UserId) -> Result<account::Model, Error> {
-    db::read(|| account::Entity::find_by_id(user_id.to_string()).one(db)).await?.ok_or(Error::AccountNotFound)
+pub(crate) async fn find(
+    db: &DatabaseConnection,
+    user_id: &UserId,
+) -> Result<account::Model, Error> {
+    db::read(|| account::Entity::find_by_id(user_id.to_string()).one(db))
+        .await?
+        .ok_or(Error::AccountNotFound)
 }
 
 /// A page of the user's movements of money, newest first, and whether there are more.
@@ -81,14 +102,18 @@ pub(crate) async fn statement(
     limit: usize,
 ) -> Result<(Vec<transfer::Model>, bool), Error> {
     find(db, user_id).await?;
-    let mut entries = db::read(|| transfer::statement(db, user_id.as_str(), before, limit as u64 + 1)).await?;
+    let mut entries =
+        db::read(|| transfer::statement(db, user_id.as_str(), before, limit as u64 + 1)).await?;
     let more = entries.len() > limit;
     entries.truncate(limit);
     Ok((entries, more))
 }
 
 /// Adds money, or finds that this key added it before.
-pub(crate) async fn top_up(db: &DatabaseConnection, new: &NewDeposit) -> Result<(transfer::Model, Delivery), Error> {
+pub(crate) async fn top_up(
+    db: &DatabaseConnection,
+    new: &NewDeposit,
+) -> Result<(transfer::Model, Delivery), Error> {
     let mut retry = Retry::begin();
     loop {
         if let ControlFlow::Break(settled) = retry.settle(top_up_once(db, new)).await {
@@ -98,7 +123,10 @@ pub(crate) async fn top_up(db: &DatabaseConnection, new: &NewDeposit) -> Result<
 }
 
 /// The account's lock makes twins with one key wait for each other, so the second finds the first's row.
-async fn top_up_once(db: &DatabaseConnection, new: &NewDeposit) -> Result<Result<(transfer::Model, Delivery), Error>, Failure> {
+async fn top_up_once(
+    db: &DatabaseConnection,
+    new: &NewDeposit,
+) -> Result<Result<(transfer::Model, Delivery), Error>, Failure> {
     let request_hash = request_hash(new);
     let user_id = new.user_id.as_str();
     let mut key = new.idempotency_key.clone();
@@ -112,13 +140,19 @@ async fn top_up_once(db: &DatabaseConnection, new: &NewDeposit) -> Result<Result
     if let Some(earlier) = transfer::find_deposit(&txn, user_id, &key).await? {
         return Ok(match earlier.request_hash.as_deref() {
             // Our own row, from a try whose commit was not answered.
-            Some(hash) if hash == request_hash && earlier.id == new.id => Ok((earlier, Delivery::First)),
+            Some(hash) if hash == request_hash && earlier.id == new.id => {
+                Ok((earlier, Delivery::First))
+            }
             Some(hash) if hash == request_hash => Ok((earlier, Delivery::Replayed)),
             _ => Err(Error::KeyReused),
         });
     }
     let amount = new.amount.minor_units();
-    let Some(balance_after) = funds.balance.checked_add(amount).filter(|balance| *balance <= BALANCE_MAX) else {
+    let Some(balance_after) = funds
+        .balance
+        .checked_add(amount)
+        .filter(|balance| *balance <= BALANCE_MAX)
+    else {
         return Ok(Err(Error::BalanceLimit));
     };
     account::add(&txn, user_id, amount).await?;
@@ -136,7 +170,8 @@ async fn top_up_once(db: &DatabaseConnection, new: &NewDeposit) -> Result<Result
     let stored = transfer::insert_deposit(&txn, deposit).await?;
     failpoint!("deposit.before_commit").map_err(db::injected)?;
     db::commit(txn).await?;
-    failpoint!("deposit.after_commit").map_err(|injected| Failure::Unknown(db::injected(injected)))?;
+    failpoint!("deposit.after_commit")
+        .map_err(|injected| Failure::Unknown(db::injected(injected)))?;
     Ok(Ok((stored, Delivery::First)))
 }
 

@@ -14,7 +14,9 @@ use uuid::Uuid;
 
 use messaging::consumer::{Handled, LostRace, Quarantined, Received};
 use messaging::outbox::{self, Enqueued, Message};
-use shared_contracts::{Amount, DeclineReason, EventId, OrderId, OrderPlaced, PaymentOutcome, PaymentSettled, UserId};
+use shared_contracts::{
+    Amount, DeclineReason, EventId, OrderId, OrderPlaced, PaymentOutcome, PaymentSettled, UserId,
+};
 
 use crate::entity::account::{self, Withdrawal};
 use crate::entity::payment::{self, NewDecision};
@@ -22,21 +24,56 @@ use crate::entity::transfer::{self, NewPayment};
 
 /// Event handler: the consumer began `txn` and commits it, together with the inbox rows. May run again after a
 /// rollback; takes effect once.
-pub(crate) async fn charge(txn: &DatabaseTransaction, batch: &[Received<OrderPlaced>]) -> anyhow::Result<Handled<Charged>> {
+pub(crate) async fn charge(
+    txn: &DatabaseTransaction,
+    batch: &[Received<OrderPlaced>],
+) -> anyhow::Result<Handled<Charged>> {
     // Accounts are locked first, so that of two workers with the same order the second reads what the first decided.
-    let funds = account::lock(txn, batch.iter().map(|one| one.event.user_id.to_string()).collect()).await?;
+    let funds = account::lock(
+        txn,
+        batch
+            .iter()
+            .map(|one| one.event.user_id.to_string())
+            .collect(),
+    )
+    .await?;
     failpoint!("charge.after_lock")?;
-    let mut decided = payment::find_all(txn, batch.iter().map(|one| one.event.order_id.as_uuid()).collect()).await?;
+    let mut decided = payment::find_all(
+        txn,
+        batch
+            .iter()
+            .map(|one| one.event.order_id.as_uuid())
+            .collect(),
+    )
+    .await?;
     if removed!("charge.decision_check") {
         decided.clear();
     }
     if removed!("charge.decision_over_inbox") {
-        decided.retain(|row| batch.iter().any(|one| one.event.order_id.as_uuid() == row.order_id && !one.first));
+        decided.retain(|row| {
+            batch
+                .iter()
+                .any(|one| one.event.order_id.as_uuid() == row.order_id && !one.first)
+        });
     }
     let plan = decide(
         batch,
-        funds.into_iter().map(|one| (one.user_id, Purse { balance: one.balance, entry_no: one.entry_no })).collect(),
-        decided.iter().map(|row| (row.order_id, Decided::from(row))).collect(),
+        funds
+            .into_iter()
+            .map(|one| {
+                (
+                    one.user_id,
+                    Purse {
+                        balance: one.balance,
+                        entry_no: one.entry_no,
+                    },
+                )
+            })
+            .collect(),
+        decided
+            .iter()
+            .map(|row| (row.order_id, Decided::from(row)))
+            .collect(),
     );
 
     let mut answers: Vec<Message> = Vec::with_capacity(plan.decisions.len());
@@ -44,7 +81,12 @@ pub(crate) async fn charge(txn: &DatabaseTransaction, batch: &[Received<OrderPla
     if !plan.decisions.is_empty() {
         for made in &plan.decisions {
             debug!(order.id = %made.request.order_id, outcome = made.outcome.as_str(), "Order decided");
-            answers.push(Message::first(made.event_id, &answer(&made.request, made.outcome), now, made.traceparent.as_deref()));
+            answers.push(Message::first(
+                made.event_id,
+                &answer(&made.request, made.outcome),
+                now,
+                made.traceparent.as_deref(),
+            ));
         }
         let mut rows: Vec<NewDecision> = plan.decisions.iter().map(NewDecision::from).collect();
         if removed!("charge.refusal_stored") {
@@ -72,13 +114,24 @@ pub(crate) async fn charge(txn: &DatabaseTransaction, batch: &[Received<OrderPla
         }
     }
     if !plan.asked_again.is_empty() && !removed!("charge.re_arm") {
-        let raised: HashSet<Uuid> =
-            payment::raise_asks(txn, plan.asked_again.iter().map(|one| (one.order_id, one.ask)).collect())
-                .await?
-                .into_iter()
-                .collect();
+        let raised: HashSet<Uuid> = payment::raise_asks(
+            txn,
+            plan.asked_again
+                .iter()
+                .map(|one| (one.order_id, one.ask))
+                .collect(),
+        )
+        .await?
+        .into_iter()
+        .collect();
         for row in decided.iter().filter(|row| raised.contains(&row.order_id)) {
-            let Some(again) = plan.asked_again.iter().find(|one| one.order_id == row.order_id) else { continue };
+            let Some(again) = plan
+                .asked_again
+                .iter()
+                .find(|one| one.order_id == row.order_id)
+            else {
+                continue;
+            };
             let settled = stored_answer(row)?;
             answers.push(Message::nth(
                 EventId::from(row.event_id),
@@ -89,11 +142,21 @@ pub(crate) async fn charge(txn: &DatabaseTransaction, batch: &[Received<OrderPla
             ));
         }
     }
-    let outcomes: Vec<_> =
-        plan.decisions.iter().map(|made| made.outcome.reason().map_or("paid", DeclineReason::as_str)).collect();
+    let outcomes: Vec<_> = plan
+        .decisions
+        .iter()
+        .map(|made| made.outcome.reason().map_or("paid", DeclineReason::as_str))
+        .collect();
     let answered_again = answers.len().saturating_sub(outcomes.len());
     let enqueued = outbox::enqueue(txn, answers).await?;
-    Ok(Handled { quarantined: plan.quarantined, effect: Charged { enqueued, outcomes, answered_again } })
+    Ok(Handled {
+        quarantined: plan.quarantined,
+        effect: Charged {
+            enqueued,
+            outcomes,
+            answered_again,
+        },
+    })
 }
 
 /// What [`charge`] did.
@@ -122,7 +185,10 @@ struct Decided {
 
 impl From<&payment::Model> for Decided {
     fn from(row: &payment::Model) -> Self {
-        Self { request_hash: row.request_hash.clone(), last_ask: row.last_ask }
+        Self {
+            request_hash: row.request_hash.clone(),
+            last_ask: row.last_ask,
+        }
     }
 }
 
@@ -156,7 +222,11 @@ struct AskedAgain {
 }
 
 /// Decides orders one after the other, in stream order, over the money that the ones before have left.
-fn decide(batch: &[Received<OrderPlaced>], mut purses: BTreeMap<String, Purse>, mut decided: HashMap<Uuid, Decided>) -> Plan {
+fn decide(
+    batch: &[Received<OrderPlaced>],
+    mut purses: BTreeMap<String, Purse>,
+    mut decided: HashMap<Uuid, Decided>,
+) -> Plan {
     let mut plan = Plan::default();
     for (index, received) in batch.iter().enumerate() {
         let request = &received.event;
@@ -164,8 +234,12 @@ fn decide(batch: &[Received<OrderPlaced>], mut purses: BTreeMap<String, Purse>, 
         let request_hash = request_hash(request);
         let ask = i32::try_from(received.ask).unwrap_or(i32::MAX);
         match decided.get_mut(&order_id) {
-            Some(earlier) if earlier.request_hash != request_hash && !removed!("charge.same_request") => {
-                let cause = format!("order {order_id} is decided with another user or amount; this request is not applied");
+            Some(earlier)
+                if earlier.request_hash != request_hash && !removed!("charge.same_request") =>
+            {
+                let cause = format!(
+                    "order {order_id} is decided with another user or amount; this request is not applied"
+                );
                 plan.quarantined.push(Quarantined { index, cause });
             }
             Some(earlier) => {
@@ -173,18 +247,32 @@ fn decide(batch: &[Received<OrderPlaced>], mut purses: BTreeMap<String, Purse>, 
                 // answer was lost; a decision of this very batch is being answered anyway.
                 if ask > earlier.last_ask {
                     earlier.last_ask = ask;
-                    if let Some(made) = plan.decisions.iter_mut().find(|made| made.request.order_id == request.order_id) {
+                    if let Some(made) = plan
+                        .decisions
+                        .iter_mut()
+                        .find(|made| made.request.order_id == request.order_id)
+                    {
                         made.ask = ask;
                     } else {
                         plan.asked_again.retain(|again| again.order_id != order_id);
-                        plan.asked_again.push(AskedAgain { order_id, ask, traceparent: received.traceparent.clone() });
+                        plan.asked_again.push(AskedAgain {
+                            order_id,
+                            ask,
+                            traceparent: received.traceparent.clone(),
+                        });
                     }
                 }
             }
             None => {
                 let (outcome, payment) = pay(request, purses.get_mut(request.user_id.as_str()));
                 if !removed!("charge.one_decision_in_a_batch") {
-                    decided.insert(order_id, Decided { request_hash, last_ask: ask });
+                    decided.insert(
+                        order_id,
+                        Decided {
+                            request_hash,
+                            last_ask: ask,
+                        },
+                    );
                 }
                 plan.decisions.push(Made {
                     request: request.clone(),
@@ -207,7 +295,11 @@ fn pay(request: &OrderPlaced, purse: Option<&mut Purse>) -> (PaymentOutcome, Opt
         return declined(DeclineReason::NoAccount);
     };
     let enough = |left: &i64| *left >= 0 || removed!("charge.enough_money");
-    let Some(balance_after) = purse.balance.checked_sub(request.amount.minor_units()).filter(enough) else {
+    let Some(balance_after) = purse
+        .balance
+        .checked_sub(request.amount.minor_units())
+        .filter(enough)
+    else {
         return declined(DeclineReason::InsufficientFunds);
     };
     purse.balance = balance_after;
@@ -225,18 +317,27 @@ fn pay(request: &OrderPlaced, purse: Option<&mut Purse>) -> (PaymentOutcome, Opt
 
 impl Plan {
     fn payments(&self) -> Vec<NewPayment> {
-        self.decisions.iter().filter_map(|made| made.payment.clone()).collect()
+        self.decisions
+            .iter()
+            .filter_map(|made| made.payment.clone())
+            .collect()
     }
 
     /// Per account, in the order of their ids, what its payments take together.
     fn withdrawals(&self) -> Vec<Withdrawal> {
         let mut by_user: BTreeMap<&str, Withdrawal> = BTreeMap::new();
-        for payment in self.decisions.iter().filter_map(|made| made.payment.as_ref()) {
-            let withdrawal = by_user.entry(&payment.user_id).or_insert_with(|| Withdrawal {
-                user_id: payment.user_id.clone(),
-                total: 0,
-                entries: 0,
-            });
+        for payment in self
+            .decisions
+            .iter()
+            .filter_map(|made| made.payment.as_ref())
+        {
+            let withdrawal = by_user
+                .entry(&payment.user_id)
+                .or_insert_with(|| Withdrawal {
+                    user_id: payment.user_id.clone(),
+                    total: 0,
+                    entries: 0,
+                });
             // Cannot overflow: the sum is covered by a balance.
             withdrawal.total += payment.amount;
             withdrawal.entries += 1;
@@ -272,13 +373,23 @@ fn request_hash(request: &OrderPlaced) -> Vec<u8> {
 }
 
 fn answer(request: &OrderPlaced, outcome: PaymentOutcome) -> PaymentSettled {
-    PaymentSettled { order_id: request.order_id, user_id: request.user_id.clone(), amount: request.amount, outcome }
+    PaymentSettled {
+        order_id: request.order_id,
+        user_id: request.user_id.clone(),
+        amount: request.amount,
+        outcome,
+    }
 }
 
 /// The answer as it was given first, from the stored decision.
 fn stored_answer(row: &payment::Model) -> anyhow::Result<PaymentSettled> {
     let outcome = PaymentOutcome::parse(&row.outcome, row.reason.as_deref()).ok_or_else(|| {
-        anyhow::anyhow!("decision of order {} has outcome {:?}, reason {:?}", row.order_id, row.outcome, row.reason)
+        anyhow::anyhow!(
+            "decision of order {} has outcome {:?}, reason {:?}",
+            row.order_id,
+            row.outcome,
+            row.reason
+        )
     })?;
     Ok(PaymentSettled {
         order_id: OrderId::from(row.order_id),
@@ -298,34 +409,90 @@ mod tests {
             user_id: UserId::parse(user).unwrap(),
             amount: Amount::new(amount).unwrap(),
         };
-        Received { event, event_id: EventId::mint(), ask: 0, first: true, traceparent: None }
+        Received {
+            event,
+            event_id: EventId::mint(),
+            ask: 0,
+            first: true,
+            traceparent: None,
+        }
     }
 
     fn purses(list: &[(&str, i64)]) -> BTreeMap<String, Purse> {
-        list.iter().map(|(user, balance)| ((*user).to_owned(), Purse { balance: *balance, entry_no: 1 })).collect()
+        list.iter()
+            .map(|(user, balance)| {
+                (
+                    (*user).to_owned(),
+                    Purse {
+                        balance: *balance,
+                        entry_no: 1,
+                    },
+                )
+            })
+            .collect()
     }
 
     fn outcomes(plan: &Plan) -> Vec<&'static str> {
-        plan.decisions.iter().map(|made| made.outcome.reason().map_or("paid", DeclineReason::as_str)).collect()
+        plan.decisions
+            .iter()
+            .map(|made| made.outcome.reason().map_or("paid", DeclineReason::as_str))
+            .collect()
     }
 
     #[test]
     fn orders_are_decided_in_stream_order_over_what_is_left() {
-        let batch = [request("alice", 70), request("alice", 50), request("alice", 30), request("bob", 1), request("carol", 5)];
-        let plan = decide(&batch, purses(&[("alice", 100), ("bob", 0)]), HashMap::new());
-        assert_eq!(outcomes(&plan), ["paid", "insufficient_funds", "paid", "insufficient_funds", "no_account"]);
-        assert_eq!(plan.withdrawals(), [Withdrawal { user_id: "alice".to_owned(), total: 100, entries: 2 }]);
-        let statement: Vec<_> = plan.payments().iter().map(|payment| (payment.entry_no, payment.balance_after)).collect();
+        let batch = [
+            request("alice", 70),
+            request("alice", 50),
+            request("alice", 30),
+            request("bob", 1),
+            request("carol", 5),
+        ];
+        let plan = decide(
+            &batch,
+            purses(&[("alice", 100), ("bob", 0)]),
+            HashMap::new(),
+        );
+        assert_eq!(
+            outcomes(&plan),
+            [
+                "paid",
+                "insufficient_funds",
+                "paid",
+                "insufficient_funds",
+                "no_account"
+            ]
+        );
+        assert_eq!(
+            plan.withdrawals(),
+            [Withdrawal {
+                user_id: "alice".to_owned(),
+                total: 100,
+                entries: 2
+            }]
+        );
+        let statement: Vec<_> = plan
+            .payments()
+            .iter()
+            .map(|payment| (payment.entry_no, payment.balance_after))
+            .collect();
         assert_eq!(statement, [(2, 30), (3, 0)]);
     }
 
     #[test]
     fn two_events_of_one_order_in_a_batch_are_one_decision() {
         let one = request("alice", 10);
-        let two = Received { event_id: EventId::mint(), ask: 2, ..one.clone() };
+        let two = Received {
+            event_id: EventId::mint(),
+            ask: 2,
+            ..one.clone()
+        };
         let plan = decide(&[one, two], purses(&[("alice", 100)]), HashMap::new());
         assert_eq!(outcomes(&plan), ["paid"]);
-        assert_eq!(plan.decisions[0].ask, 2, "the re-ask in the same batch is answered by the first answer");
+        assert_eq!(
+            plan.decisions[0].ask, 2,
+            "the re-ask in the same batch is answered by the first answer"
+        );
         assert_eq!(plan.asked_again, []);
     }
 
@@ -333,12 +500,25 @@ mod tests {
     fn only_a_re_ask_with_a_new_number_is_answered_again() {
         let one = request("alice", 10);
         let decided = |last_ask| {
-            HashMap::from([(one.event.order_id.as_uuid(), Decided { request_hash: request_hash(&one.event), last_ask })])
+            HashMap::from([(
+                one.event.order_id.as_uuid(),
+                Decided {
+                    request_hash: request_hash(&one.event),
+                    last_ask,
+                },
+            )])
         };
         let answered = |ask, last_ask| {
-            let plan = decide(&[Received { ask, ..one.clone() }], purses(&[("alice", 100)]), decided(last_ask));
+            let plan = decide(
+                &[Received { ask, ..one.clone() }],
+                purses(&[("alice", 100)]),
+                decided(last_ask),
+            );
             assert_eq!(plan.decisions, []);
-            plan.asked_again.iter().map(|again| again.ask).collect::<Vec<_>>()
+            plan.asked_again
+                .iter()
+                .map(|again| again.ask)
+                .collect::<Vec<_>>()
         };
         let none: [i32; 0] = [];
         assert_eq!(answered(0, 0), none);
@@ -355,9 +535,19 @@ mod tests {
         dearer.event.amount = Amount::new(11).unwrap();
         let mut another = one.clone();
         another.event.user_id = UserId::parse("bob").unwrap();
-        let plan = decide(&[one, dearer, another], purses(&[("alice", 100), ("bob", 100)]), HashMap::new());
+        let plan = decide(
+            &[one, dearer, another],
+            purses(&[("alice", 100), ("bob", 100)]),
+            HashMap::new(),
+        );
         assert_eq!(outcomes(&plan), ["paid"]);
-        assert_eq!(plan.quarantined.iter().map(|one| one.index).collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(
+            plan.quarantined
+                .iter()
+                .map(|one| one.index)
+                .collect::<Vec<_>>(),
+            [1, 2]
+        );
         assert_eq!(plan.withdrawals().len(), 1);
     }
 
@@ -368,14 +558,20 @@ mod tests {
             let mut batch = Vec::new();
             for place in 0..4 {
                 let kind = mix / 6_u32.pow(place) % 6;
-                batch.push(request(["alice", "bob"][(kind % 2) as usize], [1, 60, 200][(kind / 2) as usize]));
+                batch.push(request(
+                    ["alice", "bob"][(kind % 2) as usize],
+                    [1, 60, 200][(kind / 2) as usize],
+                ));
             }
             batch.push(batch[0].clone());
             let before = purses(&[("alice", 100), ("bob", 0)]);
             let plan = decide(&batch, before.clone(), HashMap::new());
             assert_eq!(plan.decisions.len(), 4);
             for withdrawal in plan.withdrawals() {
-                assert!(withdrawal.total <= before[&withdrawal.user_id].balance, "{mix}");
+                assert!(
+                    withdrawal.total <= before[&withdrawal.user_id].balance,
+                    "{mix}"
+                );
             }
             let withdrawn: i64 = plan.withdrawals().iter().map(|one| one.total).sum();
             let paid: i64 = plan.payments().iter().map(|one| one.amount).sum();

@@ -46,9 +46,21 @@ struct Document;
 
 /// What the errors of this service say, for their examples.
 const TOLD: [Told; 3] = [
-    (404, "account_not_found", "This user has no account. Create it with POST /v1/accounts."),
-    (409, "account_already_exists", "This user has an account already. GET it, or choose another user_id."),
-    (503, "service_unavailable", "Payments Service temporarily unavailable."),
+    (
+        404,
+        "account_not_found",
+        "This user has no account. Create it with POST /v1/accounts.",
+    ),
+    (
+        409,
+        "account_already_exists",
+        "This user has an account already. GET it, or choose another user_id.",
+    ),
+    (
+        503,
+        "service_unavailable",
+        "Payments Service temporarily unavailable.",
+    ),
 ];
 
 fn api() -> OpenApiRouter<State> {
@@ -80,6 +92,9 @@ pub(crate) fn router(state: State, probes: Router) -> Router {
         .with_state(state)
         .merge(probes)
         .merge(SwaggerUi::new("/swagger").url("/openapi.json", document))
-        .route("/", get(async || axum::response::Redirect::temporary("/swagger/")));
+        .route(
+            "/",
+            get(async || axum::response::Redirect::temporary("/swagger/")),
+        );
     service_kit::http::edge(router)
 }

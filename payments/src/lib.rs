@@ -51,9 +51,22 @@ pub struct App {
 impl App {
     /// Opens the port. Database and broker are not waited for: they may come later.
     pub async fn build(config: Config) -> anyhow::Result<Self> {
-        let listener = service_kit::config::listen(config.listen, config.listen_unprotected).await?;
-        let flow = db::connect(&config.flow.database_url, "payments", db::Role::Flow, config.flow.flow_connections).await?;
-        let http_db = db::connect(&config.flow.database_url, "payments", db::Role::Http, config.flow.http_connections).await?;
+        let listener =
+            service_kit::config::listen(config.listen, config.listen_unprotected).await?;
+        let flow = db::connect(
+            &config.flow.database_url,
+            "payments",
+            db::Role::Flow,
+            config.flow.flow_connections,
+        )
+        .await?;
+        let http_db = db::connect(
+            &config.flow.database_url,
+            "payments",
+            db::Role::Http,
+            config.flow.http_connections,
+        )
+        .await?;
         let broker = Broker::connect(config.flow.broker("payments")).await?;
         let settings = config.flow.topology();
         let outlet = Outlet::default();
@@ -69,11 +82,19 @@ impl App {
         };
         Ok(Self {
             listener,
-            http: http::State { db: http_db, broker: broker.clone(), committed, currency: config.currency.into() },
+            http: http::State {
+                db: http_db,
+                broker: broker.clone(),
+                committed,
+                currency: config.currency.into(),
+            },
             relay: Relay {
                 db: flow.clone(),
                 broker: broker.clone(),
-                streams: vec![topology::payments_stream(&settings), topology::dlq_stream(&settings)],
+                streams: vec![
+                    topology::payments_stream(&settings),
+                    topology::dlq_stream(&settings),
+                ],
                 outlet: outlet.clone(),
                 losses: losses.clone(),
                 vital: Vital::starting("starting"),
@@ -106,21 +127,44 @@ impl App {
     /// Runs until `shutdown`. All parts are futures of one task; if one fails for good, the process ends.
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         info!(address = %self.listener.local_addr()?, "payments listens");
-        let (state, health, committed) = (self.http.clone(), self.health(), self.http.committed.clone());
-        let Self { listener, metrics, flow, relay, consumer, retention, schema, .. } = self;
-        let router = http::router(state, health.routes(shutdown.clone()).merge(metrics.routes()));
+        let (state, health, committed) = (
+            self.http.clone(),
+            self.health(),
+            self.http.committed.clone(),
+        );
+        let Self {
+            listener,
+            metrics,
+            flow,
+            relay,
+            consumer,
+            retention,
+            schema,
+            ..
+        } = self;
+        let router = http::router(
+            state,
+            health.routes(shutdown.clone()).merge(metrics.routes()),
+        );
         let flow = async {
             if !db::migrate_when_possible::<migration::Migrator>(&flow, &schema, &shutdown).await {
                 return Ok(());
             }
             tokio::try_join!(
                 relay.run(shutdown.clone()),
-                consumer.run(charge::charge, |charged| committed(charged), shutdown.clone()),
+                consumer.run(
+                    charge::charge,
+                    |charged| committed(charged),
+                    shutdown.clone()
+                ),
                 retention.run(shutdown.clone()),
             )?;
             Ok(())
         };
-        tokio::try_join!(service_kit::server::serve(listener, router, shutdown.clone()), flow)?;
+        tokio::try_join!(
+            service_kit::server::serve(listener, router, shutdown.clone()),
+            flow
+        )?;
         Ok(())
     }
 

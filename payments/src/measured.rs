@@ -17,11 +17,21 @@ const ANSWERED_AGAIN: &str = "gozon_answers_given_again_total";
 pub(crate) fn metrics(db: &DatabaseConnection, broker: &Broker) -> anyhow::Result<Metrics> {
     let metrics = Metrics::start("payments", env!("CARGO_PKG_VERSION"))?;
     measure::describe();
-    describe_counter!(DECISIONS, "Orders decided, by outcome: paid, or the reason of the refusal");
-    describe_counter!(ANSWERED_AGAIN, "Stored decisions that were given again because orders asked again");
+    describe_counter!(
+        DECISIONS,
+        "Orders decided, by outcome: paid, or the reason of the refusal"
+    );
+    describe_counter!(
+        ANSWERED_AGAIN,
+        "Stored decisions that were given again because orders asked again"
+    );
     // What never happened is 0, and not absent.
     counter!(ANSWERED_AGAIN).increment(0);
-    for outcome in ["paid", DeclineReason::InsufficientFunds.as_str(), DeclineReason::NoAccount.as_str()] {
+    for outcome in [
+        "paid",
+        DeclineReason::InsufficientFunds.as_str(),
+        DeclineReason::NoAccount.as_str(),
+    ] {
         counter!(DECISIONS, "outcome" => outcome).increment(0);
     }
     let (db, broker) = (db.clone(), broker.clone());
@@ -35,7 +45,9 @@ pub(crate) fn metrics(db: &DatabaseConnection, broker: &Broker) -> anyhow::Resul
     Ok(metrics.look(move || {
         let db = db.clone();
         async move {
-            let waiting = measure::look(&db).await.map_err(|error| error.to_string())?;
+            let waiting = measure::look(&db)
+                .await
+                .map_err(|error| error.to_string())?;
             Ok(waiting.into_iter().map(Gauge::from).collect())
         }
     }))

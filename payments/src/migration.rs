@@ -10,6 +10,10 @@ pub(crate) struct Migrator;
 #[async_trait::async_trait]
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![Box::new(MessagingTables), Box::new(m0002_accounts::Accounts), Box::new(RetentionTable)]
+        vec![
+            Box::new(MessagingTables),
+            Box::new(m0002_accounts::Accounts),
+            Box::new(RetentionTable),
+        ]
     }
 }

@@ -11,7 +11,10 @@ use crate::entity::{payment, transfer};
 const SERVICE: &str = "payments";
 
 /// The steps, in the order of time.
-pub(crate) async fn of_order(db: &DatabaseConnection, order_id: OrderId) -> Result<Timeline, DbErr> {
+pub(crate) async fn of_order(
+    db: &DatabaseConnection,
+    order_id: OrderId,
+) -> Result<Timeline, DbErr> {
     db::read(|| look(db, order_id)).await
 }
 
@@ -20,7 +23,15 @@ async fn look(db: &DatabaseConnection, order_id: OrderId) -> Result<Timeline, Db
     let mut steps = Vec::new();
     let mut pruned = false;
     if let Some(decision) = payment::Entity::find_by_id(order_id).one(db).await? {
-        steps.extend(timeline::taken(db, &PAYMENTS_ORDER_PLACED, OrderPlaced::TYPE, decision.request_event_id).await?);
+        steps.extend(
+            timeline::taken(
+                db,
+                &PAYMENTS_ORDER_PLACED,
+                OrderPlaced::TYPE,
+                decision.request_event_id,
+            )
+            .await?,
+        );
         let debit = match decision.transfer_id {
             Some(id) => transfer::Entity::find_by_id(id).one(db).await?,
             None => None,
@@ -37,5 +48,10 @@ async fn look(db: &DatabaseConnection, order_id: OrderId) -> Result<Timeline, Db
     }
     steps.extend(timeline::dead_lettered(db, SERVICE, order_id).await?);
     steps.sort_by_key(|step| step.at);
-    Ok(Timeline { order_id, steps, missing: vec!["orders".to_owned()], pruned })
+    Ok(Timeline {
+        order_id,
+        steps,
+        missing: vec!["orders".to_owned()],
+        pruned,
+    })
 }

@@ -13,13 +13,27 @@ pub enum Action {
     /// A deposit, likewise.
     Deposit { answered: bool },
     /// A relay takes a waiting row.
-    Take { way: Way, relay: usize, order: usize, n: u8 },
+    Take {
+        way: Way,
+        relay: usize,
+        order: usize,
+        n: u8,
+    },
     /// A relay publishes its row, and the PubAck comes: the message is stored, or known by its id and not stored again.
-    Send { way: Way, relay: usize, stored: bool },
+    Send {
+        way: Way,
+        relay: usize,
+        stored: bool,
+    },
     /// A relay marks its row as published and commits.
     Mark { way: Way, relay: usize },
     /// A consumer is given one message.
-    Fetch { way: Way, hand: usize, order: usize, n: u8 },
+    Fetch {
+        way: Way,
+        hand: usize,
+        order: usize,
+        n: u8,
+    },
     /// A consumer is given everything that is ready, as one batch.
     FetchAll { way: Way, hand: usize },
     /// A consumer applies its batch and commits: `charge` in payments, `settle` in orders.
@@ -100,7 +114,12 @@ impl Place {
     /// inside one are one place.
     pub const fn failpoints(self) -> &'static [&'static str] {
         match self {
-            Self::BeforePlaced => &["gateway.before_forward", "place.before_begin", "place.after_orders", "place.before_commit"],
+            Self::BeforePlaced => &[
+                "gateway.before_forward",
+                "place.before_begin",
+                "place.after_orders",
+                "place.before_commit",
+            ],
             Self::AfterPlaced => &["place.after_commit", "gateway.after_forward"],
             Self::BeforeDeposited => &["deposit.after_add", "deposit.before_commit"],
             Self::AfterDeposited => &["deposit.after_commit"],
@@ -177,44 +196,98 @@ fn message(way: Way, order: usize, n: u8) -> String {
         Way::Requests => "request",
         Way::Answers => "answer",
     };
-    let again = if n == 0 { String::new() } else { format!(".r{n}") };
+    let again = if n == 0 {
+        String::new()
+    } else {
+        format!(".r{n}")
+    };
     format!("{kind}{again} of order {order}")
 }
 
 impl fmt::Display for Action {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
-            Self::Place { order, answered: true } => write!(f, "place: order {order} is stored and answered"),
-            Self::Place { order, answered: false } => {
-                write!(f, "place: order {order} is stored, its client learns nothing ({})", Place::AfterPlaced)
+            Self::Place {
+                order,
+                answered: true,
+            } => write!(f, "place: order {order} is stored and answered"),
+            Self::Place {
+                order,
+                answered: false,
+            } => {
+                write!(
+                    f,
+                    "place: order {order} is stored, its client learns nothing ({})",
+                    Place::AfterPlaced
+                )
             }
             Self::Deposit { answered: true } => write!(f, "deposit: stored and answered"),
             Self::Deposit { answered: false } => {
-                write!(f, "deposit: stored, its client learns nothing ({})", Place::AfterDeposited)
+                write!(
+                    f,
+                    "deposit: stored, its client learns nothing ({})",
+                    Place::AfterDeposited
+                )
             }
-            Self::Take { way, order, n, .. } => write!(f, "relay of {} takes {}", sender(way), message(way, order, n)),
-            Self::Send { way, stored: true, .. } => write!(f, "relay of {} sends, the broker stores", sender(way)),
-            Self::Send { way, stored: false, .. } => write!(f, "relay of {} sends, the broker knows the id", sender(way)),
+            Self::Take { way, order, n, .. } => write!(
+                f,
+                "relay of {} takes {}",
+                sender(way),
+                message(way, order, n)
+            ),
+            Self::Send {
+                way, stored: true, ..
+            } => write!(f, "relay of {} sends, the broker stores", sender(way)),
+            Self::Send {
+                way, stored: false, ..
+            } => write!(f, "relay of {} sends, the broker knows the id", sender(way)),
             Self::Mark { way, .. } => write!(f, "relay of {} marks its row", sender(way)),
-            Self::Fetch { way, order, n, .. } => write!(f, "consumer of {} fetches {}", reader(way), message(way, order, n)),
-            Self::FetchAll { way, .. } => write!(f, "consumer of {} fetches everything", reader(way)),
-            Self::Apply { way: Way::Requests, .. } => write!(f, "charge: payments commits its batch"),
-            Self::Apply { way: Way::Answers, .. } => write!(f, "settle: orders commits its batch"),
+            Self::Fetch { way, order, n, .. } => write!(
+                f,
+                "consumer of {} fetches {}",
+                reader(way),
+                message(way, order, n)
+            ),
+            Self::FetchAll { way, .. } => {
+                write!(f, "consumer of {} fetches everything", reader(way))
+            }
+            Self::Apply {
+                way: Way::Requests, ..
+            } => write!(f, "charge: payments commits its batch"),
+            Self::Apply {
+                way: Way::Answers, ..
+            } => write!(f, "settle: orders commits its batch"),
             Self::Ack { way, .. } => write!(f, "consumer of {} acknowledges", reader(way)),
-            Self::AskAgain { order, slow: false } => write!(f, "reconcile: order {order} is asked for again"),
-            Self::AskAgain { order, slow: true } => write!(f, "reconcile: order {order} is asked for again, needlessly"),
+            Self::AskAgain { order, slow: false } => {
+                write!(f, "reconcile: order {order} is asked for again")
+            }
+            Self::AskAgain { order, slow: true } => {
+                write!(f, "reconcile: order {order} is asked for again, needlessly")
+            }
             Self::NoteLoss => write!(f, "reconcile: the loss is noted"),
             Self::Die { place, way, .. } => {
                 let of_relay = matches!(place, Place::RowTaken | Place::PubAckCame);
-                write!(f, "{} dies at {place}", if of_relay { sender(way) } else { reader(way) })
+                write!(
+                    f,
+                    "{} dies at {place}",
+                    if of_relay { sender(way) } else { reader(way) }
+                )
             }
-            Self::Lose { way, order, n } => write!(f, "the broker loses {}", message(way, order, n)),
+            Self::Lose { way, order, n } => {
+                write!(f, "the broker loses {}", message(way, order, n))
+            }
             Self::Wipe => write!(f, "the broker loses everything"),
-            Self::Replay { way, order, n } => write!(f, "{} comes once more", message(way, order, n)),
-            Self::PublishBeside { order } => write!(f, "place: order {order} is published before it is stored"),
+            Self::Replay { way, order, n } => {
+                write!(f, "{} comes once more", message(way, order, n))
+            }
+            Self::PublishBeside { order } => {
+                write!(f, "place: order {order} is published before it is stored")
+            }
             Self::Halfway { .. } => write!(f, "charge: half of it"),
             Self::Prune { order } => write!(f, "the row that knew order {order} is pruned"),
-            Self::TimeOut { order } => write!(f, "orders cancels order {order}, which takes too long"),
+            Self::TimeOut { order } => {
+                write!(f, "orders cancels order {order}, which takes too long")
+            }
         }
     }
 }

@@ -59,9 +59,19 @@ pub fn safety(protocol: &Protocol, threads: NonZeroUsize, until_first_violation:
 
 /// The first property that a broken design violates, and the shortest way there.
 pub fn caught(protocol: &Protocol) -> anyhow::Result<Option<(&'static str, Vec<Action>)>> {
-    let violated: Vec<&str> = safety(protocol, NonZeroUsize::MIN, true).violated.iter().map(|(name, _)| *name).collect();
-    if let Some(property) = protocol.properties().into_iter().find(|property| violated.contains(&property.name)) {
-        let way = recovery::shortest_way(protocol, SMALL, |state| !(property.condition)(protocol, state))?;
+    let violated: Vec<&str> = safety(protocol, NonZeroUsize::MIN, true)
+        .violated
+        .iter()
+        .map(|(name, _)| *name)
+        .collect();
+    if let Some(property) = protocol
+        .properties()
+        .into_iter()
+        .find(|property| violated.contains(&property.name))
+    {
+        let way = recovery::shortest_way(protocol, SMALL, |state| {
+            !(property.condition)(protocol, state)
+        })?;
         return Ok(Some((property.name, way)));
     }
     let recovery = recovery::check(protocol, SMALL)?;

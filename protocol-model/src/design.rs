@@ -95,39 +95,180 @@ pub const SMALLEST: Protocol = Protocol {
     money: 1,
     deposit: false,
     window: Window::Unreliable,
-    design: Design { broken: None, without_reconciler: false },
+    design: Design {
+        broken: None,
+        without_reconciler: false,
+    },
 };
 
-const LOSSY: Protocol = Protocol { losses: 1, ..SMALLEST };
+const LOSSY: Protocol = Protocol {
+    losses: 1,
+    ..SMALLEST
+};
 /// Nothing is lost, and nothing asks again: even so, every order ends.
-pub const WITHOUT_LOSS_OR_RECONCILER: Protocol =
-    Protocol { design: Design { broken: None, without_reconciler: true }, ..SMALLEST };
+pub const WITHOUT_LOSS_OR_RECONCILER: Protocol = Protocol {
+    design: Design {
+        broken: None,
+        without_reconciler: true,
+    },
+    ..SMALLEST
+};
 
-const fn broken(name: &'static str, guard: Guard, protocol: Protocol, violates: &'static str) -> Broken {
-    let design = Design { broken: Some(guard), ..protocol.design };
-    Broken { name, protocol: Protocol { design, ..protocol }, violates }
+const fn broken(
+    name: &'static str,
+    guard: Guard,
+    protocol: Protocol,
+    violates: &'static str,
+) -> Broken {
+    let design = Design {
+        broken: Some(guard),
+        ..protocol.design
+    };
+    Broken {
+        name,
+        protocol: Protocol { design, ..protocol },
+        violates,
+    }
 }
 
 /// The broken designs.
 pub const BROKEN: [Broken; 20] = [
-    broken("every delivery is decided afresh", Guard::Decision, Protocol { money: 2, ..SMALLEST }, I1),
-    broken("the inbox decides, and is pruned", Guard::DecisionDecides, Protocol { money: 2, ..SMALLEST }, I1),
-    broken("decisions are pruned", Guard::DecisionForEver, Protocol { money: 2, ..SMALLEST }, I1),
-    broken("a refusal is not stored", Guard::RefusalStored, Protocol { money: 0, deposit: true, ..SMALLEST }, I2),
-    broken("a batch is not de-duplicated", Guard::BatchDistinct, Protocol { money: 2, slow: 1, ..SMALLEST }, I1),
-    broken("the balance is read before it is locked", Guard::AccountLock, Protocol { orders: 2, workers: 2, ..SMALLEST }, I4),
-    broken("debit and decision are two transactions", Guard::OneTransaction, Protocol { money: 2, ..SMALLEST }, I1),
+    broken(
+        "every delivery is decided afresh",
+        Guard::Decision,
+        Protocol {
+            money: 2,
+            ..SMALLEST
+        },
+        I1,
+    ),
+    broken(
+        "the inbox decides, and is pruned",
+        Guard::DecisionDecides,
+        Protocol {
+            money: 2,
+            ..SMALLEST
+        },
+        I1,
+    ),
+    broken(
+        "decisions are pruned",
+        Guard::DecisionForEver,
+        Protocol {
+            money: 2,
+            ..SMALLEST
+        },
+        I1,
+    ),
+    broken(
+        "a refusal is not stored",
+        Guard::RefusalStored,
+        Protocol {
+            money: 0,
+            deposit: true,
+            ..SMALLEST
+        },
+        I2,
+    ),
+    broken(
+        "a batch is not de-duplicated",
+        Guard::BatchDistinct,
+        Protocol {
+            money: 2,
+            slow: 1,
+            ..SMALLEST
+        },
+        I1,
+    ),
+    broken(
+        "the balance is read before it is locked",
+        Guard::AccountLock,
+        Protocol {
+            orders: 2,
+            workers: 2,
+            ..SMALLEST
+        },
+        I4,
+    ),
+    broken(
+        "debit and decision are two transactions",
+        Guard::OneTransaction,
+        Protocol {
+            money: 2,
+            ..SMALLEST
+        },
+        I1,
+    ),
     broken("a re-ask is not answered again", Guard::ReArm, LOSSY, I7),
     broken("nothing asks again", Guard::Reconciler, LOSSY, I7),
-    broken("only a loss that was noticed is asked for again", Guard::Timer, LOSSY, I7),
-    broken("it is asked again only once", Guard::ForEver, Protocol { losses: 2, ..SMALLEST }, I7),
-    broken("a re-ask has the first message id", Guard::FreshMessageId, Protocol { window: Window::Endless, ..LOSSY }, I7),
-    broken("a row is marked before its PubAck", Guard::PubAckFirst, WITHOUT_LOSS_OR_RECONCILER, I7),
-    broken("a message is acknowledged before the commit", Guard::CommitBeforeAck, WITHOUT_LOSS_OR_RECONCILER, I7),
-    broken("published after the commit, without an outbox", Guard::Outbox, WITHOUT_LOSS_OR_RECONCILER, I7),
-    broken("published before the commit", Guard::CommitFirst, SMALLEST, I8),
+    broken(
+        "only a loss that was noticed is asked for again",
+        Guard::Timer,
+        LOSSY,
+        I7,
+    ),
+    broken(
+        "it is asked again only once",
+        Guard::ForEver,
+        Protocol {
+            losses: 2,
+            ..SMALLEST
+        },
+        I7,
+    ),
+    broken(
+        "a re-ask has the first message id",
+        Guard::FreshMessageId,
+        Protocol {
+            window: Window::Endless,
+            ..LOSSY
+        },
+        I7,
+    ),
+    broken(
+        "a row is marked before its PubAck",
+        Guard::PubAckFirst,
+        WITHOUT_LOSS_OR_RECONCILER,
+        I7,
+    ),
+    broken(
+        "a message is acknowledged before the commit",
+        Guard::CommitBeforeAck,
+        WITHOUT_LOSS_OR_RECONCILER,
+        I7,
+    ),
+    broken(
+        "published after the commit, without an outbox",
+        Guard::Outbox,
+        WITHOUT_LOSS_OR_RECONCILER,
+        I7,
+    ),
+    broken(
+        "published before the commit",
+        Guard::CommitFirst,
+        SMALLEST,
+        I8,
+    ),
     broken("a key may make two orders", Guard::OrderKey, SMALLEST, I5),
-    broken("a key may make two deposits", Guard::DepositKey, Protocol { deposit: true, ..SMALLEST }, I5),
-    broken("an end is stored whatever the status", Guard::StatusGuard, SMALLEST, I6),
-    broken("orders cancels what takes too long", Guard::OnlyPaymentsDecides, SMALLEST, I2),
+    broken(
+        "a key may make two deposits",
+        Guard::DepositKey,
+        Protocol {
+            deposit: true,
+            ..SMALLEST
+        },
+        I5,
+    ),
+    broken(
+        "an end is stored whatever the status",
+        Guard::StatusGuard,
+        SMALLEST,
+        I6,
+    ),
+    broken(
+        "orders cancels what takes too long",
+        Guard::OnlyPaymentsDecides,
+        SMALLEST,
+        I2,
+    ),
 ];

@@ -18,24 +18,89 @@ const RECOVERY_MAX: usize = 5_000_000;
 
 /// Models whose every state is looked at.
 const SAFETY: [Protocol; 8] = [
-    Protocol { relays: 2, workers: 2, losses: 1, money: 0, deposit: true, ..SMALLEST },
-    Protocol { losses: 2, money: 0, deposit: true, ..SMALLEST },
-    Protocol { losses: 1, slow: 1, money: 0, deposit: true, ..SMALLEST },
-    Protocol { workers: 2, losses: 2, ..SMALLEST },
-    Protocol { relays: 2, workers: 2, losses: 1, window: Window::Endless, ..SMALLEST },
-    Protocol { orders: 2, workers: 2, ..SMALLEST },
-    Protocol { orders: 2, relays: 2, ..SMALLEST },
-    Protocol { relays: 2, losses: 2, ..SMALLEST },
+    Protocol {
+        relays: 2,
+        workers: 2,
+        losses: 1,
+        money: 0,
+        deposit: true,
+        ..SMALLEST
+    },
+    Protocol {
+        losses: 2,
+        money: 0,
+        deposit: true,
+        ..SMALLEST
+    },
+    Protocol {
+        losses: 1,
+        slow: 1,
+        money: 0,
+        deposit: true,
+        ..SMALLEST
+    },
+    Protocol {
+        workers: 2,
+        losses: 2,
+        ..SMALLEST
+    },
+    Protocol {
+        relays: 2,
+        workers: 2,
+        losses: 1,
+        window: Window::Endless,
+        ..SMALLEST
+    },
+    Protocol {
+        orders: 2,
+        workers: 2,
+        ..SMALLEST
+    },
+    Protocol {
+        orders: 2,
+        relays: 2,
+        ..SMALLEST
+    },
+    Protocol {
+        relays: 2,
+        losses: 2,
+        ..SMALLEST
+    },
 ];
 
 /// Models whose every state must lead to the end.
 const RECOVERY: [Protocol; 7] = [
-    Protocol { relays: 2, workers: 2, losses: 1, ..SMALLEST },
-    Protocol { losses: 2, ..SMALLEST },
-    Protocol { losses: 1, slow: 1, ..SMALLEST },
-    Protocol { losses: 1, slow: 1, window: Window::Endless, ..SMALLEST },
-    Protocol { losses: 1, money: 0, deposit: true, ..SMALLEST },
-    Protocol { orders: 2, ..SMALLEST },
+    Protocol {
+        relays: 2,
+        workers: 2,
+        losses: 1,
+        ..SMALLEST
+    },
+    Protocol {
+        losses: 2,
+        ..SMALLEST
+    },
+    Protocol {
+        losses: 1,
+        slow: 1,
+        ..SMALLEST
+    },
+    Protocol {
+        losses: 1,
+        slow: 1,
+        window: Window::Endless,
+        ..SMALLEST
+    },
+    Protocol {
+        losses: 1,
+        money: 0,
+        deposit: true,
+        ..SMALLEST
+    },
+    Protocol {
+        orders: 2,
+        ..SMALLEST
+    },
     WITHOUT_LOSS_OR_RECONCILER,
 ];
 
@@ -61,7 +126,10 @@ fn main() -> anyhow::Result<ExitCode> {
     let begun = Instant::now();
     let mut wrong = 0;
 
-    println!("Every state of:{:>63} {:>14} {:>6} {:>8}", "states", "steps", "depth", "time");
+    println!(
+        "Every state of:{:>63} {:>14} {:>6} {:>8}",
+        "states", "steps", "depth", "time"
+    );
     let (mut states, mut steps) = (0, 0);
     let wanted = |protocol: &Protocol| !arguments.small && name(protocol).contains(&arguments.only);
     for protocol in SAFETY.into_iter().filter(wanted) {
@@ -82,24 +150,46 @@ fn main() -> anyhow::Result<ExitCode> {
             found.depth
         );
     }
-    println!("  {:<64} {:>11} {:>14}", "together", thousands(states), thousands(steps));
+    println!(
+        "  {:<64} {:>11} {:>14}",
+        "together",
+        thousands(states),
+        thousands(steps)
+    );
     if !arguments.only.is_empty() {
-        return Ok(if wrong == 0 && states > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        return Ok(if wrong == 0 && states > 0 {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        });
     }
     if states < STATES_MIN && !arguments.small {
-        println!("  TOO FEW: at least {} states were to be looked at", thousands(STATES_MIN));
+        println!(
+            "  TOO FEW: at least {} states were to be looked at",
+            thousands(STATES_MIN)
+        );
         wrong += 1;
     }
 
-    println!("\nFrom every state, faults included, everything can be settled without further faults:");
+    println!(
+        "\nFrom every state, faults included, everything can be settled without further faults:"
+    );
     for protocol in RECOVERY {
         let begun = Instant::now();
         let found = recovery::check(&protocol, RECOVERY_MAX)?;
-        let verdict =
-            if found.stuck == 0 { "none is stuck".to_owned() } else { format!("{} STUCK: {}", found.stuck, words(&found.way)) };
+        let verdict = if found.stuck == 0 {
+            "none is stuck".to_owned()
+        } else {
+            format!("{} STUCK: {}", found.stuck, words(&found.way))
+        };
         wrong += usize::from(found.stuck > 0);
         let (counted, took) = (thousands(found.states), seconds(begun.elapsed()));
-        println!("  {:<64} {counted:>11} {:>14} {:>6} {took:>8}  {verdict}", name(&protocol), thousands(found.steps), "");
+        println!(
+            "  {:<64} {counted:>11} {:>14} {:>6} {took:>8}  {verdict}",
+            name(&protocol),
+            thousands(found.steps),
+            ""
+        );
     }
 
     println!("\nEach of these lacks one guard:");
@@ -107,7 +197,11 @@ fn main() -> anyhow::Result<ExitCode> {
         let verdict = match caught(&broken.protocol)? {
             Some((property, way)) if property == broken.violates => {
                 let steps = format!("{property}, in {} steps", way.len());
-                if arguments.ways { format!("{steps}\n      {}", words(&way)) } else { steps }
+                if arguments.ways {
+                    format!("{steps}\n      {}", words(&way))
+                } else {
+                    steps
+                }
             }
             Some((property, _)) => {
                 wrong += 1;
@@ -121,14 +215,39 @@ fn main() -> anyhow::Result<ExitCode> {
         println!("  {:<50} {verdict}", broken.name);
     }
 
-    println!("\n{} states, {} steps, {wrong} wrong, {}.", thousands(states), thousands(steps), seconds(begun.elapsed()));
-    Ok(if wrong == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    println!(
+        "\n{} states, {} steps, {wrong} wrong, {}.",
+        thousands(states),
+        thousands(steps),
+        seconds(begun.elapsed())
+    );
+    Ok(if wrong == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 fn name(protocol: &Protocol) -> String {
-    let Protocol { orders, relays, workers, losses, slow, money, deposit, window, design } = *protocol;
-    let plural = |number: usize, word: &str| format!("{number} {word}{}", if number == 1 { "" } else { "s" });
-    let mut parts = vec![plural(orders, "order"), plural(relays, "relay"), plural(workers, "worker")];
+    let Protocol {
+        orders,
+        relays,
+        workers,
+        losses,
+        slow,
+        money,
+        deposit,
+        window,
+        design,
+    } = *protocol;
+    let plural = |number: usize, word: &str| {
+        format!("{number} {word}{}", if number == 1 { "" } else { "s" })
+    };
+    let mut parts = vec![
+        plural(orders, "order"),
+        plural(relays, "relay"),
+        plural(workers, "worker"),
+    ];
     if losses > 0 {
         parts.push(format!("{losses} lost"));
     }
@@ -149,7 +268,10 @@ fn name(protocol: &Protocol) -> String {
 }
 
 fn words(way: &[protocol_model::action::Action]) -> String {
-    way.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n      ")
+    way.iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join("\n      ")
 }
 
 fn seconds(time: Duration) -> String {

@@ -15,7 +15,9 @@ use stateright::{Model, Property};
 use crate::action::{Action, Place};
 use crate::design::{Design, Guard, Window};
 use crate::properties;
-use crate::state::{BALANCE_ZERO, Hand, ORDERS_MAX, Order, Relay, State, TWINS_MAX, Way, client, decision, status};
+use crate::state::{
+    BALANCE_ZERO, Hand, ORDERS_MAX, Order, Relay, State, TWINS_MAX, Way, client, decision, status,
+};
 
 /// Highest number of a message.
 const N_MAX: u8 = 3;
@@ -86,18 +88,33 @@ impl Protocol {
     fn is_under_way(&self, state: &State, order: usize) -> bool {
         let row = state.orders[order];
         let of_order = |relay: &Relay| relay.phase() != IDLE && usize::from(relay.order()) == order;
-        Way::BOTH.iter().any(|way| row.waiting(*way) != 0 || row.ready(*way) != 0)
+        Way::BOTH
+            .iter()
+            .any(|way| row.waiting(*way) != 0 || row.ready(*way) != 0)
             || state.relays.iter().flatten().any(of_order)
-            || state.hands.iter().flatten().any(|hand| hand.held(order) != 0)
+            || state
+                .hands
+                .iter()
+                .flatten()
+                .any(|hand| hand.held(order) != 0)
     }
 
     fn client_actions(&self, state: &State, actions: &mut Vec<Action>) {
         for (order, row) in state.orders[..self.orders].iter().enumerate() {
             if row.client() != client::ANSWERED {
-                actions.push(Action::Place { order, answered: true });
-                actions.push(Action::Place { order, answered: false });
+                actions.push(Action::Place {
+                    order,
+                    answered: true,
+                });
+                actions.push(Action::Place {
+                    order,
+                    answered: false,
+                });
             }
-            if !self.is(Guard::CommitFirst) && row.client() == client::SILENT && row.requests_said() == 0 {
+            if !self.is(Guard::CommitFirst)
+                && row.client() == client::SILENT
+                && row.requests_said() == 0
+            {
                 actions.push(Action::PublishBeside { order });
             }
         }
@@ -112,24 +129,47 @@ impl Protocol {
         if relays.iter().filter(|relay| relay.phase() != IDLE).count() < self.relays {
             // Idle ones stand first.
             for (order, row) in state.orders[..self.orders].iter().enumerate() {
-                actions.extend(numbers(row.waiting(way)).map(|n| Action::Take { way, relay: 0, order, n }));
+                actions.extend(numbers(row.waiting(way)).map(|n| Action::Take {
+                    way,
+                    relay: 0,
+                    order,
+                    n,
+                }));
             }
         }
         for (twin, relay) in distinct(relays) {
             match relay.phase() {
                 TAKEN => {
-                    let said = state.orders[usize::from(relay.order())].said(way) & bit(self.message_id(relay.n())) != 0;
+                    let said = state.orders[usize::from(relay.order())].said(way)
+                        & bit(self.message_id(relay.n()))
+                        != 0;
                     if !(said && self.window == Window::Endless) {
-                        actions.push(Action::Send { way, relay: twin, stored: true });
+                        actions.push(Action::Send {
+                            way,
+                            relay: twin,
+                            stored: true,
+                        });
                     }
                     if said {
-                        actions.push(Action::Send { way, relay: twin, stored: false });
+                        actions.push(Action::Send {
+                            way,
+                            relay: twin,
+                            stored: false,
+                        });
                     }
-                    actions.push(Action::Die { place: Place::RowTaken, way, twin });
+                    actions.push(Action::Die {
+                        place: Place::RowTaken,
+                        way,
+                        twin,
+                    });
                 }
                 PUBACK_CAME => {
                     actions.push(Action::Mark { way, relay: twin });
-                    actions.push(Action::Die { place: Place::PubAckCame, way, twin });
+                    actions.push(Action::Die {
+                        place: Place::PubAckCame,
+                        way,
+                        twin,
+                    });
                 }
                 _ => {}
             }
@@ -142,7 +182,12 @@ impl Protocol {
             let mut ready = 0;
             for (order, row) in state.orders[..self.orders].iter().enumerate() {
                 ready += row.ready(way).count_ones();
-                actions.extend(numbers(row.ready(way)).map(|n| Action::Fetch { way, hand: 0, order, n }));
+                actions.extend(numbers(row.ready(way)).map(|n| Action::Fetch {
+                    way,
+                    hand: 0,
+                    order,
+                    n,
+                }));
             }
             if ready > 1 {
                 actions.push(Action::FetchAll { way, hand: 0 });
@@ -151,17 +196,34 @@ impl Protocol {
         for (twin, hand) in distinct(hands) {
             match hand.phase() {
                 FETCHED => {
-                    let in_halves = way == Way::Requests && (!self.is(Guard::AccountLock) || !self.is(Guard::OneTransaction));
-                    actions.push(if in_halves { Action::Halfway { hand: twin } } else { Action::Apply { way, hand: twin } });
-                    actions.push(Action::Die { place: Place::BatchFetched, way, twin });
+                    let in_halves = way == Way::Requests
+                        && (!self.is(Guard::AccountLock) || !self.is(Guard::OneTransaction));
+                    actions.push(if in_halves {
+                        Action::Halfway { hand: twin }
+                    } else {
+                        Action::Apply { way, hand: twin }
+                    });
+                    actions.push(Action::Die {
+                        place: Place::BatchFetched,
+                        way,
+                        twin,
+                    });
                 }
                 HALFWAY => {
                     actions.push(Action::Apply { way, hand: twin });
-                    actions.push(Action::Die { place: Place::BatchFetched, way, twin });
+                    actions.push(Action::Die {
+                        place: Place::BatchFetched,
+                        way,
+                        twin,
+                    });
                 }
                 COMMITTED => {
                     actions.push(Action::Ack { way, hand: twin });
-                    actions.push(Action::Die { place: Place::BatchCommitted, way, twin });
+                    actions.push(Action::Die {
+                        place: Place::BatchCommitted,
+                        way,
+                        twin,
+                    });
                 }
                 _ => {}
             }
@@ -173,7 +235,12 @@ impl Protocol {
             let published = row.requests_waiting() & bit(row.asks()) == 0;
             let due = row.due() == 1 || self.is(Guard::Timer);
             let another = row.asks() < if self.is(Guard::ForEver) { N_MAX } else { 1 };
-            if self.is(Guard::Reconciler) && row.status() == status::NEW && published && due && another {
+            if self.is(Guard::Reconciler)
+                && row.status() == status::NEW
+                && published
+                && due
+                && another
+            {
                 if !self.is_under_way(state, order) {
                     actions.push(Action::AskAgain { order, slow: false });
                 } else if state.shared.slow_left() > 0 {
@@ -196,7 +263,13 @@ impl Protocol {
                 if may_lose {
                     actions.extend(numbers(row.ready(way)).map(|n| Action::Lose { way, order, n }));
                 }
-                actions.extend(numbers(row.said(way) & !row.ready(way)).map(|n| Action::Replay { way, order, n }));
+                actions.extend(
+                    numbers(row.said(way) & !row.ready(way)).map(|n| Action::Replay {
+                        way,
+                        order,
+                        n,
+                    }),
+                );
             }
             let knows = match self.design.broken {
                 Some(Guard::DecisionDecides) => row.inbox() == 1,
@@ -216,7 +289,9 @@ impl Protocol {
     fn charge(&self, state: &mut State, hand: Hand) {
         for order in 0..self.orders {
             let held = hand.held(order);
-            let Some(ask) = numbers(held).last() else { continue };
+            let Some(ask) = numbers(held).last() else {
+                continue;
+            };
             let row = &mut state.orders[order];
             let decided = match self.design.broken {
                 Some(Guard::Decision) => false,
@@ -239,9 +314,15 @@ impl Protocol {
             };
             if paid {
                 // A batch without de-duplication decides each of its messages as if it were alone.
-                let times = if self.is(Guard::BatchDistinct) { 1 } else { held.count_ones() as u8 };
+                let times = if self.is(Guard::BatchDistinct) {
+                    1
+                } else {
+                    held.count_ones() as u8
+                };
                 if self.is(Guard::OneTransaction) {
-                    state.shared.set_balance(state.shared.balance().saturating_sub(times));
+                    state
+                        .shared
+                        .set_balance(state.shared.balance().saturating_sub(times));
                     row.set_debits((row.debits() + times).min(3));
                 }
                 row.set_decision(decision::PAID);
@@ -280,7 +361,11 @@ impl Protocol {
         for order in (0..self.orders).filter(|order| hand.held(*order) != 0) {
             let row = &mut state.orders[order];
             if row.status() == status::NEW || !self.is(Guard::StatusGuard) {
-                row.set_status(if row.decision() == decision::PAID { status::FINISHED } else { status::CANCELLED });
+                row.set_status(if row.decision() == decision::PAID {
+                    status::FINISHED
+                } else {
+                    status::CANCELLED
+                });
                 row.set_told((row.told() + 1).min(3));
                 row.set_due(0);
             }
@@ -300,7 +385,11 @@ impl Protocol {
                 _ => row.set_requests_waiting(row.requests_waiting() | bit(0)),
             }
         }
-        row.set_client(if answered { client::ANSWERED } else { client::UNSURE });
+        row.set_client(if answered {
+            client::ANSWERED
+        } else {
+            client::UNSURE
+        });
     }
 
     fn forget_relay(state: &mut State, way: Way, relay: usize) -> Relay {
@@ -322,9 +411,18 @@ impl Protocol {
                     shared.set_deposited(shared.deposited() + 1);
                     shared.set_balance(shared.balance() + 1);
                 }
-                shared.set_deposit_client(if answered { client::ANSWERED } else { client::UNSURE });
+                shared.set_deposit_client(if answered {
+                    client::ANSWERED
+                } else {
+                    client::UNSURE
+                });
             }
-            Action::Take { way, relay, order, n } => {
+            Action::Take {
+                way,
+                relay,
+                order,
+                n,
+            } => {
                 let taken = &mut state.relays[index(way)][relay];
                 taken.set_phase(TAKEN);
                 taken.set_order(order as u8);
@@ -347,7 +445,12 @@ impl Protocol {
                 let row = &mut state.orders[usize::from(taken.order())];
                 row.set_waiting(way, row.waiting(way) & !bit(taken.n()));
             }
-            Action::Fetch { way, hand, order, n } => {
+            Action::Fetch {
+                way,
+                hand,
+                order,
+                n,
+            } => {
                 state.hands[index(way)][hand].hold(order, bit(n));
                 self.fetched(state, way, hand);
             }
@@ -390,7 +493,11 @@ impl Protocol {
                 }
                 state.shared.set_unnoticed(0);
             }
-            Action::Die { place: Place::RowTaken | Place::PubAckCame, way, twin } => {
+            Action::Die {
+                place: Place::RowTaken | Place::PubAckCame,
+                way,
+                twin,
+            } => {
                 Self::forget_relay(state, way, twin);
             }
             Action::Die { way, twin, .. } => state.hands[index(way)][twin] = Hand::default(),
@@ -411,7 +518,9 @@ impl Protocol {
                 let row = &mut state.orders[order];
                 row.set_ready(way, row.ready(way) | bit(n));
             }
-            Action::PublishBeside { order } => Self::store(&mut state.orders[order], Way::Requests, 0, 0),
+            Action::PublishBeside { order } => {
+                Self::store(&mut state.orders[order], Way::Requests, 0, 0)
+            }
             Action::Halfway { hand } => self.halfway(state, hand),
             Action::Prune { order } => {
                 let row = &mut state.orders[order];
@@ -447,7 +556,9 @@ impl Protocol {
 /// Of twins that hold the same, the first: the others would only do the same.
 fn distinct<T: Copy + PartialEq>(twins: &[T; TWINS_MAX]) -> impl Iterator<Item = (usize, T)> {
     let twins = *twins;
-    (0..TWINS_MAX).filter(move |at| *at == 0 || twins[at - 1] != twins[*at]).map(move |at| (at, twins[at]))
+    (0..TWINS_MAX)
+        .filter(move |at| *at == 0 || twins[at - 1] != twins[*at])
+        .map(move |at| (at, twins[at]))
 }
 
 impl Model for Protocol {
@@ -455,13 +566,24 @@ impl Model for Protocol {
     type Action = Action;
 
     fn init_states(&self) -> Vec<State> {
-        assert!(self.orders <= ORDERS_MAX && self.relays <= TWINS_MAX && self.workers <= TWINS_MAX, "more than a state can hold");
-        assert!(self.losses + self.slow <= N_MAX, "more asks than a state can count");
+        assert!(
+            self.orders <= ORDERS_MAX && self.relays <= TWINS_MAX && self.workers <= TWINS_MAX,
+            "more than a state can hold"
+        );
+        assert!(
+            self.losses + self.slow <= N_MAX,
+            "more asks than a state can count"
+        );
         let mut shared = crate::state::Shared::default();
         shared.set_balance(BALANCE_ZERO + self.money);
         shared.set_losses_left(self.losses);
         shared.set_slow_left(self.slow);
-        vec![State { orders: [Order::default(); ORDERS_MAX], shared, relays: Default::default(), hands: Default::default() }]
+        vec![State {
+            orders: [Order::default(); ORDERS_MAX],
+            shared,
+            relays: Default::default(),
+            hands: Default::default(),
+        }]
     }
 
     fn actions(&self, state: &State, actions: &mut Vec<Action>) {

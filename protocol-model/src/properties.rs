@@ -31,17 +31,23 @@ const CANCELLED: &str = "an order is CANCELLED";
 const ANSWERED_AGAIN: &str = "a re-ask is answered again";
 
 fn each(protocol: &Protocol, state: &State, holds: impl Fn(Order) -> bool) -> bool {
-    state.orders[..protocol.orders].iter().all(|order| holds(*order))
+    state.orders[..protocol.orders]
+        .iter()
+        .all(|order| holds(*order))
 }
 
 fn some(protocol: &Protocol, state: &State, holds: impl Fn(Order) -> bool) -> bool {
-    state.orders[..protocol.orders].iter().any(|order| holds(*order))
+    state.orders[..protocol.orders]
+        .iter()
+        .any(|order| holds(*order))
 }
 
 /// All properties that make sense for this model.
 pub fn all(protocol: &Protocol) -> Vec<Property<Protocol>> {
     let mut all = vec![
-        Property::<Protocol>::always(I1, |protocol, state| each(protocol, state, |order| order.debits() <= 1)),
+        Property::<Protocol>::always(I1, |protocol, state| {
+            each(protocol, state, |order| order.debits() <= 1)
+        }),
         Property::<Protocol>::always(I2, |protocol, state| {
             each(protocol, state, |order| match order.status() {
                 status::FINISHED => order.debits() == 1,
@@ -51,32 +57,46 @@ pub fn all(protocol: &Protocol) -> Vec<Property<Protocol>> {
         }),
         Property::<Protocol>::always(I3, |protocol, state| {
             let debits: u8 = state.orders.iter().map(|order| order.debits()).sum();
-            BALANCE_ZERO + protocol.money + state.shared.deposited() == state.shared.balance() + debits
+            BALANCE_ZERO + protocol.money + state.shared.deposited()
+                == state.shared.balance() + debits
         }),
         Property::<Protocol>::always(I4, |_, state| state.shared.balance() >= BALANCE_ZERO),
         Property::<Protocol>::always(I5, |protocol, state| {
-            let order = |order: Order| order.made() <= 1 && (order.client() != client::ANSWERED || order.made() == 1);
+            let order = |order: Order| {
+                order.made() <= 1 && (order.client() != client::ANSWERED || order.made() == 1)
+            };
             let shared = state.shared;
-            let deposit = shared.deposited() <= 1 && (shared.deposit_client() != client::ANSWERED || shared.deposited() == 1);
+            let deposit = shared.deposited() <= 1
+                && (shared.deposit_client() != client::ANSWERED || shared.deposited() == 1);
             deposit && each(protocol, state, order)
         }),
         Property::<Protocol>::always(I6, |protocol, state| {
-            each(protocol, state, |order| order.told() == u8::from(order.is_final()))
+            each(protocol, state, |order| {
+                order.told() == u8::from(order.is_final())
+            })
         }),
         Property::<Protocol>::always(I8, |protocol, state| {
-            each(protocol, state, |order| order.decision() == decision::NONE || order.status() != status::ABSENT)
+            each(protocol, state, |order| {
+                order.decision() == decision::NONE || order.status() != status::ABSENT
+            })
         }),
     ];
     if protocol.money > 0 || protocol.deposit {
-        let finished = |protocol: &Protocol, state: &State| some(protocol, state, |order| order.status() == status::FINISHED);
+        let finished = |protocol: &Protocol, state: &State| {
+            some(protocol, state, |order| order.status() == status::FINISHED)
+        };
         all.push(Property::<Protocol>::sometimes(FINISHED, finished));
     }
     if usize::from(protocol.money) < protocol.orders {
-        let cancelled = |protocol: &Protocol, state: &State| some(protocol, state, |order| order.status() == status::CANCELLED);
+        let cancelled = |protocol: &Protocol, state: &State| {
+            some(protocol, state, |order| order.status() == status::CANCELLED)
+        };
         all.push(Property::<Protocol>::sometimes(CANCELLED, cancelled));
     }
     if protocol.losses + protocol.slow > 0 {
-        let again = |protocol: &Protocol, state: &State| some(protocol, state, |order| order.answers_said() > 1);
+        let again = |protocol: &Protocol, state: &State| {
+            some(protocol, state, |order| order.answers_said() > 1)
+        };
         all.push(Property::<Protocol>::sometimes(ANSWERED_AGAIN, again));
     }
     all

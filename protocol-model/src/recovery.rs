@@ -41,9 +41,17 @@ pub fn check(protocol: &Protocol, states_max: usize) -> anyhow::Result<Recovery>
 }
 
 /// The shortest way into a state for which `wrong` holds; empty if there is none.
-pub fn shortest_way(protocol: &Protocol, states_max: usize, wrong: impl Fn(&State) -> bool) -> anyhow::Result<Vec<Action>> {
+pub fn shortest_way(
+    protocol: &Protocol,
+    states_max: usize,
+    wrong: impl Fn(&State) -> bool,
+) -> anyhow::Result<Vec<Action>> {
     let graph = Graph::explore(protocol, states_max, &wrong)?;
-    Ok(graph.states.iter().position(wrong).map_or_else(Vec::new, |state| graph.way_to(protocol, state)))
+    Ok(graph
+        .states
+        .iter()
+        .position(wrong)
+        .map_or_else(Vec::new, |state| graph.way_to(protocol, state)))
 }
 
 struct Graph {
@@ -57,20 +65,34 @@ struct Graph {
 
 impl Graph {
     /// State after state, the nearest first, up to the first that is `enough`.
-    fn explore(protocol: &Protocol, states_max: usize, enough: impl Fn(&State) -> bool) -> anyhow::Result<Self> {
-        let mut graph = Self { states: protocol.init_states(), parents: vec![0], sound: Vec::new(), steps: 0 };
+    fn explore(
+        protocol: &Protocol,
+        states_max: usize,
+        enough: impl Fn(&State) -> bool,
+    ) -> anyhow::Result<Self> {
+        let mut graph = Self {
+            states: protocol.init_states(),
+            parents: vec![0],
+            sound: Vec::new(),
+            steps: 0,
+        };
         let mut numbers: HashMap<State, u32> = HashMap::from([(graph.states[0], 0)]);
         let mut actions = Vec::new();
         let mut at = 0;
         while at < graph.states.len() {
-            ensure!(graph.states.len() <= states_max, "more than {states_max} states");
+            ensure!(
+                graph.states.len() <= states_max,
+                "more than {states_max} states"
+            );
             let state = graph.states[at];
             if enough(&state) {
                 break;
             }
             protocol.actions(&state, &mut actions);
             for action in actions.drain(..) {
-                let Some(next) = protocol.next_state(&state, action) else { continue };
+                let Some(next) = protocol.next_state(&state, action) else {
+                    continue;
+                };
                 graph.steps += 1;
                 let number = *numbers.entry(next).or_insert_with(|| {
                     graph.states.push(next);
@@ -89,11 +111,20 @@ impl Graph {
     /// Which states can reach a settled one.
     fn backwards_from_settled(&mut self, protocol: &Protocol) -> Vec<bool> {
         self.sound.sort_unstable_by_key(|(_, to)| *to);
-        let mut can: Vec<bool> = self.states.iter().map(|state| is_settled(protocol, state)).collect();
-        let mut todo: Vec<u32> = (0..self.states.len() as u32).filter(|number| can[*number as usize]).collect();
+        let mut can: Vec<bool> = self
+            .states
+            .iter()
+            .map(|state| is_settled(protocol, state))
+            .collect();
+        let mut todo: Vec<u32> = (0..self.states.len() as u32)
+            .filter(|number| can[*number as usize])
+            .collect();
         while let Some(reached) = todo.pop() {
             let begin = self.sound.partition_point(|(_, to)| *to < reached);
-            for (from, _) in self.sound[begin..].iter().take_while(|(_, to)| *to == reached) {
+            for (from, _) in self.sound[begin..]
+                .iter()
+                .take_while(|(_, to)| *to == reached)
+            {
                 if !std::mem::replace(&mut can[*from as usize], true) {
                     todo.push(*from);
                 }
@@ -109,7 +140,9 @@ impl Graph {
             let parent = self.parents[at] as usize;
             let mut actions = Vec::new();
             protocol.actions(&self.states[parent], &mut actions);
-            let leads_here = |action: &Action| protocol.next_state(&self.states[parent], *action) == Some(self.states[at]);
+            let leads_here = |action: &Action| {
+                protocol.next_state(&self.states[parent], *action) == Some(self.states[at])
+            };
             way.extend(actions.into_iter().find(leads_here));
             at = parent;
         }

@@ -182,12 +182,20 @@ packed! {
 impl Hand {
     /// The message numbers about an order.
     pub fn held(self, order: usize) -> u8 {
-        if order == 0 { self.first() } else { self.second() }
+        if order == 0 {
+            self.first()
+        } else {
+            self.second()
+        }
     }
 
     /// Writes [`Self::held`].
     pub fn hold(&mut self, order: usize, numbers: u8) {
-        if order == 0 { self.set_first(numbers) } else { self.set_second(numbers) }
+        if order == 0 {
+            self.set_first(numbers)
+        } else {
+            self.set_second(numbers)
+        }
     }
 }
 
@@ -287,19 +295,30 @@ impl State {
 
 impl Hash for State {
     fn hash<H: Hasher>(&self, hasher: &mut H) {
-        let join = |words: &[u16]| words.iter().fold(0, |joined, word| (joined << 16) | u64::from(*word));
+        let join = |words: &[u16]| {
+            words
+                .iter()
+                .fold(0, |joined, word| (joined << 16) | u64::from(*word))
+        };
         let [[a, b], [c, d]] = self.relays;
         let [[e, f], [g, h]] = self.hands;
         hasher.write_u64(self.orders[0].0);
         hasher.write_u64(self.orders[1].0);
-        hasher.write_u64((u64::from(self.shared.0) << 32) | u64::from(u32::from_be_bytes([a.0, b.0, c.0, d.0])));
+        hasher.write_u64(
+            (u64::from(self.shared.0) << 32) | u64::from(u32::from_be_bytes([a.0, b.0, c.0, d.0])),
+        );
         hasher.write_u64(join(&[e.0, f.0, g.0, h.0]));
     }
 }
 
 impl fmt::Debug for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { orders, shared, relays, hands } = self;
+        let Self {
+            orders,
+            shared,
+            relays,
+            hands,
+        } = self;
         write!(f, "{orders:?} {shared:?}")?;
         let busy = |phase: u8| phase != 0;
         for relay in relays.iter().flatten().filter(|relay| busy(relay.phase())) {

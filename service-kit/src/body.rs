@@ -32,14 +32,24 @@ async fn read_within(time: Duration, body: Body) -> Result<Bytes, Problem> {
     }
     match tokio::time::timeout(time, Limited::new(body, BODY_BYTES_MAX).collect()).await {
         Ok(Ok(body)) => Ok(body.to_bytes()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(foreign(StatusCode::PAYLOAD_TOO_LARGE)),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => {
+            Err(foreign(StatusCode::PAYLOAD_TOO_LARGE))
+        }
         Ok(Err(_)) => {
             let detail = "The body ended before it was complete, or is not framed as HTTP asks. Send it again.";
-            Err(Problem::new(StatusCode::BAD_REQUEST, "unreadable_body", detail))
+            Err(Problem::new(
+                StatusCode::BAD_REQUEST,
+                "unreadable_body",
+                detail,
+            ))
         }
         Err(_) => {
             let detail = format!("The body was not complete within {time:?}. Send it again.");
-            Err(Problem::new(StatusCode::REQUEST_TIMEOUT, "request_timeout", detail))
+            Err(Problem::new(
+                StatusCode::REQUEST_TIMEOUT,
+                "request_timeout",
+                detail,
+            ))
         }
     }
 }
@@ -71,21 +81,43 @@ impl Fields {
         let whole: &RawValue = serde_json::from_slice(body).map_err(malformed)?;
         if !whole.get().starts_with('{') {
             let detail = "the body must be a JSON object".to_owned();
-            return Err(Problem::validation(vec![FieldError { pointer: String::new(), detail }]));
+            return Err(Problem::validation(vec![FieldError {
+                pointer: String::new(),
+                detail,
+            }]));
         }
         let Members(members) = serde_json::from_str(whole.get()).map_err(malformed)?;
-        Ok(Self::new(members.into_iter().map(|(name, raw)| (name, value(raw))).collect(), Source::Body))
+        Ok(Self::new(
+            members
+                .into_iter()
+                .map(|(name, raw)| (name, value(raw)))
+                .collect(),
+            Source::Body,
+        ))
     }
 
     /// The parameters of a URL, all of them strings. A mistyped filter must not look like no filter.
     pub fn from_query(query: &[(String, String)]) -> Self {
-        Self::new(query.iter().map(|(name, value)| (name.clone(), Ok(Value::from(value.as_str())))).collect(), Source::Query)
+        Self::new(
+            query
+                .iter()
+                .map(|(name, value)| (name.clone(), Ok(Value::from(value.as_str()))))
+                .collect(),
+            Source::Query,
+        )
     }
 
     fn new(fields: Vec<Field>, source: Source) -> Self {
-        let mut read = Self { fields, errors: Vec::new(), source };
+        let mut read = Self {
+            fields,
+            errors: Vec::new(),
+            source,
+        };
         for (index, (name, _)) in read.fields.iter().enumerate() {
-            if read.fields[..index].iter().any(|(earlier, _)| earlier == name) {
+            if read.fields[..index]
+                .iter()
+                .any(|(earlier, _)| earlier == name)
+            {
                 read.errors.push(source.error(name, "stands twice"));
             }
         }
@@ -93,7 +125,11 @@ impl Fields {
     }
 
     /// A field that must be there.
-    pub fn required<T>(&mut self, name: &str, read: impl FnOnce(&Value) -> Result<T, String>) -> Option<T> {
+    pub fn required<T>(
+        &mut self,
+        name: &str,
+        read: impl FnOnce(&Value) -> Result<T, String>,
+    ) -> Option<T> {
         match self.take(name) {
             Some(value) => self.read(name, value, read),
             None => {
@@ -104,7 +140,12 @@ impl Fields {
     }
 
     /// A field that may be absent.
-    pub fn optional<T>(&mut self, name: &str, absent: T, read: impl FnOnce(&Value) -> Result<T, String>) -> Option<T> {
+    pub fn optional<T>(
+        &mut self,
+        name: &str,
+        absent: T,
+        read: impl FnOnce(&Value) -> Result<T, String>,
+    ) -> Option<T> {
         match self.take(name) {
             Some(value) => self.read(name, value, read),
             None => Some(absent),
@@ -114,9 +155,14 @@ impl Fields {
     /// Refuses fields that nobody took, and tells everything that was wrong.
     pub fn finish(mut self) -> Result<(), Problem> {
         for (name, _) in &self.fields {
-            self.errors.push(self.source.error(name, "is not known here"));
+            self.errors
+                .push(self.source.error(name, "is not known here"));
         }
-        if self.errors.is_empty() { Ok(()) } else { Err(Problem::validation(self.errors)) }
+        if self.errors.is_empty() {
+            Ok(())
+        } else {
+            Err(Problem::validation(self.errors))
+        }
     }
 
     fn take(&mut self, name: &str) -> Option<Result<Value, &'static str>> {
@@ -134,7 +180,8 @@ impl Fields {
         read: impl FnOnce(&Value) -> Result<T, String>,
     ) -> Option<T> {
         let read = value.map_err(str::to_owned).and_then(|value| read(&value));
-        read.map_err(|detail| self.errors.push(self.source.error(name, &detail))).ok()
+        read.map_err(|detail| self.errors.push(self.source.error(name, &detail)))
+            .ok()
     }
 }
 
@@ -145,7 +192,10 @@ impl Source {
         let (pointer, detail) = match (self, name) {
             (Self::Body, "") => ("/".to_owned(), format!("the field \"\" {detail}")),
             (Self::Query, "") => (String::new(), format!("the parameter \"\" {detail}")),
-            (Self::Body, name) => (format!("/{}", name.replace('~', "~0").replace('/', "~1")), detail.to_owned()),
+            (Self::Body, name) => (
+                format!("/{}", name.replace('~', "~0").replace('/', "~1")),
+                detail.to_owned(),
+            ),
             (Self::Query, name) => (name.to_owned(), detail.to_owned()),
         };
         FieldError { pointer, detail }
@@ -163,8 +213,18 @@ const LIMIT_MAX: u64 = 100;
 
 /// A parameter that is a number in this range.
 pub fn number(value: &Value, range: std::ops::RangeInclusive<u64>) -> Result<u64, String> {
-    let rule = || format!("must be an integer from {} to {}", range.start(), range.end());
-    text(value)?.parse().ok().filter(|number| range.contains(number)).ok_or_else(rule)
+    let rule = || {
+        format!(
+            "must be an integer from {} to {}",
+            range.start(),
+            range.end()
+        )
+    };
+    text(value)?
+        .parse()
+        .ok()
+        .filter(|number| range.contains(number))
+        .ok_or_else(rule)
 }
 
 /// The parameter `limit` of a list.
@@ -174,7 +234,9 @@ pub fn limit(value: &Value) -> Result<usize, String> {
 
 /// The parameter `cursor` of a list whose pages end with an id.
 pub fn cursor(value: &Value) -> Result<Option<Uuid>, String> {
-    Uuid::parse_str(text(value)?).map(Some).map_err(|_| "must be the next_cursor of a page".to_owned())
+    Uuid::parse_str(text(value)?)
+        .map(Some)
+        .map_err(|_| "must be the next_cursor of a page".to_owned())
 }
 
 /// A parameter that is set or not.
@@ -199,7 +261,8 @@ impl<S: Send + Sync> FromRequestParts<S> for NoParameters {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
-        let query = Query::<Vec<(String, String)>>::try_from_uri(&parts.uri).map_err(|_| foreign(StatusCode::BAD_REQUEST))?;
+        let query = Query::<Vec<(String, String)>>::try_from_uri(&parts.uri)
+            .map_err(|_| foreign(StatusCode::BAD_REQUEST))?;
         Fields::from_query(&query).finish().map(|()| Self)
     }
 }
@@ -221,14 +284,24 @@ impl<S: Send + Sync> FromRequest<S> for Fields {
 
 /// JSON is in UTF-8. What names another charset or a coding would be misread.
 fn is_plain_json(headers: &HeaderMap) -> bool {
-    let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let content_type = headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
     let mut parts = content_type.split(';').map(str::trim);
-    let is_json = parts.next().is_some_and(|essence| essence.eq_ignore_ascii_case("application/json"));
+    let is_json = parts
+        .next()
+        .is_some_and(|essence| essence.eq_ignore_ascii_case("application/json"));
     let in_utf8 = parts
         .filter_map(|parameter| parameter.split_once('='))
-        .all(|(name, value)| !name.eq_ignore_ascii_case("charset") || value.trim_matches('"').eq_ignore_ascii_case("utf-8"));
-    let is_plain =
-        headers.get_all(header::CONTENT_ENCODING).iter().all(|coding| coding.as_bytes().eq_ignore_ascii_case(b"identity"));
+        .all(|(name, value)| {
+            !name.eq_ignore_ascii_case("charset")
+                || value.trim_matches('"').eq_ignore_ascii_case("utf-8")
+        });
+    let is_plain = headers
+        .get_all(header::CONTENT_ENCODING)
+        .iter()
+        .all(|coding| coding.as_bytes().eq_ignore_ascii_case(b"identity"));
     is_json && in_utf8 && is_plain
 }
 
@@ -279,35 +352,70 @@ mod tests {
     use super::*;
 
     fn pointers(problem: Problem) -> Vec<String> {
-        problem.into_document("id").errors.into_iter().map(|error| error.pointer).collect()
+        problem
+            .into_document("id")
+            .errors
+            .into_iter()
+            .map(|error| error.pointer)
+            .collect()
     }
 
     #[test]
     fn everything_that_is_wrong_is_named_at_once() {
-        let mut fields = Fields::parse(br#"{"amount": 1.5, "surprise": 1, "user_id": 7, "a/b": 1}"#).unwrap();
-        assert_eq!(fields.required("user_id", |value| text(value).map(str::to_owned)), None);
-        assert_eq!(fields.required("amount", |value| integer(value, "must be an integer")), None);
-        assert_eq!(fields.required("missing", |value| text(value).map(str::to_owned)), None);
-        assert_eq!(fields.optional("description", "none", |_| Ok("some")), Some("none"));
+        let mut fields =
+            Fields::parse(br#"{"amount": 1.5, "surprise": 1, "user_id": 7, "a/b": 1}"#).unwrap();
+        assert_eq!(
+            fields.required("user_id", |value| text(value).map(str::to_owned)),
+            None
+        );
+        assert_eq!(
+            fields.required("amount", |value| integer(value, "must be an integer")),
+            None
+        );
+        assert_eq!(
+            fields.required("missing", |value| text(value).map(str::to_owned)),
+            None
+        );
+        assert_eq!(
+            fields.optional("description", "none", |_| Ok("some")),
+            Some("none")
+        );
         let mut wrong = pointers(fields.finish().unwrap_err());
         wrong.sort();
-        assert_eq!(wrong, ["/amount", "/a~1b", "/missing", "/surprise", "/user_id"]);
+        assert_eq!(
+            wrong,
+            ["/amount", "/a~1b", "/missing", "/surprise", "/user_id"]
+        );
     }
 
     #[test]
     fn a_field_that_stands_twice_is_refused() {
         let mut fields = Fields::parse(br#"{"amount": 1, "amount": 2}"#).unwrap();
-        assert!(fields.required("amount", |value| integer(value, "")).is_some());
+        assert!(
+            fields
+                .required("amount", |value| integer(value, ""))
+                .is_some()
+        );
         assert_eq!(pointers(fields.finish().unwrap_err()), ["/amount"]);
     }
 
     #[test]
     fn what_is_no_json_is_a_400_and_what_is_no_object_a_422() {
         for malformed in ["", "{", "{\"a\":}", "nope", "{} {}"] {
-            assert_eq!(Fields::parse(malformed.as_bytes()).unwrap_err().status(), StatusCode::BAD_REQUEST, "{malformed}");
+            assert_eq!(
+                Fields::parse(malformed.as_bytes()).unwrap_err().status(),
+                StatusCode::BAD_REQUEST,
+                "{malformed}"
+            );
         }
-        for other in ["[]", "[1,[2]]", "1", "-1", "1.5", "\"text\"", "null", "true"] {
-            assert_eq!(Fields::parse(other.as_bytes()).unwrap_err().status(), StatusCode::UNPROCESSABLE_ENTITY, "{other}");
+        for other in [
+            "[]", "[1,[2]]", "1", "-1", "1.5", "\"text\"", "null", "true",
+        ] {
+            assert_eq!(
+                Fields::parse(other.as_bytes()).unwrap_err().status(),
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "{other}"
+            );
         }
     }
 
@@ -315,24 +423,61 @@ mod tests {
     fn json_that_is_beyond_all_bounds_is_json_and_the_field_is_named() {
         let nines = "9".repeat(401);
         for number in ["1e400", "-1e400", &nines] {
-            let mut fields = Fields::parse(format!(r#"{{"user_id": "alice", "amount": {number}}}"#).as_bytes()).unwrap();
-            assert!(fields.required("user_id", |value| text(value).map(str::to_owned)).is_some());
-            assert_eq!(fields.required("amount", |value| integer(value, "must be an integer")), None);
+            let mut fields =
+                Fields::parse(format!(r#"{{"user_id": "alice", "amount": {number}}}"#).as_bytes())
+                    .unwrap();
+            assert!(
+                fields
+                    .required("user_id", |value| text(value).map(str::to_owned))
+                    .is_some()
+            );
+            assert_eq!(
+                fields.required("amount", |value| integer(value, "must be an integer")),
+                None
+            );
             let document = fields.finish().unwrap_err().into_document("id");
-            assert_eq!((document.status, document.detail.as_str()), (422, "/amount must be an integer."), "{number}");
+            assert_eq!(
+                (document.status, document.detail.as_str()),
+                (422, "/amount must be an integer."),
+                "{number}"
+            );
             let alone = Fields::parse(number.as_bytes()).unwrap_err();
             assert_eq!(alone.status(), StatusCode::UNPROCESSABLE_ENTITY, "{number}");
-            let inside = Fields::parse(format!(r#"{{"amount": [{number}]}}"#).as_bytes()).unwrap().finish().unwrap_err();
+            let inside = Fields::parse(format!(r#"{{"amount": [{number}]}}"#).as_bytes())
+                .unwrap()
+                .finish()
+                .unwrap_err();
             assert_eq!(pointers(inside), ["/amount"], "{number}");
         }
         let deep = format!("{}{}", "[".repeat(200), "]".repeat(200));
-        let mut fields = Fields::parse(format!(r#"{{"amount": {deep}, "user_id": "\ud800"}}"#).as_bytes()).unwrap();
-        assert_eq!(fields.required("amount", |value| integer(value, "must be an integer")), None);
-        assert_eq!(fields.required("user_id", |value| text(value).map(str::to_owned)), None);
+        let mut fields =
+            Fields::parse(format!(r#"{{"amount": {deep}, "user_id": "\ud800"}}"#).as_bytes())
+                .unwrap();
+        assert_eq!(
+            fields.required("amount", |value| integer(value, "must be an integer")),
+            None
+        );
+        assert_eq!(
+            fields.required("user_id", |value| text(value).map(str::to_owned)),
+            None
+        );
         let document = fields.finish().unwrap_err().into_document("id");
-        let errors: Vec<_> = document.errors.iter().map(|error| (error.pointer.as_str(), error.detail.as_str())).collect();
-        assert_eq!(errors, [("/amount", "is nested too deeply"), ("/user_id", "must be Unicode text")]);
-        assert_eq!(Fields::parse(deep.as_bytes()).unwrap_err().status(), StatusCode::UNPROCESSABLE_ENTITY);
+        let errors: Vec<_> = document
+            .errors
+            .iter()
+            .map(|error| (error.pointer.as_str(), error.detail.as_str()))
+            .collect();
+        assert_eq!(
+            errors,
+            [
+                ("/amount", "is nested too deeply"),
+                ("/user_id", "must be Unicode text")
+            ]
+        );
+        assert_eq!(
+            Fields::parse(deep.as_bytes()).unwrap_err().status(),
+            StatusCode::UNPROCESSABLE_ENTITY
+        );
     }
 
     #[test]
@@ -342,15 +487,33 @@ mod tests {
             (document.errors[0].pointer.clone(), document.detail)
         };
         let field = told(Fields::parse(br#"{"": 1}"#).unwrap());
-        assert_eq!(field, ("/".to_owned(), "The field \"\" is not known here.".to_owned()));
+        assert_eq!(
+            field,
+            (
+                "/".to_owned(),
+                "The field \"\" is not known here.".to_owned()
+            )
+        );
         let twice = told(Fields::parse(br#"{"": 1, "": 2}"#).unwrap());
         assert_eq!(twice.0, "/");
         let parameter = told(Fields::from_query(&[(String::new(), "1".to_owned())]));
-        assert_eq!(parameter, (String::new(), "The parameter \"\" is not known here.".to_owned()));
+        assert_eq!(
+            parameter,
+            (
+                String::new(),
+                "The parameter \"\" is not known here.".to_owned()
+            )
+        );
         let parameter = told(Fields::from_query(&[("/".to_owned(), "1".to_owned())]));
-        assert_eq!(parameter, ("/".to_owned(), "/ is not known here.".to_owned()));
+        assert_eq!(
+            parameter,
+            ("/".to_owned(), "/ is not known here.".to_owned())
+        );
         let body = Fields::parse(b"[]").unwrap_err().into_document("id");
-        assert_eq!((body.errors[0].pointer.as_str(), body.detail.as_str()), ("", "The body must be a JSON object."));
+        assert_eq!(
+            (body.errors[0].pointer.as_str(), body.detail.as_str()),
+            ("", "The body must be a JSON object.")
+        );
     }
 
     #[tokio::test]
@@ -365,44 +528,87 @@ mod tests {
                 Err(problem) => problem.status().as_u16(),
             }
         };
-        for good in
-            ["application/json", "Application/JSON; charset=utf-8", "application/json;charset=\"UTF-8\"", "application/json; v=1"]
-        {
-            assert_eq!((read(good, None).await, read(good, Some("identity")).await), (200, 200), "{good}");
+        for good in [
+            "application/json",
+            "Application/JSON; charset=utf-8",
+            "application/json;charset=\"UTF-8\"",
+            "application/json; v=1",
+        ] {
+            assert_eq!(
+                (read(good, None).await, read(good, Some("identity")).await),
+                (200, 200),
+                "{good}"
+            );
         }
-        for bad in ["application/json; charset=utf-16", "application/json; v=1; Charset=\"latin1\"", "text/json", ""] {
+        for bad in [
+            "application/json; charset=utf-16",
+            "application/json; v=1; Charset=\"latin1\"",
+            "text/json",
+            "",
+        ] {
             assert_eq!(read(bad, None).await, 415, "{bad}");
         }
         for coding in ["gzip", "br", "identity, gzip"] {
-            assert_eq!(read("application/json", Some(coding)).await, 415, "{coding}");
+            assert_eq!(
+                read("application/json", Some(coding)).await,
+                415,
+                "{coding}"
+            );
         }
     }
 
     #[tokio::test]
     async fn a_body_that_is_too_large_too_slow_or_cut_off_is_refused() {
         let code = async |body| {
-            let refused = read_within(Duration::from_millis(10), body).await.unwrap_err();
+            let refused = read_within(Duration::from_millis(10), body)
+                .await
+                .unwrap_err();
             (refused.status().as_u16(), refused.into_document("id").code)
         };
         let chunks = |chunk: Result<Bytes, std::io::Error>, times| {
-            Body::from_stream(futures_util::stream::iter((0..times).map(move |_| match &chunk {
-                Ok(bytes) => Ok(bytes.clone()),
-                Err(error) => Err(std::io::Error::from(error.kind())),
-            })))
+            Body::from_stream(futures_util::stream::iter((0..times).map(
+                move |_| match &chunk {
+                    Ok(bytes) => Ok(bytes.clone()),
+                    Err(error) => Err(std::io::Error::from(error.kind())),
+                },
+            )))
         };
         let too_large = (413, "body_too_large".to_owned());
-        assert_eq!(code(Body::from(vec![b' '; BODY_BYTES_MAX + 1])).await, too_large);
-        assert_eq!(code(chunks(Ok(Bytes::from_static(b"0123456789")), BODY_BYTES_MAX)).await, too_large, "no length announced");
+        assert_eq!(
+            code(Body::from(vec![b' '; BODY_BYTES_MAX + 1])).await,
+            too_large
+        );
+        assert_eq!(
+            code(chunks(
+                Ok(Bytes::from_static(b"0123456789")),
+                BODY_BYTES_MAX
+            ))
+            .await,
+            too_large,
+            "no length announced"
+        );
         let cut_off = chunks(Err(std::io::ErrorKind::UnexpectedEof.into()), 1);
         assert_eq!(code(cut_off).await, (400, "unreadable_body".to_owned()));
-        let silent = Body::from_stream(futures_util::stream::pending::<Result<Bytes, std::io::Error>>());
+        let silent =
+            Body::from_stream(futures_util::stream::pending::<Result<Bytes, std::io::Error>>());
         assert_eq!(code(silent).await, (408, "request_timeout".to_owned()));
     }
 
     #[test]
     fn only_a_plain_integer_is_an_integer() {
-        for bad in ["1.5", "1e3", "1.0", "\"1\"", "null", "99999999999999999999", "true"] {
-            assert!(integer(&serde_json::from_str(bad).unwrap(), "no").is_err(), "{bad}");
+        for bad in [
+            "1.5",
+            "1e3",
+            "1.0",
+            "\"1\"",
+            "null",
+            "99999999999999999999",
+            "true",
+        ] {
+            assert!(
+                integer(&serde_json::from_str(bad).unwrap(), "no").is_err(),
+                "{bad}"
+            );
         }
         assert_eq!(integer(&Value::from(-5), "no"), Ok(-5));
     }

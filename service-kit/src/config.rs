@@ -49,7 +49,9 @@ pub async fn listen(address: SocketAddr, unprotected: bool) -> anyhow::Result<Tc
         "{address} can be reached from other machines, and there is no login: listen on 127.0.0.1, or set \
          GOZON_LISTEN_UNPROTECTED=true if only trusted callers can reach this port"
     );
-    TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}: is another program using the port?"))
+    TcpListener::bind(address)
+        .await
+        .with_context(|| format!("cannot listen on {address}: is another program using the port?"))
 }
 
 #[cfg(test)]

@@ -30,7 +30,11 @@ pub struct Health(Vec<Check>);
 impl Health {
     /// Without this the process cannot do its work.
     #[must_use]
-    pub fn required<F>(self, name: &'static str, probe: impl Fn() -> F + Send + Sync + 'static) -> Self
+    pub fn required<F>(
+        self,
+        name: &'static str,
+        probe: impl Fn() -> F + Send + Sync + 'static,
+    ) -> Self
     where
         F: Future<Output = Result<(), String>> + Send + 'static,
     {
@@ -39,31 +43,52 @@ impl Health {
 
     /// Without this it works, but something waits.
     #[must_use]
-    pub fn informative<F>(self, name: &'static str, probe: impl Fn() -> F + Send + Sync + 'static) -> Self
+    pub fn informative<F>(
+        self,
+        name: &'static str,
+        probe: impl Fn() -> F + Send + Sync + 'static,
+    ) -> Self
     where
         F: Future<Output = Result<(), String>> + Send + 'static,
     {
         self.check(name, false, probe)
     }
 
-    fn check<F>(mut self, name: &'static str, required: bool, probe: impl Fn() -> F + Send + Sync + 'static) -> Self
+    fn check<F>(
+        mut self,
+        name: &'static str,
+        required: bool,
+        probe: impl Fn() -> F + Send + Sync + 'static,
+    ) -> Self
     where
         F: Future<Output = Result<(), String>> + Send + 'static,
     {
-        self.0.push(Check { name, required, probe: Box::new(move || Box::pin(probe())) });
+        self.0.push(Check {
+            name,
+            required,
+            probe: Box::new(move || Box::pin(probe())),
+        });
         self
     }
 
     /// The two routes. Once `shutdown` is cancelled the process is not ready, so that no new work is sent to it.
     pub fn routes(self, shutdown: CancellationToken) -> Router {
-        Router::new().route("/livez", get(async || "ok\n")).route("/readyz", get(readyz)).with_state(Arc::new((self, shutdown)))
+        Router::new()
+            .route("/livez", get(async || "ok\n"))
+            .route("/readyz", get(readyz))
+            .with_state(Arc::new((self, shutdown)))
     }
 }
 
-async fn readyz(State(state): State<Arc<(Health, CancellationToken)>>, RawQuery(query): RawQuery) -> Response {
+async fn readyz(
+    State(state): State<Arc<(Health, CancellationToken)>>,
+    RawQuery(query): RawQuery,
+) -> Response {
     let (health, shutdown) = &*state;
     let results = join_all(health.0.iter().map(async |check| {
-        let result = tokio::time::timeout(PROBE_TIMEOUT, (check.probe)()).await.unwrap_or_else(|_| Err("no answer".to_owned()));
+        let result = tokio::time::timeout(PROBE_TIMEOUT, (check.probe)())
+            .await
+            .unwrap_or_else(|_| Err("no answer".to_owned()));
         (check, result)
     }))
     .await;
@@ -84,8 +109,16 @@ async fn readyz(State(state): State<Arc<(Health, CancellationToken)>>, RawQuery(
         }
     }
     match (ready, query.as_deref()) {
-        (false, _) => Problem::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", lines.trim_end()).retry_after(1).into_response(),
-        (true, Some("verbose" | "verbose=" | "verbose=true" | "verbose=1")) => lines.into_response(),
+        (false, _) => Problem::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "not_ready",
+            lines.trim_end(),
+        )
+        .retry_after(1)
+        .into_response(),
+        (true, Some("verbose" | "verbose=" | "verbose=true" | "verbose=1")) => {
+            lines.into_response()
+        }
         (true, _) => "ok\n".into_response(),
     }
 }

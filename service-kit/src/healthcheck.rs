@@ -17,7 +17,9 @@ const ANSWER_BYTES_MAX: u64 = 16 * 1024;
 pub fn parse_or_check<C: Parser>() -> C {
     let matches = with_subcommand(C::command()).get_matches();
     if matches.subcommand_matches(NAME).is_some() {
-        let listen = *matches.get_one("listen").expect("every service has --listen, with a default");
+        let listen = *matches
+            .get_one("listen")
+            .expect("every service has --listen, with a default");
         std::process::exit(match check(listen) {
             Ok(()) => {
                 println!("It is ready.");
@@ -35,7 +37,9 @@ pub fn parse_or_check<C: Parser>() -> C {
 /// The check needs the address and nothing else that is required, passwords least of all.
 fn with_subcommand(command: Command) -> Command {
     let about = "Asks the process on --listen whether it is ready; exit code 1 if it is not";
-    command.subcommand_negates_reqs(true).subcommand(Command::new(NAME).about(about))
+    command
+        .subcommand_negates_reqs(true)
+        .subcommand(Command::new(NAME).about(about))
 }
 
 /// Whether the process that was told to listen on this address is ready; if not, why.
@@ -45,7 +49,9 @@ pub fn check(listen: SocketAddr) -> Result<(), String> {
     let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
     match head.split_ascii_whitespace().nth(1) {
         Some("200") => Ok(()),
-        Some(status) => Err(detail(body).unwrap_or_else(|| format!("{address} answers with status {status}"))),
+        Some(status) => {
+            Err(detail(body).unwrap_or_else(|| format!("{address} answers with status {status}")))
+        }
         None => Err(format!("what {address} answers is no HTTP")),
     }
 }
@@ -95,19 +101,32 @@ mod tests {
 
     #[test]
     fn the_check_needs_no_password_but_the_service_does() {
-        let parse =
-            |arguments: &[&str]| with_subcommand(<Config as clap::CommandFactory>::command()).try_get_matches_from(arguments);
+        let parse = |arguments: &[&str]| {
+            with_subcommand(<Config as clap::CommandFactory>::command())
+                .try_get_matches_from(arguments)
+        };
         let matches = parse(&["orders", "--listen", "0.0.0.0:1", NAME]).unwrap();
         assert_eq!(matches.subcommand_name(), Some(NAME));
-        assert_eq!(matches.get_one("listen"), Some(&SocketAddr::from(([0, 0, 0, 0], 1))));
+        assert_eq!(
+            matches.get_one("listen"),
+            Some(&SocketAddr::from(([0, 0, 0, 0], 1)))
+        );
         assert!(parse(&["orders"]).is_err());
 
-        let config = <Config as clap::FromArgMatches>::from_arg_matches(&parse(&["orders", "--password", "x"]).unwrap()).unwrap();
-        assert_eq!((config.listen.port(), config.password.as_str()), (8081, "x"));
+        let config = <Config as clap::FromArgMatches>::from_arg_matches(
+            &parse(&["orders", "--password", "x"]).unwrap(),
+        )
+        .unwrap();
+        assert_eq!(
+            (config.listen.port(), config.password.as_str()),
+            (8081, "x")
+        );
     }
 
     async fn checked(listen: SocketAddr) -> Result<(), String> {
-        tokio::task::spawn_blocking(move || check(listen)).await.unwrap()
+        tokio::task::spawn_blocking(move || check(listen))
+            .await
+            .unwrap()
     }
 
     #[tokio::test]
@@ -119,7 +138,11 @@ mod tests {
         let seen = good.clone();
         let shutdown = CancellationToken::new();
         let health = Health::default().required("database", move || {
-            std::future::ready(if seen.load(Ordering::SeqCst) { Ok(()) } else { Err("away".to_owned()) })
+            std::future::ready(if seen.load(Ordering::SeqCst) {
+                Ok(())
+            } else {
+                Err("away".to_owned())
+            })
         });
         let router = crate::http::edge(health.routes(shutdown.clone()));
         let server = tokio::spawn(crate::server::serve(listener, router, shutdown.clone()));
@@ -137,7 +160,10 @@ mod tests {
 
     #[test]
     fn what_is_no_answer_of_ours_is_not_ready() {
-        for (answer, why) in [("", "no HTTP"), ("HTTP/1.1 404 Not Found\r\n\r\nnope", "status 404")] {
+        for (answer, why) in [
+            ("", "no HTTP"),
+            ("HTTP/1.1 404 Not Found\r\n\r\nnope", "status 404"),
+        ] {
             let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
             let address = listener.local_addr().unwrap();
             let other = std::thread::spawn(move || {

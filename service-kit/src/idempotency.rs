@@ -32,7 +32,12 @@ impl IdempotencyKey {
         match (value, another) {
             (None, _) => Ok(None),
             (Some(_), Some(_)) => Err(malformed()),
-            (Some(value), None) => value.to_str().ok().and_then(parse).map(|key| Some(Self(key))).ok_or_else(malformed),
+            (Some(value), None) => value
+                .to_str()
+                .ok()
+                .and_then(parse)
+                .map(|key| Some(Self(key)))
+                .ok_or_else(malformed),
         }
     }
 
@@ -61,7 +66,11 @@ fn unquote(inner: &str) -> Option<String> {
     let mut characters = inner.chars();
     while let Some(character) = characters.next() {
         match character {
-            '\\' => key.push(characters.next().filter(|escaped| matches!(escaped, '"' | '\\'))?),
+            '\\' => key.push(
+                characters
+                    .next()
+                    .filter(|escaped| matches!(escaped, '"' | '\\'))?,
+            ),
             '"' => return None,
             plain => key.push(plain),
         }
@@ -94,7 +103,9 @@ pub enum Delivery {
 pub fn created(delivery: Delivery, body: impl Serialize) -> Response {
     let mut response = (StatusCode::CREATED, Json(body)).into_response();
     if delivery == Delivery::Replayed {
-        response.headers_mut().insert(IDEMPOTENCY_REPLAYED, HeaderValue::from_static("true"));
+        response
+            .headers_mut()
+            .insert(IDEMPOTENCY_REPLAYED, HeaderValue::from_static("true"));
     }
     response
 }
@@ -113,8 +124,13 @@ mod tests {
 
     #[test]
     fn a_key_may_be_bare_or_quoted() {
-        for (text, key) in [("abc", "abc"), ("\"abc\"", "abc"), ("  a b ", "a b"), (r#""a\"b\\c""#, r#"a"b\c"#), ("a\"b", "a\"b")]
-        {
+        for (text, key) in [
+            ("abc", "abc"),
+            ("\"abc\"", "abc"),
+            ("  a b ", "a b"),
+            (r#""a\"b\\c""#, r#"a"b\c"#),
+            ("a\"b", "a\"b"),
+        ] {
             assert_eq!(parse(text).as_deref(), Some(key), "{text}");
         }
         assert_eq!(parse(&"x".repeat(255)).unwrap().len(), 255);
@@ -122,7 +138,17 @@ mod tests {
 
     #[test]
     fn a_malformed_key_is_refused() {
-        for text in ["", "\"\"", "\"abc", "\"a\"b\"", "\"a\\n\"", "\"", "schlüssel", "a\tb", &"x".repeat(256)] {
+        for text in [
+            "",
+            "\"\"",
+            "\"abc",
+            "\"a\"b\"",
+            "\"a\\n\"",
+            "\"",
+            "schlüssel",
+            "a\tb",
+            &"x".repeat(256),
+        ] {
             assert_eq!(parse(text), None, "{text:?}");
         }
     }
@@ -138,8 +164,14 @@ mod tests {
         let mut texts = vec![String::new()];
         let mut accepted = 0;
         for _ in 0..5 {
-            texts = texts.iter().flat_map(|text| letters.map(|letter| format!("{text}{letter}"))).collect();
-            for text in texts.iter().flat_map(|text| [text.clone(), format!("\"{text}\"")]) {
+            texts = texts
+                .iter()
+                .flat_map(|text| letters.map(|letter| format!("{text}{letter}")))
+                .collect();
+            for text in texts
+                .iter()
+                .flat_map(|text| [text.clone(), format!("\"{text}\"")])
+            {
                 let Some(key) = parse(&text) else { continue };
                 assert_eq!(parse(&key).as_ref(), Some(&key), "sent as {text:?}");
                 accepted += 1;

@@ -22,7 +22,9 @@ const LOOK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Durations wait in memory to be put into their buckets.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 /// Seconds. From a quick answer to one that somebody waits for.
-const BUCKETS: [f64; 16] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0];
+const BUCKETS: [f64; 16] = [
+    0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0,
+];
 
 const HTTP_REQUESTS: &str = "gozon_http_requests_total";
 const HTTP_SECONDS: &str = "gozon_http_request_duration_seconds";
@@ -42,8 +44,15 @@ pub struct Gauge {
 }
 
 impl From<(&'static str, &'static str, Vec<(&'static str, String)>, f64)> for Gauge {
-    fn from((name, help, labels, value): (&'static str, &'static str, Vec<(&'static str, String)>, f64)) -> Self {
-        Self { name, help, labels, value }
+    fn from(
+        (name, help, labels, value): (&'static str, &'static str, Vec<(&'static str, String)>, f64),
+    ) -> Self {
+        Self {
+            name,
+            help,
+            labels,
+            value,
+        }
     }
 }
 
@@ -60,7 +69,12 @@ impl Metrics {
     /// Begins to count.
     pub fn start(service: &'static str, version: &'static str) -> anyhow::Result<Self> {
         recorder()?;
-        Ok(Self { service, version, looks: Vec::new() }.refusing(&["connections"]))
+        Ok(Self {
+            service,
+            version,
+            looks: Vec::new(),
+        }
+        .refusing(&["connections"]))
     }
 
     /// Names why this process may refuse requests, so that each is shown from the start: a counter that is absent tells
@@ -85,7 +99,9 @@ impl Metrics {
 
     /// The route.
     pub fn routes(self) -> Router {
-        Router::new().route("/metrics", get(page)).with_state(Arc::new(self))
+        Router::new()
+            .route("/metrics", get(page))
+            .with_state(Arc::new(self))
     }
 }
 
@@ -93,14 +109,23 @@ impl Metrics {
 fn recorder() -> anyhow::Result<&'static PrometheusHandle> {
     static RECORDER: OnceLock<Result<PrometheusHandle, BuildError>> = OnceLock::new();
     let recorder = RECORDER.get_or_init(|| {
-        let builder = PrometheusBuilder::new().set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &BUCKETS)?;
+        let builder = PrometheusBuilder::new()
+            .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &BUCKETS)?;
         let handle = builder.install_recorder()?;
         describe_counter!(HTTP_REQUESTS, "HTTP requests answered, by route template");
-        describe_histogram!(HTTP_SECONDS, "From the head of a request to the head of its answer");
-        describe_counter!(HTTP_REFUSED, "HTTP requests refused to keep the rest going, by reason");
+        describe_histogram!(
+            HTTP_SECONDS,
+            "From the head of a request to the head of its answer"
+        );
+        describe_counter!(
+            HTTP_REFUSED,
+            "HTTP requests refused to keep the rest going, by reason"
+        );
         Ok(handle)
     });
-    recorder.as_ref().map_err(|error| anyhow::anyhow!("metrics cannot be kept: {error}"))
+    recorder
+        .as_ref()
+        .map_err(|error| anyhow::anyhow!("metrics cannot be kept: {error}"))
 }
 
 /// Keeps durations from piling up where nobody asks for the page.
@@ -118,7 +143,11 @@ pub(crate) fn answered(method: &str, route: &str, status: u16, duration: Duratio
     let labels = [("method", method.to_owned()), ("route", route.to_owned())];
     histogram!(HTTP_SECONDS, &labels).record(duration);
     let [method, route] = labels;
-    counter!(HTTP_REQUESTS, &[method, route, ("status", status.to_string())]).increment(1);
+    counter!(
+        HTTP_REQUESTS,
+        &[method, route, ("status", status.to_string())]
+    )
+    .increment(1);
 }
 
 /// A request was refused to keep the rest going, for a reason that [`Metrics::refusing`] has named.
@@ -128,9 +157,20 @@ pub fn refused(reason: &'static str) {
 
 async fn page(State(metrics): State<Arc<Metrics>>) -> Response {
     let mut text = recorder().map(PrometheusHandle::render).unwrap_or_default();
-    let version = vec![("service", metrics.service.to_owned()), ("version", metrics.version.to_owned())];
-    let build = Gauge { name: "gozon_build_info", help: "Which program this is", labels: version, value: 1.0 };
-    let looks = metrics.looks.iter().map(|look| tokio::time::timeout(LOOK_TIMEOUT, look()));
+    let version = vec![
+        ("service", metrics.service.to_owned()),
+        ("version", metrics.version.to_owned()),
+    ];
+    let build = Gauge {
+        name: "gozon_build_info",
+        help: "Which program this is",
+        labels: version,
+        value: 1.0,
+    };
+    let looks = metrics
+        .looks
+        .iter()
+        .map(|look| tokio::time::timeout(LOOK_TIMEOUT, look()));
     let mut gauges = vec![build];
     for looked in join_all(looks).await {
         match looked {
@@ -140,20 +180,38 @@ async fn page(State(metrics): State<Arc<Metrics>>) -> Response {
         }
     }
     write_gauges(&mut text, gauges);
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8"), (header::CACHE_CONTROL, "no-store")], text)
+    (
+        [
+            (
+                header::CONTENT_TYPE,
+                "text/plain; version=0.0.4; charset=utf-8",
+            ),
+            (header::CACHE_CONTROL, "no-store"),
+        ],
+        text,
+    )
         .into_response()
 }
 
 fn write_gauges(text: &mut String, mut gauges: Vec<Gauge>) {
     gauges.sort_by_key(|gauge| gauge.name);
     let mut last = "";
-    for Gauge { name, help, labels, value } in gauges {
+    for Gauge {
+        name,
+        help,
+        labels,
+        value,
+    } in gauges
+    {
         if name != last {
             // Writing to a string cannot fail.
             let _ = write!(text, "# HELP {name} {help}\n# TYPE {name} gauge\n");
         }
         last = name;
-        let labels: Vec<String> = labels.iter().map(|(name, value)| format!("{name}={value:?}")).collect();
+        let labels: Vec<String> = labels
+            .iter()
+            .map(|(name, value)| format!("{name}={value:?}"))
+            .collect();
         let _ = match labels.as_slice() {
             [] => writeln!(text, "{name} {value}"),
             labels => writeln!(text, "{name}{{{}}} {value}", labels.join(",")),
@@ -167,10 +225,24 @@ mod tests {
 
     #[test]
     fn gauges_of_one_name_stand_together_under_one_heading() {
-        let gauge = |name, label: &str, value| Gauge { name, help: "h", labels: vec![("kind", label.to_owned())], value };
+        let gauge = |name, label: &str, value| Gauge {
+            name,
+            help: "h",
+            labels: vec![("kind", label.to_owned())],
+            value,
+        };
         let mut text = String::new();
-        let without = Gauge { labels: Vec::new(), ..gauge("b", "", 0.5) };
-        write_gauges(&mut text, vec![gauge("c", "x", 1.0), without, gauge("c", "y", 2.0)]);
-        assert_eq!(text, "# HELP b h\n# TYPE b gauge\nb 0.5\n# HELP c h\n# TYPE c gauge\nc{kind=\"x\"} 1\nc{kind=\"y\"} 2\n");
+        let without = Gauge {
+            labels: Vec::new(),
+            ..gauge("b", "", 0.5)
+        };
+        write_gauges(
+            &mut text,
+            vec![gauge("c", "x", 1.0), without, gauge("c", "y", 2.0)],
+        );
+        assert_eq!(
+            text,
+            "# HELP b h\n# TYPE b gauge\nb 0.5\n# HELP c h\n# TYPE c gauge\nc{kind=\"x\"} 1\nc{kind=\"y\"} 2\n"
+        );
     }
 }

@@ -5,7 +5,9 @@ use axum::http::StatusCode;
 use utoipa::openapi::header::HeaderBuilder;
 use utoipa::openapi::path::Operation;
 use utoipa::openapi::schema::{Object, SchemaType};
-use utoipa::openapi::{ContentBuilder, Header, OpenApi, Ref, RefOr, Response, ResponseBuilder, Type};
+use utoipa::openapi::{
+    ContentBuilder, Header, OpenApi, Ref, RefOr, Response, ResponseBuilder, Type,
+};
 
 use crate::http::foreign;
 use crate::problem::{CONTENT_TYPE, FieldError, Problem};
@@ -29,9 +31,17 @@ pub fn complete(document: &mut OpenApi, limited: bool, told: &[Told]) {
                     429 => limited,
                     _ => true,
                 };
-                if concerns && !operation.responses.responses.contains_key(&status.to_string()) {
+                if concerns
+                    && !operation
+                        .responses
+                        .responses
+                        .contains_key(&status.to_string())
+                {
                     let reference = RefOr::Ref(Ref::from_response_name(name));
-                    operation.responses.responses.insert(status.to_string(), reference);
+                    operation
+                        .responses
+                        .responses
+                        .insert(status.to_string(), reference);
                     used.push((status, name, description));
                 }
             }
@@ -41,9 +51,13 @@ pub fn complete(document: &mut OpenApi, limited: bool, told: &[Told]) {
     let components = document.components.get_or_insert_with(Default::default);
     for (status, name, description) in used {
         let mut response = ResponseBuilder::new().description(description).build();
-        response.content.insert(CONTENT_TYPE.to_owned(), RefOr::T(problem_content()));
+        response
+            .content
+            .insert(CONTENT_TYPE.to_owned(), RefOr::T(problem_content()));
         furnish_response(status, &mut response, told);
-        components.responses.insert(name.to_owned(), RefOr::T(response));
+        components
+            .responses
+            .insert(name.to_owned(), RefOr::T(response));
     }
 }
 
@@ -52,11 +66,27 @@ const COMMON: [(u16, &str, &str); 9] = [
     (408, "RequestTimeout", "The body did not come in time"),
     (413, "BodyTooLarge", "The body is too large"),
     (414, "UrlTooLong", "Path and query are too long"),
-    (415, "UnsupportedMediaType", "The body is not application/json"),
-    (429, "TooManyRequests", "Too many requests from this address or for this user; try again after the time given"),
-    (431, "HeadersTooLarge", "The headers are too large or too many"),
+    (
+        415,
+        "UnsupportedMediaType",
+        "The body is not application/json",
+    ),
+    (
+        429,
+        "TooManyRequests",
+        "Too many requests from this address or for this user; try again after the time given",
+    ),
+    (
+        431,
+        "HeadersTooLarge",
+        "The headers are too large or too many",
+    ),
     (500, "InternalError", "Something is wrong on our side"),
-    (503, "Unavailable", "Away or overloaded; try again, with the same key"),
+    (
+        503,
+        "Unavailable",
+        "Away or overloaded; try again, with the same key",
+    ),
 ];
 
 /// Headers and examples of the answers that an operation describes itself.
@@ -70,13 +100,26 @@ fn furnish(operation: &mut Operation, told: &[Told]) {
 
 fn furnish_response(status: u16, response: &mut Response, told: &[Told]) {
     let mut header = |name: &str, kind, description: &str| {
-        let header =
-            HeaderBuilder::new().schema(Some(Object::with_type(SchemaType::Type(kind)))).description(Some(description)).build();
-        response.headers.entry(name.to_owned()).or_insert(RefOr::<Header>::T(header));
+        let header = HeaderBuilder::new()
+            .schema(Some(Object::with_type(SchemaType::Type(kind))))
+            .description(Some(description))
+            .build();
+        response
+            .headers
+            .entry(name.to_owned())
+            .or_insert(RefOr::<Header>::T(header));
     };
-    header("X-Request-Id", Type::String, "Names the request in logs; taken over from the request if it had one");
+    header(
+        "X-Request-Id",
+        Type::String,
+        "Names the request in logs; taken over from the request if it had one",
+    );
     if matches!(status, 429 | 503) {
-        header("Retry-After", Type::Integer, "Seconds after which trying again makes sense");
+        header(
+            "Retry-After",
+            Type::Integer,
+            "Seconds after which trying again makes sense",
+        );
     }
     if let Some(RefOr::T(content)) = response.content.get_mut(CONTENT_TYPE) {
         content.example.get_or_insert_with(|| example(status, told));
@@ -84,7 +127,9 @@ fn furnish_response(status: u16, response: &mut Response, told: &[Told]) {
 }
 
 fn problem_content() -> utoipa::openapi::Content {
-    ContentBuilder::new().schema(Some(Ref::from_schema_name("Problem"))).build()
+    ContentBuilder::new()
+        .schema(Some(Ref::from_schema_name("Problem")))
+        .build()
 }
 
 fn example(status: u16, told: &[Told]) -> serde_json::Value {
@@ -97,20 +142,33 @@ fn example(status: u16, told: &[Told]) -> serde_json::Value {
             "malformed_json",
             "The body is not JSON: EOF while parsing an object at line 1 column 1. Send one JSON object.",
         ),
-        (None, 408) => Problem::new(code, "request_timeout", "The body was not complete within 10s. Send it again."),
+        (None, 408) => Problem::new(
+            code,
+            "request_timeout",
+            "The body was not complete within 10s. Send it again.",
+        ),
         (None, 415) => {
             let detail = "Send the body as JSON in UTF-8, not compressed, with the header Content-Type: application/json.";
             Problem::new(code, "unsupported_media_type", detail)
         }
         (None, 422) => {
             let detail = "must be an integer from 1 to 1000000000000, in minor units".to_owned();
-            Problem::validation(vec![FieldError { pointer: "/amount".to_owned(), detail }])
+            Problem::validation(vec![FieldError {
+                pointer: "/amount".to_owned(),
+                detail,
+            }])
         }
-        (None, 429) => {
-            Problem::new(code, "rate_limited", "Too many requests from your address. Nothing was done; send it again in 1 s.")
+        (None, 429) => Problem::new(
+            code,
+            "rate_limited",
+            "Too many requests from your address. Nothing was done; send it again in 1 s.",
+        ),
+        (None, 503) => {
+            Problem::unavailable("It is away for a moment. Send it again, with the same key.")
+                .outcome_unknown("lamp")
         }
-        (None, 503) => Problem::unavailable("It is away for a moment. Send it again, with the same key.").outcome_unknown("lamp"),
         (None, _) => foreign(code),
     };
-    serde_json::to_value(problem.into_document(REQUEST_ID_EXAMPLE)).expect("a problem document is plain data")
+    serde_json::to_value(problem.into_document(REQUEST_ID_EXAMPLE))
+        .expect("a problem document is plain data")
 }

@@ -71,7 +71,14 @@ pub struct ProblemDocument {
 impl Problem {
     /// `code` is snake_case and stable; `detail` says what happened and what to do.
     pub fn new(status: StatusCode, code: &'static str, detail: impl Into<String>) -> Self {
-        Self { status, code, detail: detail.into(), errors: Vec::new(), retry_after_seconds: None, unknown_outcome: None }
+        Self {
+            status,
+            code,
+            detail: detail.into(),
+            errors: Vec::new(),
+            retry_after_seconds: None,
+            unknown_outcome: None,
+        }
     }
 
     /// The request was understood, but parts of it are not acceptable.
@@ -80,14 +87,29 @@ impl Problem {
             // What has no name is named in the detail.
             [one] if one.detail.starts_with("the ") => capitalised(format!("{}.", one.detail)),
             [one] => format!("{} {}.", one.pointer, one.detail),
-            several => format!("{} parts of the request are not acceptable; see errors.", several.len()),
+            several => format!(
+                "{} parts of the request are not acceptable; see errors.",
+                several.len()
+            ),
         };
-        Self { errors, ..Self::new(StatusCode::UNPROCESSABLE_ENTITY, "validation_failed", detail) }
+        Self {
+            errors,
+            ..Self::new(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "validation_failed",
+                detail,
+            )
+        }
     }
 
     /// A service that is needed is away; nothing was done.
     pub fn unavailable(detail: impl Into<String>) -> Self {
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable", detail).retry_after(1)
+        Self::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "service_unavailable",
+            detail,
+        )
+        .retry_after(1)
     }
 
     /// Turned away because there is too much to do; nothing was done.
@@ -97,7 +119,11 @@ impl Problem {
 
     /// A bug of ours, or data that nobody expected; nothing was done. The cause belongs into the log, not here.
     pub fn internal() -> Self {
-        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", "Something went wrong on our side. Nothing was done.")
+        Self::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "internal_error",
+            "Something went wrong on our side. Nothing was done.",
+        )
     }
 
     /// A service was lost midway. A request with a key may or may not have been done, and the key tells.
@@ -160,7 +186,11 @@ impl Problem {
 }
 
 fn title(code: &str) -> String {
-    capitalised(code.replace('_', " ").replace("json", "JSON").replace("url", "URL"))
+    capitalised(
+        code.replace('_', " ")
+            .replace("json", "JSON")
+            .replace("url", "URL"),
+    )
 }
 
 fn capitalised(mut words: String) -> String {
@@ -174,11 +204,18 @@ impl IntoResponse for Problem {
     fn into_response(self) -> Response {
         let mut response = self.status.into_response();
         if let Some(seconds) = self.retry_after_seconds {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+            response
+                .headers_mut()
+                .insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
         // Part of the body is still to come, and nobody will read it.
-        if matches!(self.status, StatusCode::PAYLOAD_TOO_LARGE | StatusCode::REQUEST_TIMEOUT) {
-            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        if matches!(
+            self.status,
+            StatusCode::PAYLOAD_TOO_LARGE | StatusCode::REQUEST_TIMEOUT
+        ) {
+            response
+                .headers_mut()
+                .insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         response.extensions_mut().insert(self);
         response

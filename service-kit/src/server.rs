@@ -52,12 +52,19 @@ struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { head_timeout: Duration::from_secs(30), connections_max: 4096 }
+        Self {
+            head_timeout: Duration::from_secs(30),
+            connections_max: 4096,
+        }
     }
 }
 
 /// Serves until `shutdown`, then lets open requests end, for a bounded time.
-pub async fn serve(listener: TcpListener, router: Router, shutdown: CancellationToken) -> anyhow::Result<()> {
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
     raise_open_files_limit();
     tokio::select! {
         () = serve_within(Limits::default(), listener, router, shutdown) => {}
@@ -66,7 +73,12 @@ pub async fn serve(listener: TcpListener, router: Router, shutdown: Cancellation
     Ok(())
 }
 
-async fn serve_within(limits: Limits, listener: TcpListener, router: Router, shutdown: CancellationToken) {
+async fn serve_within(
+    limits: Limits,
+    listener: TcpListener,
+    router: Router,
+    shutdown: CancellationToken,
+) {
     let places = Arc::new(Semaphore::new(limits.connections_max));
     // Ends all connections if this future is dropped.
     let mut connections = JoinSet::new();
@@ -76,7 +88,9 @@ async fn serve_within(limits: Limits, listener: TcpListener, router: Router, shu
             Ok(accepted) => accepted,
             Err(error) => {
                 warn!(error = %error, "A connection could not be accepted");
-                shutdown.run_until_cancelled(tokio::time::sleep(ACCEPT_RETRY_DELAY)).await;
+                shutdown
+                    .run_until_cancelled(tokio::time::sleep(ACCEPT_RETRY_DELAY))
+                    .await;
                 continue;
             }
         };
@@ -101,8 +115,18 @@ async fn serve_within(limits: Limits, listener: TcpListener, router: Router, shu
 }
 
 /// One connection, from its first request to its end.
-async fn converse(limits: Limits, stream: TcpStream, peer: IpAddr, router: Router, shutdown: CancellationToken) {
-    let mut wire = Wire { stream, refused: None, heard: false };
+async fn converse(
+    limits: Limits,
+    stream: TcpStream,
+    peer: IpAddr,
+    router: Router,
+    shutdown: CancellationToken,
+) {
+    let mut wire = Wire {
+        stream,
+        refused: None,
+        heard: false,
+    };
     let service = service_fn(move |request: hyper::Request<Incoming>| {
         let mut request = request.map(Body::new);
         request.extensions_mut().insert(Peer(peer));
@@ -128,8 +152,15 @@ async fn converse(limits: Limits, stream: TcpStream, peer: IpAddr, router: Route
         (_, Some(status)) => Some(foreign(status)),
         // In the middle of a request; a connection that was only idle is closed without a word.
         (Err(error), None) if error.is_timeout() && wire.heard => {
-            let detail = format!("The request's headers were not complete within {:?}. Send it again.", limits.head_timeout);
-            Some(Problem::new(StatusCode::REQUEST_TIMEOUT, "request_timeout", detail))
+            let detail = format!(
+                "The request's headers were not complete within {:?}. Send it again.",
+                limits.head_timeout
+            );
+            Some(Problem::new(
+                StatusCode::REQUEST_TIMEOUT,
+                "request_timeout",
+                detail,
+            ))
         }
         _ => None,
     };
@@ -157,13 +188,21 @@ async fn farewell(mut stream: TcpStream, problem: Option<Problem>) {
 /// A whole answer, for where there is no request to answer yet.
 fn answer(problem: Problem) -> Vec<u8> {
     let status = problem.status();
-    let retry_after = problem.retry_after_seconds().map_or_else(String::new, |seconds| format!("retry-after: {seconds}\r\n"));
+    let retry_after = problem
+        .retry_after_seconds()
+        .map_or_else(String::new, |seconds| format!("retry-after: {seconds}\r\n"));
     let request_id = uuid::Uuid::now_v7().to_string();
     if !problem.sheds() {
         let code = problem.code();
-        info!(request.id = request_id, http.status = status.as_u16(), problem.code = code, "Request answered with a problem");
+        info!(
+            request.id = request_id,
+            http.status = status.as_u16(),
+            problem.code = code,
+            "Request answered with a problem"
+        );
     }
-    let document = serde_json::to_string(&problem.into_document(&request_id)).expect("a problem document is plain data");
+    let document = serde_json::to_string(&problem.into_document(&request_id))
+        .expect("a problem document is plain data");
     let (content_type, length) = (problem::CONTENT_TYPE, document.len());
     format!(
         "HTTP/1.1 {status}\r\nconnection: close\r\ncache-control: no-store\r\ncontent-type: {content_type}\r\n\
@@ -187,7 +226,13 @@ fn turn_away(connections: &mut JoinSet<()>, stream: TcpStream) {
 fn raise_open_files_limit() {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     if current != maximum
-        && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })
+        && let Err(error) = setrlimit(
+            Resource::Nofile,
+            Rlimit {
+                current: maximum,
+                maximum,
+            },
+        )
     {
         debug!(error = %error, "The limit of open files stays as it is");
     }
@@ -220,7 +265,11 @@ fn bare_refusal(bytes: &[u8]) -> Option<StatusCode> {
 }
 
 impl AsyncRead for Wire {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(cx, buf);
         self.heard |= buf.filled().len() > before;
@@ -229,14 +278,22 @@ impl AsyncRead for Wire {
 }
 
 impl AsyncWrite for Wire {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         if self.held_back(bytes) {
             return Poll::Ready(Ok(bytes.len()));
         }
         Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
 
-    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, parts: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        parts: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
         if let [only] = parts
             && self.held_back(only)
         {
@@ -279,10 +336,20 @@ mod tests {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap();
             let shutdown = CancellationToken::new();
-            let router =
-                Router::new().route("/hello", get(async || "hello")).route("/echo", post(async |fields: Fields| fields.finish()));
-            let serving = tokio::spawn(serve_within(limits, listener, crate::http::edge(router), shutdown.clone()));
-            Self { address, shutdown, serving }
+            let router = Router::new()
+                .route("/hello", get(async || "hello"))
+                .route("/echo", post(async |fields: Fields| fields.finish()));
+            let serving = tokio::spawn(serve_within(
+                limits,
+                listener,
+                crate::http::edge(router),
+                shutdown.clone(),
+            ));
+            Self {
+                address,
+                shutdown,
+                serving,
+            }
         }
 
         /// Sends bytes as they are and reads until the server closes the connection.
@@ -296,18 +363,31 @@ mod tests {
 
     async fn heard(stream: &mut TcpStream) -> String {
         let mut answer = Vec::new();
-        timeout(Duration::from_secs(20), stream.read_to_end(&mut answer)).await.unwrap().unwrap();
+        timeout(Duration::from_secs(20), stream.read_to_end(&mut answer))
+            .await
+            .unwrap()
+            .unwrap();
         String::from_utf8(answer).unwrap()
     }
 
     /// Status and code of an answer, which must be a problem document with the request's id.
     fn problem(answer: &str) -> (u16, String) {
-        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer: {answer:?}"));
-        let document: Value = serde_json::from_str(body).unwrap_or_else(|error| panic!("{error}: {answer:?}"));
-        let header = |name: &str| head.lines().find_map(|line| line.strip_prefix(&format!("{name}: "))).unwrap_or_default();
+        let (head, body) = answer
+            .split_once("\r\n\r\n")
+            .unwrap_or_else(|| panic!("no answer: {answer:?}"));
+        let document: Value =
+            serde_json::from_str(body).unwrap_or_else(|error| panic!("{error}: {answer:?}"));
+        let header = |name: &str| {
+            head.lines()
+                .find_map(|line| line.strip_prefix(&format!("{name}: ")))
+                .unwrap_or_default()
+        };
         assert_eq!(header("content-type"), problem::CONTENT_TYPE, "{answer}");
         assert_eq!(header("content-length"), body.len().to_string(), "{answer}");
-        assert!(!header("x-request-id").is_empty() && document["request_id"] == header("x-request-id"), "{answer}");
+        assert!(
+            !header("x-request-id").is_empty() && document["request_id"] == header("x-request-id"),
+            "{answer}"
+        );
         let status: u16 = head[9..12].parse().unwrap();
         assert_eq!(document["status"], status, "{answer}");
         (status, document["code"].as_str().unwrap().to_owned())
@@ -316,10 +396,22 @@ mod tests {
     #[tokio::test]
     async fn what_is_no_http_is_answered_with_a_problem_document_too() {
         let server = Server::start(Limits::default()).await;
-        let huge = format!("GET /hello HTTP/1.1\r\nhost: x\r\ncookie: {}\r\n\r\n", "x".repeat(HEAD_BYTES_MAX));
-        let many = format!("GET /hello HTTP/1.1\r\nhost: x\r\n{}\r\n", "a: b\r\n".repeat(200));
-        let long = format!("GET /hello?{} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", "x".repeat(5000));
-        let endless = format!("GET /hello?{} HTTP/1.1\r\nhost: x\r\n\r\n", "x".repeat(100_000));
+        let huge = format!(
+            "GET /hello HTTP/1.1\r\nhost: x\r\ncookie: {}\r\n\r\n",
+            "x".repeat(HEAD_BYTES_MAX)
+        );
+        let many = format!(
+            "GET /hello HTTP/1.1\r\nhost: x\r\n{}\r\n",
+            "a: b\r\n".repeat(200)
+        );
+        let long = format!(
+            "GET /hello?{} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
+            "x".repeat(5000)
+        );
+        let endless = format!(
+            "GET /hello?{} HTTP/1.1\r\nhost: x\r\n\r\n",
+            "x".repeat(100_000)
+        );
         let lengths = "POST /echo HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
                        content-length: 2\r\ncontent-length: 3\r\n\r\n{}";
         let chunk = "POST /echo HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n\
@@ -328,12 +420,36 @@ mod tests {
             ("\u{16}\u{3}\u{1}garbage\r\n\r\n", 400, "bad_request"),
             ("GET /hello\r\n\r\n", 400, "bad_request"),
             ("GET /hello HTTP/9.9\r\n\r\n", 400, "bad_request"),
-            ("GET /hello HTTP/1.1\r\nno colon\r\n\r\n", 400, "bad_request"),
-            ("GET /hel\0lo HTTP/1.1\r\nhost: x\r\n\r\n", 400, "bad_request"),
-            ("GET /nowhere HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", 404, "not_found"),
-            ("GET /../etc/passwd HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", 404, "not_found"),
-            ("OPTIONS * HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", 404, "not_found"),
-            ("BREW /hello HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", 405, "method_not_allowed"),
+            (
+                "GET /hello HTTP/1.1\r\nno colon\r\n\r\n",
+                400,
+                "bad_request",
+            ),
+            (
+                "GET /hel\0lo HTTP/1.1\r\nhost: x\r\n\r\n",
+                400,
+                "bad_request",
+            ),
+            (
+                "GET /nowhere HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
+                404,
+                "not_found",
+            ),
+            (
+                "GET /../etc/passwd HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
+                404,
+                "not_found",
+            ),
+            (
+                "OPTIONS * HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
+                404,
+                "not_found",
+            ),
+            (
+                "BREW /hello HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
+                405,
+                "method_not_allowed",
+            ),
             (&huge, 431, "headers_too_large"),
             (&many, 431, "headers_too_large"),
             (&long, 414, "url_too_long"),
@@ -342,11 +458,21 @@ mod tests {
             (chunk, 400, "unreadable_body"),
         ] {
             let answer = server.say(bytes.as_bytes()).await;
-            assert_eq!(problem(&answer), (status, code.to_owned()), "{}", &bytes[..bytes.len().min(80)]);
+            assert_eq!(
+                problem(&answer),
+                (status, code.to_owned()),
+                "{}",
+                &bytes[..bytes.len().min(80)]
+            );
         }
         let answer = server.say(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await;
         assert!(answer.is_empty() || problem(&answer).0 == 400, "{answer:?}");
-        assert!(server.say(b"GET /hello HTTP/1.0\r\n\r\n").await.ends_with("hello"));
+        assert!(
+            server
+                .say(b"GET /hello HTTP/1.0\r\n\r\n")
+                .await
+                .ends_with("hello")
+        );
     }
 
     #[tokio::test]
@@ -355,23 +481,43 @@ mod tests {
         let head = "POST /echo HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 3000000\r\n\r\n";
         let mut upload = head.as_bytes().to_vec();
         upload.resize(head.len() + 3_000_000, b' ');
-        assert_eq!(problem(&server.say(&upload).await), (413, "body_too_large".to_owned()));
+        assert_eq!(
+            problem(&server.say(&upload).await),
+            (413, "body_too_large".to_owned())
+        );
     }
 
     #[tokio::test]
     async fn a_slow_head_is_cut_off_with_a_word_and_an_idle_connection_without() {
-        let server = Server::start(Limits { head_timeout: Duration::from_millis(50), ..Limits::default() }).await;
+        let server = Server::start(Limits {
+            head_timeout: Duration::from_millis(50),
+            ..Limits::default()
+        })
+        .await;
         assert_eq!(server.say(b"").await, "");
-        assert_eq!(problem(&server.say(b"GET /hello HT").await), (408, "request_timeout".to_owned()));
+        assert_eq!(
+            problem(&server.say(b"GET /hello HT").await),
+            (408, "request_timeout".to_owned())
+        );
         let answer = server.say(b"GET /hello HTTP/1.1\r\nhost: x\r\n\r\n").await;
-        assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("hello"), "kept open, then closed in silence: {answer}");
+        assert!(
+            answer.starts_with("HTTP/1.1 200") && answer.ends_with("hello"),
+            "kept open, then closed in silence: {answer}"
+        );
     }
 
     #[tokio::test]
     async fn one_connection_too_many_is_told_so_at_once() {
-        let server = Server::start(Limits { connections_max: 1, ..Limits::default() }).await;
+        let server = Server::start(Limits {
+            connections_max: 1,
+            ..Limits::default()
+        })
+        .await;
         let mut first = TcpStream::connect(server.address).await.unwrap();
-        first.write_all(b"GET /hello HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+        first
+            .write_all(b"GET /hello HTTP/1.1\r\nhost: x\r\n\r\n")
+            .await
+            .unwrap();
         first.readable().await.unwrap();
         let answer = server.say(b"GET /hello HTTP/1.1\r\nhost: x\r\n\r\n").await;
         assert_eq!(problem(&answer), (503, "overloaded".to_owned()));
@@ -384,11 +530,16 @@ mod tests {
     async fn a_shutdown_closes_idle_connections_and_ends() {
         let server = Server::start(Limits::default()).await;
         let mut idle = TcpStream::connect(server.address).await.unwrap();
-        idle.write_all(b"GET /hello HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+        idle.write_all(b"GET /hello HTTP/1.1\r\nhost: x\r\n\r\n")
+            .await
+            .unwrap();
         idle.readable().await.unwrap();
         server.shutdown.cancel();
         assert!(heard(&mut idle).await.ends_with("hello"));
         drop(idle);
-        timeout(Duration::from_secs(20), server.serving).await.unwrap().unwrap();
+        timeout(Duration::from_secs(20), server.serving)
+            .await
+            .unwrap()
+            .unwrap();
     }
 }

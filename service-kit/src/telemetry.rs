@@ -20,16 +20,32 @@ pub enum LogFormat {
 
 /// Starts logging to standard error. `filter` is a level or a list such as `info,orders=debug`.
 pub fn init(format: LogFormat, filter: &str) -> anyhow::Result<()> {
-    let filter: Targets = filter.parse().map_err(|error| anyhow::anyhow!("RUST_LOG is not understood: {error}"))?;
+    let filter: Targets = filter
+        .parse()
+        .map_err(|error| anyhow::anyhow!("RUST_LOG is not understood: {error}"))?;
     // Libraries that narrate: the first logs every reconnect attempt, the others every start.
-    let quiet = [("async_nats", Level::ERROR), ("sea_orm_migration", Level::WARN), ("sqlx", Level::WARN)];
+    let quiet = [
+        ("async_nats", Level::ERROR),
+        ("sea_orm_migration", Level::WARN),
+        ("sqlx", Level::WARN),
+    ];
     let filter = filter.with_targets(quiet);
     let layer = match format {
-        LogFormat::Text => fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal()).boxed(),
-        LogFormat::Json => fmt::layer().json().flatten_event(true).with_writer(std::io::stderr).boxed(),
+        LogFormat::Text => fmt::layer()
+            .with_writer(std::io::stderr)
+            .with_ansi(std::io::stderr().is_terminal())
+            .boxed(),
+        LogFormat::Json => fmt::layer()
+            .json()
+            .flatten_event(true)
+            .with_writer(std::io::stderr)
+            .boxed(),
     };
     // The filter stands before all layers. As the filter of one layer it drops lines now and then: a library that only
     // asks whether something is enabled (sqlx does, for each statement) leaves its answer behind for the next event.
-    tracing_subscriber::registry().with(filter).with(layer).try_init()?;
+    tracing_subscriber::registry()
+        .with(filter)
+        .with(layer)
+        .try_init()?;
     Ok(())
 }

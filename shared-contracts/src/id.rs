@@ -68,7 +68,9 @@ pub struct UserId(String);
 
 /// The text is no user id.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("must be 1 to 64 characters of A-Z, a-z, 0-9, '.', '_' or '-', and neither '.' nor '..' alone")]
+#[error(
+    "must be 1 to 64 characters of A-Z, a-z, 0-9, '.', '_' or '-', and neither '.' nor '..' alone"
+)]
 pub struct InvalidUserId;
 
 impl UserId {
@@ -122,7 +124,17 @@ mod tests {
         for good in ["a", "alice", "a.b_c-D9", "...", ".a", "a.", &"x".repeat(64)] {
             assert_eq!(UserId::parse(good).unwrap().as_str(), good);
         }
-        for bad in ["", ".", "..", "a b", "a/b", "ä", "a\0b", "a\n", &"x".repeat(65)] {
+        for bad in [
+            "",
+            ".",
+            "..",
+            "a b",
+            "a/b",
+            "ä",
+            "a\0b",
+            "a\n",
+            &"x".repeat(65),
+        ] {
             assert_eq!(UserId::parse(bad), Err(InvalidUserId), "{bad:?}");
         }
     }

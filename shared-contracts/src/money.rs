@@ -25,7 +25,11 @@ impl Amount {
 
     /// Checks and wraps `minor_units`.
     pub fn new(minor_units: i64) -> Result<Self, InvalidAmount> {
-        if (1..=Self::MAX).contains(&minor_units) { Ok(Self(minor_units)) } else { Err(InvalidAmount) }
+        if (1..=Self::MAX).contains(&minor_units) {
+            Ok(Self(minor_units))
+        } else {
+            Err(InvalidAmount)
+        }
     }
 
     /// The number of minor units.
@@ -70,7 +74,17 @@ mod tests {
     #[test]
     fn only_a_json_integer_is_an_amount() {
         assert!(serde_json::from_str::<Amount>("100").is_ok());
-        for bad in ["1.5", "1e3", "100.0", "\"1\"", "0", "-5", "null", "1000000000001", "99999999999999999999"] {
+        for bad in [
+            "1.5",
+            "1e3",
+            "100.0",
+            "\"1\"",
+            "0",
+            "-5",
+            "null",
+            "1000000000001",
+            "99999999999999999999",
+        ] {
             assert!(serde_json::from_str::<Amount>(bad).is_err(), "{bad}");
         }
     }

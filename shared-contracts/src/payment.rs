@@ -57,7 +57,9 @@ impl DeclineReason {
 
     /// Reads what [`as_str`](Self::as_str) wrote.
     pub fn parse(text: &str) -> Option<Self> {
-        [Self::InsufficientFunds, Self::NoAccount].into_iter().find(|reason| reason.as_str() == text)
+        [Self::InsufficientFunds, Self::NoAccount]
+            .into_iter()
+            .find(|reason| reason.as_str() == text)
     }
 }
 
@@ -82,7 +84,9 @@ impl PaymentOutcome {
     pub fn parse(outcome: &str, reason: Option<&str>) -> Option<Self> {
         match (outcome, reason) {
             ("paid", None) => Some(Self::Paid),
-            ("declined", Some(reason)) => DeclineReason::parse(reason).map(|reason| Self::Declined { reason }),
+            ("declined", Some(reason)) => {
+                DeclineReason::parse(reason).map(|reason| Self::Declined { reason })
+            }
             _ => None,
         }
     }

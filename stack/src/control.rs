@@ -71,25 +71,41 @@ pub(crate) fn close(folder: &Path) {
 pub(crate) async fn read(stream: UnixStream) -> anyhow::Result<(Request, UnixStream)> {
     let mut reader = BufReader::new(stream);
     let mut line = String::new();
-    tokio::time::timeout(Duration::from_secs(2), reader.read_line(&mut line)).await.context("nothing was asked")??;
+    tokio::time::timeout(Duration::from_secs(2), reader.read_line(&mut line))
+        .await
+        .context("nothing was asked")??;
     Ok((serde_json::from_str(&line)?, reader.into_inner()))
 }
 
 /// Answers one request.
-pub(crate) async fn reply(mut stream: UnixStream, answer: anyhow::Result<Value>) -> anyhow::Result<()> {
+pub(crate) async fn reply(
+    mut stream: UnixStream,
+    answer: anyhow::Result<Value>,
+) -> anyhow::Result<()> {
     let reply = match answer {
         Ok(value) => Reply { error: None, value },
-        Err(error) => Reply { error: Some(format!("{error:#}")), value: Value::Null },
+        Err(error) => Reply {
+            error: Some(format!("{error:#}")),
+            value: Value::Null,
+        },
     };
-    stream.write_all(format!("{}\n", serde_json::to_string(&reply)?).as_bytes()).await?;
+    stream
+        .write_all(format!("{}\n", serde_json::to_string(&reply)?).as_bytes())
+        .await?;
     Ok(())
 }
 
 /// Asks the stack of `folder`. `None`: none is running there.
 pub async fn ask(folder: &Path, request: &Request) -> anyhow::Result<Option<Value>> {
-    let Ok(folder) = folder.canonicalize() else { return Ok(None) };
-    let Ok(mut stream) = UnixStream::connect(socket(&folder)).await else { return Ok(None) };
-    stream.write_all(format!("{}\n", serde_json::to_string(request)?).as_bytes()).await?;
+    let Ok(folder) = folder.canonicalize() else {
+        return Ok(None);
+    };
+    let Ok(mut stream) = UnixStream::connect(socket(&folder)).await else {
+        return Ok(None);
+    };
+    stream
+        .write_all(format!("{}\n", serde_json::to_string(request)?).as_bytes())
+        .await?;
     let mut line = String::new();
     let mut reader = BufReader::new(stream);
     let read = reader.read_line(&mut line);

@@ -50,11 +50,17 @@ impl Edges {
 
     /// The ways to one part.
     pub fn to<'a>(&'a self, part: &'a str) -> impl Iterator<Item = &'a Proxy> {
-        self.ways.iter().filter(move |(_, to, _)| *to == part).map(|(_, _, proxy)| proxy)
+        self.ways
+            .iter()
+            .filter(move |(_, to, _)| *to == part)
+            .map(|(_, _, proxy)| proxy)
     }
 
     /// Where clients go.
     pub fn front(&self) -> String {
-        format!("http://127.0.0.1:{}", self.between("client", "gateway").port())
+        format!(
+            "http://127.0.0.1:{}",
+            self.between("client", "gateway").port()
+        )
     }
 }

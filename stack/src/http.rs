@@ -37,7 +37,10 @@ impl Answer {
 
     /// The first header of this name.
     pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(other, _)| other == name).map(|(_, value)| value.as_str())
+        self.headers
+            .iter()
+            .find(|(other, _)| other == name)
+            .map(|(_, value)| value.as_str())
     }
 }
 
@@ -75,7 +78,10 @@ impl Http {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(Duration::from_secs(2)));
-        Self { client: Client::builder(TokioExecutor::new()).build(connector), base: base.into() }
+        Self {
+            client: Client::builder(TokioExecutor::new()).build(connector),
+            base: base.into(),
+        }
     }
 
     /// The `http://host:port` it was made with.
@@ -89,10 +95,16 @@ impl Http {
     }
 
     /// POST of a JSON body, with an idempotency key or without.
-    pub async fn post(&self, path: &str, key: Option<&str>, body: &Value) -> anyhow::Result<Answer> {
+    pub async fn post(
+        &self,
+        path: &str,
+        key: Option<&str>,
+        body: &Value,
+    ) -> anyhow::Result<Answer> {
         let mut headers = vec![("content-type", "application/json")];
         headers.extend(key.map(|key| ("idempotency-key", key)));
-        self.request("POST", path, &headers, body.to_string().into()).await
+        self.request("POST", path, &headers, body.to_string().into())
+            .await
     }
 
     /// GET of something that may never end.
@@ -101,29 +113,59 @@ impl Http {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        let request = request.body(Full::new(Bytes::new())).context("a request is not well formed")?;
-        let (parts, body) = tokio::time::timeout(TIMEOUT, self.client.request(request)).await??.into_parts();
-        let content_type = parts.headers.get("content-type").and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
-        Ok(Opened { status: parts.status.as_u16(), content_type, body })
+        let request = request
+            .body(Full::new(Bytes::new()))
+            .context("a request is not well formed")?;
+        let (parts, body) = tokio::time::timeout(TIMEOUT, self.client.request(request))
+            .await??
+            .into_parts();
+        let content_type = parts
+            .headers
+            .get("content-type")
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or_default()
+            .to_owned();
+        Ok(Opened {
+            status: parts.status.as_u16(),
+            content_type,
+            body,
+        })
     }
 
     /// Anything.
-    pub async fn request(&self, method: &str, path: &str, headers: &[(&str, &str)], body: Bytes) -> anyhow::Result<Answer> {
-        let mut request = hyper::Request::builder().method(method).uri(format!("{}{path}", self.base));
+    pub async fn request(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: Bytes,
+    ) -> anyhow::Result<Answer> {
+        let mut request = hyper::Request::builder()
+            .method(method)
+            .uri(format!("{}{path}", self.base));
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        let request = request.body(Full::new(body)).context("a request is not well formed")?;
+        let request = request
+            .body(Full::new(body))
+            .context("a request is not well formed")?;
         let exchange = async {
             let (parts, body) = self.client.request(request).await?.into_parts();
             let headers = parts.headers.iter();
-            let headers = headers.map(|(name, value)| (name.to_string(), String::from_utf8_lossy(value.as_bytes()).into_owned()));
+            let headers = headers.map(|(name, value)| {
+                (
+                    name.to_string(),
+                    String::from_utf8_lossy(value.as_bytes()).into_owned(),
+                )
+            });
             anyhow::Ok(Answer {
                 status: parts.status.as_u16(),
                 headers: headers.collect(),
                 body: body.collect().await?.to_bytes(),
             })
         };
-        tokio::time::timeout(TIMEOUT, exchange).await.with_context(|| format!("{method} {path}: no answer within {TIMEOUT:?}"))?
+        tokio::time::timeout(TIMEOUT, exchange)
+            .await
+            .with_context(|| format!("{method} {path}: no answer within {TIMEOUT:?}"))?
     }
 }

@@ -72,10 +72,15 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let ports = Ports::with_offset(arguments.port_offset)?;
     match arguments.command {
         Command::Up { detach: false } => up(&folder, ports).await,
-        Command::Up { detach: true } => up_detached(&folder, &arguments.dir, arguments.port_offset).await,
+        Command::Up { detach: true } => {
+            up_detached(&folder, &arguments.dir, arguments.port_offset).await
+        }
         Command::Down => match stack::ask(&folder, &Request::Down).await? {
             Some(_) => {
-                println!("Everything is stopped. The data stays in {}.", folder.display());
+                println!(
+                    "Everything is stopped. The data stays in {}.",
+                    folder.display()
+                );
                 Ok(())
             }
             None => {
@@ -101,10 +106,17 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
 
 async fn up(folder: &Path, ports: Ports) -> anyhow::Result<()> {
     let tools = Tools::find()?;
-    let binaries = std::env::current_exe()?.parent().context("this program is in a folder")?.to_owned();
+    let binaries = std::env::current_exe()?
+        .parent()
+        .context("this program is in a folder")?
+        .to_owned();
     let place = Place::open(folder)?;
     println!("Starting in {}", place.folder().display());
-    let options = Options { ports, binaries, environment: Vec::new() };
+    let options = Options {
+        ports,
+        binaries,
+        environment: Vec::new(),
+    };
     stack::supervise(&tools, place, options, |system| {
         print_welcome(system);
         println!("Ctrl-C stops everything.");
@@ -116,7 +128,10 @@ async fn up(folder: &Path, ports: Ports) -> anyhow::Result<()> {
 async fn up_detached(folder: &Path, dir: &Path, port_offset: u16) -> anyhow::Result<()> {
     if let Some(parts) = stack::ask(folder, &Request::Status).await? {
         println!("Running already.");
-        print_lines(&status_table(folder, &serde_json::from_value::<Vec<PartStatus>>(parts)?));
+        print_lines(&status_table(
+            folder,
+            &serde_json::from_value::<Vec<PartStatus>>(parts)?,
+        ));
         return Ok(());
     }
     let place = Place::open(folder)?;
@@ -136,11 +151,16 @@ async fn up_detached(folder: &Path, dir: &Path, port_offset: u16) -> anyhow::Res
     loop {
         if let Some(status) = child.try_wait()? {
             let words = tail(&log_path, 30);
-            let reason = words.split_once("error: ").map_or(words.as_str(), |(_, reason)| reason);
+            let reason = words
+                .split_once("error: ")
+                .map_or(words.as_str(), |(_, reason)| reason);
             anyhow::bail!("{reason}\n(the stack ended with {status}; nothing is left running)");
         }
         if stack::ask(folder, &Request::Status).await?.is_some() {
-            print!("{}", std::fs::read_to_string(&log_path)?.replace("Ctrl-C stops", "./dev down stops"));
+            print!(
+                "{}",
+                std::fs::read_to_string(&log_path)?.replace("Ctrl-C stops", "./dev down stops")
+            );
             return Ok(());
         }
         anyhow::ensure!(
@@ -153,18 +173,29 @@ async fn up_detached(folder: &Path, dir: &Path, port_offset: u16) -> anyhow::Res
 }
 
 async fn ask_running(folder: &Path, request: &Request) -> anyhow::Result<()> {
-    stack::ask(folder, request)
-        .await?
-        .with_context(|| format!("nothing is running in {}: ./dev up starts it", folder.display()))?;
+    stack::ask(folder, request).await?.with_context(|| {
+        format!(
+            "nothing is running in {}: ./dev up starts it",
+            folder.display()
+        )
+    })?;
     Ok(())
 }
 
 fn status_table(folder: &Path, parts: &[PartStatus]) -> String {
-    let mut lines = vec![format!("{:<9} {:<7} {:<8} {:<28} log", "part", "ready", "pid", "address")];
+    let mut lines = vec![format!(
+        "{:<9} {:<7} {:<8} {:<28} log",
+        "part", "ready", "pid", "address"
+    )];
     for part in parts {
-        let pid = part.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string());
+        let pid = part
+            .pid
+            .map_or_else(|| "-".to_owned(), |pid| pid.to_string());
         let ready = if part.ready { "yes" } else { "no" };
-        lines.push(format!("{:<9} {ready:<7} {pid:<8} {:<28} {}", part.name, part.address, part.log));
+        lines.push(format!(
+            "{:<9} {ready:<7} {pid:<8} {:<28} {}",
+            part.name, part.address, part.log
+        ));
     }
     lines.push(format!("data and logs: {}", folder.display()));
     lines.join("\n")
@@ -182,11 +213,21 @@ fn print_welcome(system: &System) {
         println!("  {name:<9} {}", system.address(name));
     }
     println!("  {:<9} {gateway}/swagger/", "API");
-    println!("  {:<9} http://127.0.0.1:{}", "monitor", system.ports().nats_monitor);
+    println!(
+        "  {:<9} http://127.0.0.1:{}",
+        "monitor",
+        system.ports().nats_monitor
+    );
     println!("  {:<9} {}", "data", system.place().folder().display());
     println!();
     println!("Try it:");
-    println!("  curl -s {gateway}/v1/accounts -H 'Content-Type: application/json' -d '{{\"user_id\":\"alice\"}}'");
-    println!("  nats --server nats://viewer:{}@127.0.0.1:{} stream ls", system.place().secrets.nats_viewer, system.ports().nats);
+    println!(
+        "  curl -s {gateway}/v1/accounts -H 'Content-Type: application/json' -d '{{\"user_id\":\"alice\"}}'"
+    );
+    println!(
+        "  nats --server nats://viewer:{}@127.0.0.1:{} stream ls",
+        system.place().secrets.nats_viewer,
+        system.ports().nats
+    );
     println!();
 }

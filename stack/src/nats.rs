@@ -41,8 +41,23 @@ struct Member {
 
 impl Nats {
     /// The server for a data folder.
-    pub fn new(tools: &Tools, data: PathBuf, log: PathBuf, port: u16, monitor_port: u16, secrets: Secrets) -> Self {
-        Self { executable: tools.nats_server.clone(), data, log, port, monitor_port, secrets, member: None }
+    pub fn new(
+        tools: &Tools,
+        data: PathBuf,
+        log: PathBuf,
+        port: u16,
+        monitor_port: u16,
+        secrets: Secrets,
+    ) -> Self {
+        Self {
+            executable: tools.nats_server.clone(),
+            data,
+            log,
+            port,
+            monitor_port,
+            secrets,
+            member: None,
+        }
     }
 
     /// The same as one of three: `port` is for the others, who listen on `all`.
@@ -66,24 +81,48 @@ impl Nats {
         ];
         let port = self.port.to_string();
         let monitor_port = self.monitor_port.to_string();
-        let configuration = if self.member.is_some() { CLUSTER_CONFIGURATION } else { CONFIGURATION };
-        let mut arguments: Vec<String> =
-            ["--config", configuration, "--addr", "127.0.0.1", "--port", &port, "--http_port", &monitor_port]
-                .map(str::to_owned)
-                .to_vec();
+        let configuration = if self.member.is_some() {
+            CLUSTER_CONFIGURATION
+        } else {
+            CONFIGURATION
+        };
+        let mut arguments: Vec<String> = [
+            "--config",
+            configuration,
+            "--addr",
+            "127.0.0.1",
+            "--port",
+            &port,
+            "--http_port",
+            &monitor_port,
+        ]
+        .map(str::to_owned)
+        .to_vec();
         if let Some(member) = &self.member {
             environment.push(("NATS_SERVER_NAME", member.name.clone()));
             environment.push(("NATS_CLUSTER_PASSWORD", secrets.nats_sys.clone()));
-            for (name, port) in ["NATS_ROUTE_1", "NATS_ROUTE_2", "NATS_ROUTE_3"].into_iter().zip(member.all) {
-                environment.push((name, format!("nats://route:{}@127.0.0.1:{port}", secrets.nats_sys)));
+            for (name, port) in ["NATS_ROUTE_1", "NATS_ROUTE_2", "NATS_ROUTE_3"]
+                .into_iter()
+                .zip(member.all)
+            {
+                environment.push((
+                    name,
+                    format!("nats://route:{}@127.0.0.1:{port}", secrets.nats_sys),
+                ));
             }
-            arguments.extend(["--cluster".to_owned(), format!("nats://127.0.0.1:{}", member.port)]);
+            arguments.extend([
+                "--cluster".to_owned(),
+                format!("nats://127.0.0.1:{}", member.port),
+            ]);
         }
         Program {
             name: "nats".to_owned(),
             executable: self.executable.clone(),
             arguments,
-            environment: environment.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+            environment: environment
+                .into_iter()
+                .map(|(name, value)| (name.to_owned(), value))
+                .collect(),
             log: self.log.clone(),
             stop_signal: Signal::TERM,
             unprivileged: false,
@@ -93,7 +132,10 @@ impl Nats {
     /// Whether JetStream works.
     pub async fn is_ready(&self) -> bool {
         let monitor = Http::new(format!("http://127.0.0.1:{}", self.monitor_port));
-        monitor.get("/healthz?js-enabled-only=true").await.is_ok_and(|answer| answer.status == 200)
+        monitor
+            .get("/healthz?js-enabled-only=true")
+            .await
+            .is_ok_and(|answer| answer.status == 200)
     }
 
     /// Where clients connect.

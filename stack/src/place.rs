@@ -63,8 +63,11 @@ impl Secrets {
 impl Place {
     /// Opens the folder, or makes it.
     pub fn open(folder: &Path) -> anyhow::Result<Self> {
-        fs::create_dir_all(folder.join("logs")).with_context(|| format!("the folder {} cannot be made", folder.display()))?;
-        let folder = folder.canonicalize().with_context(|| format!("the folder {} cannot be found", folder.display()))?;
+        fs::create_dir_all(folder.join("logs"))
+            .with_context(|| format!("the folder {} cannot be made", folder.display()))?;
+        let folder = folder
+            .canonicalize()
+            .with_context(|| format!("the folder {} cannot be found", folder.display()))?;
         if is_root() {
             fs::set_permissions(&folder, Permissions::from_mode(0o755))?;
             ensure!(
@@ -106,12 +109,19 @@ pub(crate) fn is_root() -> bool {
 
 /// Gives a file or folder to the user who runs PostgreSQL.
 pub(crate) fn give_to_postgres(path: &Path) -> std::io::Result<()> {
-    if is_root() { chown(path, Some(UNPRIVILEGED_ID), Some(UNPRIVILEGED_ID)) } else { Ok(()) }
+    if is_root() {
+        chown(path, Some(UNPRIVILEGED_ID), Some(UNPRIVILEGED_ID))
+    } else {
+        Ok(())
+    }
 }
 
 fn reachable_by_nobody(folder: &Path) -> bool {
     Command::new("setpriv")
-        .args([format!("--reuid={UNPRIVILEGED_ID}"), format!("--regid={UNPRIVILEGED_ID}")])
+        .args([
+            format!("--reuid={UNPRIVILEGED_ID}"),
+            format!("--regid={UNPRIVILEGED_ID}"),
+        ])
         .args(["--clear-groups", "test", "-x"])
         .arg(folder)
         .stdin(Stdio::null())
@@ -121,7 +131,9 @@ fn reachable_by_nobody(folder: &Path) -> bool {
 
 fn read_or_make_secrets(path: &Path) -> anyhow::Result<Secrets> {
     match fs::read_to_string(path) {
-        Ok(text) => serde_json::from_str(&text).with_context(|| format!("{} is damaged", path.display())),
+        Ok(text) => {
+            serde_json::from_str(&text).with_context(|| format!("{} is damaged", path.display()))
+        }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             let secrets = Secrets::random();
             // Renamed into place, so that an interruption leaves no half file.

@@ -25,7 +25,10 @@ pub struct Ports {
 impl Ports {
     /// The well-known ports, `offset` added to each so that several stacks can run side by side.
     pub fn with_offset(offset: u16) -> anyhow::Result<Self> {
-        let port = |base: u16| base.checked_add(offset).context("GOZON_PORT_OFFSET is too large: ports end at 65535");
+        let port = |base: u16| {
+            base.checked_add(offset)
+                .context("GOZON_PORT_OFFSET is too large: ports end at 65535")
+        };
         Ok(Self {
             postgres: port(54320)?,
             nats: port(4222)?,
@@ -60,7 +63,9 @@ impl Ports {
         ];
         for (name, port) in named {
             if TcpListener::bind(local(port)).is_err() {
-                bail!("port {port}, for {name}, is taken by another program: stop that one, or set GOZON_PORT_OFFSET=100");
+                bail!(
+                    "port {port}, for {name}, is taken by another program: stop that one, or set GOZON_PORT_OFFSET=100"
+                );
             }
         }
         Ok(())

@@ -7,7 +7,9 @@ use std::process::Stdio;
 
 use anyhow::{Context as _, ensure};
 use rustix::process::Signal;
-use sea_orm::{ConnectOptions, ConnectionTrait as _, Database, DatabaseConnection, DbBackend, Statement};
+use sea_orm::{
+    ConnectOptions, ConnectionTrait as _, Database, DatabaseConnection, DbBackend, Statement,
+};
 use tokio::process::Command;
 
 use crate::place::{UNPRIVILEGED_ID, give_to_postgres, is_root};
@@ -35,8 +37,21 @@ pub struct Postgres {
 
 impl Postgres {
     /// The server for a data folder.
-    pub fn new(tools: &Tools, data: PathBuf, log: PathBuf, port: u16, password: String) -> anyhow::Result<Self> {
-        Ok(Self { programs: tools.postgres_for(&data)?.to_owned(), data, log, port, password, settings: Vec::new() })
+    pub fn new(
+        tools: &Tools,
+        data: PathBuf,
+        log: PathBuf,
+        port: u16,
+        password: String,
+    ) -> anyhow::Result<Self> {
+        Ok(Self {
+            programs: tools.postgres_for(&data)?.to_owned(),
+            data,
+            log,
+            port,
+            password,
+            settings: Vec::new(),
+        })
     }
 
     /// Makes the data folder if there is none.
@@ -57,12 +72,20 @@ impl Postgres {
         fs::set_permissions(&password_file, Permissions::from_mode(0o600))?;
         fs::write(&password_file, &self.password)?;
         give_to_postgres(&password_file)?;
-        let log = fs::File::options().create(true).append(true).open(&self.log)?;
+        let log = fs::File::options()
+            .create(true)
+            .append(true)
+            .open(&self.log)?;
 
         let mut command = if is_root() {
             let mut command = Command::new("setpriv");
-            command.args([format!("--reuid={UNPRIVILEGED_ID}"), format!("--regid={UNPRIVILEGED_ID}")]);
-            command.args(["--clear-groups", "--"]).arg(self.programs.join("initdb"));
+            command.args([
+                format!("--reuid={UNPRIVILEGED_ID}"),
+                format!("--regid={UNPRIVILEGED_ID}"),
+            ]);
+            command
+                .args(["--clear-groups", "--"])
+                .arg(self.programs.join("initdb"));
             command
         } else {
             Command::new(self.programs.join("initdb"))
@@ -92,16 +115,34 @@ impl Postgres {
             .await
             .context("initdb cannot be started")?;
         fs::remove_file(&password_file)?;
-        ensure!(status.success(), "initdb failed ({status}). The end of {}:\n{}", self.log.display(), tail(&self.log, 15));
+        ensure!(
+            status.success(),
+            "initdb failed ({status}). The end of {}:\n{}",
+            self.log.display(),
+            tail(&self.log, 15)
+        );
         fs::rename(&draft, &self.data)?;
         Ok(())
     }
 
     /// The server program.
     pub fn program(&self) -> Program {
-        let mut arguments = vec!["-D".to_owned(), self.data.display().to_string(), "-p".to_owned(), self.port.to_string()];
-        let settings = ["listen_addresses=127.0.0.1", "unix_socket_directories=", "log_line_prefix=%m [%p] %q%u@%d "];
-        for setting in settings.into_iter().map(str::to_owned).chain(self.settings.iter().cloned()) {
+        let mut arguments = vec![
+            "-D".to_owned(),
+            self.data.display().to_string(),
+            "-p".to_owned(),
+            self.port.to_string(),
+        ];
+        let settings = [
+            "listen_addresses=127.0.0.1",
+            "unix_socket_directories=",
+            "log_line_prefix=%m [%p] %q%u@%d ",
+        ];
+        for setting in settings
+            .into_iter()
+            .map(str::to_owned)
+            .chain(self.settings.iter().cloned())
+        {
             arguments.extend(["-c".to_owned(), setting]);
         }
         Program {
@@ -124,34 +165,55 @@ impl Postgres {
     /// A connection as superuser.
     pub async fn connect(&self, database: &str) -> anyhow::Result<DatabaseConnection> {
         let mut options = ConnectOptions::new(self.url(SUPERUSER, &self.password, database));
-        options.max_connections(1).connect_timeout(std::time::Duration::from_secs(2)).sqlx_logging(false);
-        Database::connect(options).await.context("PostgreSQL does not take connections")
+        options
+            .max_connections(1)
+            .connect_timeout(std::time::Duration::from_secs(2))
+            .sqlx_logging(false);
+        Database::connect(options)
+            .await
+            .context("PostgreSQL does not take connections")
     }
 
     /// A connection URL.
     pub fn url(&self, role: &str, password: &str, database: &str) -> String {
-        format!("postgres://{role}:{password}@127.0.0.1:{}/{database}", self.port)
+        format!(
+            "postgres://{role}:{password}@127.0.0.1:{}/{database}",
+            self.port
+        )
     }
 
     /// A role and a database of the same name, which no other role may enter. Does nothing if they are there.
     pub async fn ensure_database(&self, name: &str, password: &str) -> anyhow::Result<()> {
         ensure!(
-            name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_'),
+            name.bytes()
+                .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_'),
             "{name:?} is no database name"
         );
-        ensure!(password.bytes().all(|byte| byte.is_ascii_alphanumeric()), "a generated password is letters and digits");
+        ensure!(
+            password.bytes().all(|byte| byte.is_ascii_alphanumeric()),
+            "a generated password is letters and digits"
+        );
         let db = self.connect("postgres").await?;
         let exists = async |query: &str| {
-            let found = db.query_one_raw(Statement::from_sql_and_values(DbBackend::Postgres, query, [name.into()])).await;
+            let found = db
+                .query_one_raw(Statement::from_sql_and_values(
+                    DbBackend::Postgres,
+                    query,
+                    [name.into()],
+                ))
+                .await;
             found.map(|row| row.is_some())
         };
         if !exists("SELECT 1 FROM pg_roles WHERE rolname = $1").await? {
-            db.execute_unprepared(&format!("CREATE ROLE {name} LOGIN PASSWORD '{password}'")).await?;
+            db.execute_unprepared(&format!("CREATE ROLE {name} LOGIN PASSWORD '{password}'"))
+                .await?;
         }
         if !exists("SELECT 1 FROM pg_database WHERE datname = $1").await? {
-            db.execute_unprepared(&format!("CREATE DATABASE {name} OWNER {name}")).await?;
+            db.execute_unprepared(&format!("CREATE DATABASE {name} OWNER {name}"))
+                .await?;
         }
-        db.execute_unprepared(&format!("REVOKE ALL ON DATABASE {name} FROM PUBLIC")).await?;
+        db.execute_unprepared(&format!("REVOKE ALL ON DATABASE {name} FROM PUBLIC"))
+            .await?;
         db.close().await?;
         Ok(())
     }
@@ -159,8 +221,10 @@ impl Postgres {
     /// Keeps the services' roles out of the superuser's database.
     pub async fn close_superuser_database(&self) -> anyhow::Result<()> {
         let db = self.connect("postgres").await?;
-        db.execute_unprepared("REVOKE ALL ON DATABASE postgres FROM PUBLIC").await?;
-        db.execute_unprepared("REVOKE ALL ON DATABASE template1 FROM PUBLIC").await?;
+        db.execute_unprepared("REVOKE ALL ON DATABASE postgres FROM PUBLIC")
+            .await?;
+        db.execute_unprepared("REVOKE ALL ON DATABASE template1 FROM PUBLIC")
+            .await?;
         db.close().await?;
         Ok(())
     }

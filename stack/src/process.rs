@@ -48,20 +48,37 @@ impl Process {
     /// the program itself.
     pub fn start(program: &Program) -> anyhow::Result<Self> {
         let log = File::options().create(true).append(true).open(&program.log);
-        let log = log.with_context(|| format!("the log {} cannot be written", program.log.display()))?;
+        let log =
+            log.with_context(|| format!("the log {} cannot be written", program.log.display()))?;
         let mut command = Command::new("setpriv");
-        command.arg("--pdeathsig").arg(signal_name(program.stop_signal));
+        command
+            .arg("--pdeathsig")
+            .arg(signal_name(program.stop_signal));
         if program.unprivileged && is_root() {
-            command.args([format!("--reuid={UNPRIVILEGED_ID}"), format!("--regid={UNPRIVILEGED_ID}")]).arg("--clear-groups");
+            command
+                .args([
+                    format!("--reuid={UNPRIVILEGED_ID}"),
+                    format!("--regid={UNPRIVILEGED_ID}"),
+                ])
+                .arg("--clear-groups");
         }
-        command.arg("--").arg(&program.executable).args(&program.arguments).env_clear();
+        command
+            .arg("--")
+            .arg(&program.executable)
+            .args(&program.arguments)
+            .env_clear();
         for inherited in ["PATH", "HOME", "LANG", "RUST_LOG", "RUST_BACKTRACE"] {
             if let Some(value) = std::env::var_os(inherited) {
                 command.env(inherited, value);
             }
         }
         let child = command
-            .envs(program.environment.iter().map(|(name, value)| (name, value)))
+            .envs(
+                program
+                    .environment
+                    .iter()
+                    .map(|(name, value)| (name, value)),
+            )
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
@@ -71,8 +88,16 @@ impl Process {
             .kill_on_drop(true)
             .spawn()
             .with_context(|| format!("{} cannot be started", program.name))?;
-        let pid = child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?)).context("a started process has an id")?;
-        Ok(Self { name: program.name.clone(), child, pid, stop_signal: program.stop_signal })
+        let pid = child
+            .id()
+            .and_then(|id| Pid::from_raw(i32::try_from(id).ok()?))
+            .context("a started process has an id")?;
+        Ok(Self {
+            name: program.name.clone(),
+            child,
+            pid,
+            stop_signal: program.stop_signal,
+        })
     }
 
     /// Its process id.
@@ -99,23 +124,34 @@ impl Process {
         self.signal(signal)?;
         // One that is paused could not react.
         self.signal(Signal::CONT)?;
-        if tokio::time::timeout(STOP_TIMEOUT, self.child.wait()).await.is_err() {
+        if tokio::time::timeout(STOP_TIMEOUT, self.child.wait())
+            .await
+            .is_err()
+        {
             self.kill().await?;
-            anyhow::bail!("{} did not stop within {STOP_TIMEOUT:?} and was killed", self.name);
+            anyhow::bail!(
+                "{} did not stop within {STOP_TIMEOUT:?} and was killed",
+                self.name
+            );
         }
         Ok(())
     }
 
     /// kill -9.
     pub async fn kill(&mut self) -> anyhow::Result<()> {
-        self.child.kill().await.with_context(|| format!("{} cannot be killed", self.name))
+        self.child
+            .kill()
+            .await
+            .with_context(|| format!("{} cannot be killed", self.name))
     }
 
     /// Sends a signal: `Signal::STOP` pauses it, `Signal::CONT` lets it go on.
     pub fn signal(&self, signal: Signal) -> anyhow::Result<()> {
         match kill_process(self.pid, signal) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
-            Err(error) => Err(error).with_context(|| format!("{} cannot be sent a signal", self.name)),
+            Err(error) => {
+                Err(error).with_context(|| format!("{} cannot be sent a signal", self.name))
+            }
         }
     }
 }

@@ -189,13 +189,19 @@ impl Proxy {
                 let mut open = JoinSet::new();
                 loop {
                     while open.try_join_next().is_some() {}
-                    let Ok((client, _)) = listener.accept().await else { continue };
+                    let Ok((client, _)) = listener.accept().await else {
+                        continue;
+                    };
                     let Some(link) = link.upgrade() else { return };
                     open.spawn(link.carry(client));
                 }
             }
         });
-        Ok(Self { link, port, _accepting: Arc::new(Accepting(accepting.abort_handle())) })
+        Ok(Self {
+            link,
+            port,
+            _accepting: Arc::new(Accepting(accepting.abort_handle())),
+        })
     }
 
     /// Where it listens on this machine.
@@ -230,17 +236,26 @@ impl Proxy {
 
     /// What clients have sent so far.
     pub fn traffic(&self) -> Traffic {
-        *self.link.meter.0.lock().unwrap_or_else(PoisonError::into_inner)
+        *self
+            .link
+            .meter
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Cuts every connection (RST). New ones work.
     pub fn cut(&self) {
-        self.link.weather.send_modify(|weather| weather.cut_below = self.connections());
+        self.link
+            .weather
+            .send_modify(|weather| weather.cut_below = self.connections());
     }
 
     /// Every connection leads into nothing, and so do new ones until [`Self::heal`]: nobody is told, nothing is closed.
     pub fn black_hole(&self) {
-        self.link.weather.send_modify(|weather| (weather.dead_below, weather.held) = (self.connections(), true));
+        self.link
+            .weather
+            .send_modify(|weather| (weather.dead_below, weather.held) = (self.connections(), true));
     }
 
     /// Nothing goes through until [`Self::heal`]; then everything goes on.
@@ -250,12 +265,16 @@ impl Proxy {
 
     /// Each piece of at most so many bytes (0: any number) is late by up to so much.
     pub fn slow(&self, delay: Duration, piece: usize) {
-        self.link.weather.send_modify(|weather| (weather.delay, weather.piece) = (delay, piece));
+        self.link
+            .weather
+            .send_modify(|weather| (weather.delay, weather.piece) = (delay, piece));
     }
 
     /// The network behaves again. What led into nothing stays so.
     pub fn heal(&self) {
-        self.link.weather.send_modify(|weather| (weather.held, weather.delay, weather.piece) = (false, Duration::ZERO, 0));
+        self.link.weather.send_modify(|weather| {
+            (weather.held, weather.delay, weather.piece) = (false, Duration::ZERO, 0)
+        });
     }
 }
 
@@ -285,7 +304,9 @@ impl Link {
         let mut server = None;
         let carried = async {
             self.until_open(number).await;
-            let connected = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(self.server)).await.map_err(|_| Reset)??;
+            let connected = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(self.server))
+                .await
+                .map_err(|_| Reset)??;
             let server = server.insert(connected);
             client.set_nodelay(true)?;
             server.set_nodelay(true)?;
@@ -297,8 +318,20 @@ impl Link {
             let (client_reads, client_writes) = client.split();
             let (server_reads, server_writes) = server.split();
             tokio::try_join!(
-                self.pump(number, Direction::ToServer, &session, client_reads, server_writes),
-                self.pump(number, Direction::ToClient, &session, server_reads, client_writes),
+                self.pump(
+                    number,
+                    Direction::ToServer,
+                    &session,
+                    client_reads,
+                    server_writes
+                ),
+                self.pump(
+                    number,
+                    Direction::ToClient,
+                    &session,
+                    server_reads,
+                    client_writes
+                ),
             )
             .map(|_| ())
         };
@@ -344,9 +377,10 @@ impl Link {
                 }
             }
             let passed = match session {
-                Session::Postgres(session) => {
-                    session.lock().unwrap_or_else(PoisonError::into_inner).pass(direction, &mut bytes, &self.armory, &self.meter)
-                }
+                Session::Postgres(session) => session
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .pass(direction, &mut bytes, &self.armory, &self.meter),
                 Session::Nats => nats::pass(direction, &mut bytes, &self.armory, &self.meter),
                 Session::Plain => Passed::On(bytes.split().freeze()),
             };
@@ -364,10 +398,18 @@ impl Link {
         while !bytes.is_empty() {
             let Weather { delay, piece, .. } = *self.weather.borrow();
             if !delay.is_zero() {
-                let share = self.seed.lock().unwrap_or_else(PoisonError::into_inner).share();
+                let share = self
+                    .seed
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .share();
                 tokio::time::sleep(delay.mul_f64(share)).await;
             }
-            let piece = if piece == 0 { bytes.len() } else { piece.min(bytes.len()) };
+            let piece = if piece == 0 {
+                bytes.len()
+            } else {
+                piece.min(bytes.len())
+            };
             to.write_all(&bytes.split_to(piece)).await?;
         }
         Ok(())
@@ -381,7 +423,9 @@ impl Link {
     async fn until_open(&self, number: u64) {
         let mut weather = self.weather.subscribe();
         // The sender lives as long as we do.
-        let _ = weather.wait_for(|weather| !weather.held && number >= weather.dead_below).await;
+        let _ = weather
+            .wait_for(|weather| !weather.held && number >= weather.dead_below)
+            .await;
     }
 }
 

@@ -60,6 +60,10 @@ mod tests {
         assert_ne!(things, (0..50).collect::<Vec<_>>());
         things.sort_unstable();
         assert_eq!(things, (0..50).collect::<Vec<_>>());
-        assert!((0..100).map(|_| Seed::new(9).share()).all(|share| (0.0..1.0).contains(&share)));
+        assert!(
+            (0..100)
+                .map(|_| Seed::new(9).share())
+                .all(|share| (0.0..1.0).contains(&share))
+        );
     }
 }

@@ -46,8 +46,13 @@ impl PartStatus {
             name: name.to_owned(),
             pid: None,
             address: address(ports, name),
-            log: folder.join("logs").join(format!("{name}.log")).display().to_string(),
-            data: matches!(name, "postgres" | "nats").then(|| folder.join(name).display().to_string()),
+            log: folder
+                .join("logs")
+                .join(format!("{name}.log"))
+                .display()
+                .to_string(),
+            data: matches!(name, "postgres" | "nats")
+                .then(|| folder.join(name).display().to_string()),
             ready: false,
         };
         NAMES.into_iter().map(part).collect()
@@ -64,11 +69,19 @@ struct Supervisor {
 
 /// Starts a stack and keeps it running until Ctrl-C, SIGTERM or `down`. Whatever goes wrong at the start, nothing is
 /// left running. `ready` is called once, when everything is.
-pub async fn supervise(tools: &Tools, place: Place, options: Options, ready: impl FnOnce(&System)) -> anyhow::Result<()> {
+pub async fn supervise(
+    tools: &Tools,
+    place: Place,
+    options: Options,
+    ready: impl FnOnce(&System),
+) -> anyhow::Result<()> {
     let folder = place.folder().to_owned();
     let lock = File::create(folder.join("lock"))?;
     if lock.try_lock().is_err() {
-        bail!("a stack is running in {} already: ./dev status shows it, ./dev down stops it", folder.display());
+        bail!(
+            "a stack is running in {} already: ./dev status shows it, ./dev down stops it",
+            folder.display()
+        );
     }
     options.ports.ensure_free()?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -76,7 +89,9 @@ pub async fn supervise(tools: &Tools, place: Place, options: Options, ready: imp
     let mut system = System::prepare(tools, place, options).await?;
 
     let begun = Instant::now();
-    let progress = |name: &str, took: Duration| println!("  {name:<9} ready after {:.1} s", took.as_secs_f32());
+    let progress = |name: &str, took: Duration| {
+        println!("  {name:<9} ready after {:.1} s", took.as_secs_f32())
+    };
     let started = tokio::select! {
         started = system.start_all(progress) => started,
         _ = interrupt.recv() => Err(anyhow::anyhow!("stopped before everything was ready")),
@@ -90,7 +105,11 @@ pub async fn supervise(tools: &Tools, place: Place, options: Options, ready: imp
     ready(&system);
 
     let listener = control::listen(&folder)?;
-    let mut supervisor = Supervisor { system, resting: BTreeSet::new(), due: BTreeMap::new() };
+    let mut supervisor = Supervisor {
+        system,
+        resting: BTreeSet::new(),
+        due: BTreeMap::new(),
+    };
     let asker = loop {
         tokio::select! {
             _ = interrupt.recv() => break None,
@@ -106,7 +125,14 @@ pub async fn supervise(tools: &Tools, place: Place, options: Options, ready: imp
     let stopped = supervisor.system.stop_all().await;
     control::close(&folder);
     if let Some(stream) = asker {
-        control::reply(stream, stopped.as_ref().map(|()| Value::Null).map_err(|error| anyhow::anyhow!("{error:#}"))).await?;
+        control::reply(
+            stream,
+            stopped
+                .as_ref()
+                .map(|()| Value::Null)
+                .map_err(|error| anyhow::anyhow!("{error:#}")),
+        )
+        .await?;
     }
     stopped
 }
@@ -128,7 +154,10 @@ impl Supervisor {
                 continue;
             };
             let due = *self.due.entry(name).or_insert_with(|| {
-                println!("{name} ended ({status}); starting it again in {} s", RESTART_DELAY.as_secs());
+                println!(
+                    "{name} ended ({status}); starting it again in {} s",
+                    RESTART_DELAY.as_secs()
+                );
                 Instant::now() + RESTART_DELAY
             });
             if Instant::now() >= due {

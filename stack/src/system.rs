@@ -82,16 +82,37 @@ impl std::fmt::Debug for PostgresPart {
 impl System {
     /// Makes data folders; starts nothing.
     pub async fn prepare(tools: &Tools, place: Place, options: Options) -> anyhow::Result<Self> {
-        let Options { ports, binaries, environment } = options;
+        let Options {
+            ports,
+            binaries,
+            environment,
+        } = options;
         for service in [Service::Orders, Service::Payments, Service::Gateway] {
             let program = binaries.join(service.name());
-            ensure!(program.exists(), "{} is not built: run ./dev build", program.display());
+            ensure!(
+                program.exists(),
+                "{} is not built: run ./dev build",
+                program.display()
+            );
         }
         let secrets = place.secrets.clone();
         let password = secrets.postgres_superuser.clone();
-        let postgres = Postgres::new(tools, place.postgres_data(), place.log("postgres"), ports.postgres, password)?;
+        let postgres = Postgres::new(
+            tools,
+            place.postgres_data(),
+            place.log("postgres"),
+            ports.postgres,
+            password,
+        )?;
         postgres.initialize().await?;
-        let nats = Nats::new(tools, place.nats_data(), place.log("nats"), ports.nats, ports.nats_monitor, secrets);
+        let nats = Nats::new(
+            tools,
+            place.nats_data(),
+            place.log("nats"),
+            ports.nats,
+            ports.nats_monitor,
+            secrets,
+        );
         fs::create_dir_all(&nats.data)?;
         Ok(Self {
             place,
@@ -155,9 +176,18 @@ impl System {
     /// Starts a part with more environment, this once.
     pub fn spawn_with(&mut self, name: &str, environment: &[(&str, &str)]) -> anyhow::Result<()> {
         let name = known(name)?;
-        ensure!(self.processes.get_mut(name).is_none_or(|process| process.ended().is_some()), "{name} runs already");
+        ensure!(
+            self.processes
+                .get_mut(name)
+                .is_none_or(|process| process.ended().is_some()),
+            "{name} runs already"
+        );
         let mut program = self.program(name);
-        program.environment.extend(environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        program.environment.extend(
+            environment
+                .iter()
+                .map(|(name, value)| ((*name).to_owned(), (*value).to_owned())),
+        );
         self.processes.insert(name, Process::start(&program)?);
         Ok(())
     }
@@ -168,22 +198,38 @@ impl System {
         let deadline = Instant::now() + READY_TIMEOUT;
         loop {
             let log = self.place.log(name);
-            let ended = self.processes.get_mut(name).with_context(|| format!("{name} was not started"))?.ended();
+            let ended = self
+                .processes
+                .get_mut(name)
+                .with_context(|| format!("{name} was not started"))?
+                .ended();
             if let Some(status) = ended {
-                bail!("{name} ended before it was ready ({status}). The end of {}:\n{}", log.display(), tail(&log, 15));
+                bail!(
+                    "{name} ended before it was ready ({status}). The end of {}:\n{}",
+                    log.display(),
+                    tail(&log, 15)
+                );
             }
             if self.is_ready(name).await {
                 break;
             }
             if Instant::now() > deadline {
-                bail!("{name} is not ready after {READY_TIMEOUT:?}. The end of {}:\n{}", log.display(), tail(&log, 15));
+                bail!(
+                    "{name} is not ready after {READY_TIMEOUT:?}. The end of {}:\n{}",
+                    log.display(),
+                    tail(&log, 15)
+                );
             }
             tokio::time::sleep(READY_INTERVAL).await;
         }
         if name == "postgres" {
             let secrets = &self.place.secrets;
-            self.postgres().ensure_database("orders", &secrets.postgres_orders).await?;
-            self.postgres().ensure_database("payments", &secrets.postgres_payments).await?;
+            self.postgres()
+                .ensure_database("orders", &secrets.postgres_orders)
+                .await?;
+            self.postgres()
+                .ensure_database("payments", &secrets.postgres_payments)
+                .await?;
             self.postgres().close_superuser_database().await?;
         }
         Ok(())
@@ -195,10 +241,15 @@ impl System {
             match name {
                 "postgres" => self.postgres().is_ready().await,
                 "nats" => self.nats.is_ready().await,
-                _ => Http::new(self.address(name)).get("/readyz").await.is_ok_and(|answer| answer.status == 200),
+                _ => Http::new(self.address(name))
+                    .get("/readyz")
+                    .await
+                    .is_ok_and(|answer| answer.status == 200),
             }
         };
-        tokio::time::timeout(PROBE_TIMEOUT, probe).await.unwrap_or(false)
+        tokio::time::timeout(PROBE_TIMEOUT, probe)
+            .await
+            .unwrap_or(false)
     }
 
     /// Ends a part politely.
@@ -236,7 +287,10 @@ impl System {
     }
 
     /// Starts everything, telling `progress` what is ready.
-    pub async fn start_all(&mut self, mut progress: impl FnMut(&str, Duration)) -> anyhow::Result<()> {
+    pub async fn start_all(
+        &mut self,
+        mut progress: impl FnMut(&str, Duration),
+    ) -> anyhow::Result<()> {
         for name in NAMES {
             let begun = Instant::now();
             self.start(name).await?;
@@ -258,7 +312,9 @@ impl System {
     /// Takes away everything that the broker has stored. It must not run.
     pub fn wipe_nats(&mut self) -> anyhow::Result<()> {
         ensure!(
-            self.processes.get_mut("nats").is_none_or(|process| process.ended().is_some()),
+            self.processes
+                .get_mut("nats")
+                .is_none_or(|process| process.ended().is_some()),
             "stop nats before wiping its data"
         );
         fs::remove_dir_all(&self.nats.data)?;
@@ -268,7 +324,10 @@ impl System {
 
     /// Keeps a copy of everything that the broker has stored, in place of an earlier one. It must not run.
     pub fn copy_nats(&mut self) -> anyhow::Result<()> {
-        ensure!(self.pid("nats").is_none(), "stop nats before copying its data");
+        ensure!(
+            self.pid("nats").is_none(),
+            "stop nats before copying its data"
+        );
         let copy = self.nats_copy();
         if copy.exists() {
             fs::remove_dir_all(&copy)?;
@@ -289,15 +348,22 @@ impl System {
     /// The process id of a part that runs.
     pub fn pid(&mut self, name: &str) -> Option<u32> {
         let process = self.processes.get_mut(known(name).ok()?)?;
-        if process.ended().is_some() { None } else { Some(process.pid()) }
+        if process.ended().is_some() {
+            None
+        } else {
+            Some(process.pid())
+        }
     }
 
     /// Whether a part is paused (SIGSTOP), by us or by itself.
     pub fn is_paused(&mut self, name: &str) -> bool {
-        let Some(pid) = self.pid(name) else { return false };
+        let Some(pid) = self.pid(name) else {
+            return false;
+        };
         // The state stands behind the name of the program, which is in parentheses.
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
+        stat.rsplit_once(") ")
+            .is_some_and(|(_, rest)| rest.starts_with('T'))
     }
 
     /// How a part that was started ended, if it did.
@@ -311,7 +377,9 @@ impl System {
     }
 
     fn running(&self, name: &str) -> anyhow::Result<&Process> {
-        self.processes.get(known(name)?).with_context(|| format!("{name} does not run"))
+        self.processes
+            .get(known(name)?)
+            .with_context(|| format!("{name} does not run"))
     }
 
     fn program(&self, name: &'static str) -> Program {
@@ -335,38 +403,65 @@ impl System {
     pub fn replica(&self, service: Service, ports: &Ports) -> Program {
         let name = service.name();
         let log = self.place.log(&format!("{name}-{}", ports.gateway));
-        Program { environment: self.service_environment(name, ports), log, ..self.program(name) }
+        Program {
+            environment: self.service_environment(name, ports),
+            log,
+            ..self.program(name)
+        }
     }
 
     fn service_environment(&self, name: &'static str, ports: &Ports) -> Vec<(String, String)> {
         let secrets = &self.place.secrets;
         let local = |port: u16| format!("127.0.0.1:{port}");
-        let port = |part: &'static str, own: u16| self.detours.get(&(name, part)).copied().unwrap_or(own);
-        let postgres = Postgres { port: port("postgres", self.ports.postgres), ..self.postgres().clone() };
+        let port =
+            |part: &'static str, own: u16| self.detours.get(&(name, part)).copied().unwrap_or(own);
+        let postgres = Postgres {
+            port: port("postgres", self.ports.postgres),
+            ..self.postgres().clone()
+        };
         let nats = format!("nats://{}", local(port("nats", self.ports.nats)));
         let mut environment: Vec<(&str, String)> = match name {
             "orders" => vec![
                 ("GOZON_LISTEN", local(ports.orders)),
-                ("DATABASE_URL", postgres.url("orders", &secrets.postgres_orders, "orders")),
+                (
+                    "DATABASE_URL",
+                    postgres.url("orders", &secrets.postgres_orders, "orders"),
+                ),
                 ("NATS_URL", nats),
                 ("NATS_PASSWORD", secrets.nats_orders.clone()),
             ],
             "payments" => vec![
                 ("GOZON_LISTEN", local(ports.payments)),
-                ("DATABASE_URL", postgres.url("payments", &secrets.postgres_payments, "payments")),
+                (
+                    "DATABASE_URL",
+                    postgres.url("payments", &secrets.postgres_payments, "payments"),
+                ),
                 ("NATS_URL", nats),
                 ("NATS_PASSWORD", secrets.nats_payments.clone()),
             ],
             _ => vec![
                 ("GOZON_LISTEN", local(ports.gateway)),
-                ("GOZON_ORDERS_URL", format!("http://{}", local(port("orders", ports.orders)))),
-                ("GOZON_PAYMENTS_URL", format!("http://{}", local(port("payments", ports.payments)))),
+                (
+                    "GOZON_ORDERS_URL",
+                    format!("http://{}", local(port("orders", ports.orders))),
+                ),
+                (
+                    "GOZON_PAYMENTS_URL",
+                    format!("http://{}", local(port("payments", ports.payments))),
+                ),
                 ("NATS_URL", nats),
                 ("NATS_PASSWORD", secrets.nats_gateway.clone()),
             ],
         };
-        environment.extend(self.environment.iter().map(|(name, value)| (name.as_str(), value.clone())));
-        environment.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+        environment.extend(
+            self.environment
+                .iter()
+                .map(|(name, value)| (name.as_str(), value.clone())),
+        );
+        environment
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect()
     }
 }
 

@@ -37,7 +37,11 @@ const READY_TIMEOUT: Duration = Duration::from_secs(60);
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Waits until `check` gives a value; panics with `what` after `within`.
-pub async fn eventually<T>(what: &str, within: Duration, mut check: impl AsyncFnMut() -> Option<T>) -> T {
+pub async fn eventually<T>(
+    what: &str,
+    within: Duration,
+    mut check: impl AsyncFnMut() -> Option<T>,
+) -> T {
     let deadline = Instant::now() + within;
     loop {
         if let Some(value) = check().await {
@@ -60,7 +64,8 @@ impl TemporaryFolder {
         if number == 0 {
             remove_leftovers();
         }
-        let folder = std::env::temp_dir().join(format!("gozon-test-{}-{number}", std::process::id()));
+        let folder =
+            std::env::temp_dir().join(format!("gozon-test-{}-{number}", std::process::id()));
         fs::create_dir(&folder).with_context(|| format!("{} cannot be made", folder.display()))?;
         Ok(Self(folder))
     }
@@ -79,9 +84,16 @@ impl Drop for TemporaryFolder {
 }
 
 fn remove_leftovers() {
-    for entry in fs::read_dir(std::env::temp_dir()).into_iter().flatten().flatten() {
+    for entry in fs::read_dir(std::env::temp_dir())
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
         let name = entry.file_name().to_string_lossy().into_owned();
-        let Some(pid) = name.strip_prefix("gozon-test-").and_then(|rest| rest.split('-').next()?.parse::<u32>().ok()) else {
+        let Some(pid) = name
+            .strip_prefix("gozon-test-")
+            .and_then(|rest| rest.split('-').next()?.parse::<u32>().ok())
+        else {
             continue;
         };
         if !Path::new(&format!("/proc/{pid}")).exists() {
@@ -112,19 +124,31 @@ impl Apart {
         let (shutdown, crash) = (CancellationToken::new(), CancellationToken::new());
         let (stop, crashed) = (shutdown.clone(), crash.clone());
         let (sender, listening) = oneshot::channel();
-        let thread = std::thread::Builder::new().name("service".to_owned()).spawn(move || {
-            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-            let ended = runtime.block_on(async {
-                tokio::select! {
-                    ended = service(sender, stop) => ended,
-                    () = crashed.cancelled() => Ok(()),
-                }
-            });
-            runtime.shutdown_background();
-            ended
-        })?;
-        let address = listening.await.context("the service ended before it listened")?;
-        Ok(Self { address, shutdown, crash, thread: Some(thread) })
+        let thread = std::thread::Builder::new()
+            .name("service".to_owned())
+            .spawn(move || {
+                let runtime = tokio::runtime::Builder::new_multi_thread()
+                    .worker_threads(1)
+                    .enable_all()
+                    .build()?;
+                let ended = runtime.block_on(async {
+                    tokio::select! {
+                        ended = service(sender, stop) => ended,
+                        () = crashed.cancelled() => Ok(()),
+                    }
+                });
+                runtime.shutdown_background();
+                ended
+            })?;
+        let address = listening
+            .await
+            .context("the service ended before it listened")?;
+        Ok(Self {
+            address,
+            shutdown,
+            crash,
+            thread: Some(thread),
+        })
     }
 
     /// Stops it politely and says how it ended.
@@ -141,8 +165,12 @@ impl Apart {
 
     async fn join(&mut self) -> anyhow::Result<()> {
         let thread = self.thread.take().context("a service ends once")?;
-        tokio::task::spawn_blocking(move || thread.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the service panicked"))))
-            .await?
+        tokio::task::spawn_blocking(move || {
+            thread
+                .join()
+                .unwrap_or_else(|_| Err(anyhow::anyhow!("the service panicked")))
+        })
+        .await?
     }
 }
 
@@ -169,7 +197,11 @@ impl TestDatabase {
         let server = SERVER.get_or_try_init(shared_postgres).await?.clone();
         let name = format!("test_{}", NUMBER.fetch_add(1, Ordering::Relaxed));
         server.ensure_database(&name, "password").await?;
-        Ok(Self { url: server.url(&name, "password", &name), name, server })
+        Ok(Self {
+            url: server.url(&name, "password", &name),
+            name,
+            server,
+        })
     }
 
     /// A connection as superuser, for looking and for spoiling.
@@ -187,35 +219,50 @@ impl TestDatabase {
 async fn shared_postgres() -> anyhow::Result<Postgres> {
     let tools = Tools::find()?;
     let folder = TemporaryFolder::new()?;
-    let mut server =
-        Postgres::new(&tools, folder.path().join("data"), folder.path().join("log"), free_port()?, "password".to_owned())?;
+    let mut server = Postgres::new(
+        &tools,
+        folder.path().join("data"),
+        folder.path().join("log"),
+        free_port()?,
+        "password".to_owned(),
+    )?;
     // Nothing here tests what a power cut takes; tests of that start a server of their own.
-    server.settings = ["fsync=off", "max_connections=500", "shared_buffers=64MB"].map(str::to_owned).to_vec();
+    server.settings = ["fsync=off", "max_connections=500", "shared_buffers=64MB"]
+        .map(str::to_owned)
+        .to_vec();
     server.initialize().await?;
     let program = server.program();
     let (sender, started) = mpsc::channel();
-    std::thread::Builder::new().name("postgres".to_owned()).spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let process = runtime.map_err(anyhow::Error::from).and_then(|runtime| {
-            let _entered = runtime.enter();
-            let process = Process::start(&program)?;
-            // Kept, with the runtime that watches the process, until this process ends.
-            Ok((process, runtime, folder))
-        });
-        let failed = process.as_ref().err().map(|error| format!("{error:#}"));
-        if sender.send(failed).is_ok() && process.is_ok() {
-            loop {
-                std::thread::park();
+    std::thread::Builder::new()
+        .name("postgres".to_owned())
+        .spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build();
+            let process = runtime.map_err(anyhow::Error::from).and_then(|runtime| {
+                let _entered = runtime.enter();
+                let process = Process::start(&program)?;
+                // Kept, with the runtime that watches the process, until this process ends.
+                Ok((process, runtime, folder))
+            });
+            let failed = process.as_ref().err().map(|error| format!("{error:#}"));
+            if sender.send(failed).is_ok() && process.is_ok() {
+                loop {
+                    std::thread::park();
+                }
             }
-        }
-    })?;
+        })?;
     if let Some(error) = tokio::task::spawn_blocking(move || started.recv()).await?? {
         anyhow::bail!(error);
     }
     let log = server.log.clone();
     let deadline = Instant::now() + READY_TIMEOUT;
     while !server.is_ready().await {
-        anyhow::ensure!(Instant::now() < deadline, "PostgreSQL for tests is not ready. The end of its log:\n{}", tail(&log, 15));
+        anyhow::ensure!(
+            Instant::now() < deadline,
+            "PostgreSQL for tests is not ready. The end of its log:\n{}",
+            tail(&log, 15)
+        );
         tokio::time::sleep(LOOK_INTERVAL).await;
     }
     Ok(server)
@@ -243,8 +290,19 @@ impl TestBroker {
         let place = Place::open(folder.path())?;
         let (data, log) = (place.nats_data(), place.log("nats"));
         fs::create_dir_all(&data)?;
-        let nats = Nats::new(&Tools::find()?, data, log, free_port()?, free_port()?, place.secrets);
-        Ok(Self { nats, process: None, _folder: folder })
+        let nats = Nats::new(
+            &Tools::find()?,
+            data,
+            log,
+            free_port()?,
+            free_port()?,
+            place.secrets,
+        );
+        Ok(Self {
+            nats,
+            process: None,
+            _folder: folder,
+        })
     }
 
     /// Starts it and waits until it works.
@@ -280,12 +338,21 @@ impl TestBroker {
     /// How many messages a durable consumer has not delivered yet, and how many it has delivered without an ack.
     pub async fn lag(&self, consumer: &str) -> Option<(u64, u64)> {
         let monitor = Http::new(format!("http://127.0.0.1:{}", self.nats.monitor_port));
-        let answer = monitor.get("/jsz?streams=true&consumers=true").await.ok()?.json();
+        let answer = monitor
+            .get("/jsz?streams=true&consumers=true")
+            .await
+            .ok()?
+            .json();
         let accounts = answer["account_details"].as_array()?.iter();
-        let streams = accounts.flat_map(|account| account["stream_detail"].as_array().into_iter().flatten());
-        let mut consumers = streams.flat_map(|stream| stream["consumer_detail"].as_array().into_iter().flatten());
+        let streams =
+            accounts.flat_map(|account| account["stream_detail"].as_array().into_iter().flatten());
+        let mut consumers =
+            streams.flat_map(|stream| stream["consumer_detail"].as_array().into_iter().flatten());
         let found = consumers.find(|other| other["name"] == consumer)?;
-        Some((found["num_pending"].as_u64()?, found["num_ack_pending"].as_u64()?))
+        Some((
+            found["num_pending"].as_u64()?,
+            found["num_ack_pending"].as_u64()?,
+        ))
     }
 
     /// Where clients connect.
@@ -331,7 +398,10 @@ impl TestStack {
     }
 
     /// The same with our own programs from `binaries`.
-    pub async fn start_in(binaries: &Path, environment: Vec<(String, String)>) -> anyhow::Result<Self> {
+    pub async fn start_in(
+        binaries: &Path,
+        environment: Vec<(String, String)>,
+    ) -> anyhow::Result<Self> {
         let mut stack = Self::prepare_in(binaries, environment).await?;
         stack.system.start_all(|_, _| {}).await?;
         Ok(stack)
@@ -343,12 +413,22 @@ impl TestStack {
     }
 
     /// The same with our own programs from `binaries`.
-    pub async fn prepare_in(binaries: &Path, environment: Vec<(String, String)>) -> anyhow::Result<Self> {
+    pub async fn prepare_in(
+        binaries: &Path,
+        environment: Vec<(String, String)>,
+    ) -> anyhow::Result<Self> {
         let folder = TemporaryFolder::new()?;
         let place = Place::open(folder.path())?;
-        let options = Options { ports: Ports::free()?, binaries: binaries.to_owned(), environment };
+        let options = Options {
+            ports: Ports::free()?,
+            binaries: binaries.to_owned(),
+            environment,
+        };
         let system = System::prepare(&Tools::find()?, place, options).await?;
-        Ok(Self { system, _folder: folder })
+        Ok(Self {
+            system,
+            _folder: folder,
+        })
     }
 
     /// Starts everything with a proxy on every way between the parts.
@@ -367,5 +447,9 @@ impl TestStack {
 /// Tests live in target/PROFILE/deps, programs in target/PROFILE.
 pub fn own_programs() -> anyhow::Result<PathBuf> {
     let test = std::env::current_exe()?;
-    Ok(test.ancestors().nth(2).context("a test is in target/PROFILE/deps")?.to_owned())
+    Ok(test
+        .ancestors()
+        .nth(2)
+        .context("a test is in target/PROFILE/deps")?
+        .to_owned())
 }

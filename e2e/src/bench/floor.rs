@@ -46,7 +46,12 @@ COMMIT;
 pub(crate) async fn prepare(system: &System) -> anyhow::Result<()> {
     let password = &system.place().secrets.postgres_payments;
     system.postgres().ensure_database("floor", password).await?;
-    system.postgres().connect("floor").await?.execute_unprepared(TABLES).await?;
+    system
+        .postgres()
+        .connect("floor")
+        .await?
+        .execute_unprepared(TABLES)
+        .await?;
     fs::write(system.place().folder().join("debit.sql"), DEBIT)?;
     Ok(())
 }
@@ -55,11 +60,19 @@ pub(crate) async fn prepare(system: &System) -> anyhow::Result<()> {
 pub(crate) async fn debits(system: &System, clients: u32, time: Duration) -> anyhow::Result<f64> {
     let folder = system.place().folder();
     let db = system.postgres().connect("floor").await?;
-    db.execute_unprepared("TRUNCATE inbox, transfers, outbox").await?;
-    db.execute_unprepared("UPDATE accounts SET entry_no = 0").await?;
+    db.execute_unprepared("TRUNCATE inbox, transfers, outbox")
+        .await?;
+    db.execute_unprepared("UPDATE accounts SET entry_no = 0")
+        .await?;
     db.execute_unprepared("VACUUM accounts").await?;
     let output = Command::new(system.postgres().programs.join("pgbench"))
-        .args(["--no-vacuum", "--protocol=prepared", "--jobs=1", "--host=127.0.0.1", "--username=postgres"])
+        .args([
+            "--no-vacuum",
+            "--protocol=prepared",
+            "--jobs=1",
+            "--host=127.0.0.1",
+            "--username=postgres",
+        ])
         .arg(format!("--client={clients}"))
         .arg(format!("--time={}", time.as_secs().max(1)))
         .arg(format!("--port={}", system.ports().postgres))
@@ -72,8 +85,18 @@ pub(crate) async fn debits(system: &System, clients: u32, time: Duration) -> any
         .await
         .context("pgbench cannot be started")?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    ensure!(output.status.success(), "pgbench failed: {}", String::from_utf8_lossy(&output.stderr));
-    let rate = text.lines().find_map(|line| line.strip_prefix("tps = ")?.split_whitespace().next()?.parse().ok());
+    ensure!(
+        output.status.success(),
+        "pgbench failed: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let rate = text.lines().find_map(|line| {
+        line.strip_prefix("tps = ")?
+            .split_whitespace()
+            .next()?
+            .parse()
+            .ok()
+    });
     rate.with_context(|| format!("pgbench says no tps:\n{text}"))
 }
 
@@ -88,23 +111,43 @@ pub(crate) async fn publishes(system: &System, time: Duration) -> anyhow::Result
     let broker = Broker::connect(config).await?;
     broker.until_connected().await;
     let shipped = orders_stream(&TopologySettings::default());
-    let config =
-        stream::Config { name: STREAM.to_owned(), subjects: vec!["gozon.bench".to_owned()], deny_purge: false, ..shipped };
-    broker.jetstream().get_or_create_stream(config).await.context("the stream of the floor cannot be made")?;
+    let config = stream::Config {
+        name: STREAM.to_owned(),
+        subjects: vec!["gozon.bench".to_owned()],
+        deny_purge: false,
+        ..shipped
+    };
+    broker
+        .jetstream()
+        .get_or_create_stream(config)
+        .await
+        .context("the stream of the floor cannot be made")?;
     let begun = Instant::now();
     let sent = futures_stream::iter(std::iter::repeat_n((), usize::MAX))
         .take_while(|()| std::future::ready(begun.elapsed() < time))
         .map(async |()| {
             let mut headers = HeaderMap::new();
             headers.insert("Nats-Msg-Id", Uuid::now_v7().to_string());
-            let message = PublishMessage::build().headers(headers).payload(vec![b'x'; 200].into());
-            broker.jetstream().send_publish("gozon.bench", message).await?.await?;
+            let message = PublishMessage::build()
+                .headers(headers)
+                .payload(vec![b'x'; 200].into());
+            broker
+                .jetstream()
+                .send_publish("gozon.bench", message)
+                .await?
+                .await?;
             anyhow::Ok(())
         })
         .buffer_unordered(WINDOW)
-        .fold(Ok(0_u64), async |count, sent| count.and_then(|count| sent.map(|()| count + 1)))
+        .fold(Ok(0_u64), async |count, sent| {
+            count.and_then(|count| sent.map(|()| count + 1))
+        })
         .await?;
     let rate = sent as f64 / begun.elapsed().as_secs_f64();
-    broker.jetstream().delete_stream(STREAM).await.context("the stream of the floor cannot be removed")?;
+    broker
+        .jetstream()
+        .delete_stream(STREAM)
+        .await
+        .context("the stream of the floor cannot be removed")?;
     Ok(rate)
 }

@@ -38,21 +38,38 @@ struct InPayments {
 
 /// Median milliseconds of each leg. The acknowledgement of a message is noted after its reader may have it already, so a
 /// leg that follows one can be shorter than nothing.
-pub(crate) async fn medians(databases: &Databases, waited: &[Waited]) -> anyhow::Result<[f64; LEGS.len()]> {
+pub(crate) async fn medians(
+    databases: &Databases,
+    waited: &[Waited],
+) -> anyhow::Result<[f64; LEGS.len()]> {
     let ids: Vec<Uuid> = waited.iter().map(|one| one.id).collect();
     let waited: HashMap<Uuid, &Waited> = waited.iter().map(|one| (one.id, one)).collect();
     let query = "SELECT o.id, o.created_at, b.published_at, e.created_at AS ending_at FROM orders o
                  JOIN outbox b ON b.event_id = o.placed_event_id AND b.n = 0 JOIN outbox e ON e.event_id = o.final_event_id
                  WHERE o.id = ANY($1) AND b.published_at IS NOT NULL";
-    let orders = InOrders::find_by_statement(Statement::from_sql_and_values(DbBackend::Postgres, query, [ids.clone().into()]));
+    let orders = InOrders::find_by_statement(Statement::from_sql_and_values(
+        DbBackend::Postgres,
+        query,
+        [ids.clone().into()],
+    ));
     let query = "SELECT p.order_id, o.created_at AS charging_at, o.published_at FROM payments p
                  JOIN outbox o ON o.event_id = p.event_id AND o.n = 0 WHERE p.order_id = ANY($1) AND o.published_at IS NOT NULL";
-    let payments = InPayments::find_by_statement(Statement::from_sql_and_values(DbBackend::Postgres, query, [ids.into()]));
-    let payments: HashMap<Uuid, InPayments> =
-        payments.all(&databases.payments).await?.into_iter().map(|row| (row.order_id, row)).collect();
+    let payments = InPayments::find_by_statement(Statement::from_sql_and_values(
+        DbBackend::Postgres,
+        query,
+        [ids.into()],
+    ));
+    let payments: HashMap<Uuid, InPayments> = payments
+        .all(&databases.payments)
+        .await?
+        .into_iter()
+        .map(|row| (row.order_id, row))
+        .collect();
     let mut legs: [Vec<f64>; LEGS.len()] = Default::default();
     for order in orders.all(&databases.orders).await? {
-        let (Some(payment), Some(waited)) = (payments.get(&order.id), waited.get(&order.id)) else { continue };
+        let (Some(payment), Some(waited)) = (payments.get(&order.id), waited.get(&order.id)) else {
+            continue;
+        };
         let stops = [
             waited.due,
             order.created_at,

@@ -91,14 +91,20 @@ pub(crate) async fn saturate(
         orders: row.number.unsigned_abs(),
         p50_ms: row.p50,
         p99_ms: row.p99,
-        over_time: over_time.iter().map(|one| (one.accepted.unsigned_abs(), one.finished.unsigned_abs())).collect(),
+        over_time: over_time
+            .iter()
+            .map(|one| (one.accepted.unsigned_abs(), one.finished.unsigned_abs()))
+            .collect(),
     })
 }
 
 /// Places so many orders as fast as they go in, and does not wait for their end.
 pub(crate) async fn place_all(http: &Http, number: usize) -> anyhow::Result<()> {
-    let all = stream::iter(0..number).map(async |number| place(http, &format!("user-{}", number % USERS)).await);
-    all.buffer_unordered(CLIENTS).fold(Ok(()), async |all, one| all.and(one.map(|_| ()))).await
+    let all = stream::iter(0..number)
+        .map(async |number| place(http, &format!("user-{}", number % USERS)).await);
+    all.buffer_unordered(CLIENTS)
+        .fold(Ok(()), async |all, one| all.and(one.map(|_| ())))
+        .await
 }
 
 /// An order whose customer waited for its end.
@@ -118,7 +124,11 @@ impl Waited {
 }
 
 /// So many orders a second, each sent when it is due, however slow the ones before it are, and followed to its end.
-pub(crate) async fn open_loop(http: &Http, per_second: u32, time: Duration) -> anyhow::Result<Vec<Waited>> {
+pub(crate) async fn open_loop(
+    http: &Http,
+    per_second: u32,
+    time: Duration,
+) -> anyhow::Result<Vec<Waited>> {
     let number = per_second * u32::try_from(time.as_secs())?;
     let (ticks, mut ticking) = mpsc::unbounded_channel();
     // A thread of its own keeps time: the runtime's timers are up to a millisecond late, which is nobody's latency.
@@ -129,54 +139,96 @@ pub(crate) async fn open_loop(http: &Http, per_second: u32, time: Duration) -> a
             std::thread::sleep(until_due.saturating_duration_since(Instant::now()));
             let late = until_due.elapsed();
             // Nobody listens any more once an order has failed.
-            if ticks.send((number, OffsetDateTime::now_utc() - late)).is_err() {
+            if ticks
+                .send((number, OffsetDateTime::now_utc() - late))
+                .is_err()
+            {
                 break;
             }
         }
     });
-    let orders = stream::poll_fn(move |context| ticking.poll_recv(context)).map(async |(number, due)| {
-        let id = place(http, &format!("user-{}", number as usize % USERS)).await?;
-        let answer = http.get(&format!("/v1/orders/{id}?wait=30")).await?;
-        let answered = OffsetDateTime::now_utc();
-        match answer.json()["status"].as_str() {
-            Some("FINISHED") => Ok(Waited { id: id.parse()?, due, answered }),
-            _ => bail!("order {id} did not finish: {}", answer.text()),
-        }
-    });
-    let waited = orders.buffer_unordered(number.max(1) as usize).try_collect().await;
-    clock.join().map_err(|_| anyhow::anyhow!("the thread that keeps time has panicked"))?;
+    let orders =
+        stream::poll_fn(move |context| ticking.poll_recv(context)).map(async |(number, due)| {
+            let id = place(http, &format!("user-{}", number as usize % USERS)).await?;
+            let answer = http.get(&format!("/v1/orders/{id}?wait=30")).await?;
+            let answered = OffsetDateTime::now_utc();
+            match answer.json()["status"].as_str() {
+                Some("FINISHED") => Ok(Waited {
+                    id: id.parse()?,
+                    due,
+                    answered,
+                }),
+                _ => bail!("order {id} did not finish: {}", answer.text()),
+            }
+        });
+    let waited = orders
+        .buffer_unordered(number.max(1) as usize)
+        .try_collect()
+        .await;
+    clock
+        .join()
+        .map_err(|_| anyhow::anyhow!("the thread that keeps time has panicked"))?;
     waited
 }
 
 async fn place(http: &Http, user: &str) -> anyhow::Result<String> {
     let body = json!({ "user_id": user, "amount": 1, "description": "A lamp" });
-    let answer = http.post("/v1/orders", Some(&Uuid::new_v4().to_string()), &body).await?;
+    let answer = http
+        .post("/v1/orders", Some(&Uuid::new_v4().to_string()), &body)
+        .await?;
     // Also a 429 or a 503: turned away orders would make the rest look fast.
-    anyhow::ensure!(answer.status == 201, "an order was answered with {}: {}", answer.status, answer.text());
-    answer.json()["id"].as_str().map(str::to_owned).context("an order has an id")
+    anyhow::ensure!(
+        answer.status == 201,
+        "an order was answered with {}: {}",
+        answer.status,
+        answer.text()
+    );
+    answer.json()["id"]
+        .as_str()
+        .map(str::to_owned)
+        .context("an order has an id")
 }
 
 /// The newest order there is.
 pub(crate) async fn newest(orders: &DatabaseConnection) -> anyhow::Result<Uuid> {
-    let row =
-        orders.query_one_raw(Statement::from_string(DbBackend::Postgres, "SELECT max(id::text)::uuid AS id FROM orders")).await?;
-    Ok(row.context("an aggregate has one row")?.try_get::<Option<Uuid>>("", "id")?.unwrap_or_default())
+    let row = orders
+        .query_one_raw(Statement::from_string(
+            DbBackend::Postgres,
+            "SELECT max(id::text)::uuid AS id FROM orders",
+        ))
+        .await?;
+    Ok(row
+        .context("an aggregate has one row")?
+        .try_get::<Option<Uuid>>("", "id")?
+        .unwrap_or_default())
 }
 
 /// Waits until no order is NEW.
 pub(crate) async fn until_settled(orders: &DatabaseConnection) -> anyhow::Result<()> {
-    until(orders, "SELECT NOT EXISTS (SELECT 1 FROM orders WHERE status = 'NEW')").await
+    until(
+        orders,
+        "SELECT NOT EXISTS (SELECT 1 FROM orders WHERE status = 'NEW')",
+    )
+    .await
 }
 
 /// Waits until a query says true.
 pub(crate) async fn until(db: &DatabaseConnection, query: &str) -> anyhow::Result<()> {
     let begun = Instant::now();
     loop {
-        let row = db.query_one_raw(Statement::from_string(DbBackend::Postgres, query)).await?;
-        if row.context("a question has an answer")?.try_get_by_index::<bool>(0)? {
+        let row = db
+            .query_one_raw(Statement::from_string(DbBackend::Postgres, query))
+            .await?;
+        if row
+            .context("a question has an answer")?
+            .try_get_by_index::<bool>(0)?
+        {
             return Ok(());
         }
-        anyhow::ensure!(begun.elapsed() < SETTLED_WITHIN, "not within {SETTLED_WITHIN:?}: {query}");
+        anyhow::ensure!(
+            begun.elapsed() < SETTLED_WITHIN,
+            "not within {SETTLED_WITHIN:?}: {query}"
+        );
         tokio::time::sleep(LOOK_INTERVAL).await;
     }
 }

@@ -107,13 +107,25 @@ async fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     let program = std::env::current_exe()?;
     let binaries = program.parent().context("this program is in a folder")?;
-    ensure!(!cfg!(debug_assertions), "a debug build measures nothing: run `just bench`");
+    ensure!(
+        !cfg!(debug_assertions),
+        "a debug build measures nothing: run `just bench`"
+    );
     let mut stack = TestStack::start_in(binaries, Vec::new()).await?;
     statements::configure(&mut stack.system, &arguments.settings, arguments.statements).await?;
     let http = Http::new(stack.system.address("gateway"));
     let connect = async |name: &str| stack.system.postgres().connect(name).await;
-    let databases = Databases { orders: connect("orders").await?, payments: connect("payments").await? };
-    let mut bench = Bench { stack, http, databases, time: Duration::from_secs(arguments.seconds), only: arguments.only };
+    let databases = Databases {
+        orders: connect("orders").await?,
+        payments: connect("payments").await?,
+    };
+    let mut bench = Bench {
+        stack,
+        http,
+        databases,
+        time: Duration::from_secs(arguments.seconds),
+        only: arguments.only,
+    };
     bench.assert_durable().await?;
     say("durable: fsync, synchronous_commit and sync_interval are as they should be");
     // Before all else: after load, the database still tidies up.
@@ -123,7 +135,13 @@ async fn main() -> anyhow::Result<()> {
     }
     bench.open_accounts().await?;
     floor::prepare(&bench.stack.system).await?;
-    load::saturate(std::slice::from_ref(&bench.http), &bench.databases.orders, load::USERS, Duration::from_secs(3)).await?;
+    load::saturate(
+        std::slice::from_ref(&bench.http),
+        &bench.databases.orders,
+        load::USERS,
+        Duration::from_secs(3),
+    )
+    .await?;
     say("warm");
     let mut empty = Vec::new();
     if arguments.prefilled > 0 {
@@ -134,7 +152,10 @@ async fn main() -> anyhow::Result<()> {
             bench.saturation(&mut figures).await?;
             empty.push(figures);
         }
-        say(format!("filling the tables with {} orders ...", arguments.prefilled));
+        say(format!(
+            "filling the tables with {} orders ...",
+            arguments.prefilled
+        ));
         bench.prefill(arguments.prefilled).await?;
     }
     if arguments.statements {
@@ -152,12 +173,18 @@ async fn main() -> anyhow::Result<()> {
     let mut figures = report::medians(&runs);
     figures.append(&mut at_rest);
     for part in usage::PARTS {
-        figures.insert(format!("memory_{part}_peak_mib"), usage::peak_memory_mib(&mut bench.stack.system, part)?);
+        figures.insert(
+            format!("memory_{part}_peak_mib"),
+            usage::peak_memory_mib(&mut bench.stack.system, part)?,
+        );
     }
     if arguments.prefilled > 0 {
         figures.insert("prefilled_orders".to_owned(), arguments.prefilled as f64);
         let empty = report::medians(&empty);
-        for (ratio, name) in [("prefilled_e2e_ratio", "e2e_finished_per_s"), ("prefilled_drain_ratio", "drain_decisions_per_s")] {
+        for (ratio, name) in [
+            ("prefilled_e2e_ratio", "e2e_finished_per_s"),
+            ("prefilled_drain_ratio", "drain_decisions_per_s"),
+        ] {
             if let (Some(full), Some(empty)) = (figures.get(name), empty.get(name)) {
                 figures.insert(ratio.to_owned(), full / empty);
             }
@@ -167,11 +194,25 @@ async fn main() -> anyhow::Result<()> {
         statements::show(&bench.databases).await?;
     }
     let broker = operator(&bench.stack.system).await?;
-    let beside = Beside { streams: Some(broker.jetstream()), history: None };
+    let beside = Beside {
+        streams: Some(broker.jetstream()),
+        history: None,
+    };
     let found = audit::audit_with(&bench.databases, Options::default(), beside).await?;
-    ensure!(found.findings.is_empty(), "fast, but wrong: {:?}", found.findings);
-    ensure!(found.not_looked_at.is_empty(), "not audited: {}", found.not_looked_at.join("; "));
-    say(format!("audit: {} orders, databases and streams fit together", found.orders));
+    ensure!(
+        found.findings.is_empty(),
+        "fast, but wrong: {:?}",
+        found.findings
+    );
+    ensure!(
+        found.not_looked_at.is_empty(),
+        "not audited: {}",
+        found.not_looked_at.join("; ")
+    );
+    say(format!(
+        "audit: {} orders, databases and streams fit together",
+        found.orders
+    ));
     report::write(&figures, &plotted, binaries, arguments.report.as_deref())
 }
 
@@ -184,14 +225,26 @@ impl Bench {
     async fn assert_durable(&self) -> anyhow::Result<()> {
         for db in [&self.databases.orders, &self.databases.payments] {
             for setting in ["fsync", "synchronous_commit", "full_page_writes"] {
-                let row = db.query_one_raw(Statement::from_string(DbBackend::Postgres, format!("SHOW {setting}"))).await?;
+                let row = db
+                    .query_one_raw(Statement::from_string(
+                        DbBackend::Postgres,
+                        format!("SHOW {setting}"),
+                    ))
+                    .await?;
                 let value: String = row.context("SHOW shows")?.try_get_by_index(0)?;
                 ensure!(value == "on", "{setting} is {value}");
             }
         }
-        let monitor = Http::new(format!("http://127.0.0.1:{}", self.stack.system.ports().nats_monitor));
+        let monitor = Http::new(format!(
+            "http://127.0.0.1:{}",
+            self.stack.system.ports().nats_monitor
+        ));
         let config = monitor.get("/jsz?config=true").await?.json();
-        ensure!(config["config"]["sync_always"] == true, "sync_interval of NATS is not `always`: {}", config["config"]);
+        ensure!(
+            config["config"]["sync_always"] == true,
+            "sync_interval of NATS is not `always`: {}",
+            config["config"]
+        );
         Ok(())
     }
 
@@ -203,7 +256,10 @@ impl Bench {
              SELECT gen_random_uuid(), 'deposit', user_id, 1, 'world', 'user:' || user_id, 1000000000, 1000000000, 'bench', '' FROM accounts",
             load::USERS - 1
         );
-        self.databases.payments.execute_unprepared(&statement).await?;
+        self.databases
+            .payments
+            .execute_unprepared(&statement)
+            .await?;
         Ok(())
     }
 
@@ -227,8 +283,12 @@ impl Bench {
             ))
             .await?;
         // Old orders were written out and vacuumed long ago; otherwise just that would be measured.
-        for (db, table) in [(&self.databases.orders, "orders"), (&self.databases.payments, "payments")] {
-            db.execute_unprepared(&format!("VACUUM (ANALYZE) {table}")).await?;
+        for (db, table) in [
+            (&self.databases.orders, "orders"),
+            (&self.databases.payments, "payments"),
+        ] {
+            db.execute_unprepared(&format!("VACUUM (ANALYZE) {table}"))
+                .await?;
             db.execute_unprepared("CHECKPOINT").await?;
         }
         Ok(())
@@ -244,20 +304,36 @@ impl Bench {
             self.backlog(figures).await?;
         }
         // What the other two are compared with.
-        if self.measures(Part::Saturation) || self.measures(Part::Hot) || self.measures(Part::Replicas) {
+        if self.measures(Part::Saturation)
+            || self.measures(Part::Hot)
+            || self.measures(Part::Replicas)
+        {
             plotted.saturation = self.saturation(figures).await?;
         }
         if self.measures(Part::Hot) {
-            let hot = load::saturate(std::slice::from_ref(&self.http), &self.databases.orders, 1, self.time).await?;
+            let hot = load::saturate(
+                std::slice::from_ref(&self.http),
+                &self.databases.orders,
+                1,
+                self.time,
+            )
+            .await?;
             let ratio = hot.finished_per_s / plotted.saturation.finished_per_s;
-            say(format!("  one account: {:.0} orders/s, {ratio:.2} of {} accounts", hot.finished_per_s, load::USERS));
+            say(format!(
+                "  one account: {:.0} orders/s, {ratio:.2} of {} accounts",
+                hot.finished_per_s,
+                load::USERS
+            ));
             figures.insert("hot_account_finished_per_s".to_owned(), hot.finished_per_s);
             figures.insert("hot_account_ratio".to_owned(), ratio);
         }
         if self.measures(Part::Replicas) {
             let twice = self.with_replicas().await?;
             let ratio = twice.finished_per_s / plotted.saturation.finished_per_s;
-            say(format!("  two replicas of each service: {:.0} orders/s, {ratio:.2} of one", twice.finished_per_s));
+            say(format!(
+                "  two replicas of each service: {:.0} orders/s, {ratio:.2} of one",
+                twice.finished_per_s
+            ));
             figures.insert("replicas_finished_per_s".to_owned(), twice.finished_per_s);
             figures.insert("replicas_ratio".to_owned(), ratio);
         }
@@ -266,10 +342,15 @@ impl Bench {
             plotted.latencies = waited.iter().map(load::Waited::milliseconds).collect();
             plotted.latencies.sort_by(f64::total_cmp);
             let [p50, p99] = [0.5, 0.99].map(|share| report::percentile(&plotted.latencies, share));
-            say(format!("  at {ORDERS_PER_SECOND} orders/s: {p50:.1} ms p50, {p99:.1} ms p99 from POST to FINISHED"));
+            say(format!(
+                "  at {ORDERS_PER_SECOND} orders/s: {p50:.1} ms p50, {p99:.1} ms p99 from POST to FINISHED"
+            ));
             figures.insert("latency_100_p50_ms".to_owned(), p50);
             figures.insert("latency_100_p99_ms".to_owned(), p99);
-            for (leg, median) in legs::LEGS.into_iter().zip(legs::medians(&self.databases, &waited).await?) {
+            for (leg, median) in legs::LEGS
+                .into_iter()
+                .zip(legs::medians(&self.databases, &waited).await?)
+            {
                 say(format!("    {leg}: {median:.2} ms"));
                 figures.insert(format!("latency_100_{leg}_ms"), median);
             }
@@ -285,7 +366,10 @@ impl Bench {
         let before = self.cpu()?;
         tokio::time::sleep(REST).await;
         let mut all = 0.0;
-        for (part, (before, after)) in usage::PARTS.into_iter().zip(before.into_iter().zip(self.cpu()?)) {
+        for (part, (before, after)) in usage::PARTS
+            .into_iter()
+            .zip(before.into_iter().zip(self.cpu()?))
+        {
             let percent = (after - before) * 100.0 / REST.as_secs_f64();
             say(format!("  at rest: {part} takes {percent:.2} % of a core"));
             figures.insert(format!("rest_cpu_{part}_percent_of_a_core"), percent);
@@ -300,17 +384,28 @@ impl Bench {
         load::open_loop(&self.http, ORDERS_PER_SECOND, self.time / 4).await?;
         let before = self.memory()?;
         load::open_loop(&self.http, ORDERS_PER_SECOND, self.time * 3 / 4).await?;
-        for (part, (before, after)) in usage::PARTS.into_iter().zip(before.into_iter().zip(self.memory()?)) {
-            say(format!("  soak: {part} had {before:.1} MiB and has {after:.1} MiB"));
+        for (part, (before, after)) in usage::PARTS
+            .into_iter()
+            .zip(before.into_iter().zip(self.memory()?))
+        {
+            say(format!(
+                "  soak: {part} had {before:.1} MiB and has {after:.1} MiB"
+            ));
             figures.insert(format!("soak_{part}_growth_mib"), after - before);
             let ours = ["orders", "payments", "gateway"].contains(&part);
-            ensure!(!ours || after - before <= SOAK_GROWTH_MAX_MIB, "{part} grows: {before:.1} MiB, then {after:.1} MiB");
+            ensure!(
+                !ours || after - before <= SOAK_GROWTH_MAX_MIB,
+                "{part} grows: {before:.1} MiB, then {after:.1} MiB"
+            );
         }
         Ok(())
     }
 
     fn memory(&mut self) -> anyhow::Result<Vec<f64>> {
-        usage::PARTS.into_iter().map(|part| usage::memory_mib(&mut self.stack.system, part)).collect()
+        usage::PARTS
+            .into_iter()
+            .map(|part| usage::memory_mib(&mut self.stack.system, part))
+            .collect()
     }
 
     fn measures(&self, part: Part) -> bool {
@@ -321,19 +416,36 @@ impl Bench {
         let time = self.time / 2;
         for clients in [1, 8, 32] {
             let rate = floor::debits(&self.stack.system, clients, time).await?;
-            say(format!("  floor: {rate:.0} debits/s, one a transaction, {clients} clients"));
+            say(format!(
+                "  floor: {rate:.0} debits/s, one a transaction, {clients} clients"
+            ));
             figures.insert(format!("floor_c{clients}_debits_per_s"), rate);
         }
         let rate = floor::publishes(&self.stack.system, time).await?;
-        say(format!("  floor: {rate:.0} messages/s acknowledged by the broker, one by one"));
+        say(format!(
+            "  floor: {rate:.0} messages/s acknowledged by the broker, one by one"
+        ));
         figures.insert("floor_publishes_per_s".to_owned(), rate);
         Ok(())
     }
 
     async fn saturation(&mut self, figures: &mut Figures) -> anyhow::Result<Saturation> {
         let before = self.cpu()?;
-        let saturation = load::saturate(std::slice::from_ref(&self.http), &self.databases.orders, load::USERS, self.time).await?;
-        let Saturation { accepted_per_s, finished_per_s, orders, p50_ms, p99_ms, .. } = saturation;
+        let saturation = load::saturate(
+            std::slice::from_ref(&self.http),
+            &self.databases.orders,
+            load::USERS,
+            self.time,
+        )
+        .await?;
+        let Saturation {
+            accepted_per_s,
+            finished_per_s,
+            orders,
+            p50_ms,
+            p99_ms,
+            ..
+        } = saturation;
         say(format!(
             "  end to end: {accepted_per_s:.0} orders/s accepted, {finished_per_s:.0}/s FINISHED, {p50_ms:.1} ms p50, {p99_ms:.1} ms p99"
         ));
@@ -342,7 +454,10 @@ impl Bench {
         figures.insert("e2e_p50_ms".to_owned(), p50_ms);
         figures.insert("e2e_p99_ms".to_owned(), p99_ms);
         let mut total = 0.0;
-        for (part, (before, after)) in usage::PARTS.into_iter().zip(before.into_iter().zip(self.cpu()?)) {
+        for (part, (before, after)) in usage::PARTS
+            .into_iter()
+            .zip(before.into_iter().zip(self.cpu()?))
+        {
             let per_thousand = (after - before) * 1000.0 / orders as f64;
             figures.insert(format!("cpu_{part}_s_per_1000_orders"), per_thousand);
             total += per_thousand;
@@ -353,42 +468,85 @@ impl Bench {
     }
 
     fn cpu(&mut self) -> anyhow::Result<Vec<f64>> {
-        usage::PARTS.into_iter().map(|part| usage::cpu_seconds(&mut self.stack.system, part)).collect()
+        usage::PARTS
+            .into_iter()
+            .map(|part| usage::cpu_seconds(&mut self.stack.system, part))
+            .collect()
     }
 
     /// Orders a second that payments decides and whose answers it publishes, when they all lie ready in the stream.
     async fn backlog(&mut self, figures: &mut Figures) -> anyhow::Result<()> {
-        let Self { stack, http, databases, .. } = self;
+        let Self {
+            stack,
+            http,
+            databases,
+            ..
+        } = self;
         let system = &mut stack.system;
-        let last: DecidedAt = one(&databases.payments, "SELECT max(decided_at) AS at FROM payments").await?;
+        let last: DecidedAt = one(
+            &databases.payments,
+            "SELECT max(decided_at) AS at FROM payments",
+        )
+        .await?;
         system.stop("payments").await?;
         load::place_all(http, BACKLOG).await?;
-        load::until(&databases.orders, "SELECT NOT EXISTS (SELECT 1 FROM outbox WHERE published_at IS NULL)").await?;
+        load::until(
+            &databases.orders,
+            "SELECT NOT EXISTS (SELECT 1 FROM outbox WHERE published_at IS NULL)",
+        )
+        .await?;
         // It would take a share of the machine.
         system.stop("orders").await?;
         let broker = operator(system).await?;
-        let answers = async || anyhow::Ok(broker.jetstream().get_stream("PAYMENTS").await?.cached_info().state.last_sequence);
+        let answers = async || {
+            anyhow::Ok(
+                broker
+                    .jetstream()
+                    .get_stream("PAYMENTS")
+                    .await?
+                    .cached_info()
+                    .state
+                    .last_sequence,
+            )
+        };
         let answers_before = answers().await?;
         let before = ["postgres", "nats"].map(|part| usage::cpu_seconds(system, part));
         system.start("payments").await?;
         // The broker is asked, for whom counting is nothing: the database would be kept from what is measured.
         let begun = Instant::now();
         while answers().await? < answers_before + BACKLOG as u64 {
-            anyhow::ensure!(begun.elapsed() < load::SETTLED_WITHIN, "not all were answered within {:?}", load::SETTLED_WITHIN);
+            anyhow::ensure!(
+                begun.elapsed() < load::SETTLED_WITHIN,
+                "not all were answered within {:?}",
+                load::SETTLED_WITHIN
+            );
             tokio::time::sleep(load::LOOK_INTERVAL).await;
         }
-        let since = last
-            .at
-            .map_or_else(|| "'-infinity'".to_owned(), |at| format!("to_timestamp({})", at.unix_timestamp_nanos() as f64 / 1e9));
-        let all = format!("FROM payments p JOIN outbox o USING (event_id) WHERE p.decided_at > {since}");
-        load::until(&databases.payments, "SELECT NOT EXISTS (SELECT 1 FROM outbox WHERE published_at IS NULL)").await?;
-        let query =
-            format!("SELECT count(*) / extract(epoch FROM max(o.published_at) - min(p.decided_at))::float8 AS rate {all}");
+        let since = last.at.map_or_else(
+            || "'-infinity'".to_owned(),
+            |at| format!("to_timestamp({})", at.unix_timestamp_nanos() as f64 / 1e9),
+        );
+        let all =
+            format!("FROM payments p JOIN outbox o USING (event_id) WHERE p.decided_at > {since}");
+        load::until(
+            &databases.payments,
+            "SELECT NOT EXISTS (SELECT 1 FROM outbox WHERE published_at IS NULL)",
+        )
+        .await?;
+        let query = format!(
+            "SELECT count(*) / extract(epoch FROM max(o.published_at) - min(p.decided_at))::float8 AS rate {all}"
+        );
         let Rate { rate } = one(&databases.payments, &query).await?;
-        say(format!("  backlog: {rate:.0} orders/s decided and answered"));
+        say(format!(
+            "  backlog: {rate:.0} orders/s decided and answered"
+        ));
         figures.insert("drain_decisions_per_s".to_owned(), rate);
-        for (part, before) in ["postgres", "nats", "payments"].into_iter().zip(before.into_iter().chain([Ok(0.0)])) {
-            let per_thousand = (usage::cpu_seconds(system, part)? - before?) * 1000.0 / BACKLOG as f64;
+        for (part, before) in ["postgres", "nats", "payments"]
+            .into_iter()
+            .zip(before.into_iter().chain([Ok(0.0)]))
+        {
+            let per_thousand =
+                (usage::cpu_seconds(system, part)? - before?) * 1000.0 / BACKLOG as f64;
             figures.insert(format!("drain_cpu_{part}_s_per_1000_orders"), per_thousand);
         }
         system.start("orders").await?;
@@ -405,7 +563,12 @@ impl Bench {
         let second = Http::new(format!("http://127.0.0.1:{}", ports.gateway));
         for port in [ports.orders, ports.payments, ports.gateway] {
             let http = Http::new(format!("http://127.0.0.1:{port}"));
-            let ready = async || http.get("/readyz").await.ok().filter(|answer| answer.status == 200);
+            let ready = async || {
+                http.get("/readyz")
+                    .await
+                    .ok()
+                    .filter(|answer| answer.status == 200)
+            };
             eventually("the replicas are ready", SOON, ready).await;
         }
         let doors = [self.http.clone(), second];
@@ -428,5 +591,8 @@ struct Rate {
 }
 
 async fn one<T: FromQueryResult>(db: &DatabaseConnection, query: &str) -> anyhow::Result<T> {
-    T::find_by_statement(Statement::from_string(DbBackend::Postgres, query)).one(db).await?.context("an aggregate has one row")
+    T::find_by_statement(Statement::from_string(DbBackend::Postgres, query))
+        .one(db)
+        .await?
+        .context("an aggregate has one row")
 }

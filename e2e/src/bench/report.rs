@@ -11,14 +11,20 @@ use crate::{Figures, Plotted};
 /// A share of the sorted values lies below it.
 pub(crate) fn percentile(sorted: &[f64], share: f64) -> f64 {
     let last = sorted.len().saturating_sub(1);
-    sorted.get((last as f64 * share).round() as usize).copied().unwrap_or_default()
+    sorted
+        .get((last as f64 * share).round() as usize)
+        .copied()
+        .unwrap_or_default()
 }
 
 /// The middle of each figure over all runs.
 pub(crate) fn medians(runs: &[Figures]) -> Figures {
     let mut medians = Figures::new();
     for name in runs.iter().flat_map(Figures::keys) {
-        let mut values: Vec<f64> = runs.iter().filter_map(|run| run.get(name).copied()).collect();
+        let mut values: Vec<f64> = runs
+            .iter()
+            .filter_map(|run| run.get(name).copied())
+            .collect();
         values.sort_by(f64::total_cmp);
         medians.insert(name.clone(), percentile(&values, 0.5));
     }
@@ -35,23 +41,83 @@ struct Target {
 
 fn targets(figures: &Figures) -> Vec<Target> {
     let get = |name: &str| figures.get(name).copied().unwrap_or(f64::NAN);
-    let floor = ["floor_c1_debits_per_s", "floor_c8_debits_per_s", "floor_c32_debits_per_s"].map(get);
+    let floor = [
+        "floor_c1_debits_per_s",
+        "floor_c8_debits_per_s",
+        "floor_c32_debits_per_s",
+    ]
+    .map(get);
     let best = floor.into_iter().fold(f64::NAN, f64::max);
-    let memory = ["orders", "payments", "gateway"].map(|part| get(&format!("memory_{part}_peak_mib")));
-    let at_least = |name, value, wanted| Target { name, value, wanted, at_least: true };
-    let at_most = |name, value, wanted| Target { name, value, wanted, at_least: false };
+    let memory =
+        ["orders", "payments", "gateway"].map(|part| get(&format!("memory_{part}_peak_mib")));
+    let at_least = |name, value, wanted| Target {
+        name,
+        value,
+        wanted,
+        at_least: true,
+    };
+    let at_most = |name, value, wanted| Target {
+        name,
+        value,
+        wanted,
+        at_least: false,
+    };
     let mut all = vec![
-        at_least("backlog settled, of the best floor", get("drain_decisions_per_s") / best, 3.0),
-        at_least("end to end, of the best floor", get("e2e_finished_per_s") / best, 0.6),
-        at_most("latency at 100 orders/s, p50, ms", get("latency_100_p50_ms"), 6.0),
-        at_most("latency at 100 orders/s, p99, ms", get("latency_100_p99_ms"), 20.0),
-        at_least("all orders on one account, of 1,000 accounts", get("hot_account_ratio"), 0.8),
-        at_least("two replicas of each service, of one", get("replicas_ratio"), 1.0),
-        at_least("end to end with millions of old orders, of empty tables", get("prefilled_e2e_ratio"), 0.9),
-        at_least("backlog with millions of old orders, of empty tables", get("prefilled_drain_ratio"), 0.9),
-        at_most("CPU seconds for 1,000 orders", get("cpu_s_per_1000_orders"), 0.6),
-        at_most("CPU at rest, % of a core", get("rest_cpu_percent_of_a_core"), 1.0),
-        at_most("largest service, MiB", memory.into_iter().fold(f64::NAN, f64::max), 64.0),
+        at_least(
+            "backlog settled, of the best floor",
+            get("drain_decisions_per_s") / best,
+            3.0,
+        ),
+        at_least(
+            "end to end, of the best floor",
+            get("e2e_finished_per_s") / best,
+            0.6,
+        ),
+        at_most(
+            "latency at 100 orders/s, p50, ms",
+            get("latency_100_p50_ms"),
+            6.0,
+        ),
+        at_most(
+            "latency at 100 orders/s, p99, ms",
+            get("latency_100_p99_ms"),
+            20.0,
+        ),
+        at_least(
+            "all orders on one account, of 1,000 accounts",
+            get("hot_account_ratio"),
+            0.8,
+        ),
+        at_least(
+            "two replicas of each service, of one",
+            get("replicas_ratio"),
+            1.0,
+        ),
+        at_least(
+            "end to end with millions of old orders, of empty tables",
+            get("prefilled_e2e_ratio"),
+            0.9,
+        ),
+        at_least(
+            "backlog with millions of old orders, of empty tables",
+            get("prefilled_drain_ratio"),
+            0.9,
+        ),
+        at_most(
+            "CPU seconds for 1,000 orders",
+            get("cpu_s_per_1000_orders"),
+            0.6,
+        ),
+        at_most(
+            "CPU at rest, % of a core",
+            get("rest_cpu_percent_of_a_core"),
+            1.0,
+        ),
+        at_most(
+            "largest service, MiB",
+            memory.into_iter().fold(f64::NAN, f64::max),
+            64.0,
+        ),
     ];
     // What was not measured.
     all.retain(|target| target.value.is_finite());
@@ -59,12 +125,25 @@ fn targets(figures: &Figures) -> Vec<Target> {
 }
 
 /// Writes `latest.json` beside the build, and the report with plots where it is wanted.
-pub(crate) fn write(figures: &Figures, plotted: &Plotted, binaries: &Path, report: Option<&Path>) -> anyhow::Result<()> {
+pub(crate) fn write(
+    figures: &Figures,
+    plotted: &Plotted,
+    binaries: &Path,
+    report: Option<&Path>,
+) -> anyhow::Result<()> {
     let folder = binaries.parent().unwrap_or(binaries).join("bench");
     fs::create_dir_all(&folder)?;
-    fs::write(folder.join("latest.json"), serde_json::to_string_pretty(figures)? + "\n")?;
+    fs::write(
+        folder.join("latest.json"),
+        serde_json::to_string_pretty(figures)? + "\n",
+    )?;
     for target in targets(figures) {
-        eprintln!("{:<58} {:>8.2}  {}", target.name, target.value, verdict(&target));
+        eprintln!(
+            "{:<58} {:>8.2}  {}",
+            target.name,
+            target.value,
+            verdict(&target)
+        );
     }
     eprintln!("{}", folder.join("latest.json").display());
     let Some(report) = report else { return Ok(()) };
@@ -72,15 +151,26 @@ pub(crate) fn write(figures: &Figures, plotted: &Plotted, binaries: &Path, repor
     fs::write(report.join("latency.svg"), latency_plot(&plotted.latencies))?;
     fs::write(report.join("rate.svg"), rate_plot(&plotted.saturation))?;
     fs::write(report.join("README.md"), markdown(figures))?;
-    fs::write(report.join("figures.json"), serde_json::to_string_pretty(figures)? + "\n")?;
+    fs::write(
+        report.join("figures.json"),
+        serde_json::to_string_pretty(figures)? + "\n",
+    )?;
     eprintln!("{}", report.join("README.md").display());
     Ok(())
 }
 
 fn verdict(target: &Target) -> String {
-    let met = if target.at_least { target.value >= target.wanted } else { target.value <= target.wanted };
+    let met = if target.at_least {
+        target.value >= target.wanted
+    } else {
+        target.value <= target.wanted
+    };
     let sign = if target.at_least { "≥" } else { "≤" };
-    format!("{sign} {} {}", target.wanted, if met { "met" } else { "MISSED" })
+    format!(
+        "{sign} {} {}",
+        target.wanted,
+        if met { "met" } else { "MISSED" }
+    )
 }
 
 fn markdown(figures: &Figures) -> String {
@@ -91,7 +181,13 @@ fn markdown(figures: &Figures) -> String {
     );
     let _ = writeln!(text, "| what | measured | target |\n|---|---:|---|");
     for target in targets(figures) {
-        let _ = writeln!(text, "| {} | {:.2} | {} |", target.name, target.value, verdict(&target));
+        let _ = writeln!(
+            text,
+            "| {} | {:.2} | {} |",
+            target.name,
+            target.value,
+            verdict(&target)
+        );
     }
     let _ = writeln!(
         text,
@@ -115,19 +211,29 @@ fn markdown(figures: &Figures) -> String {
 
 fn machine() -> Vec<(&'static str, String)> {
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model =
-        cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ")).map_or("unknown", |(_, name)| name);
+    let model = cpu
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
+        .map_or("unknown", |(_, name)| name);
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
     let said = |program: &str, arguments: &[&str]| {
         let output = Command::new(program).args(arguments).output().ok();
-        output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned()).unwrap_or_default()
+        output
+            .map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+            .unwrap_or_default()
     };
     vec![
         ("processor", format!("{model}, {cores} cores")),
         ("kernel", said("uname", &["-sr"])),
         ("rustc", said("rustc", &["--version"])),
         ("commit", said("git", &["describe", "--always", "--dirty"])),
-        ("load average at the end", fs::read_to_string("/proc/loadavg").unwrap_or_default().trim().to_owned()),
+        (
+            "load average at the end",
+            fs::read_to_string("/proc/loadavg")
+                .unwrap_or_default()
+                .trim()
+                .to_owned(),
+        ),
     ]
 }
 
@@ -144,7 +250,13 @@ struct Series {
 }
 
 /// A plot: axes with ticks, and a line for each series.
-fn plot(x_title: &str, y_title: &str, x_ticks: &[(f64, String)], y_max: f64, series: &[Series]) -> String {
+fn plot(
+    x_title: &str,
+    y_title: &str,
+    x_ticks: &[(f64, String)],
+    y_max: f64,
+    series: &[Series],
+) -> String {
     let x = |share: f64| LEFT + share * (WIDTH - LEFT - 20.0);
     let y = |value: f64| HEIGHT - BOTTOM - value / y_max * (HEIGHT - BOTTOM - 30.0);
     let mut svg = format!(
@@ -171,10 +283,29 @@ fn plot(x_title: &str, y_title: &str, x_ticks: &[(f64, String)], y_max: f64, ser
             HEIGHT - BOTTOM + 16.0
         );
     }
-    for (number, Series { name, color, points }) in series.iter().enumerate() {
-        let line: Vec<String> = points.iter().map(|(share, value)| format!("{:.1},{:.1}", x(*share), y(*value))).collect();
-        let _ = writeln!(svg, "<polyline points=\"{}\" fill=\"none\" stroke=\"{color}\" stroke-width=\"2\"/>", line.join(" "));
-        let _ = writeln!(svg, "<text x=\"{:.1}\" y=\"18\" fill=\"{color}\">{name}</text>", LEFT + 120.0 * number as f64);
+    for (
+        number,
+        Series {
+            name,
+            color,
+            points,
+        },
+    ) in series.iter().enumerate()
+    {
+        let line: Vec<String> = points
+            .iter()
+            .map(|(share, value)| format!("{:.1},{:.1}", x(*share), y(*value)))
+            .collect();
+        let _ = writeln!(
+            svg,
+            "<polyline points=\"{}\" fill=\"none\" stroke=\"{color}\" stroke-width=\"2\"/>",
+            line.join(" ")
+        );
+        let _ = writeln!(
+            svg,
+            "<text x=\"{:.1}\" y=\"18\" fill=\"{color}\">{name}</text>",
+            LEFT + 120.0 * number as f64
+        );
     }
     let _ = writeln!(
         svg,
@@ -192,9 +323,18 @@ fn latency_plot(latencies: &[f64]) -> String {
     const NINES: f64 = 3.0;
     let points = (0..=300).map(|step| {
         let share = f64::from(step) / 300.0;
-        (share, percentile(latencies, 1.0 - 10_f64.powf(-NINES * share)))
+        (
+            share,
+            percentile(latencies, 1.0 - 10_f64.powf(-NINES * share)),
+        )
     });
-    let ticks = [(0.0, "fastest"), (0.1, "50 %"), (1.0 / 3.0, "90 %"), (2.0 / 3.0, "99 %"), (1.0, "99.9 %")];
+    let ticks = [
+        (0.0, "fastest"),
+        (0.1, "50 %"),
+        (1.0 / 3.0, "90 %"),
+        (2.0 / 3.0, "99 %"),
+        (1.0, "99.9 %"),
+    ];
     let ticks = ticks.map(|(share, label)| (share, label.to_owned()));
     let y_max = (percentile(latencies, 0.999) / 4.0).ceil().max(1.0) * 4.0;
     plot(
@@ -202,20 +342,48 @@ fn latency_plot(latencies: &[f64]) -> String {
         "ms from POST to FINISHED",
         &ticks,
         y_max,
-        &[Series { name: "100 orders/s", color: "#0b6e4f", points: points.collect() }],
+        &[Series {
+            name: "100 orders/s",
+            color: "#0b6e4f",
+            points: points.collect(),
+        }],
     )
 }
 
 fn rate_plot(saturation: &Saturation) -> String {
     let seconds = &saturation.over_time;
-    let most = seconds.iter().map(|(accepted, finished)| *accepted.max(finished)).max().unwrap_or(1);
+    let most = seconds
+        .iter()
+        .map(|(accepted, finished)| *accepted.max(finished))
+        .max()
+        .unwrap_or(1);
     let y_max = (most as f64 / 400.0).ceil() * 400.0;
     let last = seconds.len().saturating_sub(1).max(1) as f64;
     let line = |pick: fn(&(u64, u64)) -> u64| {
-        seconds.iter().enumerate().map(|(second, both)| (second as f64 / last, pick(both) as f64)).collect::<Vec<_>>()
+        seconds
+            .iter()
+            .enumerate()
+            .map(|(second, both)| (second as f64 / last, pick(both) as f64))
+            .collect::<Vec<_>>()
     };
-    let ticks: Vec<(f64, String)> = (0..seconds.len()).map(|second| (second as f64 / last, second.to_string())).collect();
-    let accepted = Series { name: "accepted", color: "#b5651d", points: line(|both| both.0) };
-    let finished = Series { name: "finished", color: "#0b6e4f", points: line(|both| both.1) };
-    plot("second", "orders in each second", &ticks, y_max, &[accepted, finished])
+    let ticks: Vec<(f64, String)> = (0..seconds.len())
+        .map(|second| (second as f64 / last, second.to_string()))
+        .collect();
+    let accepted = Series {
+        name: "accepted",
+        color: "#b5651d",
+        points: line(|both| both.0),
+    };
+    let finished = Series {
+        name: "finished",
+        color: "#0b6e4f",
+        points: line(|both| both.1),
+    };
+    plot(
+        "second",
+        "orders in each second",
+        &ticks,
+        y_max,
+        &[accepted, finished],
+    )
 }

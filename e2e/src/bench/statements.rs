@@ -8,13 +8,19 @@ use stack::System;
 const WIDTH: usize = 110;
 
 /// Changes settings of PostgreSQL. Some need a new start, so all get one.
-pub(crate) async fn configure(system: &mut System, settings: &[String], statements: bool) -> anyhow::Result<()> {
+pub(crate) async fn configure(
+    system: &mut System,
+    settings: &[String],
+    statements: bool,
+) -> anyhow::Result<()> {
     if settings.is_empty() && !statements {
         return Ok(());
     }
     let db = system.postgres().connect("orders").await?;
     for setting in settings {
-        let (name, value) = setting.split_once('=').with_context(|| format!("{setting:?} is not name=value"))?;
+        let (name, value) = setting
+            .split_once('=')
+            .with_context(|| format!("{setting:?} is not name=value"))?;
         set(&db, name, value).await?;
     }
     if statements {
@@ -27,7 +33,8 @@ pub(crate) async fn configure(system: &mut System, settings: &[String], statemen
         db.execute_unprepared("SELECT pg_reload_conf()").await?;
         for name in ["orders", "payments"] {
             let db = system.postgres().connect(name).await?;
-            db.execute_unprepared("CREATE EXTENSION pg_stat_statements").await?;
+            db.execute_unprepared("CREATE EXTENSION pg_stat_statements")
+                .await?;
         }
     }
     Ok(())
@@ -35,13 +42,18 @@ pub(crate) async fn configure(system: &mut System, settings: &[String], statemen
 
 async fn set(db: &DatabaseConnection, name: &str, value: &str) -> anyhow::Result<()> {
     let value = value.replace('\'', "''");
-    db.execute_unprepared(&format!("ALTER SYSTEM SET {name} = '{value}'")).await.with_context(|| format!("{name} = {value}"))?;
+    db.execute_unprepared(&format!("ALTER SYSTEM SET {name} = '{value}'"))
+        .await
+        .with_context(|| format!("{name} = {value}"))?;
     Ok(())
 }
 
 /// Begins to count anew.
 pub(crate) async fn forget(databases: &Databases) -> anyhow::Result<()> {
-    databases.orders.execute_unprepared("SELECT pg_stat_statements_reset()").await?;
+    databases
+        .orders
+        .execute_unprepared("SELECT pg_stat_statements_reset()")
+        .await?;
     Ok(())
 }
 
@@ -57,16 +69,36 @@ struct Row {
 
 /// Shows the statements that took the most time, per database.
 pub(crate) async fn show(databases: &Databases) -> anyhow::Result<()> {
-    for (name, db) in [("orders", &databases.orders), ("payments", &databases.payments)] {
-        eprintln!("\n{name:<9} {:>9} {:>9} {:>9} {:>9} {:>9}  statement", "calls", "rows", "plan ms", "run ms", "WAL kB");
+    for (name, db) in [
+        ("orders", &databases.orders),
+        ("payments", &databases.payments),
+    ] {
+        eprintln!(
+            "\n{name:<9} {:>9} {:>9} {:>9} {:>9} {:>9}  statement",
+            "calls", "rows", "plan ms", "run ms", "WAL kB"
+        );
         let query = "SELECT regexp_replace(query, '\\s+', ' ', 'g') AS query, calls, rows, total_plan_time AS plan_ms,
                             total_exec_time AS run_ms, wal_bytes::bigint AS wal_bytes
                      FROM pg_stat_statements WHERE dbid = (SELECT oid FROM pg_database WHERE datname = current_database())
                      ORDER BY total_plan_time + total_exec_time DESC LIMIT 20";
-        for row in Row::find_by_statement(Statement::from_string(DbBackend::Postgres, query)).all(db).await? {
-            let Row { query, calls, rows, plan_ms, run_ms, wal_bytes } = row;
+        for row in Row::find_by_statement(Statement::from_string(DbBackend::Postgres, query))
+            .all(db)
+            .await?
+        {
+            let Row {
+                query,
+                calls,
+                rows,
+                plan_ms,
+                run_ms,
+                wal_bytes,
+            } = row;
             let text: String = query.chars().take(WIDTH).collect();
-            eprintln!("{:<9} {calls:>9} {rows:>9} {plan_ms:>9.0} {run_ms:>9.0} {:>9}  {text}", "", wal_bytes / 1024);
+            eprintln!(
+                "{:<9} {calls:>9} {rows:>9} {plan_ms:>9.0} {run_ms:>9.0} {:>9}  {text}",
+                "",
+                wal_bytes / 1024
+            );
         }
     }
     Ok(())

@@ -10,8 +10,12 @@ pub(crate) const PARTS: [&str; 5] = ["postgres", "nats", "orders", "payments", "
 
 /// Processor seconds of a part since it was started, with all processes it has started.
 pub(crate) fn cpu_seconds(system: &mut System, part: &str) -> anyhow::Result<f64> {
-    let pid = system.pid(part).with_context(|| format!("{part} does not run"))?;
-    let mut ticks = times(pid).with_context(|| format!("{part} has gone"))?.own_and_reaped;
+    let pid = system
+        .pid(part)
+        .with_context(|| format!("{part} does not run"))?;
+    let mut ticks = times(pid)
+        .with_context(|| format!("{part} has gone"))?
+        .own_and_reaped;
     for child in children(pid)? {
         // One that ends meanwhile is counted by its parent from then on.
         ticks += times(child).map_or(0, |times| times.own);
@@ -30,10 +34,19 @@ pub(crate) fn memory_mib(system: &mut System, part: &str) -> anyhow::Result<f64>
 }
 
 fn memory(system: &mut System, part: &str, which: &str) -> anyhow::Result<f64> {
-    let pid = system.pid(part).with_context(|| format!("{part} does not run"))?;
+    let pid = system
+        .pid(part)
+        .with_context(|| format!("{part} does not run"))?;
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix(which)).context("the kernel counts no memory")?;
-    let kib: f64 = line.trim().trim_end_matches(" kB").parse().with_context(|| format!("{which} is a number of kB"))?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix(which))
+        .context("the kernel counts no memory")?;
+    let kib: f64 = line
+        .trim()
+        .trim_end_matches(" kB")
+        .parse()
+        .with_context(|| format!("{which} is a number of kB"))?;
     Ok(kib / 1024.0)
 }
 
@@ -49,10 +62,18 @@ fn times(pid: u32) -> Option<Times> {
     let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split_whitespace().collect();
     let number = |index: usize| fields.get(index)?.parse::<u64>().ok();
     let own = number(11)? + number(12)?;
-    Some(Times { own, own_and_reaped: own + number(13)? + number(14)?, parent: u32::try_from(number(1)?).ok()? })
+    Some(Times {
+        own,
+        own_and_reaped: own + number(13)? + number(14)?,
+        parent: u32::try_from(number(1)?).ok()?,
+    })
 }
 
 fn children(pid: u32) -> anyhow::Result<Vec<u32>> {
-    let all = fs::read_dir("/proc")?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    Ok(all.filter(|other| times(*other).is_some_and(|times| times.parent == pid)).collect())
+    let all = fs::read_dir("/proc")?
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    Ok(all
+        .filter(|other| times(*other).is_some_and(|times| times.parent == pid))
+        .collect())
 }

@@ -45,18 +45,26 @@ async fn main() -> anyhow::Result<ExitCode> {
     let arguments = Arguments::parse();
     let binaries = match arguments.binaries {
         Some(folder) => folder,
-        None => std::env::current_exe()?.parent().context("this program is in a folder")?.to_owned(),
+        None => std::env::current_exe()?
+            .parent()
+            .context("this program is in a folder")?
+            .to_owned(),
     };
     let mut settings = Settings::new(arguments.seed, arguments.seconds, binaries);
     settings.orders = arguments.orders.unwrap_or(settings.orders);
     settings.deposits = arguments.deposits.unwrap_or(settings.deposits);
     settings.only = arguments.only;
     for variable in &arguments.env {
-        let (name, value) = variable.split_once('=').with_context(|| format!("{variable:?} is not NAME=VALUE"))?;
-        settings.environment.push((name.to_owned(), value.to_owned()));
+        let (name, value) = variable
+            .split_once('=')
+            .with_context(|| format!("{variable:?} is not NAME=VALUE"))?;
+        settings
+            .environment
+            .push((name.to_owned(), value.to_owned()));
     }
     if let Some(folder) = &arguments.report {
-        std::fs::create_dir_all(folder).with_context(|| format!("{} cannot be made", folder.display()))?;
+        std::fs::create_dir_all(folder)
+            .with_context(|| format!("{} cannot be made", folder.display()))?;
         settings.history = Some(folder.join("history.jsonl"));
     }
     let report = chaos::run(&settings).await?;
@@ -70,5 +78,9 @@ async fn main() -> anyhow::Result<ExitCode> {
     } else {
         print!("{report}");
     }
-    Ok(if report.holds() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if report.holds() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }

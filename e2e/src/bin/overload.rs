@@ -65,15 +65,27 @@ struct Arguments {
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<ExitCode> {
     let arguments = Arguments::parse();
-    let own = std::env::current_exe()?.parent().context("this program is in a folder")?.to_owned();
-    let mut stack = TestStack::prepare_in(arguments.binaries.as_ref().unwrap_or(&own), Vec::new()).await?;
+    let own = std::env::current_exe()?
+        .parent()
+        .context("this program is in a folder")?
+        .to_owned();
+    let mut stack =
+        TestStack::prepare_in(arguments.binaries.as_ref().unwrap_or(&own), Vec::new()).await?;
     // On a thread of its own: the way must not be slower because so many orders are sent.
-    let network = Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let network = Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()?;
     let port = stack.system.port("postgres")?;
-    let way = network.spawn(Proxy::open(Protocol::Postgres, port, Seed::new(1))).await??;
+    let way = network
+        .spawn(Proxy::open(Protocol::Postgres, port, Seed::new(1)))
+        .await??;
     stack.system.detour("orders", "postgres", way.port());
     stack.system.start_all(|_, _| {}).await?;
-    let shop = Shop { http: Http::new(stack.system.address("gateway")), taken: Cell::new(0) };
+    let shop = Shop {
+        http: Http::new(stack.system.address("gateway")),
+        taken: Cell::new(0),
+    };
     shop.open().await?;
 
     let slow = Duration::from_millis(arguments.slow_ms);
@@ -81,15 +93,22 @@ async fn main() -> anyhow::Result<ExitCode> {
     // The first orders warm everything up.
     shop.capacity(MEASURE / 2).await?;
     let before = shop.capacity(MEASURE).await?;
-    println!("capacity before      {before:8.0} orders/s, {WORKERS} customers at a time, a slow way to the database");
+    println!(
+        "capacity before      {before:8.0} orders/s, {WORKERS} customers at a time, a slow way to the database"
+    );
 
     let rate = before * arguments.times;
     let seconds = Duration::from_secs(arguments.seconds);
     let storm = shop.storm(rate, seconds).await;
     let taken = storm.taken.len() as f64 / arguments.seconds as f64;
     let sent = storm.sent as f64 / arguments.seconds as f64;
-    println!("asked for            {rate:8.0} orders/s for {seconds:?}; {sent:.0} orders/s sent, {OPEN_MAX} at a time at most");
-    println!("taken                {taken:8.0} orders/s, answered after {}", Quantiles::of(&storm.taken));
+    println!(
+        "asked for            {rate:8.0} orders/s for {seconds:?}; {sent:.0} orders/s sent, {OPEN_MAX} at a time at most"
+    );
+    println!(
+        "taken                {taken:8.0} orders/s, answered after {}",
+        Quantiles::of(&storm.taken)
+    );
     println!(
         "told to come again   {:8.0} orders/s, answered after {}",
         storm.refused.len() as f64 / arguments.seconds as f64,
@@ -101,16 +120,35 @@ async fn main() -> anyhow::Result<ExitCode> {
     way.heal();
     let begun = Instant::now();
     let postgres = stack.system.postgres();
-    let databases = Databases { orders: postgres.connect("orders").await?, payments: postgres.connect("payments").await? };
+    let databases = Databases {
+        orders: postgres.connect("orders").await?,
+        payments: postgres.connect("payments").await?,
+    };
     let broker = operator(&stack.system).await?;
-    let options = audit::Options { grace: Duration::from_secs(2), late_after: Duration::ZERO, stuck_after: Duration::ZERO };
+    let options = audit::Options {
+        grace: Duration::from_secs(2),
+        late_after: Duration::ZERO,
+        stuck_after: Duration::ZERO,
+    };
     let settled = loop {
-        let report = audit::audit_with(&databases, options, Beside { streams: Some(broker.jetstream()), history: None }).await?;
+        let report = audit::audit_with(
+            &databases,
+            options,
+            Beside {
+                streams: Some(broker.jetstream()),
+                history: None,
+            },
+        )
+        .await?;
         if report.findings.is_empty() || begun.elapsed() > SETTLED_WITHIN {
             break report;
         }
     };
-    println!("all settled after    {:8.1} s, {} orders", begun.elapsed().as_secs_f64(), settled.orders);
+    println!(
+        "all settled after    {:8.1} s, {} orders",
+        begun.elapsed().as_secs_f64(),
+        settled.orders
+    );
     for finding in settled.findings.iter().take(10) {
         println!("  {} {} {}", finding.kind, finding.id, finding.detail);
     }
@@ -122,20 +160,45 @@ async fn main() -> anyhow::Result<ExitCode> {
     let mut good = true;
     let all: Vec<Duration> = storm.taken.iter().chain(&storm.refused).copied().collect();
     for (holds, what) in [
-        (sent >= rate * SENT_SHARE_MIN, "as many came as were to come: else it proves nothing"),
+        (
+            sent >= rate * SENT_SHARE_MIN,
+            "as many came as were to come: else it proves nothing",
+        ),
         (!storm.refused.is_empty(), "some were told to come again"),
-        (storm.others.is_empty(), "everyone is answered with 201, or with 503 or 429, a problem document and Retry-After"),
-        (Quantiles::of(&all).p99 <= ANSWER_P99_MAX, "99 of 100 are answered within 3 s"),
-        (taken >= before * TAKEN_SHARE_MIN, "what can be taken is taken: no collapse"),
-        (settled.findings.is_empty(), "everything that was taken is settled, and the books are right"),
-        (settled.orders == taken_in_all, "exactly the orders that were answered with 201 are there"),
-        (after >= before * RECOVERED_SHARE_MIN, "it is as quick as before"),
+        (
+            storm.others.is_empty(),
+            "everyone is answered with 201, or with 503 or 429, a problem document and Retry-After",
+        ),
+        (
+            Quantiles::of(&all).p99 <= ANSWER_P99_MAX,
+            "99 of 100 are answered within 3 s",
+        ),
+        (
+            taken >= before * TAKEN_SHARE_MIN,
+            "what can be taken is taken: no collapse",
+        ),
+        (
+            settled.findings.is_empty(),
+            "everything that was taken is settled, and the books are right",
+        ),
+        (
+            settled.orders == taken_in_all,
+            "exactly the orders that were answered with 201 are there",
+        ),
+        (
+            after >= before * RECOVERED_SHARE_MIN,
+            "it is as quick as before",
+        ),
     ] {
         println!("{} {what}", if holds { "ok    " } else { "FAILED" });
         good &= holds;
     }
     network.shutdown_background();
-    Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if good {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 struct Shop {
@@ -155,9 +218,21 @@ struct Storm {
 impl Shop {
     async fn open(&self) -> anyhow::Result<()> {
         for customer in 0..CUSTOMERS {
-            until_done(&self.http, "/v1/accounts", &json!({ "user_id": user(customer) }), SETTLED_WITHIN).await?;
+            until_done(
+                &self.http,
+                "/v1/accounts",
+                &json!({ "user_id": user(customer) }),
+                SETTLED_WITHIN,
+            )
+            .await?;
             let path = format!("/v1/accounts/{}/deposits", user(customer));
-            until_done(&self.http, &path, &json!({ "amount": 1_000_000_000 }), SETTLED_WITHIN).await?;
+            until_done(
+                &self.http,
+                &path,
+                &json!({ "amount": 1_000_000_000 }),
+                SETTLED_WITHIN,
+            )
+            .await?;
         }
         Ok(())
     }
@@ -174,13 +249,20 @@ impl Shop {
                 match answer {
                     Ok((201, _)) => taken.set(taken.get() + 1),
                     // A group took long, or so many connections at once: what counts is that groups are full.
-                    Ok((503, problem)) if problem["outcome"].is_null() => tokio::time::sleep(COME_AGAIN).await,
-                    other => anyhow::bail!("an order was not taken although there is no overload: {other:?}"),
+                    Ok((503, problem)) if problem["outcome"].is_null() => {
+                        tokio::time::sleep(COME_AGAIN).await
+                    }
+                    other => anyhow::bail!(
+                        "an order was not taken although there is no overload: {other:?}"
+                    ),
                 }
             }
             Ok(())
         });
-        join_all(workers).await.into_iter().collect::<anyhow::Result<()>>()?;
+        join_all(workers)
+            .await
+            .into_iter()
+            .collect::<anyhow::Result<()>>()?;
         let rate = taken.get() as f64 / begun.elapsed().as_secs_f64();
         ensure!(rate > 0.0, "no order was taken");
         Ok(rate)
@@ -196,7 +278,9 @@ impl Shop {
             let mut storm = storm.borrow_mut();
             match answer {
                 Ok((201, _)) => storm.taken.push(took),
-                Ok((503 | 429, problem)) if problem["code"].is_string() && problem["outcome"].is_null() => {
+                Ok((503 | 429, problem))
+                    if problem["code"].is_string() && problem["outcome"].is_null() =>
+                {
                     storm.refused.push(took)
                 }
                 Ok((status, problem)) => {
@@ -227,8 +311,15 @@ impl Shop {
     /// One order under a key of its own: status, problem if any, and how long the answer took.
     async fn order(&self, number: usize) -> (anyhow::Result<(u16, Value)>, Duration) {
         let begun = Instant::now();
-        let (key, body) = (Uuid::new_v4().to_string(), json!({ "user_id": user(number % CUSTOMERS), "amount": 1 }));
-        let answered = tokio::time::timeout(ANSWER_TIMEOUT, self.http.post("/v1/orders", Some(&key), &body)).await;
+        let (key, body) = (
+            Uuid::new_v4().to_string(),
+            json!({ "user_id": user(number % CUSTOMERS), "amount": 1 }),
+        );
+        let answered = tokio::time::timeout(
+            ANSWER_TIMEOUT,
+            self.http.post("/v1/orders", Some(&key), &body),
+        )
+        .await;
         let took = begun.elapsed();
         let answer = match answered {
             Err(_) => Err(anyhow::anyhow!("no answer within {ANSWER_TIMEOUT:?}")),
@@ -237,9 +328,10 @@ impl Shop {
                 self.taken.set(self.taken.get() + 1);
                 Ok((201, Value::Null))
             }
-            Ok(Ok(answer)) if answer.header("retry-after").is_none() => {
-                Ok((answer.status, json!({ "code": null, "outcome": "no Retry-After" })))
-            }
+            Ok(Ok(answer)) if answer.header("retry-after").is_none() => Ok((
+                answer.status,
+                json!({ "code": null, "outcome": "no Retry-After" }),
+            )),
             Ok(Ok(answer)) => Ok((answer.status, answer.json())),
         };
         (answer, took)
@@ -260,14 +352,28 @@ impl Quantiles {
     fn of(times: &[Duration]) -> Self {
         let mut sorted = times.to_vec();
         sorted.sort_unstable();
-        let at = |share: f64| sorted.get(((sorted.len() as f64 * share) as usize).min(sorted.len().saturating_sub(1))).copied();
-        Self { p50: at(0.5).unwrap_or_default(), p99: at(0.99).unwrap_or_default(), max: at(1.0).unwrap_or_default() }
+        let at = |share: f64| {
+            sorted
+                .get(((sorted.len() as f64 * share) as usize).min(sorted.len().saturating_sub(1)))
+                .copied()
+        };
+        Self {
+            p50: at(0.5).unwrap_or_default(),
+            p99: at(0.99).unwrap_or_default(),
+            max: at(1.0).unwrap_or_default(),
+        }
     }
 }
 
 impl std::fmt::Display for Quantiles {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let ms = |time: Duration| time.as_secs_f64() * 1000.0;
-        write!(f, "p50 {:.0} ms, p99 {:.0} ms, at most {:.0} ms", ms(self.p50), ms(self.p99), ms(self.max))
+        write!(
+            f,
+            "p50 {:.0} ms, p99 {:.0} ms, at most {:.0} ms",
+            ms(self.p50),
+            ms(self.p99),
+            ms(self.max)
+        )
     }
 }

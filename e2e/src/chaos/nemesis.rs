@@ -54,11 +54,19 @@ struct Fault {
 }
 
 const fn fault(name: &'static str, per_minute: f64, act: Act) -> Fault {
-    Fault { name, per_minute, act }
+    Fault {
+        name,
+        per_minute,
+        act,
+    }
 }
 
 const fn unknown(name: &'static str, service: &'static str, after: &'static str) -> Fault {
-    fault(name, 1.0, Act::Lose(service, "postgres", Cut::CommitAnswer { after }, 1))
+    fault(
+        name,
+        1.0,
+        Act::Lose(service, "postgres", Cut::CommitAnswer { after }, 1),
+    )
 }
 
 const FAULTS: [Fault; 33] = [
@@ -84,17 +92,68 @@ const FAULTS: [Fault; 33] = [
     fault("black hole to postgres", 0.34, Act::BlackHole("postgres")),
     fault("black hole to nats", 0.34, Act::BlackHole("nats")),
     unknown("unknown commit at intake", "orders", "INSERT INTO orders"),
-    unknown("unknown commit at deposit", "payments", "SET balance = balance + $2"),
-    unknown("unknown commit at charge", "payments", "INSERT INTO payments"),
-    unknown("unknown commit at settle", "orders", "UPDATE orders o SET status"),
-    unknown("unknown commit at the relay of orders", "orders", "UPDATE outbox o SET published_at"),
-    unknown("unknown commit at the relay of payments", "payments", "UPDATE outbox o SET published_at"),
-    fault("COMMIT lost on its way", 1.0, Act::Lose("orders", "postgres", Cut::CommitRequest { after: "INSERT INTO orders" }, 1)),
-    fault("PubAck lost, orders", 3.0, Act::Lose("orders", "nats", Cut::PubAck, LOST_PUBACKS)),
-    fault("PubAck lost, payments", 2.0, Act::Lose("payments", "nats", Cut::PubAck, LOST_PUBACKS)),
-    fault("ack lost, payments", 1.0, Act::Lose("payments", "nats", Cut::Ack, 10)),
-    fault("ack lost, orders", 1.0, Act::Lose("orders", "nats", Cut::Ack, 10)),
-    fault("delivery lost, payments", 1.0, Act::Lose("payments", "nats", Cut::Delivery, 10)),
+    unknown(
+        "unknown commit at deposit",
+        "payments",
+        "SET balance = balance + $2",
+    ),
+    unknown(
+        "unknown commit at charge",
+        "payments",
+        "INSERT INTO payments",
+    ),
+    unknown(
+        "unknown commit at settle",
+        "orders",
+        "UPDATE orders o SET status",
+    ),
+    unknown(
+        "unknown commit at the relay of orders",
+        "orders",
+        "UPDATE outbox o SET published_at",
+    ),
+    unknown(
+        "unknown commit at the relay of payments",
+        "payments",
+        "UPDATE outbox o SET published_at",
+    ),
+    fault(
+        "COMMIT lost on its way",
+        1.0,
+        Act::Lose(
+            "orders",
+            "postgres",
+            Cut::CommitRequest {
+                after: "INSERT INTO orders",
+            },
+            1,
+        ),
+    ),
+    fault(
+        "PubAck lost, orders",
+        3.0,
+        Act::Lose("orders", "nats", Cut::PubAck, LOST_PUBACKS),
+    ),
+    fault(
+        "PubAck lost, payments",
+        2.0,
+        Act::Lose("payments", "nats", Cut::PubAck, LOST_PUBACKS),
+    ),
+    fault(
+        "ack lost, payments",
+        1.0,
+        Act::Lose("payments", "nats", Cut::Ack, 10),
+    ),
+    fault(
+        "ack lost, orders",
+        1.0,
+        Act::Lose("orders", "nats", Cut::Ack, 10),
+    ),
+    fault(
+        "delivery lost, payments",
+        1.0,
+        Act::Lose("payments", "nats", Cut::Delivery, 10),
+    ),
 ];
 
 /// The one who does it.
@@ -110,12 +169,22 @@ pub(super) struct Nemesis {
 }
 
 impl Nemesis {
-    pub(super) fn new(stack: TestStack, edges: Edges, over: Duration, only: &[String], seed: &mut Seed) -> anyhow::Result<Self> {
+    pub(super) fn new(
+        stack: TestStack,
+        edges: Edges,
+        over: Duration,
+        only: &[String],
+        seed: &mut Seed,
+    ) -> anyhow::Result<Self> {
         let mut seed = seed.branch();
-        let wanted = |fault: &Fault| only.is_empty() || only.iter().any(|word| fault.name.contains(word.as_str()));
+        let wanted = |fault: &Fault| {
+            only.is_empty() || only.iter().any(|word| fault.name.contains(word.as_str()))
+        };
         let mut deck: Vec<usize> = Vec::new();
         for (index, fault) in FAULTS.iter().enumerate().filter(|(_, fault)| wanted(fault)) {
-            let times = (fault.per_minute * over.as_secs_f64() / 60.0).round().max(1.0);
+            let times = (fault.per_minute * over.as_secs_f64() / 60.0)
+                .round()
+                .max(1.0);
             deck.extend(std::iter::repeat_n(index, times as usize));
         }
         anyhow::ensure!(
@@ -126,7 +195,10 @@ impl Nemesis {
         seed.shuffle(&mut deck);
         // A roll-back needs something older to go back to.
         deck.sort_by_key(|index| u8::from(FAULTS[*index].act == Act::RollBack));
-        if let Some(first) = deck.iter().position(|index| FAULTS[*index].act == Act::RollBack) {
+        if let Some(first) = deck
+            .iter()
+            .position(|index| FAULTS[*index].act == Act::RollBack)
+        {
             let rolls = deck.split_off(first);
             for roll in rolls {
                 let half = deck.len() / 2;
@@ -136,8 +208,20 @@ impl Nemesis {
         }
         let step = over.saturating_sub(CALM) / u32::try_from(deck.len())?;
         let times = (0_u32..).map(|number| CALM + step * number);
-        let fired = FAULTS.iter().filter(|fault| wanted(fault)).map(|fault| (fault.name, 0)).collect();
-        Ok(Self { stack, edges, seed, schedule: times.zip(deck).collect(), fired, copied: false, unexpected_ends: Vec::new() })
+        let fired = FAULTS
+            .iter()
+            .filter(|fault| wanted(fault))
+            .map(|fault| (fault.name, 0))
+            .collect();
+        Ok(Self {
+            stack,
+            edges,
+            seed,
+            schedule: times.zip(deck).collect(),
+            fired,
+            copied: false,
+            unexpected_ends: Vec::new(),
+        })
     }
 
     pub(super) fn system(&self) -> &System {
@@ -158,9 +242,15 @@ impl Nemesis {
     }
 
     /// Does it all. `words`: how many are done, a space, what is being done.
-    pub(super) async fn run(&mut self, begun: Instant, words: &RefCell<String>) -> anyhow::Result<()> {
+    pub(super) async fn run(
+        &mut self,
+        begun: Instant,
+        words: &RefCell<String>,
+    ) -> anyhow::Result<()> {
         let schedule = std::mem::take(&mut self.schedule);
-        let has_roll_back = schedule.iter().any(|(_, index)| FAULTS[*index].act == Act::RollBack);
+        let has_roll_back = schedule
+            .iter()
+            .any(|(_, index)| FAULTS[*index].act == Act::RollBack);
         for (number, (at, index)) in schedule.iter().enumerate() {
             tokio::time::sleep_until(begun + *at).await;
             let fault = &FAULTS[*index];
@@ -168,7 +258,9 @@ impl Nemesis {
             self.count_cuts();
             self.look_for_ends().await?;
             if has_roll_back && !self.copied && number >= schedule.len() / 5 {
-                self.act(Act::Copy).await.context("copying the broker's data")?;
+                self.act(Act::Copy)
+                    .await
+                    .context("copying the broker's data")?;
             }
             self.act(fault.act).await.with_context(|| fault.name)?;
             if !matches!(fault.act, Act::Lose(..)) {
@@ -249,10 +341,14 @@ impl Nemesis {
                 .await
             }
             Act::RemakeConsumer => {
-                let (stream, consumer) =
-                    self.one_of([("ORDERS", "payments-order-placed"), ("PAYMENTS", "orders-payment-settled")]);
+                let (stream, consumer) = self.one_of([
+                    ("ORDERS", "payments-order-placed"),
+                    ("PAYMENTS", "orders-payment-settled"),
+                ]);
                 self.at_the_broker(async |ops| {
-                    ops.jetstream().delete_consumer_from_stream(consumer, stream).await?;
+                    ops.jetstream()
+                        .delete_consumer_from_stream(consumer, stream)
+                        .await?;
                     Ok(())
                 })
                 .await
@@ -285,7 +381,11 @@ impl Nemesis {
             }
             Act::Slow => {
                 let piece = self.one_of([0, 64, 512]);
-                let delay = if piece == 0 { Duration::from_millis(200) } else { Duration::from_millis(2) };
+                let delay = if piece == 0 {
+                    Duration::from_millis(200)
+                } else {
+                    Duration::from_millis(2)
+                };
                 self.edges.all().for_each(|way| way.slow(delay, piece));
                 tokio::time::sleep(Duration::from_secs(3)).await;
                 self.edges.all().for_each(stack::proxy::Proxy::heal);
@@ -322,16 +422,22 @@ impl Nemesis {
         for name in NAMES {
             if let Some(status) = self.stack.system.ended(name) {
                 let log = stack::process::tail(&self.stack.system.place().log(name), 5);
-                self.unexpected_ends.push(format!("{name} ended by itself ({status}): {log}"));
+                self.unexpected_ends
+                    .push(format!("{name} ended by itself ({status}): {log}"));
                 self.start(name).await?;
             }
         }
         Ok(())
     }
 
-    async fn at_the_broker(&self, work: impl AsyncFn(&messaging::broker::Broker) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    async fn at_the_broker(
+        &self,
+        work: impl AsyncFn(&messaging::broker::Broker) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
         let deadline = Instant::now() + START_WITHIN;
-        let ops = tokio::time::timeout(START_WITHIN, operator(&self.stack.system)).await.context("the broker is away")??;
+        let ops = tokio::time::timeout(START_WITHIN, operator(&self.stack.system))
+            .await
+            .context("the broker is away")??;
         // A service may just be making again what was deleted a moment ago.
         loop {
             match work(&ops).await {

@@ -48,7 +48,10 @@ pub struct Report {
 }
 
 impl Report {
-    #[expect(clippy::too_many_arguments, reason = "it is everything that is known, once")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "it is everything that is known, once"
+    )]
     pub(super) fn new(
         settings: &Settings,
         seen: Seen,
@@ -63,7 +66,13 @@ impl Report {
         let mut done: [std::collections::BTreeSet<&str>; 2] = Default::default();
         let mut unknown = 0;
         for exchange in &history.exchanges {
-            *answers.entry(exchange.status.map_or_else(|| "none".to_owned(), |status| status.to_string())).or_default() += 1;
+            *answers
+                .entry(
+                    exchange
+                        .status
+                        .map_or_else(|| "none".to_owned(), |status| status.to_string()),
+                )
+                .or_default() += 1;
             if exchange.method != "POST" {
                 continue;
             }
@@ -81,13 +90,23 @@ impl Report {
             *findings.entry(finding.kind.to_string()).or_default() += 1;
         }
         let done = done.map(|keys| keys.len() as u64);
-        let mut failures: Vec<String> = findings.iter().map(|(kind, number)| format!("{number} {kind}")).collect();
+        let mut failures: Vec<String> = findings
+            .iter()
+            .map(|(kind, number)| format!("{number} {kind}"))
+            .collect();
         if settled_after.is_none() {
-            failures.push(format!("not every order was final {SETTLE_WITHIN:?} after the last fault"));
+            failures.push(format!(
+                "not every order was final {SETTLE_WITHIN:?} after the last fault"
+            ));
         }
-        for (what, wanted, done) in [("orders", seen.orders_begun, done[0]), ("deposits", seen.deposits_begun, done[1])] {
+        for (what, wanted, done) in [
+            ("orders", seen.orders_begun, done[0]),
+            ("deposits", seen.deposits_begun, done[1]),
+        ] {
             if done != wanted {
-                failures.push(format!("{done} of {wanted} {what} were answered with 2xx in the end"));
+                failures.push(format!(
+                    "{done} of {wanted} {what} were answered with 2xx in the end"
+                ));
             }
         }
         for status in ["429", "500"] {
@@ -96,8 +115,18 @@ impl Report {
             }
         }
         failures.extend(unexpected_ends.iter().cloned());
-        failures.extend(audited.not_looked_at.iter().map(|what| format!("not looked at: {what}")));
-        failures.extend(fired.iter().filter(|(_, times)| **times == 0).map(|(name, _)| format!("never happened: {name}")));
+        failures.extend(
+            audited
+                .not_looked_at
+                .iter()
+                .map(|what| format!("not looked at: {what}")),
+        );
+        failures.extend(
+            fired
+                .iter()
+                .filter(|(_, times)| **times == 0)
+                .map(|(name, _)| format!("never happened: {name}")),
+        );
         Self {
             command: format!(
                 "just chaos --seed {} --seconds {} --orders {} --deposits {}",
@@ -111,7 +140,10 @@ impl Report {
             exchanges: history.exchanges.len() as u64,
             answers,
             unknown,
-            faults: fired.into_iter().map(|(name, times)| (name.to_owned(), times)).collect(),
+            faults: fired
+                .into_iter()
+                .map(|(name, times)| (name.to_owned(), times))
+                .collect(),
             by_status: audited.by_status.clone(),
             settled_after_seconds: settled_after.map(|time| time.as_secs_f64()),
             findings,
@@ -131,39 +163,97 @@ impl Report {
     }
 
     fn found(&self, kinds: &[Kind]) -> u64 {
-        kinds.iter().filter_map(|kind| self.findings.get(&kind.to_string())).sum()
+        kinds
+            .iter()
+            .filter_map(|kind| self.findings.get(&kind.to_string()))
+            .sum()
     }
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let list = |map: &BTreeMap<String, u64>| {
-            map.iter().map(|(name, number)| format!("{number} {name}")).collect::<Vec<_>>().join(", ")
+            map.iter()
+                .map(|(name, number)| format!("{number} {name}"))
+                .collect::<Vec<_>>()
+                .join(", ")
         };
         writeln!(f, "# Chaos, seed {}\n", self.seed)?;
-        writeln!(f, "`{}` at commit {}, {:.0} s.\n", self.command, self.commit, self.seconds)?;
+        writeln!(
+            f,
+            "`{}` at commit {}, {:.0} s.\n",
+            self.command, self.commit, self.seconds
+        )?;
         let [wanted, done] = self.orders;
         let [wanted_deposits, done_deposits] = self.deposits;
         writeln!(f, "| figure | |\n|---|---|")?;
-        writeln!(f, "| orders answered with 2xx in the end | {done} of {wanted} |")?;
+        writeln!(
+            f,
+            "| orders answered with 2xx in the end | {done} of {wanted} |"
+        )?;
         writeln!(f, "| deposits | {done_deposits} of {wanted_deposits} |")?;
-        writeln!(f, "| requests | {} (status: {}) |", self.exchanges, list(&self.answers))?;
-        writeln!(f, "| outcome unknown to the client, sent again under its key | {} |", self.unknown)?;
+        writeln!(
+            f,
+            "| requests | {} (status: {}) |",
+            self.exchanges,
+            list(&self.answers)
+        )?;
+        writeln!(
+            f,
+            "| outcome unknown to the client, sent again under its key | {} |",
+            self.unknown
+        )?;
         writeln!(f, "| orders at the end | {} |", list(&self.by_status))?;
-        let settled = self.settled_after_seconds.map_or_else(|| "never".to_owned(), |time| format!("{time:.1} s"));
+        let settled = self
+            .settled_after_seconds
+            .map_or_else(|| "never".to_owned(), |time| format!("{time:.1} s"));
         writeln!(f, "| everything final, from the last fault | {settled} |")?;
-        writeln!(f, "| lost | {} |", self.found(&[Kind::Lost, Kind::MissingEvent]))?;
-        writeln!(f, "| doubled | {} |", self.found(&[Kind::DoubledDebit, Kind::DoubledKey]))?;
+        writeln!(
+            f,
+            "| lost | {} |",
+            self.found(&[Kind::Lost, Kind::MissingEvent])
+        )?;
+        writeln!(
+            f,
+            "| doubled | {} |",
+            self.found(&[Kind::DoubledDebit, Kind::DoubledKey])
+        )?;
         writeln!(f, "| not asked for | {} |", self.found(&[Kind::Unexpected]))?;
-        writeln!(f, "| stuck | {} |", self.found(&[Kind::Stuck, Kind::NotApplied, Kind::Quarantined, Kind::LatePublication]))?;
-        writeln!(f, "| drift | {} |", self.found(&[Kind::BalanceDrift, Kind::BrokenStatement, Kind::NegativeBalance]))?;
-        writeln!(f, "| findings of the audit, all in all | {} |", self.findings.values().sum::<u64>())?;
+        writeln!(
+            f,
+            "| stuck | {} |",
+            self.found(&[
+                Kind::Stuck,
+                Kind::NotApplied,
+                Kind::Quarantined,
+                Kind::LatePublication
+            ])
+        )?;
+        writeln!(
+            f,
+            "| drift | {} |",
+            self.found(&[
+                Kind::BalanceDrift,
+                Kind::BrokenStatement,
+                Kind::NegativeBalance
+            ])
+        )?;
+        writeln!(
+            f,
+            "| findings of the audit, all in all | {} |",
+            self.findings.values().sum::<u64>()
+        )?;
         writeln!(f, "\n| fault | times |\n|---|---|")?;
         for (name, times) in &self.faults {
             writeln!(f, "| {name} | {times} |")?;
         }
-        let total =
-            |word: &str| -> u64 { self.faults.iter().filter(|(name, _)| name.contains(word)).map(|(_, times)| times).sum() };
+        let total = |word: &str| -> u64 {
+            self.faults
+                .iter()
+                .filter(|(name, _)| name.contains(word))
+                .map(|(_, times)| times)
+                .sum()
+        };
         writeln!(
             f,
             "\n{} faults, {} kills of single processes among them.",
@@ -182,7 +272,9 @@ impl fmt::Display for Report {
 }
 
 fn commit() -> String {
-    let output = Command::new("git").args(["rev-parse", "--short", "HEAD"]).output();
+    let output = Command::new("git")
+        .args(["rev-parse", "--short", "HEAD"])
+        .output();
     let text = output
         .ok()
         .filter(|output| output.status.success())

@@ -5,10 +5,19 @@ use std::process::Command;
 #[tokio::test]
 async fn the_promise_is_kept_while_everything_breaks() {
     let run = tokio::task::spawn_blocking(|| {
-        Command::new(env!("CARGO_BIN_EXE_chaos")).args(["--seed", "1", "--seconds", "40"]).output()
+        Command::new(env!("CARGO_BIN_EXE_chaos"))
+            .args(["--seed", "1", "--seconds", "40"])
+            .output()
     });
     let output = run.await.unwrap().unwrap();
     let words = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{words}\n{}", String::from_utf8_lossy(&output.stderr));
-    assert!(words.contains("Everything holds, and every kind of fault happened."), "{words}");
+    assert!(
+        output.status.success(),
+        "{words}\n{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(
+        words.contains("Everything holds, and every kind of fault happened."),
+        "{words}"
+    );
 }

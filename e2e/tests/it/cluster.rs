@@ -10,10 +10,18 @@ use crate::faults::{CLIENTS, ORDERS_EACH, shop_while, with_customers};
 use crate::shop::{SOON, Shop};
 
 async fn shop_with_a_cluster() -> (Shop, TestCluster) {
-    let ports = [free_port().unwrap(), free_port().unwrap(), free_port().unwrap()];
-    let urls = ports.map(|port| format!("nats://127.0.0.1:{port}")).join(",");
+    let ports = [
+        free_port().unwrap(),
+        free_port().unwrap(),
+        free_port().unwrap(),
+    ];
+    let urls = ports
+        .map(|port| format!("nats://127.0.0.1:{port}"))
+        .join(",");
     let environment = [("NATS_URL", urls.as_str()), ("GOZON_STREAM_REPLICAS", "3")];
-    let environment = environment.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
+    let environment = environment
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .to_vec();
     let mut stack = TestStack::prepare(environment).await.unwrap();
     let mut cluster = TestCluster::prepare(&stack.system.place().secrets, ports).unwrap();
     for number in 0..3 {
@@ -32,14 +40,20 @@ async fn f28_a_cluster_loses_its_leader_then_two_then_all_three() {
     let mut orders = 0;
     for killed in 1..=3 {
         shop_while(&mut shop, async |_| {
-            let leader = eventually("a server leads", SOON, async || cluster.leader("ORDERS").await).await;
+            let leader = eventually("a server leads", SOON, async || {
+                cluster.leader("ORDERS").await
+            })
+            .await;
             let numbers: Vec<usize> = (0..killed).map(|next| (leader + next) % 3).collect();
             for number in &numbers {
                 cluster.kill(*number).await.unwrap();
             }
             if killed == 1 {
                 // Two of three go on by themselves.
-                eventually("another server leads", SOON, async || cluster.leader("ORDERS").await).await;
+                eventually("another server leads", SOON, async || {
+                    cluster.leader("ORDERS").await
+                })
+                .await;
             }
             for number in numbers {
                 cluster.spawn(number).unwrap();
@@ -60,10 +74,16 @@ async fn f29_a_leader_is_cut_off_and_comes_back_when_the_next_is_killed() {
     let (mut shop, mut cluster) = shop_with_a_cluster().await;
     for round in 1..=2 {
         shop_while(&mut shop, async |_| {
-            let first = eventually("a server leads", SOON, async || cluster.leader("ORDERS").await).await;
+            let first = eventually("a server leads", SOON, async || {
+                cluster.leader("ORDERS").await
+            })
+            .await;
             cluster.pause(first).unwrap();
             let others = [(first + 1) % 3, (first + 2) % 3];
-            let next = eventually("another server leads", SOON, async || cluster.leader_among("ORDERS", &others).await).await;
+            let next = eventually("another server leads", SOON, async || {
+                cluster.leader_among("ORDERS", &others).await
+            })
+            .await;
             cluster.kill(next).await.unwrap();
             cluster.resume(first).unwrap();
             cluster.spawn(next).unwrap();
@@ -83,19 +103,33 @@ async fn f18_a_message_in_process_is_refused_until_it_is_known_and_stored_once()
     const IN_PROCESS: u64 = 10158;
     const TRIES: u64 = 500;
     let (shop, cluster) = shop_with_a_cluster().await;
-    let leader = eventually("a server leads", SOON, async || cluster.leader("ORDERS").await).await;
+    let leader = eventually("a server leads", SOON, async || {
+        cluster.leader("ORDERS").await
+    })
+    .await;
     let password = shop.stack.system.place().secrets.nats_ops.clone();
-    let config = BrokerConfig { url: cluster.url(leader), user: "ops".to_owned(), password, name: "test".to_owned() };
+    let config = BrokerConfig {
+        url: cluster.url(leader),
+        user: "ops".to_owned(),
+        password,
+        name: "test".to_owned(),
+    };
     let ops = Broker::connect(config).await.unwrap();
     ops.until_connected().await;
     let send = async |id: &str| {
         let message = PublishMessage::build().message_id(id).payload("{}".into());
         // Nobody reads this subject.
-        ops.jetstream().send_publish("gozon.orders.probe", message).await.unwrap()
+        ops.jetstream()
+            .send_publish("gozon.orders.probe", message)
+            .await
+            .unwrap()
     };
     let (mut stored, mut in_process) = (0, false);
     while !in_process {
-        assert!(stored < TRIES, "{stored} pairs were sent, and no second one met the first");
+        assert!(
+            stored < TRIES,
+            "{stored} pairs were sent, and no second one met the first"
+        );
         let id = format!("probe-{stored}");
         let (one, other) = (send(&id).await, send(&id).await);
         let (one, other) = (one.await, other.await);
@@ -114,8 +148,16 @@ async fn f18_a_message_in_process_is_refused_until_it_is_known_and_stored_once()
         };
     }
     let stream = ops.jetstream().get_stream("ORDERS").await.unwrap();
-    let messages = stream.info_with_subjects("gozon.orders.probe").await.unwrap();
+    let messages = stream
+        .info_with_subjects("gozon.orders.probe")
+        .await
+        .unwrap();
     assert_eq!(messages.info.state.subjects_count, 1);
-    let number: usize = messages.map(|one| one.unwrap().1).collect::<Vec<_>>().await.into_iter().sum();
+    let number: usize = messages
+        .map(|one| one.unwrap().1)
+        .collect::<Vec<_>>()
+        .await
+        .into_iter()
+        .sum();
     assert_eq!(number as u64, stored);
 }

@@ -14,7 +14,11 @@ use crate::shop::{SOON, Shop};
 
 /// Where a machine does not allow a test, it passes; `recipes/test.sh` says so at the end.
 fn not_tested(why: &str) {
-    let mut list = File::options().create(true).append(true).open(concat!(env!("CARGO_TARGET_TMPDIR"), "/not-tested")).unwrap();
+    let mut list = File::options()
+        .create(true)
+        .append(true)
+        .open(concat!(env!("CARGO_TARGET_TMPDIR"), "/not-tested"))
+        .unwrap();
     writeln!(list, "{why}").unwrap();
 }
 
@@ -29,27 +33,41 @@ async fn shop_on_a_small_disk(part: &str, megabytes: u32) -> Option<(Shop, Small
         }
     };
     let place = stack.system.place();
-    disk.take_in(&if part == "postgres" { place.postgres_data() } else { place.nats_data() }).unwrap();
+    disk.take_in(&if part == "postgres" {
+        place.postgres_data()
+    } else {
+        place.nats_data()
+    })
+    .unwrap();
     stack.system.start_all(|_, _| {}).await.unwrap();
     Some((with_customers(Shop::on(stack)).await, disk))
 }
 
 #[tokio::test]
 async fn f12_the_disk_of_the_database_is_full() {
-    let Some((mut shop, disk)) = shop_on_a_small_disk("postgres", 400).await else { return };
+    let Some((mut shop, disk)) = shop_on_a_small_disk("postgres", 400).await else {
+        return;
+    };
     shop_while(&mut shop, async |shop| {
         disk.fill().unwrap();
         let refused = eventually("an order is refused", SOON, async || {
-            let order = json!({ "user_id": "user-0", "amount": 1_000_000, "description": "x".repeat(500) });
+            let order =
+                json!({ "user_id": "user-0", "amount": 1_000_000, "description": "x".repeat(500) });
             let answer = shop.http.post("/v1/orders", None, &order).await.ok()?;
             (answer.status != 201).then_some(answer)
         })
         .await;
-        assert_eq!((refused.status, refused.header("content-type")), (503, Some("application/problem+json")));
+        assert_eq!(
+            (refused.status, refused.header("content-type")),
+            (503, Some("application/problem+json"))
+        );
         disk.free().unwrap();
         // It may have given up: whoever runs it starts it again.
         if shop.stack.system.ended("postgres").is_some() {
-            eventually("it is there again", SOON, async || shop.stack.system.start("postgres").await.ok()).await;
+            eventually("it is there again", SOON, async || {
+                shop.stack.system.start("postgres").await.ok()
+            })
+            .await;
         }
     })
     .await;
@@ -61,11 +79,16 @@ async fn f12_the_disk_of_the_database_is_full() {
 
 #[tokio::test]
 async fn f26_the_disk_of_the_broker_is_full() {
-    let Some((mut shop, disk)) = shop_on_a_small_disk("nats", 64).await else { return };
+    let Some((mut shop, disk)) = shop_on_a_small_disk("nats", 64).await else {
+        return;
+    };
     shop_while(&mut shop, async |shop| {
         disk.fill().unwrap();
         let orders = shop.database("orders").await;
-        eventually("an event cannot be published", SOON, async || shop.something_was_refused(&orders).await.then_some(())).await;
+        eventually("an event cannot be published", SOON, async || {
+            shop.something_was_refused(&orders).await.then_some(())
+        })
+        .await;
         disk.free().unwrap();
         // The server switches its streams off for good: whoever runs it starts it again.
         shop.stack.system.stop("nats").await.unwrap();
@@ -81,7 +104,15 @@ async fn f13_the_disk_of_the_database_fails() {
     let mut shop = with_customers(Shop::open().await).await;
     let postgres = shop.stack.system.pid("postgres").unwrap();
     // New sessions of the server, which write its log when they commit, are told that the disk has failed.
-    let failing = ["-f", "-qq", "-e", "trace=fdatasync,fsync", "-e", "inject=fdatasync,fsync:error=EIO:when=3+", "-p"];
+    let failing = [
+        "-f",
+        "-qq",
+        "-e",
+        "trace=fdatasync,fsync",
+        "-e",
+        "inject=fdatasync,fsync:error=EIO:when=3+",
+        "-p",
+    ];
     let log = shop.stack.system.place().log("postgres");
     shop_while(&mut shop, async |shop| {
         let strace = tokio::process::Command::new("strace")

@@ -44,10 +44,20 @@ struct Meters {
 impl Meters {
     async fn start() -> Self {
         let mut seed = Seed::new(1);
-        let (stack, edges) = TestStack::start_behind_proxies(&own_programs().unwrap(), Vec::new(), &mut seed).await.unwrap();
+        let (stack, edges) =
+            TestStack::start_behind_proxies(&own_programs().unwrap(), Vec::new(), &mut seed)
+                .await
+                .unwrap();
         let postgres = stack.system.postgres();
-        let databases = [postgres.connect("orders").await.unwrap(), postgres.connect("payments").await.unwrap()];
-        Self { shop: Shop::on(stack), edges, databases }
+        let databases = [
+            postgres.connect("orders").await.unwrap(),
+            postgres.connect("payments").await.unwrap(),
+        ];
+        Self {
+            shop: Shop::on(stack),
+            edges,
+            databases,
+        }
     }
 
     /// Waits until nothing is on its way any more, and reads the counters.
@@ -61,15 +71,23 @@ impl Meters {
         }
         let mut traffic = Traffic::default();
         for service in ["orders", "payments"] {
-            let [database, broker] = ["postgres", "nats"].map(|part| self.edges.between(service, part).traffic());
+            let [database, broker] =
+                ["postgres", "nats"].map(|part| self.edges.between(service, part).traffic());
             traffic.statements += database.statements;
             traffic.round_trips += database.round_trips;
             traffic.messages += broker.messages;
             traffic.message_bytes += broker.message_bytes;
         }
-        let monitor = stack::http::Http::new(format!("http://127.0.0.1:{}", self.shop.stack.system.ports().nats_monitor));
+        let monitor = stack::http::Http::new(format!(
+            "http://127.0.0.1:{}",
+            self.shop.stack.system.ports().nats_monitor
+        ));
         let jetstream = monitor.get("/jsz").await.unwrap().json();
-        let wal_bytes = text(&self.databases[0], "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint").await;
+        let wal_bytes = text(
+            &self.databases[0],
+            "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint",
+        )
+        .await;
         Counted {
             traffic,
             wal_bytes: wal_bytes.parse().unwrap(),
@@ -83,7 +101,8 @@ impl Meters {
         let begun = Instant::now();
         orders(&self.shop).await;
         let after = self.read().await;
-        let each = |pick: fn(&Counted) -> u64| (pick(&after) - pick(&before)) as f64 / ORDERS as f64;
+        let each =
+            |pick: fn(&Counted) -> u64| (pick(&after) - pick(&before)) as f64 / ORDERS as f64;
         let cost = Cost {
             seconds: begun.elapsed().as_secs_f64() / ORDERS as f64,
             statements: each(|counted| counted.traffic.statements),
@@ -106,22 +125,46 @@ impl Cost {
         let looks = self.seconds * 30.0;
         let pairs = [
             ("statements", self.statements, limit.statements + looks),
-            ("round trips to PostgreSQL", self.round_trips, limit.round_trips + 2.0 * looks),
+            (
+                "round trips to PostgreSQL",
+                self.round_trips,
+                limit.round_trips + 2.0 * looks,
+            ),
             ("messages to NATS", self.messages, limit.messages + looks),
-            ("bytes of messages", self.message_bytes, limit.message_bytes + 100.0 * looks),
-            ("bytes of WAL", self.wal_bytes, limit.wal_bytes + 100.0 * looks),
+            (
+                "bytes of messages",
+                self.message_bytes,
+                limit.message_bytes + 100.0 * looks,
+            ),
+            (
+                "bytes of WAL",
+                self.wal_bytes,
+                limit.wal_bytes + 100.0 * looks,
+            ),
             ("bytes in streams", self.stream_bytes, limit.stream_bytes),
-            ("messages in streams", self.stream_messages, limit.stream_messages),
+            (
+                "messages in streams",
+                self.stream_messages,
+                limit.stream_messages,
+            ),
         ];
         for (what, cost, limit) in pairs {
-            assert!(cost <= limit, "an order costs {cost:.1} {what}, more than {limit:.1}: {self:?}");
+            assert!(
+                cost <= limit,
+                "an order costs {cost:.1} {what}, more than {limit:.1}: {self:?}"
+            );
         }
     }
 }
 
 async fn text(db: &DatabaseConnection, query: &str) -> String {
     let statement = Statement::from_string(DbBackend::Postgres, format!("SELECT ({query})::text"));
-    db.query_one_raw(statement).await.unwrap().unwrap().try_get_by_index(0).unwrap()
+    db.query_one_raw(statement)
+        .await
+        .unwrap()
+        .unwrap()
+        .try_get_by_index(0)
+        .unwrap()
 }
 
 #[tokio::test]
@@ -157,5 +200,9 @@ async fn an_order_costs_no_more_than_it_did() {
     };
     one_by_one.is_at_most(limit);
     // How many orders share a transaction depends on the machine; that they do must show.
-    at_once.is_at_most(Cost { statements: 15.0, round_trips: 25.0, ..limit });
+    at_once.is_at_most(Cost {
+        statements: 15.0,
+        round_trips: 25.0,
+        ..limit
+    });
 }

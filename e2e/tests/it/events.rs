@@ -36,34 +36,60 @@ struct Heard {
 
 impl Heard {
     fn order(&self) -> (String, String) {
-        (self.data["order_id"].as_str().unwrap().to_owned(), self.data["status"].as_str().unwrap().to_owned())
+        (
+            self.data["order_id"].as_str().unwrap().to_owned(),
+            self.data["status"].as_str().unwrap().to_owned(),
+        )
     }
 }
 
 impl Listener {
     async fn open(http: &Http, path: &str, last_event_id: Option<&str>) -> Self {
-        let headers: Vec<(&str, &str)> = last_event_id.iter().map(|id| ("last-event-id", *id)).collect();
+        let headers: Vec<(&str, &str)> = last_event_id
+            .iter()
+            .map(|id| ("last-event-id", *id))
+            .collect();
         let stream = http.open(path, &headers).await.unwrap();
-        assert_eq!((stream.status, stream.content_type.as_str()), (200, "text/event-stream"), "{path}");
-        let mut listener =
-            Self { stream, text: String::new(), ready: VecDeque::new(), last_event_id: last_event_id.map(str::to_owned) };
+        assert_eq!(
+            (stream.status, stream.content_type.as_str()),
+            (200, "text/event-stream"),
+            "{path}"
+        );
+        let mut listener = Self {
+            stream,
+            text: String::new(),
+            ready: VecDeque::new(),
+            last_event_id: last_event_id.map(str::to_owned),
+        };
         // The first words of the server: from here on it listens for us.
-        assert!(timeout(SOON, listener.read()).await.unwrap(), "{path} ends at once");
+        assert!(
+            timeout(SOON, listener.read()).await.unwrap(),
+            "{path} ends at once"
+        );
         listener
     }
 
     /// Reads on; says false if the stream has ended.
     async fn read(&mut self) -> bool {
-        let Some(bytes) = self.stream.next().await else { return false };
+        let Some(bytes) = self.stream.next().await else {
+            return false;
+        };
         self.text.push_str(std::str::from_utf8(&bytes).unwrap());
         while let Some((block, rest)) = self.text.split_once("\n\n") {
-            let field = |name: &str| block.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+            let field = |name: &str| {
+                block
+                    .lines()
+                    .find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
+            };
             if let Some(id) = field("id") {
                 self.last_event_id = Some(id.to_owned());
             }
             if let Some(data) = field("data") {
                 let kind = field("event").unwrap_or("message").to_owned();
-                self.ready.push_back(Heard { kind, data: serde_json::from_str(data).unwrap() });
+                self.ready.push_back(Heard {
+                    kind,
+                    data: serde_json::from_str(data).unwrap(),
+                });
             }
             self.text = rest.to_owned();
         }
@@ -83,7 +109,10 @@ impl Listener {
     }
 
     async fn soon(&mut self) -> Heard {
-        timeout(SOON, self.next()).await.expect("an event comes soon").expect("the stream goes on")
+        timeout(SOON, self.next())
+            .await
+            .expect("an event comes soon")
+            .expect("the stream goes on")
     }
 
     /// Everything that comes until this order is final.
@@ -91,7 +120,9 @@ impl Listener {
         let mut heard = Vec::new();
         loop {
             let event = self.soon().await;
-            let last = event.kind == "order" && event.data["order_id"] == order_id && event.data["status"] != "NEW";
+            let last = event.kind == "order"
+                && event.data["order_id"] == order_id
+                && event.data["status"] != "NEW";
             heard.push(event);
             if last {
                 return heard;
@@ -115,10 +146,19 @@ impl Gateway {
             ("GOZON_ORDERS_URL".to_owned(), system.address("orders")),
             ("GOZON_PAYMENTS_URL".to_owned(), system.address("payments")),
             ("NATS_URL".to_owned(), system.nats().url()),
-            ("NATS_PASSWORD".to_owned(), system.place().secrets.nats_gateway.clone()),
+            (
+                "NATS_PASSWORD".to_owned(),
+                system.place().secrets.nats_gateway.clone(),
+            ),
         ];
-        environment.extend(more.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
-        let program = Program { environment, ..service_program("gateway", system.place().log("gateway-2")).unwrap() };
+        environment.extend(
+            more.iter()
+                .map(|(name, value)| ((*name).to_owned(), (*value).to_owned())),
+        );
+        let program = Program {
+            environment,
+            ..service_program("gateway", system.place().log("gateway-2")).unwrap()
+        };
         let process = Process::start(&program).unwrap();
         let http = Http::new(format!("http://{address}"));
         let gateway = Self { http, process };
@@ -140,7 +180,10 @@ async fn until_following(http: &Http) {
 }
 
 async fn place(http: &Http, user: &str) -> String {
-    let placed = http.post("/v1/orders", None, &json!({ "user_id": user, "amount": 1 })).await.unwrap();
+    let placed = http
+        .post("/v1/orders", None, &json!({ "user_id": user, "amount": 1 }))
+        .await
+        .unwrap();
     assert_eq!(placed.status, 201, "{}", placed.text());
     placed.json()["id"].as_str().unwrap().to_owned()
 }
@@ -171,8 +214,13 @@ async fn who_reconnects_all_the_time_across_two_gateways_misses_nothing() {
             while let Ok(event) = tokio::time::timeout_at(cut, listener.next()).await {
                 heard.push(event.expect("only we cut it"));
             }
-            let door = if reconnects % 2 == 0 { &second.http } else { &shop.http };
-            listener = Listener::open(door, "/v1/orders/events", listener.last_event_id.as_deref()).await;
+            let door = if reconnects % 2 == 0 {
+                &second.http
+            } else {
+                &shop.http
+            };
+            listener =
+                Listener::open(door, "/v1/orders/events", listener.last_event_id.as_deref()).await;
             reconnects += 1;
         }
         // What is still on its way would be too much.
@@ -191,7 +239,11 @@ async fn who_reconnects_all_the_time_across_two_gateways_misses_nothing() {
         statuses.entry(id).or_default().push(status);
     }
     for id in ids.into_iter().flatten() {
-        assert_eq!(statuses.remove(&id).unwrap_or_default(), ["NEW", "FINISHED"], "{id}");
+        assert_eq!(
+            statuses.remove(&id).unwrap_or_default(),
+            ["NEW", "FINISHED"],
+            "{id}"
+        );
     }
     assert!(statuses.is_empty());
     shop.assert_settled(ORDERS).await;
@@ -211,40 +263,90 @@ async fn a_listener_hears_what_it_asked_for() {
     let told = &heard.last().unwrap().data;
     assert_eq!(
         heard.iter().map(Heard::order).collect::<Vec<_>>(),
-        [(refused.clone(), "NEW".to_owned()), (refused.clone(), "CANCELLED".to_owned())]
+        [
+            (refused.clone(), "NEW".to_owned()),
+            (refused.clone(), "CANCELLED".to_owned())
+        ]
     );
-    assert_eq!((&told["user_id"], &told["amount"], &told["reason"]), (&json!("bob"), &json!(1), &json!("no_account")));
+    assert_eq!(
+        (&told["user_id"], &told["amount"], &told["reason"]),
+        (&json!("bob"), &json!(1), &json!("no_account"))
+    );
     let at = OffsetDateTime::parse(told["at"].as_str().unwrap(), &Rfc3339).unwrap();
-    assert!((OffsetDateTime::now_utc() - at).abs() < time::Duration::minutes(2), "{at}");
+    assert!(
+        (OffsetDateTime::now_utc() - at).abs() < time::Duration::minutes(2),
+        "{at}"
+    );
     let heard = all.until_final(&paid).await;
-    assert!(heard.iter().any(|event| event.order() == (paid.clone(), "NEW".to_owned())));
+    assert!(
+        heard
+            .iter()
+            .any(|event| event.order() == (paid.clone(), "NEW".to_owned()))
+    );
 
     // One order: first as it is, then as it changes.
     let mut one = Listener::open(&shop.http, &format!("/v1/orders/{paid}/events"), None).await;
-    assert_eq!(one.soon().await.order(), (paid.clone(), "FINISHED".to_owned()));
+    assert_eq!(
+        one.soon().await.order(),
+        (paid.clone(), "FINISHED".to_owned())
+    );
     let another = place(&shop.http, "carol").await;
     let mut one = Listener::open(&shop.http, &format!("/v1/orders/{another}/events"), None).await;
     let heard = one.until_final(&another).await;
-    assert_eq!(heard.last().unwrap().order(), (another.clone(), "CANCELLED".to_owned()));
+    assert_eq!(
+        heard.last().unwrap().order(),
+        (another.clone(), "CANCELLED".to_owned())
+    );
     assert!(heard.iter().all(|event| event.order().0 == another));
 
     // Whoever is away while nothing of its own happens goes on after what it knows, also by a parameter.
     let id = of_bob.last_event_id.clone().unwrap();
-    let mut resumed = Listener::open(&shop.http, &format!("/v1/orders/events?last_event_id={id}"), None).await;
-    assert_eq!(resumed.until_final(&another).await.last().unwrap().order().0, another);
+    let mut resumed = Listener::open(
+        &shop.http,
+        &format!("/v1/orders/events?last_event_id={id}"),
+        None,
+    )
+    .await;
+    assert_eq!(
+        resumed
+            .until_final(&another)
+            .await
+            .last()
+            .unwrap()
+            .order()
+            .0,
+        another
+    );
 
     for (path, status, code) in [
         ("/v1/orders/events?user_id=a%20b", 422, "validation_failed"),
         ("/v1/orders/events?user=alice", 422, "validation_failed"),
-        ("/v1/orders/events?last_event_id=7", 422, "validation_failed"),
+        (
+            "/v1/orders/events?last_event_id=7",
+            422,
+            "validation_failed",
+        ),
         ("/v1/orders/7/events", 404, "order_not_found"),
-        ("/v1/orders/01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11/events", 404, "order_not_found"),
+        (
+            "/v1/orders/01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11/events",
+            404,
+            "order_not_found",
+        ),
     ] {
         let answer = shop.http.get(path).await.unwrap();
-        assert_eq!((answer.status, answer.json()["code"].as_str()), (status, Some(code)), "{path}");
+        assert_eq!(
+            (answer.status, answer.json()["code"].as_str()),
+            (status, Some(code)),
+            "{path}"
+        );
     }
     // What no server of ours has sent: read afresh.
-    for foreign in ["abc", "7.-", "99999999.01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11", &id.replacen('.', "0.", 1)] {
+    for foreign in [
+        "abc",
+        "7.-",
+        "99999999.01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11",
+        &id.replacen('.', "0.", 1),
+    ] {
         let mut lost = Listener::open(&shop.http, "/v1/orders/events", Some(foreign)).await;
         assert_eq!(lost.soon().await.kind, "reset", "{foreign}");
         assert_ne!(lost.last_event_id.as_deref(), Some(foreign));
@@ -263,7 +365,14 @@ async fn a_broker_that_lost_everything_is_told_as_a_reset() {
 
     shop.stack.system.kill("nats").await.unwrap();
     // Everything else goes on, and whoever connects meanwhile waits.
-    assert_eq!(shop.http.get(&format!("/v1/orders/{before}")).await.unwrap().status, 200);
+    assert_eq!(
+        shop.http
+            .get(&format!("/v1/orders/{before}"))
+            .await
+            .unwrap()
+            .status,
+        200
+    );
     let meanwhile = place(&shop.http, "alice").await;
     let mut waiting = Listener::open(&shop.http, "/v1/orders/events", Some(&old_id)).await;
     shop.stack.system.wipe_nats().unwrap();
@@ -273,12 +382,20 @@ async fn a_broker_that_lost_everything_is_told_as_a_reset() {
         assert_eq!(listener.soon().await.kind, "reset");
     }
     // Reading afresh: the order that was placed meanwhile is there, and ends.
-    let read = shop.http.get(&format!("/v1/orders/{meanwhile}?wait=30")).await.unwrap().json();
+    let read = shop
+        .http
+        .get(&format!("/v1/orders/{meanwhile}?wait=30"))
+        .await
+        .unwrap()
+        .json();
     assert_eq!(read["status"], "FINISHED");
     let after = place(&shop.http, "alice").await;
     let heard = listener.until_final(&after).await;
     // Requests for orders that ended before are asked for again after such a loss; nobody is told that they are NEW.
-    assert!(heard.iter().all(|event| event.order().0 != before), "{heard:?}");
+    assert!(
+        heard.iter().all(|event| event.order().0 != before),
+        "{heard:?}"
+    );
     let mut late = Listener::open(&shop.http, "/v1/orders/events", Some(&old_id)).await;
     assert_eq!(late.soon().await.kind, "reset");
     shop.assert_settled(3).await;
@@ -311,9 +428,17 @@ async fn what_is_said_again_changes_no_status() {
     let last = place(&shop.http, "alice").await;
 
     let mut again = Listener::open(&shop.http, "/v1/orders/events", Some(&beginning)).await;
-    let heard: Vec<_> = again.until_final(&last).await.iter().map(Heard::order).collect();
-    let expected: Vec<_> =
-        ids.iter().chain([&last]).flat_map(|id| ["NEW", "FINISHED"].map(|status| (id.clone(), status.to_owned()))).collect();
+    let heard: Vec<_> = again
+        .until_final(&last)
+        .await
+        .iter()
+        .map(Heard::order)
+        .collect();
+    let expected: Vec<_> = ids
+        .iter()
+        .chain([&last])
+        .flat_map(|id| ["NEW", "FINISHED"].map(|status| (id.clone(), status.to_owned())))
+        .collect();
     assert_eq!(heard, expected);
 }
 
@@ -326,13 +451,24 @@ async fn a_slow_listener_is_cut_off_and_holds_up_nobody() {
     // It asks and then reads nothing.
     let socket = TcpSocket::new_v4().unwrap();
     socket.set_recv_buffer_size(4096).unwrap();
-    let address = gateway.http.base().strip_prefix("http://").unwrap().parse().unwrap();
+    let address = gateway
+        .http
+        .base()
+        .strip_prefix("http://")
+        .unwrap()
+        .parse()
+        .unwrap();
     let mut slow = socket.connect(address).await.unwrap();
-    slow.write_all(b"GET /v1/orders/events HTTP/1.1\r\nhost: gateway\r\n\r\n").await.unwrap();
+    slow.write_all(b"GET /v1/orders/events HTTP/1.1\r\nhost: gateway\r\n\r\n")
+        .await
+        .unwrap();
     slow.readable().await.unwrap();
     let mut good = Listener::open(&gateway.http, "/v1/orders/events", None).await;
     let refused = gateway.http.get("/v1/orders/events").await.unwrap();
-    assert_eq!((refused.status, &refused.json()["code"]), (503, &json!("overloaded")));
+    assert_eq!(
+        (refused.status, &refused.json()["code"]),
+        (503, &json!("overloaded"))
+    );
 
     // More than all buffers on the way hold. Nobody but gateways reads these.
     let operator = shop.operator().await;
@@ -344,12 +480,22 @@ async fn a_slow_listener_is_cut_off_and_holds_up_nobody() {
                 let mut headers = HeaderMap::new();
                 headers.insert(header::ID, Uuid::now_v7().to_string());
                 headers.insert(header::TYPE, OrderFinished::TYPE);
-                headers.insert(header::TIME, OffsetDateTime::now_utc().format(&Rfc3339).unwrap());
+                headers.insert(
+                    header::TIME,
+                    OffsetDateTime::now_utc().format(&Rfc3339).unwrap(),
+                );
                 headers.insert("Nats-Batch-Id", batch_id.as_str());
                 headers.insert("Nats-Batch-Sequence", number.to_string());
-                let body: bytes::Bytes = json!({ "order_id": order_id, "user_id": "alice", "amount": 1 }).to_string().into();
+                let body: bytes::Bytes =
+                    json!({ "order_id": order_id, "user_id": "alice", "amount": 1 })
+                        .to_string()
+                        .into();
                 if number < IN_BATCH {
-                    operator.client().publish_with_headers(OrderFinished::SUBJECT, headers, body).await.unwrap();
+                    operator
+                        .client()
+                        .publish_with_headers(OrderFinished::SUBJECT, headers, body)
+                        .await
+                        .unwrap();
                 } else {
                     headers.insert("Nats-Batch-Commit", "1");
                     operator
@@ -373,7 +519,12 @@ async fn a_slow_listener_is_cut_off_and_holds_up_nobody() {
     tokio::join!(publishing, listening);
     // The slow one's place is free again.
     eventually("the slow one is cut off", SOON, async || {
-        gateway.http.open("/v1/orders/events", &[]).await.ok().filter(|stream| stream.status == 200)
+        gateway
+            .http
+            .open("/v1/orders/events", &[])
+            .await
+            .ok()
+            .filter(|stream| stream.status == 200)
     })
     .await;
     drop(slow);
@@ -388,5 +539,9 @@ async fn streams_end_when_the_gateway_does() {
     let (ended, stopped) = tokio::join!(timeout(SOON, listener.next()), gateway.process.stop());
     assert_eq!(ended.unwrap(), None);
     stopped.unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        begun.elapsed()
+    );
 }

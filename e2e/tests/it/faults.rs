@@ -21,13 +21,17 @@ pub(crate) async fn shop_while(shop: &mut Shop, when: impl AsyncFnOnce(&mut Shop
     let (http, accepted) = (shop.http.clone(), AtomicUsize::new(0));
     let clients = join_all((0..CLIENTS).map(async |client| {
         for number in 0..ORDERS_EACH {
-            let body = json!({ "user_id": format!("user-{}", (client + number) % 4), "amount": 10 });
+            let body =
+                json!({ "user_id": format!("user-{}", (client + number) % 4), "amount": 10 });
             until_done(&http, "/v1/orders", &body).await;
             accepted.fetch_add(1, Ordering::Relaxed);
         }
     }));
     let fault = async {
-        eventually("a third is accepted", SOON, async || (accepted.load(Ordering::Relaxed) >= total / 3).then_some(())).await;
+        eventually("a third is accepted", SOON, async || {
+            (accepted.load(Ordering::Relaxed) >= total / 3).then_some(())
+        })
+        .await;
         when(shop).await;
     };
     tokio::join!(clients, fault);
@@ -50,10 +54,17 @@ async fn killed_in_the_middle(name: &str) {
     shop_while(&mut shop, async |shop| {
         shop.stack.system.kill(name).await.unwrap();
         // PostgreSQL may need a second try while children of the killed one are still going.
-        eventually("it is there again", SOON, async || shop.stack.system.start(name).await.ok()).await;
+        eventually("it is there again", SOON, async || {
+            shop.stack.system.start(name).await.ok()
+        })
+        .await;
     })
     .await;
-    assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100, "as many as there was money for");
+    assert_eq!(
+        shop.assert_settled(CLIENTS * ORDERS_EACH).await,
+        100,
+        "as many as there was money for"
+    );
     for user in 0..4 {
         assert_eq!(shop.balance(&format!("user-{user}")).await, 0);
     }
@@ -95,8 +106,16 @@ async fn f24_the_broker_wiped_in_the_middle() {
     })
     .await;
     let begun = Instant::now();
-    assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100, "as many as there was money for");
-    assert!(begun.elapsed() < Duration::from_secs(20), "it took {:?}, longer than noticing the loss takes", begun.elapsed());
+    assert_eq!(
+        shop.assert_settled(CLIENTS * ORDERS_EACH).await,
+        100,
+        "as many as there was money for"
+    );
+    assert!(
+        begun.elapsed() < Duration::from_secs(20),
+        "it took {:?}, longer than noticing the loss takes",
+        begun.elapsed()
+    );
 }
 
 #[tokio::test]
@@ -105,14 +124,31 @@ async fn f24_the_broker_wiped_while_every_answer_is_under_way() {
     let mut shop = shop_with_customers().await;
     shop.stack.system.stop("payments").await.unwrap();
     for number in 0..20 {
-        until_done(&shop.http, "/v1/orders", &json!({ "user_id": format!("user-{}", number % 4), "amount": 10 })).await;
+        until_done(
+            &shop.http,
+            "/v1/orders",
+            &json!({ "user_id": format!("user-{}", number % 4), "amount": 10 }),
+        )
+        .await;
     }
-    let (orders, payments) = (shop.database("orders").await, shop.database("payments").await);
-    eventually("every order is published", SOON, async || shop.nothing_waits(&orders).await.then_some(())).await;
+    let (orders, payments) = (
+        shop.database("orders").await,
+        shop.database("payments").await,
+    );
+    eventually("every order is published", SOON, async || {
+        shop.nothing_waits(&orders).await.then_some(())
+    })
+    .await;
     shop.stack.system.kill("orders").await.unwrap();
     shop.stack.system.start("payments").await.unwrap();
-    eventually("every order is debited", SOON, async || (shop.debits(&payments).await == 20).then_some(())).await;
-    eventually("every answer is published", SOON, async || shop.nothing_waits(&payments).await.then_some(())).await;
+    eventually("every order is debited", SOON, async || {
+        (shop.debits(&payments).await == 20).then_some(())
+    })
+    .await;
+    eventually("every answer is published", SOON, async || {
+        shop.nothing_waits(&payments).await.then_some(())
+    })
+    .await;
 
     shop.stack.system.kill("nats").await.unwrap();
     shop.stack.system.wipe_nats().unwrap();
@@ -120,14 +156,23 @@ async fn f24_the_broker_wiped_while_every_answer_is_under_way() {
     shop.stack.system.start("orders").await.unwrap();
     let begun = Instant::now();
     assert_eq!(shop.assert_settled(20).await, 20);
-    assert!(begun.elapsed() < Duration::from_secs(20), "it took {:?}, longer than noticing the loss takes", begun.elapsed());
+    assert!(
+        begun.elapsed() < Duration::from_secs(20),
+        "it took {:?}, longer than noticing the loss takes",
+        begun.elapsed()
+    );
 }
 
 /// The broker comes back with its data as it was a while ago: it has lost what it acknowledged since (F25).
 #[tokio::test]
 async fn f25_the_broker_rolled_back_to_an_older_copy() {
     let mut shop = shop_with_customers().await;
-    until_done(&shop.http, "/v1/orders", &json!({ "user_id": "user-0", "amount": 10 })).await;
+    until_done(
+        &shop.http,
+        "/v1/orders",
+        &json!({ "user_id": "user-0", "amount": 10 }),
+    )
+    .await;
     shop.assert_settled(1).await;
     shop.stack.system.kill("nats").await.unwrap();
     shop.stack.system.copy_nats().unwrap();
@@ -204,9 +249,14 @@ async fn f31_everything_pruned_and_both_streams_replayed_twice() {
     let mut shop = shop_with_customers().await;
     shop_while(&mut shop, async |_| {}).await;
     assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);
-    let (orders, payments) = (shop.database("orders").await, shop.database("payments").await);
+    let (orders, payments) = (
+        shop.database("orders").await,
+        shop.database("payments").await,
+    );
     for db in [&orders, &payments] {
-        db.execute_unprepared("DELETE FROM inbox; DELETE FROM outbox").await.unwrap();
+        db.execute_unprepared("DELETE FROM inbox; DELETE FROM outbox")
+            .await
+            .unwrap();
     }
     let before = shop.books(&orders, &payments).await;
 
@@ -214,12 +264,21 @@ async fn f31_everything_pruned_and_both_streams_replayed_twice() {
     let mut said = 0;
     for _ in 0..2 {
         for stream in ["ORDERS", "PAYMENTS"] {
-            said += shop.say_everything_again(&ops, stream, CLIENTS * ORDERS_EACH).await;
+            said += shop
+                .say_everything_again(&ops, stream, CLIENTS * ORDERS_EACH)
+                .await;
         }
     }
     assert!(said >= 4 * CLIENTS * ORDERS_EACH, "{said} messages");
-    eventually("all of it is taken", SOON, async || shop.nothing_is_delivered(&ops).await.then_some(())).await;
-    assert_eq!(shop.books(&orders, &payments).await, before, "not a byte has changed");
+    eventually("all of it is taken", SOON, async || {
+        shop.nothing_is_delivered(&ops).await.then_some(())
+    })
+    .await;
+    assert_eq!(
+        shop.books(&orders, &payments).await,
+        before,
+        "not a byte has changed"
+    );
     assert!(shop.nothing_was_enqueued(&orders).await && shop.nothing_was_enqueued(&payments).await);
 }
 
@@ -227,12 +286,18 @@ async fn f31_everything_pruned_and_both_streams_replayed_twice() {
 #[tokio::test]
 async fn tables_of_the_flow_stay_bounded_and_what_decides_stays() {
     let mut shop = with_customers(Shop::open_with(&[("GOZON_KEEP_SECONDS", "1")]).await).await;
-    let (orders, payments) = (shop.database("orders").await, shop.database("payments").await);
+    let (orders, payments) = (
+        shop.database("orders").await,
+        shop.database("payments").await,
+    );
     for round in 1..=3 {
         shop_while(&mut shop, async |_| {}).await;
         shop.assert_settled(round * CLIENTS * ORDERS_EACH).await;
         for db in [&orders, &payments] {
-            eventually("what is old is gone", SOON, async || shop.nothing_was_enqueued(db).await.then_some(())).await;
+            eventually("what is old is gone", SOON, async || {
+                shop.nothing_was_enqueued(db).await.then_some(())
+            })
+            .await;
         }
     }
     assert_eq!(shop.debits(&payments).await, 100);
@@ -248,14 +313,27 @@ async fn tables_of_the_flow_stay_bounded_while_the_load_runs() {
     let placed = AtomicUsize::new(0);
     let load = join_all((0..CLIENTS).map(async |client| {
         while begun.elapsed() < LOAD {
-            until_done(&shop.http, "/v1/orders", &json!({ "user_id": format!("user-{}", client % 4), "amount": 1 })).await;
+            until_done(
+                &shop.http,
+                "/v1/orders",
+                &json!({ "user_id": format!("user-{}", client % 4), "amount": 1 }),
+            )
+            .await;
             placed.fetch_add(1, Ordering::Relaxed);
         }
     }));
     // Per table: the most rows that were there at once.
-    let tables = ["orders.outbox", "orders.inbox", "payments.outbox", "payments.inbox"];
+    let tables = [
+        "orders.outbox",
+        "orders.inbox",
+        "payments.outbox",
+        "payments.inbox",
+    ];
     let mut most = [0_i64; 4];
-    let (orders, payments) = (shop.database("orders").await, shop.database("payments").await);
+    let (orders, payments) = (
+        shop.database("orders").await,
+        shop.database("payments").await,
+    );
     let mut looks = 0;
     let look = async {
         loop {
@@ -275,13 +353,22 @@ async fn tables_of_the_flow_stay_bounded_while_the_load_runs() {
     shop.assert_settled(placed).await;
     // Each order makes two rows in the outbox of orders, and one in each of the others.
     for (most, made) in most.into_iter().zip([2 * placed, placed, placed, placed]) {
-        assert!(looks > 10 && most > 0 && most < made as i64 / 2, "{most} of {made} rows were there at once, in {looks} looks");
+        assert!(
+            looks > 10 && most > 0 && most < made as i64 / 2,
+            "{most} of {made} rows were there at once, in {looks} looks"
+        );
     }
 }
 
 async fn count(db: &DatabaseConnection, table: &str) -> i64 {
-    let query = Statement::from_string(DbBackend::Postgres, format!("SELECT count(*) FROM {table}"));
-    db.query_one_raw(query).await.unwrap().unwrap().try_get_by_index(0).unwrap()
+    let query =
+        Statement::from_string(DbBackend::Postgres, format!("SELECT count(*) FROM {table}"));
+    db.query_one_raw(query)
+        .await
+        .unwrap()
+        .unwrap()
+        .try_get_by_index(0)
+        .unwrap()
 }
 
 /// Services are replaced one after the other, politely, while orders run (F44).
@@ -293,7 +380,11 @@ async fn f44_rolling_restarts() {
             for name in ["orders", "payments", "gateway"] {
                 let begun = Instant::now();
                 shop.stack.system.stop(name).await.unwrap();
-                assert!(begun.elapsed() < Duration::from_secs(10), "{name} took {:?} to stop", begun.elapsed());
+                assert!(
+                    begun.elapsed() < Duration::from_secs(10),
+                    "{name} took {:?} to stop",
+                    begun.elapsed()
+                );
                 shop.stack.system.start(name).await.unwrap();
             }
         }
@@ -309,21 +400,48 @@ async fn f05_a_service_that_is_away_is_named_and_the_other_goes_on() {
     shop.stack.system.stop("payments").await.unwrap();
     for answer in [
         shop.http.get("/v1/accounts/alice").await.unwrap(),
-        shop.http.post("/v1/accounts/alice/deposits", None, &json!({ "amount": 1 })).await.unwrap(),
+        shop.http
+            .post("/v1/accounts/alice/deposits", None, &json!({ "amount": 1 }))
+            .await
+            .unwrap(),
     ] {
-        assert_eq!((answer.status, answer.header("retry-after")), (503, Some("1")));
-        assert_eq!(answer.json()["detail"], "Payments Service temporarily unavailable.");
+        assert_eq!(
+            (answer.status, answer.header("retry-after")),
+            (503, Some("1"))
+        );
+        assert_eq!(
+            answer.json()["detail"],
+            "Payments Service temporarily unavailable."
+        );
     }
     // Orders are taken while nobody can decide them.
-    let placed = shop.http.post("/v1/orders", None, &json!({ "user_id": "alice", "amount": 60 })).await.unwrap();
+    let placed = shop
+        .http
+        .post(
+            "/v1/orders",
+            None,
+            &json!({ "user_id": "alice", "amount": 60 }),
+        )
+        .await
+        .unwrap();
     assert_eq!(placed.status, 201, "{}", placed.text());
 
     shop.stack.system.start("payments").await.unwrap();
     shop.stack.system.stop("orders").await.unwrap();
     let away = shop.http.get("/v1/orders").await.unwrap();
-    assert_eq!((away.status, &away.json()["detail"]), (503, &json!("Orders Service temporarily unavailable.")));
-    eventually("the order is paid while orders is away", SOON, async || (shop.balance("alice").await == 40).then_some(())).await;
-    assert_eq!(shop.http.get("/readyz").await.unwrap().status, 200, "the gateway's health does not depend on others");
+    assert_eq!(
+        (away.status, &away.json()["detail"]),
+        (503, &json!("Orders Service temporarily unavailable."))
+    );
+    eventually("the order is paid while orders is away", SOON, async || {
+        (shop.balance("alice").await == 40).then_some(())
+    })
+    .await;
+    assert_eq!(
+        shop.http.get("/readyz").await.unwrap().status,
+        200,
+        "the gateway's health does not depend on others"
+    );
 
     shop.stack.system.start("orders").await.unwrap();
     assert_eq!(shop.assert_settled(1).await, 1);
@@ -340,28 +458,59 @@ async fn it_starts_in_any_order() {
     for name in ["gateway", "payments", "orders"] {
         shop.stack.system.spawn(name).unwrap();
         let http = Http::new(shop.stack.system.address(name));
-        eventually("it lives", SOON, async || http.get("/livez").await.ok().filter(|answer| answer.status == 200)).await;
+        eventually("it lives", SOON, async || {
+            http.get("/livez")
+                .await
+                .ok()
+                .filter(|answer| answer.status == 200)
+        })
+        .await;
     }
     shop.stack.system.start("nats").await.unwrap();
-    eventually("the database is there", SOON, async || shop.stack.system.start("postgres").await.ok()).await;
+    eventually("the database is there", SOON, async || {
+        shop.stack.system.start("postgres").await.ok()
+    })
+    .await;
     for name in ["orders", "payments"] {
         shop.stack.system.until_ready(name).await.unwrap();
     }
     let ended = join_all((0..4).map(|_| shop.order("alice", 30))).await;
-    assert_eq!(ended.iter().filter(|(status, _)| status == "FINISHED").count(), 3);
+    assert_eq!(
+        ended
+            .iter()
+            .filter(|(status, _)| status == "FINISHED")
+            .count(),
+        3
+    );
     assert_eq!(shop.assert_settled(4).await, 3);
 }
 
 /// The stream has room for a few messages only, and nobody reads it: most requests are evicted before payments comes back.
 #[tokio::test]
 async fn f18_a_stream_so_small_that_most_requests_are_evicted() {
-    let shop = Shop::open_with(&[("GOZON_STREAM_MAX_BYTES", "24000"), ("GOZON_ASK_AGAIN_MS", "1000")]).await;
+    let shop = Shop::open_with(&[
+        ("GOZON_STREAM_MAX_BYTES", "24000"),
+        ("GOZON_ASK_AGAIN_MS", "1000"),
+    ])
+    .await;
     let mut shop = with_customers(shop).await;
     shop.stack.system.stop("payments").await.unwrap();
     shop_while(&mut shop, async |_| {}).await;
     let orders = shop.database("orders").await;
-    eventually("all is published", SOON, async || shop.nothing_waits(&orders).await.then_some(())).await;
-    let held = shop.operator().await.jetstream().get_stream("ORDERS").await.unwrap().cached_info().state.messages;
+    eventually("all is published", SOON, async || {
+        shop.nothing_waits(&orders).await.then_some(())
+    })
+    .await;
+    let held = shop
+        .operator()
+        .await
+        .jetstream()
+        .get_stream("ORDERS")
+        .await
+        .unwrap()
+        .cached_info()
+        .state
+        .messages;
     assert!(held < 60, "{held} messages fit");
     shop.stack.system.start("payments").await.unwrap();
     assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);
@@ -374,7 +523,15 @@ async fn f23_the_broker_away_for_ten_seconds() {
     shop_while(&mut shop, async |shop| {
         shop.stack.system.stop("nats").await.unwrap();
         fault_takes(Duration::from_secs(10)).await;
-        let placed = shop.http.post("/v1/orders", None, &json!({ "user_id": "nobody", "amount": 1 })).await.unwrap();
+        let placed = shop
+            .http
+            .post(
+                "/v1/orders",
+                None,
+                &json!({ "user_id": "nobody", "amount": 1 }),
+            )
+            .await
+            .unwrap();
         assert_eq!(placed.status, 201, "{}", placed.text());
         shop.stack.system.start("nats").await.unwrap();
     })
@@ -390,10 +547,14 @@ async fn f39_the_database_of_payments_away_for_ten_seconds() {
     shop_while(&mut shop, async |_| {
         let away = "ALTER DATABASE payments ALLOW_CONNECTIONS false";
         server.execute_unprepared(away).await.unwrap();
-        let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'payments'";
+        let end =
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'payments'";
         server.execute_unprepared(end).await.unwrap();
         fault_takes(Duration::from_secs(10)).await;
-        server.execute_unprepared("ALTER DATABASE payments ALLOW_CONNECTIONS true").await.unwrap();
+        server
+            .execute_unprepared("ALTER DATABASE payments ALLOW_CONNECTIONS true")
+            .await
+            .unwrap();
     })
     .await;
     assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);

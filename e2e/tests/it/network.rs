@@ -18,17 +18,33 @@ const NOTICED_WITHIN: Duration = Duration::from_secs(40);
 const ANSWERED_WITHIN: Duration = Duration::from_secs(10);
 
 async fn shop_behind_proxies() -> (Shop, Edges) {
-    let environment = TIMERS.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
+    let environment = TIMERS
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .to_vec();
     let mut seed = Seed::new(1);
-    let (stack, edges) = TestStack::start_behind_proxies(&own_programs().unwrap(), environment, &mut seed).await.unwrap();
+    let (stack, edges) =
+        TestStack::start_behind_proxies(&own_programs().unwrap(), environment, &mut seed)
+            .await
+            .unwrap();
     (Shop::on(stack), edges)
 }
 
 /// One order while this is lost so many times; it must have been lost.
-async fn order_while_lost(shop: &Shop, edges: &Edges, service: &str, part: &str, cut: Cut, times: usize) {
+async fn order_while_lost(
+    shop: &Shop,
+    edges: &Edges,
+    service: &str,
+    part: &str,
+    cut: Cut,
+    times: usize,
+) {
     let way = edges.between(service, part);
     way.arm(cut, times);
-    assert_eq!(shop.order("alice", 10).await, ("FINISHED".to_owned(), None), "{service}, {cut:?}");
+    assert_eq!(
+        shop.order("alice", 10).await,
+        ("FINISHED".to_owned(), None),
+        "{service}, {cut:?}"
+    );
     // An ack, or what a relay notes, may come after the end of the order.
     let fired = async || (way.fired(cut) == times as u64).then_some(());
     eventually(&format!("{cut:?} at {service} was lost"), SOON, fired).await;
@@ -54,15 +70,27 @@ async fn f08_a_commit_whose_outcome_is_unknown_happens_exactly_once() {
         }
     }
     assert_eq!(shop.assert_settled(orders).await, orders);
-    assert_eq!(shop.balance("alice").await, 1000 - 10 * i64::try_from(orders).unwrap(), "each is debited exactly once");
+    assert_eq!(
+        shop.balance("alice").await,
+        1000 - 10 * i64::try_from(orders).unwrap(),
+        "each is debited exactly once"
+    );
 
     let after = "SET balance = balance + $2";
     for cut in [Cut::CommitAnswer { after }, Cut::CommitRequest { after }] {
         let before = shop.balance("alice").await;
         edges.between("payments", "postgres").arm(cut, 1);
-        let paid_in = shop.until_done("/v1/accounts/alice/deposits", &json!({ "amount": 5 })).await;
+        let paid_in = shop
+            .until_done("/v1/accounts/alice/deposits", &json!({ "amount": 5 }))
+            .await;
         assert_eq!(paid_in.json()["balance"], before + 5);
-        assert_eq!((shop.balance("alice").await, edges.between("payments", "postgres").fired(cut)), (before + 5, 1));
+        assert_eq!(
+            (
+                shop.balance("alice").await,
+                edges.between("payments", "postgres").fired(cut)
+            ),
+            (before + 5, 1)
+        );
     }
 }
 
@@ -72,19 +100,40 @@ async fn f08_an_outcome_that_stays_unknown_is_said_to_be_and_its_key_finds_out()
     let (shop, edges) = shop_behind_proxies().await;
     shop.customer("alice", 100).await;
     let way = edges.between("orders", "postgres");
-    let cut = Cut::CommitAnswer { after: "INSERT INTO orders" };
+    let cut = Cut::CommitAnswer {
+        after: "INSERT INTO orders",
+    };
     way.arm(cut, 1000);
     let body = json!({ "user_id": "alice", "amount": 10 });
-    let answer = shop.http.post("/v1/orders", Some("lamp"), &body).await.unwrap();
+    let answer = shop
+        .http
+        .post("/v1/orders", Some("lamp"), &body)
+        .await
+        .unwrap();
     let said = answer.json();
-    assert_eq!((answer.status, &said["outcome"], &said["idempotency_key"]), (503, &json!("unknown"), &json!("lamp")), "{said}");
-    assert!(way.fired(cut) >= 2, "it was tried again, and no try was answered");
+    assert_eq!(
+        (answer.status, &said["outcome"], &said["idempotency_key"]),
+        (503, &json!("unknown"), &json!("lamp")),
+        "{said}"
+    );
+    assert!(
+        way.fired(cut) >= 2,
+        "it was tried again, and no try was answered"
+    );
     way.disarm();
     let found_out = eventually("it can be asked again", SOON, async || {
-        shop.http.post("/v1/orders", Some("lamp"), &body).await.ok().filter(|answer| answer.status == 201)
+        shop.http
+            .post("/v1/orders", Some("lamp"), &body)
+            .await
+            .ok()
+            .filter(|answer| answer.status == 201)
     })
     .await;
-    assert_eq!(found_out.header("idempotency-replayed"), Some("true"), "it had been done the first time");
+    assert_eq!(
+        found_out.header("idempotency-replayed"),
+        Some("true"),
+        "it had been done the first time"
+    );
     assert_eq!(shop.assert_settled(1).await, 1);
 }
 
@@ -95,10 +144,19 @@ async fn f36_a_lost_puback_ack_or_delivery_costs_time_and_nothing_else() {
     shop.customer("alice", 1000).await;
     let mut orders = 0;
     for service in ["orders", "payments"] {
-        for (cut, times) in [(Cut::PubAck, 1), (Cut::PubAck, 3), (Cut::Ack, 2), (Cut::Delivery, 2)] {
+        for (cut, times) in [
+            (Cut::PubAck, 1),
+            (Cut::PubAck, 3),
+            (Cut::Ack, 2),
+            (Cut::Delivery, 2),
+        ] {
             let fired = edges.between(service, "nats").fired(cut);
             edges.between(service, "nats").arm(cut, times);
-            assert_eq!(shop.order("alice", 10).await, ("FINISHED".to_owned(), None), "{service}, {cut:?}");
+            assert_eq!(
+                shop.order("alice", 10).await,
+                ("FINISHED".to_owned(), None),
+                "{service}, {cut:?}"
+            );
             eventually("it was lost", SOON, async || {
                 (edges.between(service, "nats").fired(cut) == fired + times as u64).then_some(())
             })
@@ -107,7 +165,10 @@ async fn f36_a_lost_puback_ack_or_delivery_costs_time_and_nothing_else() {
         }
     }
     assert_eq!(shop.assert_settled(orders).await, orders);
-    assert_eq!(shop.balance("alice").await, 1000 - 10 * i64::try_from(orders).unwrap());
+    assert_eq!(
+        shop.balance("alice").await,
+        1000 - 10 * i64::try_from(orders).unwrap()
+    );
 }
 
 /// Connections lead into nothing, and nobody is told (F48).
@@ -116,7 +177,12 @@ async fn f48_connections_into_nothing_are_noticed_and_replaced() {
     let (shop, edges) = shop_behind_proxies().await;
     shop.customer("alice", 1000).await;
     let mut orders = 0;
-    for (service, part) in [("orders", "postgres"), ("payments", "postgres"), ("orders", "nats"), ("payments", "nats")] {
+    for (service, part) in [
+        ("orders", "postgres"),
+        ("payments", "postgres"),
+        ("orders", "nats"),
+        ("payments", "nats"),
+    ] {
         // Something went over each of them, and something is waiting on each of them.
         assert_eq!(shop.order("alice", 10).await.0, "FINISHED");
         edges.between(service, part).black_hole();
@@ -126,9 +192,17 @@ async fn f48_connections_into_nothing_are_noticed_and_replaced() {
             let order = shop.order("alice", 10).await;
             (order.0 == "FINISHED").then_some(())
         };
-        tokio::time::timeout(NOTICED_WITHIN, eventually("an order ends", SOON, async || ended().await))
-            .await
-            .unwrap_or_else(|_| panic!("{service} still hangs at {part} after {:?}", begun.elapsed()));
+        tokio::time::timeout(
+            NOTICED_WITHIN,
+            eventually("an order ends", SOON, async || ended().await),
+        )
+        .await
+        .unwrap_or_else(|_| {
+            panic!(
+                "{service} still hangs at {part} after {:?}",
+                begun.elapsed()
+            )
+        });
         orders += 2;
     }
     assert!(shop.assert_settled(orders).await >= orders);
@@ -140,8 +214,16 @@ async fn f48_nothing_hangs_while_a_way_leads_into_nothing() {
     let (shop, edges) = shop_behind_proxies().await;
     shop.customer("alice", 1000).await;
     for (service, request, body) in [
-        ("orders", "/v1/orders", json!({ "user_id": "alice", "amount": 10 })),
-        ("payments", "/v1/accounts/alice/deposits", json!({ "amount": 10 })),
+        (
+            "orders",
+            "/v1/orders",
+            json!({ "user_id": "alice", "amount": 10 }),
+        ),
+        (
+            "payments",
+            "/v1/accounts/alice/deposits",
+            json!({ "amount": 10 }),
+        ),
     ] {
         let way = edges.between(service, "postgres");
         way.black_hole();
@@ -150,19 +232,51 @@ async fn f48_nothing_hangs_while_a_way_leads_into_nothing() {
             let answer = answer.unwrap();
             assert_eq!(answer.status, 503, "{}", answer.text());
         }
-        assert!(begun.elapsed() < ANSWERED_WITHIN, "{service} took {:?} to say that its database is away", begun.elapsed());
+        assert!(
+            begun.elapsed() < ANSWERED_WITHIN,
+            "{service} took {:?} to say that its database is away",
+            begun.elapsed()
+        );
         way.heal();
-        let healed = async || shop.http.post(request, None, &body).await.ok().filter(|answer| answer.status == 201);
-        tokio::time::timeout(NOTICED_WITHIN, eventually("it works again", SOON, async || healed().await)).await.unwrap();
+        let healed = async || {
+            shop.http
+                .post(request, None, &body)
+                .await
+                .ok()
+                .filter(|answer| answer.status == 201)
+        };
+        tokio::time::timeout(
+            NOTICED_WITHIN,
+            eventually("it works again", SOON, async || healed().await),
+        )
+        .await
+        .unwrap();
     }
     // The broker is not needed for taking an order.
     edges.to("nats").for_each(stack::proxy::Proxy::black_hole);
-    let placed = shop.http.post("/v1/orders", None, &json!({ "user_id": "alice", "amount": 10 })).await.unwrap();
+    let placed = shop
+        .http
+        .post(
+            "/v1/orders",
+            None,
+            &json!({ "user_id": "alice", "amount": 10 }),
+        )
+        .await
+        .unwrap();
     assert_eq!(placed.status, 201, "{}", placed.text());
     edges.to("nats").for_each(stack::proxy::Proxy::heal);
-    let path = format!("/v1/orders/{}?wait=30", placed.json()["id"].as_str().unwrap());
-    eventually("it is paid", SOON, async || shop.http.get(&path).await.ok().filter(|order| order.json()["status"] == "FINISHED"))
-        .await;
+    let path = format!(
+        "/v1/orders/{}?wait=30",
+        placed.json()["id"].as_str().unwrap()
+    );
+    eventually("it is paid", SOON, async || {
+        shop.http
+            .get(&path)
+            .await
+            .ok()
+            .filter(|order| order.json()["status"] == "FINISHED")
+    })
+    .await;
 }
 
 /// Every way is slow: late, in single bytes, 10 kB/s (F47).
@@ -171,15 +285,29 @@ async fn f47_a_slow_network_makes_it_slow_and_nothing_else() {
     let (shop, edges) = shop_behind_proxies().await;
     shop.customer("alice", 1000).await;
     let mut orders = 0;
-    for (delay, piece) in [(Duration::from_millis(200), 0), (Duration::ZERO, 1), (Duration::from_millis(100), 512)] {
+    for (delay, piece) in [
+        (Duration::from_millis(200), 0),
+        (Duration::ZERO, 1),
+        (Duration::from_millis(100), 512),
+    ] {
         edges.all().for_each(|way| way.slow(delay, piece));
         let ended = join_all((0..10).map(|_| shop.order("alice", 10))).await;
-        assert_eq!(ended.iter().filter(|(status, _)| status == "FINISHED").count(), 10, "{delay:?}, {piece}: {ended:?}");
+        assert_eq!(
+            ended
+                .iter()
+                .filter(|(status, _)| status == "FINISHED")
+                .count(),
+            10,
+            "{delay:?}, {piece}: {ended:?}"
+        );
         orders += 10;
     }
     edges.all().for_each(stack::proxy::Proxy::heal);
     assert_eq!(shop.assert_settled(orders).await, orders);
-    assert_eq!(shop.balance("alice").await, 1000 - 10 * i64::try_from(orders).unwrap());
+    assert_eq!(
+        shop.balance("alice").await,
+        1000 - 10 * i64::try_from(orders).unwrap()
+    );
 }
 
 /// All ways are held one after the other, then all connections are cut, and the ways are opened in another order (F49).

@@ -11,8 +11,11 @@ use stack::testing::eventually;
 
 use crate::shop::{SOON, Shop};
 
-const AT_ONCE: audit::Options =
-    audit::Options { grace: Duration::ZERO, stuck_after: Duration::from_secs(3600), late_after: Duration::from_secs(3600) };
+const AT_ONCE: audit::Options = audit::Options {
+    grace: Duration::ZERO,
+    stuck_after: Duration::from_secs(3600),
+    late_after: Duration::from_secs(3600),
+};
 
 /// Three orders, a copy of one database, four more orders, and the copy in place of the database.
 async fn shop_with_a_restored_database(name: &'static str) -> Shop {
@@ -23,21 +26,35 @@ async fn shop_with_a_restored_database(name: &'static str) -> Shop {
     }
     let server = shop.database("postgres").await;
     shop.stack.system.stop(name).await.unwrap();
-    server.execute_unprepared(&format!("CREATE DATABASE kept TEMPLATE {name} OWNER {name}")).await.unwrap();
+    server
+        .execute_unprepared(&format!(
+            "CREATE DATABASE kept TEMPLATE {name} OWNER {name}"
+        ))
+        .await
+        .unwrap();
     shop.stack.system.start(name).await.unwrap();
     for _ in 0..4 {
         assert_eq!(shop.order("alice", 10).await.0, "FINISHED");
     }
     assert_eq!(findings(&shop).await, []);
     shop.stack.system.stop(name).await.unwrap();
-    server.execute_unprepared(&format!("DROP DATABASE {name} WITH (FORCE)")).await.unwrap();
-    server.execute_unprepared(&format!("ALTER DATABASE kept RENAME TO {name}")).await.unwrap();
+    server
+        .execute_unprepared(&format!("DROP DATABASE {name} WITH (FORCE)"))
+        .await
+        .unwrap();
+    server
+        .execute_unprepared(&format!("ALTER DATABASE kept RENAME TO {name}"))
+        .await
+        .unwrap();
     shop.stack.system.start(name).await.unwrap();
     shop
 }
 
 async fn findings(shop: &Shop) -> Vec<Kind> {
-    let databases = Databases { orders: shop.database("orders").await, payments: shop.database("payments").await };
+    let databases = Databases {
+        orders: shop.database("orders").await,
+        payments: shop.database("payments").await,
+    };
     let report = audit::audit(&databases, AT_ONCE).await.unwrap();
     databases.orders.close().await.unwrap();
     databases.payments.close().await.unwrap();
@@ -50,10 +67,17 @@ async fn findings(shop: &Shop) -> Vec<Kind> {
 async fn f14_payments_restored_is_noticed_and_healed_by_saying_the_orders_again() {
     let shop = shop_with_a_restored_database("payments").await;
     assert_eq!(findings(&shop).await, [Kind::FinishedWithoutDebit; 4]);
-    assert_eq!(shop.balance("alice").await, 70, "as it was when the copy was made");
+    assert_eq!(
+        shop.balance("alice").await,
+        70,
+        "as it was when the copy was made"
+    );
     let ops = shop.operator().await;
     say_again(&ops, "ORDERS", u64::MAX).await.unwrap();
-    eventually("the four are debited again", SOON, async || (shop.balance("alice").await == 30).then_some(())).await;
+    eventually("the four are debited again", SOON, async || {
+        (shop.balance("alice").await == 30).then_some(())
+    })
+    .await;
     assert_eq!(shop.assert_settled(7).await, 7);
     assert_eq!(findings(&shop).await, []);
 }
@@ -67,11 +91,22 @@ async fn f14_orders_restored_is_noticed_and_nothing_is_debited_twice() {
     let ops = shop.operator().await;
     say_again(&ops, "PAYMENTS", u64::MAX).await.unwrap();
     say_again(&ops, "ORDERS", u64::MAX).await.unwrap();
-    eventually("all is taken", SOON, async || shop.nothing_is_delivered(&ops).await.then_some(())).await;
+    eventually("all is taken", SOON, async || {
+        shop.nothing_is_delivered(&ops).await.then_some(())
+    })
+    .await;
     assert_eq!(shop.balance("alice").await, 30);
     let named = findings(&shop).await;
     let number = |kind: Kind| named.iter().filter(|found| **found == kind).count();
-    assert_eq!((number(Kind::Unexpected), number(Kind::DeadLetter), named.len()), (4, 4, 8), "{named:?}");
+    assert_eq!(
+        (
+            number(Kind::Unexpected),
+            number(Kind::DeadLetter),
+            named.len()
+        ),
+        (4, 4, 8),
+        "{named:?}"
+    );
 }
 
 /// Far more requests at once than can be worked on (F50): each is answered, what is refused says when to come again, and
@@ -84,7 +119,15 @@ async fn f50_far_too_many_orders_at_once() {
     let body = json!({ "user_id": "alice", "amount": 1 });
     let answers = join_all((0..MANY).map(|number| {
         let (shop, body) = (&shop, &body);
-        async move { (number, shop.http.post("/v1/orders", Some(&format!("order-{number}")), body).await.unwrap()) }
+        async move {
+            (
+                number,
+                shop.http
+                    .post("/v1/orders", Some(&format!("order-{number}")), body)
+                    .await
+                    .unwrap(),
+            )
+        }
     }))
     .await;
     let mut again = Vec::new();
@@ -101,10 +144,18 @@ async fn f50_far_too_many_orders_at_once() {
     assert_eq!(shop.http.get("/readyz").await.unwrap().status, 200);
     for number in again {
         eventually("it is done", SOON, async || {
-            let answer = shop.http.post("/v1/orders", Some(&format!("order-{number}")), &body).await.unwrap();
+            let answer = shop
+                .http
+                .post("/v1/orders", Some(&format!("order-{number}")), &body)
+                .await
+                .unwrap();
             (answer.status == 201).then_some(())
         })
         .await;
     }
-    assert_eq!(shop.assert_settled(MANY).await, 1000, "as many as there was money for");
+    assert_eq!(
+        shop.assert_settled(MANY).await,
+        1000,
+        "as many as there was money for"
+    );
 }

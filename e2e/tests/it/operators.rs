@@ -11,7 +11,11 @@ use uuid::Uuid;
 use crate::shop::{SOON, Shop};
 
 async fn post(shop: &Shop, path: &str) -> (u16, Value) {
-    let answer = shop.http.request("POST", path, &[], Bytes::new()).await.unwrap();
+    let answer = shop
+        .http
+        .request("POST", path, &[], Bytes::new())
+        .await
+        .unwrap();
     (answer.status, answer.json())
 }
 
@@ -22,12 +26,21 @@ async fn publish(shop: &Shop, subject: &'static str, kind: &str, order_id: Uuid,
     headers.insert(header::TYPE, kind);
     headers.insert(header::SUBJECT, order_id.to_string());
     let operator = shop.operator().await;
-    operator.jetstream().publish_with_headers(subject, headers, body.to_string().into()).await.unwrap().await.unwrap();
+    operator
+        .jetstream()
+        .publish_with_headers(subject, headers, body.to_string().into())
+        .await
+        .unwrap()
+        .await
+        .unwrap();
 }
 
 async fn letters(shop: &Shop, number: usize) -> Vec<Value> {
     eventually("the dead letters are there", SOON, async || {
-        let items = shop.http.get("/v1/ops/dead-letters").await.unwrap().json()["items"].as_array().unwrap().clone();
+        let items = shop.http.get("/v1/ops/dead-letters").await.unwrap().json()["items"]
+            .as_array()
+            .unwrap()
+            .clone();
         (items.len() == number).then_some(items)
     })
     .await
@@ -40,11 +53,16 @@ async fn an_operator_sees_what_waits_and_applies_what_was_refused() {
     assert_eq!(shop.order("alice", 10).await.0, "FINISHED");
     let flow = eventually("all is done", SOON, async || {
         let flow = shop.http.get("/v1/ops/flow").await.unwrap().json();
-        let idle = |service: &str| flow[service]["outbox_pending"] == 0 && flow[service]["consumer"]["ack_pending"] == 0;
+        let idle = |service: &str| {
+            flow[service]["outbox_pending"] == 0 && flow[service]["consumer"]["ack_pending"] == 0
+        };
         (idle("orders") && idle("payments")).then_some(flow)
     })
     .await;
-    assert_eq!((&flow["orders"]["new_orders"], &flow["orders"]["poison"]), (&json!(0), &json!(0)));
+    assert_eq!(
+        (&flow["orders"]["new_orders"], &flow["orders"]["poison"]),
+        (&json!(0), &json!(0))
+    );
     assert_eq!(flow["orders"]["consumer"]["name"], "orders-payment-settled");
     assert_eq!(
         flow["payments"]["consumer"],
@@ -55,37 +73,106 @@ async fn an_operator_sees_what_waits_and_applies_what_was_refused() {
     // An answer that came before its order (a database that was restored, say), and one that nobody can read.
     let unknown = Uuid::now_v7();
     let answer = json!({ "order_id": unknown, "user_id": "alice", "amount": 7, "outcome": "declined", "reason": "no_account" });
-    publish(&shop, PaymentSettled::SUBJECT, PaymentSettled::TYPE, unknown, &answer).await;
+    publish(
+        &shop,
+        PaymentSettled::SUBJECT,
+        PaymentSettled::TYPE,
+        unknown,
+        &answer,
+    )
+    .await;
     letters(&shop, 1).await;
-    publish(&shop, OrderPlaced::SUBJECT, "gozon.order.placed.v9", Uuid::now_v7(), &json!({})).await;
+    publish(
+        &shop,
+        OrderPlaced::SUBJECT,
+        "gozon.order.placed.v9",
+        Uuid::now_v7(),
+        &json!({}),
+    )
+    .await;
     let all = letters(&shop, 2).await;
     let (poison, quarantined) = (&all[0], &all[1]);
-    assert_eq!((&poison["service"], &poison["kind"], &poison["waits"]), (&json!("payments"), &json!("poison"), &json!(true)));
-    assert!(poison["cause"].as_str().unwrap().contains("gozon.order.placed.v9"), "{poison}");
-    assert!(poison["headers"].as_str().unwrap().contains("ce-type: gozon.order.placed.v9\n"), "{poison}");
-    assert_eq!((&quarantined["service"], &quarantined["kind"]), (&json!("orders"), &json!("quarantine")));
     assert_eq!(
-        (&quarantined["order_id"], quarantined["payload"].as_str().unwrap()),
+        (&poison["service"], &poison["kind"], &poison["waits"]),
+        (&json!("payments"), &json!("poison"), &json!(true))
+    );
+    assert!(
+        poison["cause"]
+            .as_str()
+            .unwrap()
+            .contains("gozon.order.placed.v9"),
+        "{poison}"
+    );
+    assert!(
+        poison["headers"]
+            .as_str()
+            .unwrap()
+            .contains("ce-type: gozon.order.placed.v9\n"),
+        "{poison}"
+    );
+    assert_eq!(
+        (&quarantined["service"], &quarantined["kind"]),
+        (&json!("orders"), &json!("quarantine"))
+    );
+    assert_eq!(
+        (
+            &quarantined["order_id"],
+            quarantined["payload"].as_str().unwrap()
+        ),
         (&json!(unknown), answer.to_string().as_str())
     );
 
     // One page after the other.
-    let page = shop.http.get("/v1/ops/dead-letters?limit=1").await.unwrap().json();
-    assert_eq!((page["items"].as_array().unwrap().len(), &page["items"][0]["id"]), (1, &poison["id"]));
+    let page = shop
+        .http
+        .get("/v1/ops/dead-letters?limit=1")
+        .await
+        .unwrap()
+        .json();
+    assert_eq!(
+        (
+            page["items"].as_array().unwrap().len(),
+            &page["items"][0]["id"]
+        ),
+        (1, &poison["id"])
+    );
     let cursor = page["next_cursor"].as_str().unwrap();
-    let rest = shop.http.get(&format!("/v1/ops/dead-letters?limit=1&cursor={cursor}")).await.unwrap().json();
-    assert_eq!((&rest["items"][0]["id"], &rest["next_cursor"]), (&quarantined["id"], &Value::Null));
+    let rest = shop
+        .http
+        .get(&format!("/v1/ops/dead-letters?limit=1&cursor={cursor}"))
+        .await
+        .unwrap()
+        .json();
+    assert_eq!(
+        (&rest["items"][0]["id"], &rest["next_cursor"]),
+        (&quarantined["id"], &Value::Null)
+    );
 
     // Refused as before: it says why, and goes on waiting.
     for (letter, outcome) in [(poison, "poison"), (quarantined, "quarantine")] {
-        let path = format!("/v1/ops/dead-letters/{}/replay", letter["id"].as_str().unwrap());
+        let path = format!(
+            "/v1/ops/dead-letters/{}/replay",
+            letter["id"].as_str().unwrap()
+        );
         let (status, replay) = post(&shop, &format!("{path}?dry_run=true")).await;
-        assert_eq!((status, &replay["outcome"], &replay["dry_run"]), (200, &json!(outcome), &json!(true)), "{replay}");
+        assert_eq!(
+            (status, &replay["outcome"], &replay["dry_run"]),
+            (200, &json!(outcome), &json!(true)),
+            "{replay}"
+        );
         let (_, replay) = post(&shop, &path).await;
-        assert_eq!((&replay["outcome"], &replay["dry_run"]), (&json!(outcome), &json!(false)));
+        assert_eq!(
+            (&replay["outcome"], &replay["dry_run"]),
+            (&json!(outcome), &json!(false))
+        );
     }
     let again = letters(&shop, 2).await;
-    assert!(again.iter().all(|letter| letter["waits"] == true && letter["replays"] == 1), "{again:?}");
+    assert!(
+        again
+            .iter()
+            .all(|letter| letter["waits"] == true && letter["replays"] == 1),
+        "{again:?}"
+    );
 
     // The order is there now: a dry run says what would happen and does nothing, a replay does it, once. Its request was
     // published just now, or else it would be asked for.
@@ -99,33 +186,109 @@ async fn an_operator_sees_what_waits_and_applies_what_was_refused() {
         OrderPlaced::SUBJECT
     );
     orders.execute_unprepared(&restored).await.unwrap();
-    let path = format!("/v1/ops/dead-letters/{}/replay", quarantined["id"].as_str().unwrap());
+    let path = format!(
+        "/v1/ops/dead-letters/{}/replay",
+        quarantined["id"].as_str().unwrap()
+    );
     let (_, foreseen) = post(&shop, &format!("{path}?dry_run=true")).await;
-    assert_eq!((&foreseen["outcome"], &foreseen["detail"]), (&json!("applied"), &json!("The order ends CANCELLED: no_account.")));
-    assert_eq!(shop.http.get(&format!("/v1/orders/{unknown}")).await.unwrap().json()["status"], "NEW");
+    assert_eq!(
+        (&foreseen["outcome"], &foreseen["detail"]),
+        (
+            &json!("applied"),
+            &json!("The order ends CANCELLED: no_account.")
+        )
+    );
+    assert_eq!(
+        shop.http
+            .get(&format!("/v1/orders/{unknown}"))
+            .await
+            .unwrap()
+            .json()["status"],
+        "NEW"
+    );
     let (_, applied) = post(&shop, &path).await;
     assert_eq!(applied["outcome"], "applied");
-    assert_eq!(shop.http.get(&format!("/v1/orders/{unknown}")).await.unwrap().json()["status"], "CANCELLED");
+    assert_eq!(
+        shop.http
+            .get(&format!("/v1/orders/{unknown}"))
+            .await
+            .unwrap()
+            .json()["status"],
+        "CANCELLED"
+    );
     assert_eq!(post(&shop, &path).await.1["outcome"], "nothing_to_do");
-    let waits: Vec<Value> = letters(&shop, 2).await.iter().map(|letter| letter["waits"].clone()).collect();
+    let waits: Vec<Value> = letters(&shop, 2)
+        .await
+        .iter()
+        .map(|letter| letter["waits"].clone())
+        .collect();
     assert_eq!(waits, [json!(true), json!(false)]);
-    eventually("its end is published", SOON, async || shop.nothing_waits(&orders).await.then_some(())).await;
+    eventually("its end is published", SOON, async || {
+        shop.nothing_waits(&orders).await.then_some(())
+    })
+    .await;
 
     for (method, path, status, code) in [
-        ("POST", "/v1/ops/dead-letters/7/replay", 404, "dead_letter_not_found"),
-        ("POST", "/v1/ops/dead-letters/01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11/replay", 404, "dead_letter_not_found"),
-        ("POST", "/v1/ops/dead-letters/01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11/replay?dry_run=1", 422, "validation_failed"),
-        ("GET", "/v1/ops/dead-letters?limit=0", 422, "validation_failed"),
-        ("GET", "/v1/ops/dead-letters?cursor=x", 422, "validation_failed"),
+        (
+            "POST",
+            "/v1/ops/dead-letters/7/replay",
+            404,
+            "dead_letter_not_found",
+        ),
+        (
+            "POST",
+            "/v1/ops/dead-letters/01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11/replay",
+            404,
+            "dead_letter_not_found",
+        ),
+        (
+            "POST",
+            "/v1/ops/dead-letters/01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11/replay?dry_run=1",
+            422,
+            "validation_failed",
+        ),
+        (
+            "GET",
+            "/v1/ops/dead-letters?limit=0",
+            422,
+            "validation_failed",
+        ),
+        (
+            "GET",
+            "/v1/ops/dead-letters?cursor=x",
+            422,
+            "validation_failed",
+        ),
     ] {
-        let answer = shop.http.request(method, path, &[], Bytes::new()).await.unwrap();
-        assert_eq!((answer.status, answer.json()["code"].as_str()), (status, Some(code)), "{path}");
+        let answer = shop
+            .http
+            .request(method, path, &[], Bytes::new())
+            .await
+            .unwrap();
+        assert_eq!(
+            (answer.status, answer.json()["code"].as_str()),
+            (status, Some(code)),
+            "{path}"
+        );
     }
 
     // One service away: the other is shown.
     shop.stack.system.stop("payments").await.unwrap();
     let flow = shop.http.get("/v1/ops/flow").await.unwrap();
-    assert_eq!((flow.status, &flow.json()["payments"], &flow.json()["unavailable"]), (200, &Value::Null, &json!(["payments"])));
+    assert_eq!(
+        (
+            flow.status,
+            &flow.json()["payments"],
+            &flow.json()["unavailable"]
+        ),
+        (200, &Value::Null, &json!(["payments"]))
+    );
     let rest = shop.http.get("/v1/ops/dead-letters").await.unwrap().json();
-    assert_eq!((rest["items"].as_array().unwrap().len(), &rest["unavailable"]), (1, &json!(["payments"])));
+    assert_eq!(
+        (
+            rest["items"].as_array().unwrap().len(),
+            &rest["unavailable"]
+        ),
+        (1, &json!(["payments"]))
+    );
 }

@@ -17,7 +17,11 @@ impl User {
     async fn log_in(stack: &TestStack, name: &str, password: &str) -> Self {
         let (sender, refusals) = mpsc::unbounded_channel();
         let client = ConnectOptions::with_user_and_password(name.to_owned(), password.to_owned())
-            .custom_inbox_prefix(if name == "viewer" { "_INBOX".to_owned() } else { format!("_INBOX_{name}") })
+            .custom_inbox_prefix(if name == "viewer" {
+                "_INBOX".to_owned()
+            } else {
+                format!("_INBOX_{name}")
+            })
             .request_timeout(Some(Duration::from_secs(3)))
             .event_callback(move |event| {
                 if let async_nats::Event::ServerError(error) = event {
@@ -34,7 +38,10 @@ impl User {
 
     /// Whether publishing is refused. The server answers in order, so what it says before the next pong is about this.
     async fn may_not_publish(&mut self, subject: &str) {
-        self.client.publish(subject.to_owned(), "{}".into()).await.unwrap();
+        self.client
+            .publish(subject.to_owned(), "{}".into())
+            .await
+            .unwrap();
         self.refused(&format!("publish to {subject}")).await;
     }
 
@@ -46,13 +53,25 @@ impl User {
     async fn refused(&mut self, what: &str) {
         self.client.flush().await.unwrap();
         let refusal = tokio::time::timeout(Duration::from_secs(5), self.refusals.recv()).await;
-        let refusal = refusal.unwrap_or_else(|_| panic!("allowed: {what}")).unwrap();
-        assert!(refusal.to_lowercase().contains("permissions violation"), "{what}: {refusal}");
+        let refusal = refusal
+            .unwrap_or_else(|_| panic!("allowed: {what}"))
+            .unwrap();
+        assert!(
+            refusal.to_lowercase().contains("permissions violation"),
+            "{what}: {refusal}"
+        );
     }
 
     async fn may_request(&mut self, subject: &str, body: &str) {
-        let answer = self.client.request(subject.to_owned(), body.to_owned().into()).await;
-        assert!(answer.is_ok(), "{subject}: {answer:?}, {:?}", self.refusals.try_recv());
+        let answer = self
+            .client
+            .request(subject.to_owned(), body.to_owned().into())
+            .await;
+        assert!(
+            answer.is_ok(),
+            "{subject}: {answer:?}, {:?}",
+            self.refusals.try_recv()
+        );
     }
 }
 
@@ -77,7 +96,13 @@ async fn each_nats_user_can_do_its_work_and_nothing_else() {
     ] {
         orders.may_not_publish(subject).await;
     }
-    for subject in ["gozon.payments.>", "gozon.orders.>", "_INBOX.>", "_INBOX_payments.>", ">"] {
+    for subject in [
+        "gozon.payments.>",
+        "gozon.orders.>",
+        "_INBOX.>",
+        "_INBOX_payments.>",
+        ">",
+    ] {
         orders.may_not_subscribe(subject).await;
     }
     orders.may_request("$JS.API.STREAM.INFO.ORDERS", "").await;
@@ -127,7 +152,9 @@ async fn each_nats_user_can_do_its_work_and_nothing_else() {
         gateway.may_not_subscribe(subject).await;
     }
     gateway.may_request("$JS.API.STREAM.INFO.ORDERS", "").await;
-    gateway.may_request("$JS.API.DIRECT.GET.ORDERS", r#"{"seq":1}"#).await;
+    gateway
+        .may_request("$JS.API.DIRECT.GET.ORDERS", r#"{"seq":1}"#)
+        .await;
 
     let mut viewer = User::log_in(&stack, "viewer", &secrets.nats_viewer).await;
     for subject in [
@@ -163,10 +190,16 @@ async fn each_nats_user_can_do_its_work_and_nothing_else() {
         viewer.may_request(subject, body).await;
     }
 
-    let wrong =
-        ConnectOptions::with_user_and_password("orders".to_owned(), "wrong".to_owned()).connect(stack.system.nats().url()).await;
+    let wrong = ConnectOptions::with_user_and_password("orders".to_owned(), "wrong".to_owned())
+        .connect(stack.system.nats().url())
+        .await;
     assert!(wrong.is_err());
-    assert!(async_nats::connect(stack.system.nats().url()).await.is_err(), "nobody enters without a name");
+    assert!(
+        async_nats::connect(stack.system.nats().url())
+            .await
+            .is_err(),
+        "nobody enters without a name"
+    );
 }
 
 #[tokio::test]
@@ -176,7 +209,10 @@ async fn each_postgres_role_enters_its_own_database_only() {
     let postgres = stack.system.postgres();
     let enter = async |role: &str, password: &str, database: &str| {
         let mut options = DbOptions::new(postgres.url(role, password, database));
-        options.max_connections(1).connect_timeout(Duration::from_secs(3)).sqlx_logging(false);
+        options
+            .max_connections(1)
+            .connect_timeout(Duration::from_secs(3))
+            .sqlx_logging(false);
         Database::connect(options).await
     };
     let (orders, payments) = (&secrets.postgres_orders, &secrets.postgres_payments);
@@ -187,12 +223,21 @@ async fn each_postgres_role_enters_its_own_database_only() {
         ("payments", payments, "postgres"),
         ("orders", payments, "orders"),
     ] {
-        assert!(enter(role, password, database).await.is_err(), "{role} enters {database}");
+        assert!(
+            enter(role, password, database).await.is_err(),
+            "{role} enters {database}"
+        );
     }
     let db = enter("payments", payments, "payments").await.unwrap();
-    for forbidden in
-        ["CREATE DATABASE mine", "CREATE ROLE mine", "COPY accounts TO PROGRAM 'cat'", "ALTER ROLE orders PASSWORD 'x'"]
-    {
-        assert!(db.execute_unprepared(forbidden).await.is_err(), "{forbidden}");
+    for forbidden in [
+        "CREATE DATABASE mine",
+        "CREATE ROLE mine",
+        "COPY accounts TO PROGRAM 'cat'",
+        "ALTER ROLE orders PASSWORD 'x'",
+    ] {
+        assert!(
+            db.execute_unprepared(forbidden).await.is_err(),
+            "{forbidden}"
+        );
     }
 }

@@ -26,7 +26,10 @@ impl Shop {
 
     /// With more environment for the services.
     pub(crate) async fn open_with(environment: &[(&str, &str)]) -> Self {
-        let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let environment = environment
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect();
         Self::on(TestStack::start_with(environment).await.unwrap())
     }
 
@@ -42,21 +45,45 @@ impl Shop {
     }
 
     pub(crate) async fn customer(&self, user: &str, money: i64) {
-        self.until_done("/v1/accounts", &json!({ "user_id": user })).await;
+        self.until_done("/v1/accounts", &json!({ "user_id": user }))
+            .await;
         if money > 0 {
-            self.until_done(&format!("/v1/accounts/{user}/deposits"), &json!({ "amount": money })).await;
+            self.until_done(
+                &format!("/v1/accounts/{user}/deposits"),
+                &json!({ "amount": money }),
+            )
+            .await;
         }
     }
 
     /// Orders, waits for the end, and says how it ended.
     pub(crate) async fn order(&self, user: &str, amount: i64) -> (String, Option<String>) {
-        let placed = self.until_done("/v1/orders", &json!({ "user_id": user, "amount": amount })).await;
-        let order = self.http.get(&format!("/v1/orders/{}?wait=30", placed.json()["id"].as_str().unwrap())).await.unwrap().json();
-        (order["status"].as_str().unwrap().to_owned(), order["reason"].as_str().map(str::to_owned))
+        let placed = self
+            .until_done("/v1/orders", &json!({ "user_id": user, "amount": amount }))
+            .await;
+        let order = self
+            .http
+            .get(&format!(
+                "/v1/orders/{}?wait=30",
+                placed.json()["id"].as_str().unwrap()
+            ))
+            .await
+            .unwrap()
+            .json();
+        (
+            order["status"].as_str().unwrap().to_owned(),
+            order["reason"].as_str().map(str::to_owned),
+        )
     }
 
     pub(crate) async fn balance(&self, user: &str) -> i64 {
-        self.http.get(&format!("/v1/accounts/{user}")).await.unwrap().json()["balance"].as_i64().unwrap()
+        self.http
+            .get(&format!("/v1/accounts/{user}"))
+            .await
+            .unwrap()
+            .json()["balance"]
+            .as_i64()
+            .unwrap()
     }
 
     pub(crate) async fn database(&self, name: &str) -> DatabaseConnection {
@@ -69,17 +96,33 @@ impl Shop {
     }
 
     /// Publishes what a stream holds, from its beginning, under new message ids: at least so many messages.
-    pub(crate) async fn say_everything_again(&self, broker: &Broker, stream: &str, at_least: usize) -> usize {
-        let said = usize::try_from(e2e::broker::say_again(broker, stream, u64::MAX).await.unwrap()).unwrap();
+    pub(crate) async fn say_everything_again(
+        &self,
+        broker: &Broker,
+        stream: &str,
+        at_least: usize,
+    ) -> usize {
+        let said = usize::try_from(
+            e2e::broker::say_again(broker, stream, u64::MAX)
+                .await
+                .unwrap(),
+        )
+        .unwrap();
         assert!(said >= at_least, "{said} messages in {stream}");
         said
     }
 
     /// Whether both services have taken everything that the broker has.
     pub(crate) async fn nothing_is_delivered(&self, broker: &Broker) -> bool {
-        for (consumer, stream) in [("payments-order-placed", "ORDERS"), ("orders-payment-settled", "PAYMENTS")] {
-            let consumer: jetstream::consumer::PullConsumer =
-                broker.jetstream().get_consumer_from_stream(consumer, stream).await.unwrap();
+        for (consumer, stream) in [
+            ("payments-order-placed", "ORDERS"),
+            ("orders-payment-settled", "PAYMENTS"),
+        ] {
+            let consumer: jetstream::consumer::PullConsumer = broker
+                .jetstream()
+                .get_consumer_from_stream(consumer, stream)
+                .await
+                .unwrap();
             let info = consumer.cached_info();
             if info.num_pending > 0 || info.num_ack_pending > 0 {
                 return false;
@@ -89,7 +132,11 @@ impl Shop {
     }
 
     /// Everything that decides, byte for byte.
-    pub(crate) async fn books(&self, orders: &DatabaseConnection, payments: &DatabaseConnection) -> Vec<String> {
+    pub(crate) async fn books(
+        &self,
+        orders: &DatabaseConnection,
+        payments: &DatabaseConnection,
+    ) -> Vec<String> {
         let mut books = Vec::new();
         for (db, table, key) in [
             (orders, "orders", "id"),
@@ -98,7 +145,12 @@ impl Shop {
             (payments, "accounts", "user_id"),
         ] {
             let query = format!("SELECT row_to_json(t)::text AS row FROM {table} t ORDER BY {key}");
-            books.extend(rows(db, &query).await.iter().map(|row| row.try_get::<String>("", "row").unwrap()));
+            books.extend(
+                rows(db, &query)
+                    .await
+                    .iter()
+                    .map(|row| row.try_get::<String>("", "row").unwrap()),
+            );
         }
         books
     }
@@ -109,43 +161,75 @@ impl Shop {
 
     /// Whether everything that was enqueued in this database is published.
     pub(crate) async fn nothing_waits(&self, db: &DatabaseConnection) -> bool {
-        rows(db, "SELECT 1 FROM outbox WHERE published_at IS NULL").await.is_empty()
+        rows(db, "SELECT 1 FROM outbox WHERE published_at IS NULL")
+            .await
+            .is_empty()
     }
 
     /// Whether the broker would not take something.
     pub(crate) async fn something_was_refused(&self, db: &DatabaseConnection) -> bool {
-        !rows(db, "SELECT 1 FROM outbox WHERE published_at IS NULL AND attempts > 0").await.is_empty()
+        !rows(
+            db,
+            "SELECT 1 FROM outbox WHERE published_at IS NULL AND attempts > 0",
+        )
+        .await
+        .is_empty()
     }
 
     pub(crate) async fn placed(&self) -> usize {
-        rows(&self.database("orders").await, "SELECT 1 FROM orders").await.len()
+        rows(&self.database("orders").await, "SELECT 1 FROM orders")
+            .await
+            .len()
     }
 
     pub(crate) async fn debits(&self, payments: &DatabaseConnection) -> usize {
-        rows(payments, "SELECT 1 FROM transfers WHERE kind = 'payment'").await.len()
+        rows(payments, "SELECT 1 FROM transfers WHERE kind = 'payment'")
+            .await
+            .len()
     }
 
     /// Every order is final, FINISHED if and only if it was debited exactly once its own amount from its own user, and
     /// every balance is what the transfers make it (I1 to I4, I7). Says how many orders finished.
     pub(crate) async fn assert_settled(&self, orders: usize) -> usize {
-        let (orders_db, payments_db) = (self.database("orders").await, self.database("payments").await);
+        let (orders_db, payments_db) = (
+            self.database("orders").await,
+            self.database("payments").await,
+        );
         eventually("every order is final", SOON, async || {
-            let new = rows(&orders_db, "SELECT count(*) AS n FROM orders WHERE status = 'NEW'").await;
+            let new = rows(
+                &orders_db,
+                "SELECT count(*) AS n FROM orders WHERE status = 'NEW'",
+            )
+            .await;
             (new[0].try_get::<i64>("", "n").unwrap() == 0).then_some(())
         })
         .await;
         let order = |row: &QueryResult, key: &str| {
             let id: Uuid = row.try_get("", key).unwrap();
-            (id, (row.try_get::<String>("", "user_id").unwrap(), row.try_get::<i64>("", "amount").unwrap()))
+            (
+                id,
+                (
+                    row.try_get::<String>("", "user_id").unwrap(),
+                    row.try_get::<i64>("", "amount").unwrap(),
+                ),
+            )
         };
         let all = rows(&orders_db, "SELECT id, user_id, amount, status FROM orders").await;
-        assert_eq!(all.len(), orders, "every order that was accepted is there, and no other");
+        assert_eq!(
+            all.len(),
+            orders,
+            "every order that was accepted is there, and no other"
+        );
         let finished: BTreeMap<_, _> = all
             .iter()
             .filter(|row| row.try_get::<String>("", "status").unwrap() == "FINISHED")
             .map(|row| order(row, "id"))
             .collect();
-        let debits = rows(&payments_db, "SELECT order_id, user_id, amount FROM transfers WHERE kind = 'payment'").await;
+        let debits = rows(
+            &payments_db,
+            "SELECT order_id, user_id, amount FROM transfers WHERE kind = 'payment'",
+        )
+        .await;
         let debited: BTreeMap<_, _> = debits.iter().map(|row| order(row, "order_id")).collect();
         assert_eq!(debits.len(), debited.len(), "no order was debited twice");
         assert_eq!(debited, finished, "finished orders and debits are the same");
@@ -155,17 +239,28 @@ impl Shop {
              HAVING a.balance <> coalesce(sum(CASE t.kind WHEN 'deposit' THEN t.amount ELSE -t.amount END), 0) OR a.balance < 0",
         )
         .await;
-        assert!(drift.is_empty(), "balances are what the transfers make them");
+        assert!(
+            drift.is_empty(),
+            "balances are what the transfers make them"
+        );
         for db in [&orders_db, &payments_db] {
-            eventually("nothing waits in an outbox", SOON, async || self.nothing_waits(db).await.then_some(())).await;
-            assert!(rows(db, "SELECT 1 FROM dead_letters").await.is_empty(), "nothing was dead-lettered");
+            eventually("nothing waits in an outbox", SOON, async || {
+                self.nothing_waits(db).await.then_some(())
+            })
+            .await;
+            assert!(
+                rows(db, "SELECT 1 FROM dead_letters").await.is_empty(),
+                "nothing was dead-lettered"
+            );
         }
         finished.len()
     }
 }
 
 async fn rows(db: &DatabaseConnection, sql: &str) -> Vec<QueryResult> {
-    db.query_all_raw(Statement::from_string(DbBackend::Postgres, sql)).await.unwrap()
+    db.query_all_raw(Statement::from_string(DbBackend::Postgres, sql))
+        .await
+        .unwrap()
 }
 
 /// Sends a POST with a key of its own again and again, until it is done.

@@ -8,14 +8,25 @@ use crate::shop::{SOON, Shop};
 
 fn steps(timeline: &Value) -> Vec<String> {
     let steps = timeline["steps"].as_array().unwrap().iter();
-    steps.map(|step| format!("{} {}", step["service"].as_str().unwrap(), step["step"].as_str().unwrap())).collect()
+    steps
+        .map(|step| {
+            format!(
+                "{} {}",
+                step["service"].as_str().unwrap(),
+                step["step"].as_str().unwrap()
+            )
+        })
+        .collect()
 }
 
 #[tokio::test]
 async fn a_timeline_tells_every_step_and_every_repetition_that_was_ignored() {
     let mut shop = Shop::open().await;
     shop.customer("alice", 100).await;
-    let placed = shop.until_done("/v1/orders", &json!({ "user_id": "alice", "amount": 30 })).await.json();
+    let placed = shop
+        .until_done("/v1/orders", &json!({ "user_id": "alice", "amount": 30 }))
+        .await
+        .json();
     let path = format!("/v1/orders/{}/timeline", placed["id"].as_str().unwrap());
     let whole = async |number: usize| {
         eventually("all steps are there", SOON, async || {
@@ -44,46 +55,98 @@ async fn a_timeline_tells_every_step_and_every_repetition_that_was_ignored() {
         steps.sort();
         steps
     };
-    assert_eq!(sorted(told.clone()), sorted(expected.map(str::to_owned).to_vec()));
+    assert_eq!(
+        sorted(told.clone()),
+        sorted(expected.map(str::to_owned).to_vec())
+    );
     told.retain(|step| !step.ends_with("published"));
-    assert_eq!(told, expected.into_iter().filter(|step| !step.ends_with("published")).collect::<Vec<_>>());
-    assert_eq!((&timeline["missing"], &timeline["pruned"]), (&json!([]), &json!(false)));
+    assert_eq!(
+        told,
+        expected
+            .into_iter()
+            .filter(|step| !step.ends_with("published"))
+            .collect::<Vec<_>>()
+    );
+    assert_eq!(
+        (&timeline["missing"], &timeline["pruned"]),
+        (&json!([]), &json!(false))
+    );
     let step = |name: &str, service: &str| {
         let mut steps = timeline["steps"].as_array().unwrap().iter();
-        steps.find(|step| step["step"] == name && step["service"] == service).unwrap().clone()
+        steps
+            .find(|step| step["step"] == name && step["service"] == service)
+            .unwrap()
+            .clone()
     };
     let decided = step("decided", "payments");
-    assert_eq!((&decided["outcome"], &decided["balance_after"]), (&json!("paid"), &json!(70)));
+    assert_eq!(
+        (&decided["outcome"], &decided["balance_after"]),
+        (&json!("paid"), &json!(70))
+    );
     let request = step("enqueued", "orders");
-    assert_eq!(request["message"]["payload"], json!({ "order_id": placed["id"], "user_id": "alice", "amount": 30 }));
+    assert_eq!(
+        request["message"]["payload"],
+        json!({ "order_id": placed["id"], "user_id": "alice", "amount": 30 })
+    );
     assert_eq!(request["message"]["headers"]["ce-subject"], placed["id"]);
-    assert_eq!(step("published", "orders")["stream_sequence"], step("taken", "payments")["stream_sequence"]);
+    assert_eq!(
+        step("published", "orders")["stream_sequence"],
+        step("taken", "payments")["stream_sequence"]
+    );
 
     // Everything is said a second time.
     let ops = shop.operator().await;
     shop.say_everything_again(&ops, "ORDERS", 2).await;
     shop.say_everything_again(&ops, "PAYMENTS", 1).await;
     let timeline = whole(13).await;
-    let repeated = timeline["steps"].as_array().unwrap().iter().filter(|step| step["step"] == "repeated");
+    let repeated = timeline["steps"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|step| step["step"] == "repeated");
     assert_eq!(
-        repeated.map(|step| (step["service"].as_str().unwrap(), step["times"].clone())).collect::<Vec<_>>(),
+        repeated
+            .map(|step| (step["service"].as_str().unwrap(), step["times"].clone()))
+            .collect::<Vec<_>>(),
         [("payments", json!(1)), ("orders", json!(1))]
     );
 
     shop.stack.system.stop("payments").await.unwrap();
     let partial = shop.http.get(&path).await.unwrap();
-    assert_eq!((partial.status, &partial.json()["missing"]), (200, &json!(["payments"])));
+    assert_eq!(
+        (partial.status, &partial.json()["missing"]),
+        (200, &json!(["payments"]))
+    );
     shop.stack.system.start("payments").await.unwrap();
 
     for name in ["orders", "payments"] {
-        shop.database(name).await.execute_unprepared("DELETE FROM outbox; DELETE FROM inbox").await.unwrap();
+        shop.database(name)
+            .await
+            .execute_unprepared("DELETE FROM outbox; DELETE FROM inbox")
+            .await
+            .unwrap();
     }
     let timeline = shop.http.get(&path).await.unwrap().json();
-    assert_eq!(steps(&timeline), ["orders placed", "payments decided", "orders ended"]);
+    assert_eq!(
+        steps(&timeline),
+        ["orders placed", "payments decided", "orders ended"]
+    );
     assert_eq!(timeline["pruned"], json!(true));
 
-    for id in ["01933f3c-7d5a-7b60-9d6f-000000000000", "nonsense", "..%2f..%2flivez"] {
-        let unknown = shop.http.get(&format!("/v1/orders/{id}/timeline")).await.unwrap();
-        assert_eq!((unknown.status, &unknown.json()["code"]), (404, &json!("order_not_found")), "{id}");
+    for id in [
+        "01933f3c-7d5a-7b60-9d6f-000000000000",
+        "nonsense",
+        "..%2f..%2flivez",
+    ] {
+        let unknown = shop
+            .http
+            .get(&format!("/v1/orders/{id}/timeline"))
+            .await
+            .unwrap();
+        assert_eq!(
+            (unknown.status, &unknown.json()["code"]),
+            (404, &json!("order_not_found")),
+            "{id}"
+        );
     }
 }

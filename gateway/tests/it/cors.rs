@@ -11,20 +11,41 @@ async fn preflight(gateway: &Gateway, origin: &str) -> Answer {
     let headers = [
         ("origin", origin),
         ("access-control-request-method", "POST"),
-        ("access-control-request-headers", "content-type,idempotency-key"),
+        (
+            "access-control-request-headers",
+            "content-type,idempotency-key",
+        ),
     ];
-    gateway.http.request("OPTIONS", "/v1/orders", &headers, Bytes::new()).await.unwrap()
+    gateway
+        .http
+        .request("OPTIONS", "/v1/orders", &headers, Bytes::new())
+        .await
+        .unwrap()
 }
 
 async fn get(gateway: &Gateway, path: &str, origin: &str) -> Answer {
-    gateway.http.request("GET", path, &[("origin", origin)], Bytes::new()).await.unwrap()
+    gateway
+        .http
+        .request("GET", path, &[("origin", origin)], Bytes::new())
+        .await
+        .unwrap()
 }
 
 #[tokio::test]
 async fn pages_of_other_hosts_may_do_nothing_unless_they_are_listed() {
     let gateway = Gateway::start(|_| Does::Answers(ok("{}"))).await;
-    assert_eq!(preflight(&gateway, SHOP).await.header("access-control-allow-origin"), None);
-    assert_eq!(get(&gateway, "/v1/orders", SHOP).await.header("access-control-allow-origin"), None);
+    assert_eq!(
+        preflight(&gateway, SHOP)
+            .await
+            .header("access-control-allow-origin"),
+        None
+    );
+    assert_eq!(
+        get(&gateway, "/v1/orders", SHOP)
+            .await
+            .header("access-control-allow-origin"),
+        None
+    );
 }
 
 #[tokio::test]
@@ -32,18 +53,59 @@ async fn a_listed_origin_may_use_the_api_and_read_its_errors_and_another_may_not
     let list = format!("--cors-origins={SHOP},http://localhost:3000");
     let gateway = Gateway::start_with(&[&list], |_| Does::Answers(ok("{}"))).await;
     let allowed = preflight(&gateway, SHOP).await;
-    assert_eq!((allowed.status, allowed.header("access-control-allow-origin")), (200, Some(SHOP)));
-    assert_eq!(allowed.header("access-control-allow-methods"), Some("GET,POST"));
-    assert!(allowed.header("access-control-allow-headers").unwrap().contains("idempotency-key"));
+    assert_eq!(
+        (
+            allowed.status,
+            allowed.header("access-control-allow-origin")
+        ),
+        (200, Some(SHOP))
+    );
+    assert_eq!(
+        allowed.header("access-control-allow-methods"),
+        Some("GET,POST")
+    );
+    assert!(
+        allowed
+            .header("access-control-allow-headers")
+            .unwrap()
+            .contains("idempotency-key")
+    );
     assert_eq!(allowed.header("access-control-allow-credentials"), None);
     for path in ["/v1/orders", "/nowhere"] {
         let answer = get(&gateway, path, "http://localhost:3000").await;
-        assert_eq!(answer.header("access-control-allow-origin"), Some("http://localhost:3000"), "{path}");
-        assert!(answer.header("access-control-expose-headers").unwrap().contains("idempotency-replayed"), "{path}");
+        assert_eq!(
+            answer.header("access-control-allow-origin"),
+            Some("http://localhost:3000"),
+            "{path}"
+        );
+        assert!(
+            answer
+                .header("access-control-expose-headers")
+                .unwrap()
+                .contains("idempotency-replayed"),
+            "{path}"
+        );
         assert!(answer.header("vary").unwrap().contains("origin"), "{path}");
     }
-    for stranger in ["https://shop.example.evil.example", "http://shop.example", "https://SHOP.example", "null"] {
-        assert_eq!(preflight(&gateway, stranger).await.header("access-control-allow-origin"), None, "{stranger}");
-        assert_eq!(get(&gateway, "/v1/orders", stranger).await.header("access-control-allow-origin"), None, "{stranger}");
+    for stranger in [
+        "https://shop.example.evil.example",
+        "http://shop.example",
+        "https://SHOP.example",
+        "null",
+    ] {
+        assert_eq!(
+            preflight(&gateway, stranger)
+                .await
+                .header("access-control-allow-origin"),
+            None,
+            "{stranger}"
+        );
+        assert_eq!(
+            get(&gateway, "/v1/orders", stranger)
+                .await
+                .header("access-control-allow-origin"),
+            None,
+            "{stranger}"
+        );
     }
 }

@@ -28,7 +28,10 @@ pub(crate) struct Seen {
 
 impl Seen {
     pub(crate) fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(other, _)| other == name).map(|(_, value)| value.as_str())
+        self.headers
+            .iter()
+            .find(|(other, _)| other == name)
+            .map(|(_, value)| value.as_str())
     }
 }
 
@@ -45,7 +48,10 @@ pub(crate) enum Does {
 
 /// 200 with a body.
 pub(crate) fn ok(body: &str) -> String {
-    format!("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}", body.len())
+    format!(
+        "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    )
 }
 
 /// A service behind the gateway.
@@ -58,7 +64,10 @@ pub(crate) struct Service {
 impl Service {
     pub(crate) async fn start(does: impl Fn(&Seen) -> Does + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let service = Self { address: listener.local_addr().unwrap(), seen: Arc::default() };
+        let service = Self {
+            address: listener.local_addr().unwrap(),
+            seen: Arc::default(),
+        };
         let (seen, does) = (service.seen.clone(), Arc::new(does));
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
@@ -73,7 +82,11 @@ impl Service {
     }
 }
 
-async fn converse(mut stream: TcpStream, seen: Arc<Mutex<Vec<Seen>>>, does: Arc<impl Fn(&Seen) -> Does>) -> Option<()> {
+async fn converse(
+    mut stream: TcpStream,
+    seen: Arc<Mutex<Vec<Seen>>>,
+    does: Arc<impl Fn(&Seen) -> Does>,
+) -> Option<()> {
     let mut bytes = Vec::new();
     loop {
         let end = loop {
@@ -86,11 +99,23 @@ async fn converse(mut stream: TcpStream, seen: Arc<Mutex<Vec<Seen>>>, does: Arc<
         };
         let head = String::from_utf8(bytes.drain(..end + 4).collect()).unwrap();
         let mut lines = head.trim_end().lines();
-        let line = lines.next().unwrap().trim_end_matches(" HTTP/1.1").to_owned();
+        let line = lines
+            .next()
+            .unwrap()
+            .trim_end_matches(" HTTP/1.1")
+            .to_owned();
         let headers = lines.map(|line| line.split_once(':').unwrap());
-        let headers = headers.map(|(name, value)| (name.to_ascii_lowercase(), value.trim().to_owned())).collect();
-        let mut request = Seen { line, headers, body: String::new() };
-        let length: usize = request.header("content-length").map_or(0, |length| length.parse().unwrap());
+        let headers = headers
+            .map(|(name, value)| (name.to_ascii_lowercase(), value.trim().to_owned()))
+            .collect();
+        let mut request = Seen {
+            line,
+            headers,
+            body: String::new(),
+        };
+        let length: usize = request
+            .header("content-length")
+            .map_or(0, |length| length.parse().unwrap());
         while bytes.len() < length {
             assert!(stream.read_buf(&mut bytes).await.ok()? > 0);
         }
@@ -99,7 +124,9 @@ async fn converse(mut stream: TcpStream, seen: Arc<Mutex<Vec<Seen>>>, does: Arc<
         seen.lock().unwrap().push(request);
         match then {
             Does::Answers(answer) => stream.write_all(answer.as_bytes()).await.ok()?,
-            Does::AnswersAndCloses(answer) => return stream.write_all(answer.as_bytes()).await.ok(),
+            Does::AnswersAndCloses(answer) => {
+                return stream.write_all(answer.as_bytes()).await.ok();
+            }
             Does::AnswersWhen(told) => {
                 told.notified().await;
                 stream.write_all(ok("{}").as_bytes()).await.ok()?;
@@ -121,10 +148,16 @@ impl Gateway {
         Self::start_with(&[], does).await
     }
 
-    pub(crate) async fn start_with(arguments: &[&str], does: impl Fn(&Seen) -> Does + Send + Sync + 'static) -> Self {
+    pub(crate) async fn start_with(
+        arguments: &[&str],
+        does: impl Fn(&Seen) -> Does + Send + Sync + 'static,
+    ) -> Self {
         let behind = Service::start(does).await;
         let service = format!("http://{}", behind.address);
-        let urls = [format!("--orders-url={service}"), format!("--payments-url={service}")];
+        let urls = [
+            format!("--orders-url={service}"),
+            format!("--payments-url={service}"),
+        ];
         let fixed = ["gateway", "--listen=127.0.0.1:0", &urls[0], &urls[1]];
         let config = Config::try_parse_from(fixed.iter().chain(arguments)).unwrap();
         let process = Apart::start(async move |address, shutdown| {
@@ -135,7 +168,12 @@ impl Gateway {
         });
         let process = process.await.unwrap();
         let address = process.address;
-        Self { http: Http::new(format!("http://{address}")), address, behind, process }
+        Self {
+            http: Http::new(format!("http://{address}")),
+            address,
+            behind,
+            process,
+        }
     }
 
     /// Stops it politely.
@@ -149,7 +187,10 @@ impl Gateway {
         // The gateway may refuse before it has read everything.
         let _ = stream.write_all(bytes.as_bytes()).await;
         let mut answer = Vec::new();
-        tokio::time::timeout(SOON, stream.read_to_end(&mut answer)).await.unwrap().unwrap();
+        tokio::time::timeout(SOON, stream.read_to_end(&mut answer))
+            .await
+            .unwrap()
+            .unwrap();
         String::from_utf8(answer).unwrap()
     }
 
@@ -157,17 +198,33 @@ impl Gateway {
     pub(crate) async fn refused(&self, reason: &str) -> u64 {
         let page = self.http.get("/metrics").await.unwrap().text();
         let series = format!("gozon_http_refused_total{{reason=\"{reason}\"}} ");
-        page.lines().find_map(|line| line.strip_prefix(&series)?.parse().ok()).unwrap_or(0)
+        page.lines()
+            .find_map(|line| line.strip_prefix(&series)?.parse().ok())
+            .unwrap_or(0)
     }
 }
 
 /// Status and code of an answer, which must be a problem document with the request's id.
 pub(crate) fn problem(answer: &str) -> (u16, String) {
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer: {answer:?}"));
-    let document: Value = serde_json::from_str(body).unwrap_or_else(|error| panic!("{error}: {answer:?}"));
-    let header = |name: &str| head.lines().find_map(|line| line.strip_prefix(&format!("{name}: "))).unwrap_or_default();
-    assert_eq!(header("content-type"), "application/problem+json", "{answer}");
-    assert!(!header("x-request-id").is_empty() && document["request_id"] == header("x-request-id"), "{answer}");
+    let (head, body) = answer
+        .split_once("\r\n\r\n")
+        .unwrap_or_else(|| panic!("no answer: {answer:?}"));
+    let document: Value =
+        serde_json::from_str(body).unwrap_or_else(|error| panic!("{error}: {answer:?}"));
+    let header = |name: &str| {
+        head.lines()
+            .find_map(|line| line.strip_prefix(&format!("{name}: ")))
+            .unwrap_or_default()
+    };
+    assert_eq!(
+        header("content-type"),
+        "application/problem+json",
+        "{answer}"
+    );
+    assert!(
+        !header("x-request-id").is_empty() && document["request_id"] == header("x-request-id"),
+        "{answer}"
+    );
     let status: u16 = head[9..12].parse().unwrap();
     assert_eq!(document["status"], status, "{answer}");
     (status, document["code"].as_str().unwrap().to_owned())

@@ -12,7 +12,12 @@ use tokio::sync::Notify;
 use crate::harness::{Does, Gateway, SOON, ok};
 
 fn statuses(answers: &[Answer]) -> (usize, usize) {
-    let count = |status| answers.iter().filter(|answer| answer.status == status).count();
+    let count = |status| {
+        answers
+            .iter()
+            .filter(|answer| answer.status == status)
+            .count()
+    };
     (count(200), answers.len() - count(200))
 }
 
@@ -21,7 +26,8 @@ async fn one_more_than_can_be_worked_on_is_told_at_once_to_come_again() {
     let told = Arc::new(Notify::new());
     let answering = told.clone();
     let arguments = ["--requests-max=2", "--waits-max=1"];
-    let gateway = Gateway::start_with(&arguments, move |_| Does::AnswersWhen(answering.clone())).await;
+    let gateway =
+        Gateway::start_with(&arguments, move |_| Does::AnswersWhen(answering.clone())).await;
     let (body, http) = (json!({ "user_id": "a", "amount": 1 }), gateway.http.clone());
     let held = tokio::spawn({
         let (http, body) = (http.clone(), body.clone());
@@ -34,18 +40,32 @@ async fn one_more_than_can_be_worked_on_is_told_at_once_to_come_again() {
             [one.unwrap(), two.unwrap(), waiting.unwrap()]
         }
     });
-    eventually("all places are taken", SOON, async || (gateway.behind.seen().len() == 3).then_some(())).await;
+    eventually("all places are taken", SOON, async || {
+        (gateway.behind.seen().len() == 3).then_some(())
+    })
+    .await;
 
     let begun = Instant::now();
     let mut refused = join_all((0..50).map(|_| http.post("/v1/orders", Some("3"), &body))).await;
     refused.push(http.get("/v1/orders/7?wait=30").await);
-    assert!(begun.elapsed() < Duration::from_secs(5), "told at once, not after {:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() < Duration::from_secs(5),
+        "told at once, not after {:?}",
+        begun.elapsed()
+    );
     for answer in refused.into_iter().map(Result::unwrap) {
-        assert_eq!((answer.status, answer.header("retry-after")), (503, Some("1")));
+        assert_eq!(
+            (answer.status, answer.header("retry-after")),
+            (503, Some("1"))
+        );
         assert_eq!(answer.json()["code"], "overloaded");
         assert_eq!(answer.json()["outcome"], json!(null), "nothing was done");
     }
-    assert_eq!(gateway.behind.seen().len(), 3, "nothing of it reached the service");
+    assert_eq!(
+        gateway.behind.seen().len(),
+        3,
+        "nothing of it reached the service"
+    );
     assert!(gateway.refused("requests").await >= 51);
     for path in ["/livez", "/readyz", "/metrics", "/openapi.json"] {
         // The service behind does not answer its health either; ours does not depend on it.
@@ -64,11 +84,26 @@ async fn one_more_than_can_be_worked_on_is_told_at_once_to_come_again() {
 
 #[tokio::test]
 async fn only_who_waits_for_an_order_has_a_place_beside_the_others() {
-    let gateway = Gateway::start_with(&["--requests-max=0", "--waits-max=1"], |_| Does::Answers(ok("{}"))).await;
+    let gateway = Gateway::start_with(&["--requests-max=0", "--waits-max=1"], |_| {
+        Does::Answers(ok("{}"))
+    })
+    .await;
     let (body, http) = (json!({ "user_id": "a", "amount": 1 }), &gateway.http);
     assert_eq!(http.get("/v1/orders/7?wait=1").await.unwrap().status, 200);
-    assert_eq!(http.post("/v1/orders?wait=1", None, &body).await.unwrap().status, 503);
-    for path in ["/v1/orders/7", "/v1/orders/7?wait=0", "/v1/orders/7?wait=x", "/v1/orders?wait=1", "/v1/accounts/a?wait=1"] {
+    assert_eq!(
+        http.post("/v1/orders?wait=1", None, &body)
+            .await
+            .unwrap()
+            .status,
+        503
+    );
+    for path in [
+        "/v1/orders/7",
+        "/v1/orders/7?wait=0",
+        "/v1/orders/7?wait=x",
+        "/v1/orders?wait=1",
+        "/v1/accounts/a?wait=1",
+    ] {
         assert_eq!(http.get(path).await.unwrap().status, 503, "{path}");
     }
 }
@@ -77,12 +112,22 @@ async fn only_who_waits_for_an_order_has_a_place_beside_the_others() {
 async fn a_user_who_orders_too_much_is_slowed_down_whoever_else_is_named() {
     let gateway = Gateway::start_with(&["--rate-per-user=1"], |_| Does::Answers(ok("{}"))).await;
     let order = json!({ "user_id": "alice", "amount": 1 });
-    let paths: Vec<String> = (0..50).map(|number| format!("/v1/orders?user_id=x{number}")).collect();
+    let paths: Vec<String> = (0..50)
+        .map(|number| format!("/v1/orders?user_id=x{number}"))
+        .collect();
     let begun = Instant::now();
-    let answers = join_all(paths.iter().map(async |path| gateway.http.post(path, None, &order).await.unwrap())).await;
+    let answers = join_all(
+        paths
+            .iter()
+            .map(async |path| gateway.http.post(path, None, &order).await.unwrap()),
+    )
+    .await;
     let allowed = 2 + usize::try_from(begun.elapsed().as_secs()).unwrap();
     let (passed, refused) = statuses(&answers);
-    assert!(passed <= allowed && refused > 0, "{passed} passed, {refused} were refused");
+    assert!(
+        passed <= allowed && refused > 0,
+        "{passed} passed, {refused} were refused"
+    );
 }
 
 #[tokio::test]
@@ -92,21 +137,39 @@ async fn an_address_that_sends_too_much_is_slowed_down_whatever_it_claims_to_be(
     let begun = Instant::now();
     let http = &gateway.http;
     let answers = claims.iter().map(async |claim| {
-        let headers = [("x-forwarded-for", claim.as_str()), ("forwarded", "for=1.2.3.4")];
-        http.request("GET", "/v1/orders", &headers, bytes::Bytes::new()).await.unwrap()
+        let headers = [
+            ("x-forwarded-for", claim.as_str()),
+            ("forwarded", "for=1.2.3.4"),
+        ];
+        http.request("GET", "/v1/orders", &headers, bytes::Bytes::new())
+            .await
+            .unwrap()
     });
     let answers: Vec<Answer> = join_all(answers).await;
     let allowed = 5 + usize::try_from(begun.elapsed().as_millis() * 5 / 1000).unwrap() + 1;
     let (passed, refused) = statuses(&answers);
-    assert!((5..=allowed).contains(&passed) && refused > 0, "{passed} passed, {refused} were refused");
+    assert!(
+        (5..=allowed).contains(&passed) && refused > 0,
+        "{passed} passed, {refused} were refused"
+    );
     for answer in answers.iter().filter(|answer| answer.status != 200) {
-        assert_eq!((answer.status, answer.header("retry-after")), (429, Some("1")), "{}", answer.text());
+        assert_eq!(
+            (answer.status, answer.header("retry-after")),
+            (429, Some("1")),
+            "{}",
+            answer.text()
+        );
         assert_eq!(answer.json()["code"], "rate_limited");
-        assert_eq!(answer.header("content-type"), Some("application/problem+json"));
+        assert_eq!(
+            answer.header("content-type"),
+            Some("application/problem+json")
+        );
     }
     assert!(gateway.refused("ip_rate").await >= refused as u64);
-    eventually("it may send again", SOON, async || (gateway.http.get("/v1/orders").await.unwrap().status == 200).then_some(()))
-        .await;
+    eventually("it may send again", SOON, async || {
+        (gateway.http.get("/v1/orders").await.unwrap().status == 200).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -125,7 +188,11 @@ async fn a_user_who_sends_too_much_is_slowed_down_and_others_are_not() {
         refused += statuses(&answers).1;
         let other = http.get(&format!("/v1/accounts/bob{round}")).await.unwrap();
         assert_eq!(other.status, 200, "another user");
-        assert_eq!(http.get("/v1/orders").await.unwrap().status, 200, "nobody in particular");
+        assert_eq!(
+            http.get("/v1/orders").await.unwrap().status,
+            200,
+            "nobody in particular"
+        );
     }
     assert!(refused >= 20, "only {refused} of 40 were refused");
     assert!(gateway.refused("user_rate").await >= refused as u64);
@@ -133,11 +200,17 @@ async fn a_user_who_sends_too_much_is_slowed_down_and_others_are_not() {
 
 #[tokio::test]
 async fn one_follower_too_many_is_told_to_come_again_and_counted() {
-    let nats = format!("--nats-url=nats://127.0.0.1:{}", stack::ports::free_port().unwrap());
+    let nats = format!(
+        "--nats-url=nats://127.0.0.1:{}",
+        stack::ports::free_port().unwrap()
+    );
     let arguments = ["--nats-password=x", &nats, "--event-streams-max=0"];
     let gateway = Gateway::start_with(&arguments, |_| Does::Answers(ok("{}"))).await;
     let answer = gateway.http.get("/v1/orders/events").await.unwrap();
-    assert_eq!((answer.status, answer.header("retry-after")), (503, Some("1")));
+    assert_eq!(
+        (answer.status, answer.header("retry-after")),
+        (503, Some("1"))
+    );
     assert_eq!(answer.json()["code"], "overloaded");
     assert!(gateway.refused("event_streams").await >= 1);
 }
@@ -147,9 +220,18 @@ async fn one_follower_too_many_is_told_to_come_again_and_counted() {
 async fn what_was_never_refused_is_counted_as_zero() {
     let gateway = Gateway::start(|_| Does::Answers(ok("{}"))).await;
     let page = gateway.http.get("/metrics").await.unwrap().text();
-    for reason in ["connections", "requests", "ip_rate", "user_rate", "event_streams"] {
+    for reason in [
+        "connections",
+        "requests",
+        "ip_rate",
+        "user_rate",
+        "event_streams",
+    ] {
         let series = format!("gozon_http_refused_total{{reason=\"{reason}\"}} ");
-        assert!(page.lines().any(|line| line.starts_with(&series)), "{reason} is missing in {page}");
+        assert!(
+            page.lines().any(|line| line.starts_with(&series)),
+            "{reason} is missing in {page}"
+        );
     }
 }
 
@@ -157,5 +239,9 @@ async fn what_was_never_refused_is_counted_as_zero() {
 async fn nothing_is_limited_unless_it_is_asked_for() {
     let gateway = Gateway::start(|_| Does::Answers(ok("{}"))).await;
     let answers = join_all((0..400).map(|_| gateway.http.get("/v1/accounts/alice"))).await;
-    assert!(answers.into_iter().all(|answer| answer.unwrap().status == 200));
+    assert!(
+        answers
+            .into_iter()
+            .all(|answer| answer.unwrap().status == 200)
+    );
 }

@@ -25,7 +25,13 @@ fn files() -> BTreeSet<String> {
             match path.is_dir() {
                 true => folders.push(path),
                 false => {
-                    found.insert(path.strip_prefix(folder()).unwrap().to_str().unwrap().to_owned());
+                    found.insert(
+                        path.strip_prefix(folder())
+                            .unwrap()
+                            .to_str()
+                            .unwrap()
+                            .to_owned(),
+                    );
                 }
             }
         }
@@ -38,7 +44,11 @@ async fn page() -> Gateway {
 }
 
 async fn get(gateway: &Gateway, path: &str, headers: &[(&str, &str)]) -> Answer {
-    gateway.http.request("GET", path, headers, Bytes::new()).await.unwrap()
+    gateway
+        .http
+        .request("GET", path, headers, Bytes::new())
+        .await
+        .unwrap()
 }
 
 #[tokio::test]
@@ -47,20 +57,38 @@ async fn the_page_is_served_with_its_types_and_a_strict_policy() {
     for (path, content_type) in [
         ("/", "text/html; charset=utf-8"),
         ("/assets/main.js", "text/javascript; charset=utf-8"),
-        ("/assets/vendor/htm-preact.js", "text/javascript; charset=utf-8"),
+        (
+            "/assets/vendor/htm-preact.js",
+            "text/javascript; charset=utf-8",
+        ),
         ("/assets/style.css", "text/css; charset=utf-8"),
         ("/assets/icon.svg", "image/svg+xml"),
     ] {
         let answer = get(&gateway, path, &[]).await;
         assert_eq!(answer.status, 200, "{path}");
         assert_eq!(answer.header("content-type"), Some(content_type), "{path}");
-        assert_eq!(answer.header("x-content-type-options"), Some("nosniff"), "{path}");
-        assert_eq!(answer.header("referrer-policy"), Some("no-referrer"), "{path}");
+        assert_eq!(
+            answer.header("x-content-type-options"),
+            Some("nosniff"),
+            "{path}"
+        );
+        assert_eq!(
+            answer.header("referrer-policy"),
+            Some("no-referrer"),
+            "{path}"
+        );
         let policy = answer.header("content-security-policy").unwrap();
-        for directive in
-            ["default-src 'none'", "script-src 'self'", "style-src 'self'", "connect-src 'self'", "frame-ancestors 'none'"]
-        {
-            assert!(policy.split("; ").any(|one| one == directive), "{path}: {policy}");
+        for directive in [
+            "default-src 'none'",
+            "script-src 'self'",
+            "style-src 'self'",
+            "connect-src 'self'",
+            "frame-ancestors 'none'",
+        ] {
+            assert!(
+                policy.split("; ").any(|one| one == directive),
+                "{path}: {policy}"
+            );
         }
         assert!(!policy.contains("unsafe"), "{path}: {policy}");
     }
@@ -69,11 +97,19 @@ async fn the_page_is_served_with_its_types_and_a_strict_policy() {
 #[tokio::test]
 async fn what_is_not_part_of_the_page_is_not_found() {
     let gateway = page().await;
-    for path in
-        ["/assets/nothing.js", "/assets/", "/assets/vendor/README.md", "/assets/../Cargo.toml", "/assets/%2e%2e/Cargo.toml"]
-    {
+    for path in [
+        "/assets/nothing.js",
+        "/assets/",
+        "/assets/vendor/README.md",
+        "/assets/../Cargo.toml",
+        "/assets/%2e%2e/Cargo.toml",
+    ] {
         let answer = get(&gateway, path, &[]).await;
-        assert_eq!((answer.status, answer.header("content-type")), (404, Some("application/problem+json")), "{path}");
+        assert_eq!(
+            (answer.status, answer.header("content-type")),
+            (404, Some("application/problem+json")),
+            "{path}"
+        );
     }
 }
 
@@ -83,9 +119,22 @@ async fn who_has_a_file_already_is_told_so() {
     let first = get(&gateway, "/assets/main.js", &[]).await;
     let tag = first.header("etag").unwrap();
     assert_eq!(first.header("cache-control"), Some("no-cache"));
-    let again = get(&gateway, "/assets/main.js", &[("if-none-match", &format!("W/\"other\", {tag}"))]).await;
-    assert_eq!((again.status, again.body.len(), again.header("etag")), (304, 0, Some(tag)));
-    assert_eq!(get(&gateway, "/assets/style.css", &[("if-none-match", tag)]).await.status, 200);
+    let again = get(
+        &gateway,
+        "/assets/main.js",
+        &[("if-none-match", &format!("W/\"other\", {tag}"))],
+    )
+    .await;
+    assert_eq!(
+        (again.status, again.body.len(), again.header("etag")),
+        (304, 0, Some(tag))
+    );
+    assert_eq!(
+        get(&gateway, "/assets/style.css", &[("if-none-match", tag)])
+            .await
+            .status,
+        200
+    );
 }
 
 #[tokio::test]
@@ -93,20 +142,44 @@ async fn all_of_the_page_is_small_over_the_wire() {
     let gateway = page().await;
     let mut bytes = 0;
     for name in files().iter().filter(|name| !name.ends_with(".md")) {
-        let answer = get(&gateway, &format!("/assets/{name}"), &[("accept-encoding", "br, gzip;q=0.8")]).await;
-        assert_eq!((answer.status, answer.header("content-encoding")), (200, Some("gzip")), "{name}");
+        let answer = get(
+            &gateway,
+            &format!("/assets/{name}"),
+            &[("accept-encoding", "br, gzip;q=0.8")],
+        )
+        .await;
+        assert_eq!(
+            (answer.status, answer.header("content-encoding")),
+            (200, Some("gzip")),
+            "{name}"
+        );
         bytes += answer.body.len();
     }
     assert!(bytes > 1000 && bytes < PAGE_BYTES_MAX, "{bytes} bytes");
-    assert_eq!(get(&gateway, "/", &[("accept-encoding", "gzip;q=0")]).await.header("content-encoding"), None);
+    assert_eq!(
+        get(&gateway, "/", &[("accept-encoding", "gzip;q=0")])
+            .await
+            .header("content-encoding"),
+        None
+    );
 }
 
 /// With the policy, this is what keeps descriptions text.
 #[test]
 fn the_page_makes_no_markup_of_text() {
-    for name in files().iter().filter(|name| name.ends_with(".js") && !name.starts_with("vendor/")) {
+    for name in files()
+        .iter()
+        .filter(|name| name.ends_with(".js") && !name.starts_with("vendor/"))
+    {
         let text = std::fs::read_to_string(folder().join(name)).unwrap();
-        for forbidden in ["innerHTML", "outerHTML", "InnerHTML", "insertAdjacentHTML", "document.write", "eval("] {
+        for forbidden in [
+            "innerHTML",
+            "outerHTML",
+            "InnerHTML",
+            "insertAdjacentHTML",
+            "document.write",
+            "eval(",
+        ] {
             assert!(!text.contains(forbidden), "{name} has {forbidden}");
         }
     }
@@ -116,14 +189,23 @@ fn the_page_makes_no_markup_of_text() {
 fn everything_that_is_said_is_said_in_both_languages() {
     let names = |language: &str| -> BTreeSet<String> {
         let text = std::fs::read_to_string(folder().join(format!("i18n/{language}.js"))).unwrap();
-        let names = text.lines().filter_map(|line| line.strip_prefix("  ")?.split_once(": "));
-        names.map(|(name, _)| name.trim_matches('\'').to_owned()).collect()
+        let names = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("  ")?.split_once(": "));
+        names
+            .map(|(name, _)| name.trim_matches('\'').to_owned())
+            .collect()
     };
     let (english, russian) = (names("en"), names("ru"));
     assert!(english.len() > 100);
-    assert_eq!(english.difference(&russian).collect::<Vec<_>>(), Vec::<&String>::new());
+    assert_eq!(
+        english.difference(&russian).collect::<Vec<_>>(),
+        Vec::<&String>::new()
+    );
     // In English, the API's own words about fields and problems stand.
-    let only_russian: Vec<_> =
-        russian.difference(&english).filter(|name| !name.starts_with("field.") && !name.starts_with("problem.")).collect();
+    let only_russian: Vec<_> = russian
+        .difference(&english)
+        .filter(|name| !name.starts_with("field.") && !name.starts_with("problem."))
+        .collect();
     assert_eq!(only_russian, Vec::<&String>::new());
 }

@@ -11,14 +11,33 @@ use crate::harness::{Does, Gateway, SOON, ok, problem};
 async fn nonsense_is_answered_with_a_problem_document_and_reaches_nobody() {
     let gateway = Gateway::start(|_| Does::Answers(ok("{}"))).await;
     let head = "Host: x\r\nContent-Type: application/json\r\nConnection: close\r\n";
-    let large = format!("POST /v1/orders HTTP/1.1\r\n{head}Content-Length: 20000\r\n\r\n{}", "x".repeat(20_000));
+    let large = format!(
+        "POST /v1/orders HTTP/1.1\r\n{head}Content-Length: 20000\r\n\r\n{}",
+        "x".repeat(20_000)
+    );
     for (bytes, status) in [
         ("\u{16}\u{3}\u{1}TLS to a plain port\r\n\r\n", 400),
         ("GET / HTTP/1.1\r\nbroken\r\n\r\n", 400),
-        (&format!("POST /v1/orders HTTP/1.1\r\n{head}Content-Length: 2\r\nContent-Length: 4\r\n\r\n{{}}xx"), 400),
-        (&format!("POST /v1/orders HTTP/1.1\r\n{head}Content-Length: -1\r\n\r\n{{}}"), 400),
-        (&format!("POST /v1/orders HTTP/1.1\r\n{head}Transfer-Encoding: chunked\r\n\r\nnot a length\r\n"), 400),
-        (&format!("POST /v1/orders HTTP/1.1\r\n{head}Transfer-Encoding: gzip\r\n\r\n{{}}"), 400),
+        (
+            &format!(
+                "POST /v1/orders HTTP/1.1\r\n{head}Content-Length: 2\r\nContent-Length: 4\r\n\r\n{{}}xx"
+            ),
+            400,
+        ),
+        (
+            &format!("POST /v1/orders HTTP/1.1\r\n{head}Content-Length: -1\r\n\r\n{{}}"),
+            400,
+        ),
+        (
+            &format!(
+                "POST /v1/orders HTTP/1.1\r\n{head}Transfer-Encoding: chunked\r\n\r\nnot a length\r\n"
+            ),
+            400,
+        ),
+        (
+            &format!("POST /v1/orders HTTP/1.1\r\n{head}Transfer-Encoding: gzip\r\n\r\n{{}}"),
+            400,
+        ),
         (
             &format!(
                 "POST /v1/orders HTTP/1.1\r\n{head}Idempotency-Key: a\r\nIdempotency-Key: b\r\nContent-Length: 2\r\n\r\n{{}}"
@@ -26,16 +45,39 @@ async fn nonsense_is_answered_with_a_problem_document_and_reaches_nobody() {
             400,
         ),
         (&large, 413),
-        (&format!("GET /v1/orders?{} HTTP/1.1\r\n{head}\r\n", "x".repeat(5000)), 414),
-        (&format!("GET /v1/orders HTTP/1.1\r\n{head}X: {}\r\n\r\n", "x".repeat(20_000)), 431),
-        (&format!("GET /v1/orders/../../readyz HTTP/1.1\r\n{head}\r\n"), 404),
-        (&format!("GET /v1/../../../etc/passwd HTTP/1.1\r\n{head}\r\n"), 404),
-        (&format!("GET /swagger/../../etc/passwd HTTP/1.1\r\n{head}\r\n"), 404),
+        (
+            &format!("GET /v1/orders?{} HTTP/1.1\r\n{head}\r\n", "x".repeat(5000)),
+            414,
+        ),
+        (
+            &format!(
+                "GET /v1/orders HTTP/1.1\r\n{head}X: {}\r\n\r\n",
+                "x".repeat(20_000)
+            ),
+            431,
+        ),
+        (
+            &format!("GET /v1/orders/../../readyz HTTP/1.1\r\n{head}\r\n"),
+            404,
+        ),
+        (
+            &format!("GET /v1/../../../etc/passwd HTTP/1.1\r\n{head}\r\n"),
+            404,
+        ),
+        (
+            &format!("GET /swagger/../../etc/passwd HTTP/1.1\r\n{head}\r\n"),
+            404,
+        ),
         (&format!("CONNECT orders:8081 HTTP/1.1\r\n{head}\r\n"), 404),
         (&format!("TRACE /v1/orders HTTP/1.1\r\n{head}\r\n"), 405),
     ] {
         let answer = gateway.say(bytes).await;
-        assert_eq!(problem(&answer).0, status, "{}: {answer}", &bytes[..bytes.len().min(120)]);
+        assert_eq!(
+            problem(&answer).0,
+            status,
+            "{}: {answer}",
+            &bytes[..bytes.len().min(120)]
+        );
     }
     assert_eq!(gateway.behind.seen().len(), 0);
 }
@@ -54,9 +96,17 @@ async fn what_is_strange_but_allowed_is_handed_on_as_one_plain_request() {
                     Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n";
     let answer = gateway.say(smuggled).await;
     let seen = gateway.behind.seen();
-    assert!(seen[..2].iter().all(|request| request.line == "GET /v1/orders?a=b"), "{seen:?}");
+    assert!(
+        seen[..2]
+            .iter()
+            .all(|request| request.line == "GET /v1/orders?a=b"),
+        "{seen:?}"
+    );
     if let Some(handed_on) = seen.get(2) {
-        assert_eq!((handed_on.body.as_str(), handed_on.header("content-length")), ("{}", Some("2")));
+        assert_eq!(
+            (handed_on.body.as_str(), handed_on.header("content-length")),
+            ("{}", Some("2"))
+        );
         assert_eq!(handed_on.header("transfer-encoding"), None);
     } else {
         assert_eq!(problem(&answer).0, 400);

@@ -13,8 +13,8 @@ use messaging::relay::Relay;
 use messaging::topology::{self, TopologySettings};
 use messaging::{Vital, db};
 use sea_orm::{
-    ConnectionTrait as _, DatabaseConnection, DatabaseTransaction, DbBackend, EntityTrait as _, QueryOrder as _, Statement,
-    TransactionTrait as _,
+    ConnectionTrait as _, DatabaseConnection, DatabaseTransaction, DbBackend, EntityTrait as _,
+    QueryOrder as _, Statement, TransactionTrait as _,
 };
 use sea_orm_migration::{MigrationTrait, MigratorTrait};
 use shared_contracts::{Amount, EventId, OrderId, OrderPlaced, UserId};
@@ -47,30 +47,57 @@ pub(crate) struct Outbox {
 }
 
 pub(crate) fn event(amount: i64) -> OrderPlaced {
-    OrderPlaced { order_id: OrderId::mint(), user_id: UserId::parse("alice").unwrap(), amount: Amount::new(amount).unwrap() }
+    OrderPlaced {
+        order_id: OrderId::mint(),
+        user_id: UserId::parse("alice").unwrap(),
+        amount: Amount::new(amount).unwrap(),
+    }
 }
 
 impl Outbox {
     pub(crate) async fn new() -> Self {
         let broker = TestBroker::start().await.unwrap();
         let database = TestDatabase::fresh().await.unwrap();
-        let db = db::connect(&database.url, "test", db::Role::Flow, 4).await.unwrap();
+        let db = db::connect(&database.url, "test", db::Role::Flow, 4)
+            .await
+            .unwrap();
         db::migrate::<Migrator>(&db).await.unwrap();
         let ops = connect(&broker, "ops", &broker.secrets().nats_ops).await;
         let vital = Vital::starting("starting");
         let streams_vital = Vital::starting("starting");
         let (outlet, shutdown) = (Outlet::default(), CancellationToken::new());
-        Self { db, broker, ops, outlet, vital, streams_vital, shutdown, database }
+        Self {
+            db,
+            broker,
+            ops,
+            outlet,
+            vital,
+            streams_vital,
+            shutdown,
+            database,
+        }
     }
 
     /// A relay as a service runs it.
-    pub(crate) async fn relay(&self, settings: &TopologySettings) -> JoinHandle<anyhow::Result<()>> {
-        self.relay_for(vec![topology::orders_stream(settings), topology::dlq_stream(settings)]).await
+    pub(crate) async fn relay(
+        &self,
+        settings: &TopologySettings,
+    ) -> JoinHandle<anyhow::Result<()>> {
+        self.relay_for(vec![
+            topology::orders_stream(settings),
+            topology::dlq_stream(settings),
+        ])
+        .await
     }
 
-    pub(crate) async fn relay_for(&self, streams: Vec<stream::Config>) -> JoinHandle<anyhow::Result<()>> {
+    pub(crate) async fn relay_for(
+        &self,
+        streams: Vec<stream::Config>,
+    ) -> JoinHandle<anyhow::Result<()>> {
         let relay = Relay {
-            db: db::connect(&self.database.url, RELAY, db::Role::Flow, 4).await.unwrap(),
+            db: db::connect(&self.database.url, RELAY, db::Role::Flow, 4)
+                .await
+                .unwrap(),
             broker: connect(&self.broker, "orders", &self.broker.secrets().nats_orders).await,
             streams,
             outlet: self.outlet.clone(),
@@ -96,14 +123,20 @@ impl Outbox {
     /// A transaction with as many facts that is still open.
     pub(crate) async fn uncommitted(&self, number: usize) -> (DatabaseTransaction, Enqueued) {
         let now = db::now();
-        let messages = (0..number).map(|_| Message::first(EventId::mint(), &event(1), now, None)).collect();
+        let messages = (0..number)
+            .map(|_| Message::first(EventId::mint(), &event(1), now, None))
+            .collect();
         let txn = self.db.begin().await.unwrap();
         let enqueued = outbox::enqueue(&txn, messages).await.unwrap();
         (txn, enqueued)
     }
 
     pub(crate) async fn rows(&self) -> Vec<Model> {
-        outbox::Entity::find().order_by_asc(outbox::Column::EventId).all(&self.db).await.unwrap()
+        outbox::Entity::find()
+            .order_by_asc(outbox::Column::EventId)
+            .all(&self.db)
+            .await
+            .unwrap()
     }
 
     pub(crate) async fn execute(&self, sql: &str) {
@@ -126,8 +159,15 @@ impl Outbox {
              AND clock_timestamp() - state_change < interval '0.2 s'"
         );
         let busy = Statement::from_string(DbBackend::Postgres, busy);
-        eventually("all is quiet", SOON, async || self.db.query_one_raw(busy.clone()).await.unwrap().is_none().then_some(()))
-            .await;
+        eventually("all is quiet", SOON, async || {
+            self.db
+                .query_one_raw(busy.clone())
+                .await
+                .unwrap()
+                .is_none()
+                .then_some(())
+        })
+        .await;
     }
 
     pub(crate) async fn message(&self, sequence: u64) -> StreamMessage {
@@ -136,13 +176,24 @@ impl Outbox {
     }
 
     pub(crate) async fn messages(&self) -> u64 {
-        self.ops.jetstream().get_stream("ORDERS").await.unwrap().cached_info().state.messages
+        self.ops
+            .jetstream()
+            .get_stream("ORDERS")
+            .await
+            .unwrap()
+            .cached_info()
+            .state
+            .messages
     }
 }
 
 async fn connect(broker: &TestBroker, user: &str, password: &str) -> Broker {
-    let config =
-        BrokerConfig { url: broker.url(), user: user.to_owned(), password: password.to_owned(), name: "test".to_owned() };
+    let config = BrokerConfig {
+        url: broker.url(),
+        user: user.to_owned(),
+        password: password.to_owned(),
+        name: "test".to_owned(),
+    };
     let broker = Broker::connect(config).await.unwrap();
     broker.until_connected().await;
     broker

@@ -13,7 +13,11 @@ async fn assert_in_place(outbox: &Outbox) {
     for row in outbox.rows().await {
         let sequence = row.stream_sequence.unwrap().try_into().unwrap();
         let message = outbox.message(sequence).await;
-        assert_eq!(message.headers.get(header::ID).unwrap().as_str(), row.event_id.to_string(), "message {sequence}");
+        assert_eq!(
+            message.headers.get(header::ID).unwrap().as_str(),
+            row.event_id.to_string(),
+            "message {sequence}"
+        );
     }
 }
 
@@ -24,13 +28,28 @@ async fn many_rows_are_stored_as_batches_and_each_is_marked_with_its_place() {
     let _relay = outbox.relay(&TopologySettings::default()).await;
     outbox.until_published(620).await;
     assert_eq!(outbox.messages().await, 620);
-    assert!(outbox.message(300).await.headers.get("Nats-Batch-Id").is_some(), "as one batch");
+    assert!(
+        outbox
+            .message(300)
+            .await
+            .headers
+            .get("Nats-Batch-Id")
+            .is_some(),
+        "as one batch"
+    );
     assert_in_place(&outbox).await;
 
     // A few go side by side.
     outbox.enqueue(3).await;
     outbox.until_published(623).await;
-    assert!(outbox.message(622).await.headers.get("Nats-Batch-Id").is_none());
+    assert!(
+        outbox
+            .message(622)
+            .await
+            .headers
+            .get("Nats-Batch-Id")
+            .is_none()
+    );
     assert_in_place(&outbox).await;
 }
 
@@ -43,10 +62,15 @@ async fn a_batch_with_a_message_that_the_broker_knows_already_is_published_all_t
     // As after a crash between the PubAck and the mark.
     outbox.shutdown.cancel();
     relay.await.unwrap().unwrap();
-    outbox.execute("UPDATE outbox SET published_at = NULL, stream_sequence = NULL, attempts = 0").await;
+    outbox
+        .execute("UPDATE outbox SET published_at = NULL, stream_sequence = NULL, attempts = 0")
+        .await;
     outbox.enqueue(99).await;
 
-    let outbox = Outbox { shutdown: tokio_util::sync::CancellationToken::new(), ..outbox };
+    let outbox = Outbox {
+        shutdown: tokio_util::sync::CancellationToken::new(),
+        ..outbox
+    };
     let _relay = outbox.relay(&TopologySettings::default()).await;
     outbox.until_published(100).await;
     assert_eq!(outbox.messages().await, 100, "nothing twice");
@@ -57,17 +81,27 @@ async fn a_batch_with_a_message_that_the_broker_knows_already_is_published_all_t
 async fn f19_a_row_that_the_broker_never_takes_holds_up_none_of_the_others() {
     let outbox = Outbox::new().await;
     outbox.leave(1).await;
-    outbox.execute("UPDATE outbox SET payload = repeat('x', 70000)").await;
+    outbox
+        .execute("UPDATE outbox SET payload = repeat('x', 70000)")
+        .await;
     outbox.enqueue(100).await;
     let _relay = outbox.relay(&TopologySettings::default()).await;
     outbox.until_published(100).await;
     // Once it has failed a few times, what comes then does not wait for its turn.
-    eventually("it was tried again", SOON, async || (outbox.rows().await[0].attempts >= 5).then_some(())).await;
+    eventually("it was tried again", SOON, async || {
+        (outbox.rows().await[0].attempts >= 5).then_some(())
+    })
+    .await;
     outbox.enqueue(1).await;
     let rows = outbox.until_published(101).await;
-    assert!(rows[0].published_at.is_none() && outbox.vital.read().is_err(), "it stays, and is told");
+    assert!(
+        rows[0].published_at.is_none() && outbox.vital.read().is_err(),
+        "it stays, and is told"
+    );
 
-    outbox.execute("UPDATE outbox SET payload = '{}' WHERE published_at IS NULL").await;
+    outbox
+        .execute("UPDATE outbox SET payload = '{}' WHERE published_at IS NULL")
+        .await;
     outbox.until_published(102).await;
     eventually("all is well again", SOON, async || outbox.vital.read().ok()).await;
 }
@@ -77,8 +111,21 @@ async fn rows_whose_stream_cannot_be_made_hold_up_none_of_the_others() {
     let outbox = Outbox::new().await;
     outbox.leave(600).await;
     outbox.execute("UPDATE outbox SET subject = 'gozon.dlq.orders', headers = '{\"Nats-Expected-Stream\":\"DLQ\"}'").await;
-    let _relay = outbox.relay(&TopologySettings { dlq_max_bytes: 1 << 50, ..TopologySettings::default() }).await;
-    eventually("all were tried", SOON, async || outbox.rows().await.iter().all(|row| row.attempts > 0).then_some(())).await;
+    let _relay = outbox
+        .relay(&TopologySettings {
+            dlq_max_bytes: 1 << 50,
+            ..TopologySettings::default()
+        })
+        .await;
+    eventually("all were tried", SOON, async || {
+        outbox
+            .rows()
+            .await
+            .iter()
+            .all(|row| row.attempts > 0)
+            .then_some(())
+    })
+    .await;
     let told = outbox.streams_vital.read().unwrap_err();
     assert!(told.contains("no room for stream DLQ"), "{told}");
     for number in 1..=20 {
@@ -98,7 +145,10 @@ async fn f17_several_relays_publish_a_backlog_once() {
     }
     outbox.until_published(3000).await;
     assert_eq!(outbox.messages().await, 3000);
-    assert!(outbox.rows().await.iter().all(|row| row.attempts == 1), "each was tried once");
+    assert!(
+        outbox.rows().await.iter().all(|row| row.attempts == 1),
+        "each was tried once"
+    );
     outbox.shutdown.cancel();
     for relay in relays {
         relay.await.unwrap().unwrap();
@@ -116,7 +166,10 @@ async fn f20_f21_rows_that_commit_late_and_unannounced_are_published_too() {
     outbox.until_idle().await;
     late.0.commit().await.unwrap();
     let after = outbox.until_published(7).await;
-    assert!(after[1].event_id < rows[0].event_id, "their ids are the oldest");
+    assert!(
+        after[1].event_id < rows[0].event_id,
+        "their ids are the oldest"
+    );
     assert_in_place(&outbox).await;
 }
 
@@ -139,13 +192,18 @@ async fn f20_a_row_whose_id_is_much_older_than_what_was_published_is_published_t
 
 /// What is handed over is published at once; only what was left is looked for, and not before it is old enough.
 #[tokio::test]
-async fn rows_that_were_handed_over_do_not_wait_for_a_look_and_those_that_were_left_are_published_once() {
+async fn rows_that_were_handed_over_do_not_wait_for_a_look_and_those_that_were_left_are_published_once()
+ {
     let outbox = Outbox::new().await;
     let _relay = outbox.relay(&TopologySettings::default()).await;
     for round in 1..=10 {
         // Never old enough, however slow this machine is, until it is made so.
         let (txn, _left) = outbox.uncommitted(10).await;
-        txn.execute_unprepared("UPDATE outbox SET created_at = now() + interval '1 hour' WHERE attempts = 0").await.unwrap();
+        txn.execute_unprepared(
+            "UPDATE outbox SET created_at = now() + interval '1 hour' WHERE attempts = 0",
+        )
+        .await
+        .unwrap();
         txn.commit().await.unwrap();
         outbox.enqueue(10).await;
         outbox.until_published(round * 20 - 10).await;
@@ -157,8 +215,14 @@ async fn rows_that_were_handed_over_do_not_wait_for_a_look_and_those_that_were_l
     let rows = outbox.rows().await;
     let tried_once = rows.iter().filter(|row| row.attempts == 1).count();
     assert!(tried_once >= 150, "only {tried_once} of 200 went one way");
-    let at_once = rows.iter().filter(|row| row.published_at.unwrap() - row.created_at < LOOKED_FOR_AFTER).count();
-    assert!(at_once >= 50, "only {at_once} of 100 did not wait for a look");
+    let at_once = rows
+        .iter()
+        .filter(|row| row.published_at.unwrap() - row.created_at < LOOKED_FOR_AFTER)
+        .count();
+    assert!(
+        at_once >= 50,
+        "only {at_once} of 100 did not wait for a look"
+    );
 }
 
 /// A queue in memory that forgets everything loses nothing.

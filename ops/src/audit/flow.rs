@@ -38,13 +38,37 @@ const ANSWERS_NOT_APPLIED: &str = "
     WHERE i.consumer = 'orders-payment-settled' AND o.id IS NULL
       AND NOT EXISTS (SELECT FROM dead_letters d WHERE d.event_id = i.event_id)
     ORDER BY i.event_id LIMIT $1";
-const ORDERS_OF_ANSWERS: &str = "SELECT order_id AS id FROM payments WHERE event_id = ANY($1::uuid[])";
-const ORDERS_STILL_NEW: &str = "SELECT id FROM orders WHERE id = ANY($1::uuid[]) AND status = 'NEW'";
+const ORDERS_OF_ANSWERS: &str =
+    "SELECT order_id AS id FROM payments WHERE event_id = ANY($1::uuid[])";
+const ORDERS_STILL_NEW: &str =
+    "SELECT id FROM orders WHERE id = ANY($1::uuid[]) AND status = 'NEW'";
 
-pub(super) async fn check(databases: &Databases, options: Options, report: &mut Report) -> Result<(), DbErr> {
-    find(&databases.orders, Kind::MissingEvent, ORDERS_WITHOUT_EVENT, report).await?;
-    find(&databases.payments, Kind::MissingEvent, DECISIONS_WITHOUT_ANSWER, report).await?;
-    find(&databases.orders, Kind::DoubledKey, DOUBLED_ORDER_KEYS, report).await?;
+pub(super) async fn check(
+    databases: &Databases,
+    options: Options,
+    report: &mut Report,
+) -> Result<(), DbErr> {
+    find(
+        &databases.orders,
+        Kind::MissingEvent,
+        ORDERS_WITHOUT_EVENT,
+        report,
+    )
+    .await?;
+    find(
+        &databases.payments,
+        Kind::MissingEvent,
+        DECISIONS_WITHOUT_ANSWER,
+        report,
+    )
+    .await?;
+    find(
+        &databases.orders,
+        Kind::DoubledKey,
+        DOUBLED_ORDER_KEYS,
+        report,
+    )
+    .await?;
     not_applied(databases, report).await?;
     let late = format!(
         "SELECT event_id || '.' || n AS id, format('%s waits since %s, tried %s times', subject, created_at, attempts) AS detail
@@ -65,15 +89,33 @@ pub(super) async fn check(databases: &Databases, options: Options, report: &mut 
 /// such a dead letter is done with it.
 async fn not_applied(databases: &Databases, report: &mut Report) -> Result<(), DbErr> {
     let (orders, payments) = (&databases.orders, &databases.payments);
-    let requests = ids(payments, REQUESTS_NOT_APPLIED, vec![(FINDINGS_MAX as i64).into()]).await?;
+    let requests = ids(
+        payments,
+        REQUESTS_NOT_APPLIED,
+        vec![(FINDINGS_MAX as i64).into()],
+    )
+    .await?;
     for id in ids(orders, ORDERS_OF_REQUESTS, vec![requests.into()]).await? {
-        report.find(Kind::NotApplied, id, "payments has taken its request, but nothing was decided");
+        report.find(
+            Kind::NotApplied,
+            id,
+            "payments has taken its request, but nothing was decided",
+        );
     }
     // The second answer to one order, given after payments was restored from a backup, ends nothing either.
-    let answers = ids(orders, ANSWERS_NOT_APPLIED, vec![(FINDINGS_MAX as i64).into()]).await?;
+    let answers = ids(
+        orders,
+        ANSWERS_NOT_APPLIED,
+        vec![(FINDINGS_MAX as i64).into()],
+    )
+    .await?;
     let answered = ids(payments, ORDERS_OF_ANSWERS, vec![answers.into()]).await?;
     for id in ids(orders, ORDERS_STILL_NEW, vec![answered.into()]).await? {
-        report.find(Kind::NotApplied, id, "orders has taken the answer, but the order is still NEW");
+        report.find(
+            Kind::NotApplied,
+            id,
+            "orders has taken the answer, but the order is still NEW",
+        );
     }
     Ok(())
 }

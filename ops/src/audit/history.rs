@@ -56,7 +56,11 @@ struct Try<'a> {
 
 impl Try<'_> {
     fn done(&self) -> Option<&str> {
-        if let Outcome::Done { id } = &self.outcome { Some(id) } else { None }
+        if let Outcome::Done { id } = &self.outcome {
+            Some(id)
+        } else {
+            None
+        }
     }
 
     /// It may have been done, though this try does not say so.
@@ -81,7 +85,10 @@ struct Row {
 
 impl Row {
     fn content(&self) -> Content {
-        Content { amount: self.amount, description: self.description.clone() }
+        Content {
+            amount: self.amount,
+            description: self.description.clone(),
+        }
     }
 }
 
@@ -102,32 +109,57 @@ const ROWS: [(Thing, &str); 3] = [
     ),
 ];
 
-pub(super) async fn check(databases: &Databases, history: &History, report: &mut Report) -> Result<(), DbErr> {
+pub(super) async fn check(
+    databases: &Databases,
+    history: &History,
+    report: &mut Report,
+) -> Result<(), DbErr> {
     report.exchanges = history.exchanges.len() as u64;
     let mut keyed: BTreeMap<Intent, Vec<Try<'_>>> = BTreeMap::new();
     let mut unkeyed: BTreeMap<(Thing, String), Vec<Try<'_>>> = BTreeMap::new();
     for exchange in &history.exchanges {
-        let Some((thing, user, one)) = intent(exchange) else { continue };
+        let Some((thing, user, one)) = intent(exchange) else {
+            continue;
+        };
         match &exchange.key {
-            Some(key) => keyed.entry((thing, user, key.clone())).or_default().push(one),
+            Some(key) => keyed
+                .entry((thing, user, key.clone()))
+                .or_default()
+                .push(one),
             None => unkeyed.entry((thing, user)).or_default().push(one),
         }
     }
-    let users: BTreeSet<&String> = keyed.keys().map(|(_, user, _)| user).chain(unkeyed.keys().map(|(_, user)| user)).collect();
+    let users: BTreeSet<&String> = keyed
+        .keys()
+        .map(|(_, user, _)| user)
+        .chain(unkeyed.keys().map(|(_, user)| user))
+        .collect();
     let mut there: BTreeMap<Intent, Vec<Row>> = BTreeMap::new();
     let users: Vec<String> = users.into_iter().cloned().collect();
     for (thing, query) in ROWS {
-        let db: &DatabaseConnection = if thing == Thing::Order { &databases.orders } else { &databases.payments };
+        let db: &DatabaseConnection = if thing == Thing::Order {
+            &databases.orders
+        } else {
+            &databases.payments
+        };
         for some in users.chunks(USERS_PER_QUERY) {
             for row in rows::<Row>(db, query, vec![some.to_vec().into()]).await? {
-                there.entry((thing, row.user_id.clone(), row.key.clone())).or_default().push(row);
+                there
+                    .entry((thing, row.user_id.clone(), row.key.clone()))
+                    .or_default()
+                    .push(row);
             }
         }
     }
 
     for (intent, tries) in &mut keyed {
         tries.sort_by_key(|one| (one.exchange.begun_us, one.exchange.ended_us));
-        check_intent(intent, tries, there.get(intent).map_or(&[], Vec::as_slice), report);
+        check_intent(
+            intent,
+            tries,
+            there.get(intent).map_or(&[], Vec::as_slice),
+            report,
+        );
     }
     check_without_keys(&unkeyed, &keyed, &there, report);
     check_reads(history, &keyed, &there, report);
@@ -139,20 +171,40 @@ fn check_intent((thing, user, key): &Intent, tries: &[Try<'_>], rows: &[Row], re
     let name = format!("{user} {key}");
     let thing = thing.name();
     if rows.len() > 1 {
-        report.find(Kind::DoubledKey, &name, format!("{} {thing}s under one key", rows.len()));
+        report.find(
+            Kind::DoubledKey,
+            &name,
+            format!("{} {thing}s under one key", rows.len()),
+        );
     }
-    let done: Vec<(&Try<'_>, &str)> = tries.iter().filter_map(|one| Some((one, one.done()?))).collect();
-    let contents: BTreeSet<&Content> = done.iter().filter_map(|(one, _)| one.content.as_ref()).collect();
+    let done: Vec<(&Try<'_>, &str)> = tries
+        .iter()
+        .filter_map(|one| Some((one, one.done()?)))
+        .collect();
+    let contents: BTreeSet<&Content> = done
+        .iter()
+        .filter_map(|(one, _)| one.content.as_ref())
+        .collect();
     if contents.len() > 1 {
         report.find(
             Kind::OtherContentApplied,
             &name,
-            format!("{} contents were answered with 2xx: {contents:?}", contents.len()),
+            format!(
+                "{} contents were answered with 2xx: {contents:?}",
+                contents.len()
+            ),
         );
     }
-    let answers: BTreeSet<&str> = done.iter().map(|(one, _)| one.exchange.answer.as_str()).collect();
+    let answers: BTreeSet<&str> = done
+        .iter()
+        .map(|(one, _)| one.exchange.answer.as_str())
+        .collect();
     if answers.len() > 1 {
-        report.find(Kind::AnswersDiffer, &name, format!("{} answers to one key: {answers:?}", answers.len()));
+        report.find(
+            Kind::AnswersDiffer,
+            &name,
+            format!("{} answers to one key: {answers:?}", answers.len()),
+        );
     }
     check_refusals(&name, tries, &done, rows, report);
     let Some((first_done, id)) = done.first() else {
@@ -160,21 +212,43 @@ fn check_intent((thing, user, key): &Intent, tries: &[Try<'_>], rows: &[Row], re
         if let Some(row) = rows.first()
             && !tries.iter().any(|one| one.may_have_done(&row.content()))
         {
-            if tries.iter().any(|one| matches!(one.outcome, Outcome::Unknown)) {
-                report.find(Kind::Unexpected, &row.id, format!("{thing} of {name} has a content that nobody asked for"));
+            if tries
+                .iter()
+                .any(|one| matches!(one.outcome, Outcome::Unknown))
+            {
+                report.find(
+                    Kind::Unexpected,
+                    &row.id,
+                    format!("{thing} of {name} has a content that nobody asked for"),
+                );
             } else {
                 report.find(
                     Kind::DeniedButDone,
                     &row.id,
-                    format!("{thing} of {name} is there, and every answer says that it was not done"),
+                    format!(
+                        "{thing} of {name} is there, and every answer says that it was not done"
+                    ),
                 );
             }
         }
         return;
     };
     match rows.first() {
-        None => report.find(Kind::Lost, id, format!("{thing} of {name} was answered with {:?}", first_done.exchange.status)),
-        Some(row) if row.id != *id || first_done.content.as_ref().is_some_and(|content| *content != row.content()) => {
+        None => report.find(
+            Kind::Lost,
+            id,
+            format!(
+                "{thing} of {name} was answered with {:?}",
+                first_done.exchange.status
+            ),
+        ),
+        Some(row)
+            if row.id != *id
+                || first_done
+                    .content
+                    .as_ref()
+                    .is_some_and(|content| *content != row.content()) =>
+        {
             let words = format!(
                 "{thing} of {name} was answered as {id}, {:?}; there is {}, {:?}",
                 first_done.content,
@@ -185,13 +259,27 @@ fn check_intent((thing, user, key): &Intent, tries: &[Try<'_>], rows: &[Row], re
         }
         Some(_) => {}
     }
-    let first_times: Vec<&&Try<'_>> = done.iter().map(|(one, _)| one).filter(|one| !one.exchange.replayed).collect();
+    let first_times: Vec<&&Try<'_>> = done
+        .iter()
+        .map(|(one, _)| one)
+        .filter(|one| !one.exchange.replayed)
+        .collect();
     match first_times.as_slice() {
         [] => {
             // Said to be a repetition: then an earlier try did it, and did not say that it had not.
-            let first_answer = done.iter().map(|(one, _)| one.exchange.ended_us).min().unwrap_or_default();
-            let content = first_done.content.clone().unwrap_or_else(|| Content { amount: 0, description: String::new() });
-            if !tries.iter().any(|one| one.may_have_done(&content) && one.exchange.begun_us < first_answer) {
+            let first_answer = done
+                .iter()
+                .map(|(one, _)| one.exchange.ended_us)
+                .min()
+                .unwrap_or_default();
+            let content = first_done.content.clone().unwrap_or_else(|| Content {
+                amount: 0,
+                description: String::new(),
+            });
+            if !tries
+                .iter()
+                .any(|one| one.may_have_done(&content) && one.exchange.begun_us < first_answer)
+            {
                 report.find(
                     Kind::DeniedButDone,
                     &name,
@@ -200,7 +288,9 @@ fn check_intent((thing, user, key): &Intent, tries: &[Try<'_>], rows: &[Row], re
             }
         }
         [one] => {
-            let before = done.iter().any(|(other, _)| other.exchange.ended_us < one.exchange.begun_us);
+            let before = done
+                .iter()
+                .any(|(other, _)| other.exchange.ended_us < one.exchange.begun_us);
             if before {
                 report.find(
                     Kind::DoubledKey,
@@ -210,15 +300,30 @@ fn check_intent((thing, user, key): &Intent, tries: &[Try<'_>], rows: &[Row], re
             }
         }
         several => {
-            report.find(Kind::DoubledKey, &name, format!("{} answers say that the {thing} was done now", several.len()));
+            report.find(
+                Kind::DoubledKey,
+                &name,
+                format!(
+                    "{} answers say that the {thing} was done now",
+                    several.len()
+                ),
+            );
         }
     }
 }
 
 /// Other content under a key is refused; the same content never is.
-fn check_refusals(name: &str, tries: &[Try<'_>], done: &[(&Try<'_>, &str)], rows: &[Row], report: &mut Report) {
+fn check_refusals(
+    name: &str,
+    tries: &[Try<'_>],
+    done: &[(&Try<'_>, &str)],
+    rows: &[Row],
+    report: &mut Report,
+) {
     for one in tries {
-        let (Outcome::Refused { code }, Some(content)) = (&one.outcome, &one.content) else { continue };
+        let (Outcome::Refused { code }, Some(content)) = (&one.outcome, &one.content) else {
+            continue;
+        };
         if code != "idempotency_key_reused" {
             continue;
         }
@@ -227,8 +332,16 @@ fn check_refusals(name: &str, tries: &[Try<'_>], done: &[(&Try<'_>, &str)], rows
                 && other.content.as_ref() != Some(content)
                 && matches!(other.outcome, Outcome::Done { .. } | Outcome::Unknown)
         });
-        if !another || done.iter().any(|(other, _)| other.content.as_ref() == Some(content)) {
-            report.find(Kind::RepetitionRefused, name, format!("{content:?} was refused as other content, and was the content"));
+        if !another
+            || done
+                .iter()
+                .any(|(other, _)| other.content.as_ref() == Some(content))
+        {
+            report.find(
+                Kind::RepetitionRefused,
+                name,
+                format!("{content:?} was refused as other content, and was the content"),
+            );
         } else if rows.iter().any(|row| row.content() == *content) {
             report.find(
                 Kind::OtherContentApplied,
@@ -247,26 +360,52 @@ fn check_without_keys(
     report: &mut Report,
 ) {
     let mut unexplained: BTreeMap<(Thing, String), Vec<&Row>> = BTreeMap::new();
-    for (intent, rows) in there.iter().filter(|(intent, _)| !keyed.contains_key(*intent)) {
-        unexplained.entry((intent.0, intent.1.clone())).or_default().extend(rows);
+    for (intent, rows) in there
+        .iter()
+        .filter(|(intent, _)| !keyed.contains_key(*intent))
+    {
+        unexplained
+            .entry((intent.0, intent.1.clone()))
+            .or_default()
+            .extend(rows);
     }
     for ((thing, user), tries) in unkeyed {
         let rows = unexplained.entry((*thing, user.clone())).or_default();
         for (one, id) in tries.iter().filter_map(|one| Some((one, one.done()?))) {
             match rows.iter().position(|row| row.id == id) {
-                None => {
-                    report.find(Kind::Lost, id, format!("{} of {user} was answered with {:?}", thing.name(), one.exchange.status))
-                }
+                None => report.find(
+                    Kind::Lost,
+                    id,
+                    format!(
+                        "{} of {user} was answered with {:?}",
+                        thing.name(),
+                        one.exchange.status
+                    ),
+                ),
                 Some(index) => {
                     let row = rows.swap_remove(index);
-                    if one.content.as_ref().is_some_and(|content| *content != row.content()) {
-                        report.find(Kind::Divergent, id, format!("asked for {:?}, there is {:?}", one.content, row.content()));
+                    if one
+                        .content
+                        .as_ref()
+                        .is_some_and(|content| *content != row.content())
+                    {
+                        report.find(
+                            Kind::Divergent,
+                            id,
+                            format!("asked for {:?}, there is {:?}", one.content, row.content()),
+                        );
                     }
                 }
             }
         }
-        for one in tries.iter().filter(|one| matches!(one.outcome, Outcome::Unknown)) {
-            if let Some(index) = rows.iter().position(|row| one.may_have_done(&row.content())) {
+        for one in tries
+            .iter()
+            .filter(|one| matches!(one.outcome, Outcome::Unknown))
+        {
+            if let Some(index) = rows
+                .iter()
+                .position(|row| one.may_have_done(&row.content()))
+            {
                 rows.swap_remove(index);
             }
         }
@@ -276,7 +415,11 @@ fn check_without_keys(
             report.find(
                 Kind::Unexpected,
                 &row.id,
-                format!("{} of {user} under key {}, for which nobody asked", thing.name(), row.key),
+                format!(
+                    "{} of {user} under key {}, for which nobody asked",
+                    thing.name(),
+                    row.key
+                ),
             );
         }
     }
@@ -301,26 +444,46 @@ fn check_reads(
         if exchange.method == "GET" && exchange.status == Some(404) {
             absent.push((id, exchange));
         }
-        if !exchange.status.is_some_and(|status| (200..300).contains(&status)) {
+        if !exchange
+            .status
+            .is_some_and(|status| (200..300).contains(&status))
+        {
             continue;
         }
         let Ok(answer) = serde_json::from_str::<Value>(&exchange.answer) else {
-            report.find(Kind::AnswersDiffer, &exchange.path, format!("an answer that is no JSON: {}", exchange.answer));
+            report.find(
+                Kind::AnswersDiffer,
+                &exchange.path,
+                format!("an answer that is no JSON: {}", exchange.answer),
+            );
             continue;
         };
-        let items = answer["items"].as_array().cloned().unwrap_or_else(|| vec![answer]);
+        let items = answer["items"]
+            .as_array()
+            .cloned()
+            .unwrap_or_else(|| vec![answer]);
         for item in &items {
             for field in ["balance", "balance_after"] {
                 if let Some(balance) = item[field].as_i64().filter(|balance| *balance < 0) {
-                    report.find(Kind::NegativeBalance, &exchange.path, format!("{field} {balance} was read"));
+                    report.find(
+                        Kind::NegativeBalance,
+                        &exchange.path,
+                        format!("{field} {balance} was read"),
+                    );
                 }
             }
             // The answer to a POST shows the order as it was placed, for ever.
             if exchange.method == "GET"
                 && let (Some(id), Some(status)) = (item["id"].as_str(), item["status"].as_str())
             {
-                let state = (status.to_owned(), item["reason"].as_str().map(str::to_owned));
-                orders.entry(id.to_owned()).or_default().push(Read { exchange, state });
+                let state = (
+                    status.to_owned(),
+                    item["reason"].as_str().map(str::to_owned),
+                );
+                orders
+                    .entry(id.to_owned())
+                    .or_default()
+                    .push(Read { exchange, state });
             }
         }
     }
@@ -333,10 +496,17 @@ fn check_reads(
         .collect();
     for (id, reads) in &orders {
         let is_final = |read: &&Read<'_>| read.state.0 != "NEW";
-        let Some(first_final) = reads.iter().filter(is_final).min_by_key(|read| read.exchange.ended_us) else { continue };
+        let Some(first_final) = reads
+            .iter()
+            .filter(is_final)
+            .min_by_key(|read| read.exchange.ended_us)
+        else {
+            continue;
+        };
         let ended = &first_final.state;
         let backwards = reads.iter().find(|read| {
-            read.state != *ended && (read.state.0 != "NEW" || read.exchange.begun_us > first_final.exchange.ended_us)
+            read.state != *ended
+                && (read.state.0 != "NEW" || read.exchange.begun_us > first_final.exchange.ended_us)
         });
         if let Some(read) = backwards {
             let words = format!(
@@ -347,18 +517,30 @@ fn check_reads(
         } else if let Some(row) = stored.get(id.as_str())
             && row.status != ended.0
         {
-            report.find(Kind::StatusBackwards, id, format!("read as {ended:?}, and is {}", row.status));
+            report.find(
+                Kind::StatusBackwards,
+                id,
+                format!("read as {ended:?}, and is {}", row.status),
+            );
         }
     }
 
     let mut promised: HashMap<&str, u64> = HashMap::new();
-    for (one, id) in keyed.values().flatten().filter_map(|one| Some((one, one.done()?))) {
+    for (one, id) in keyed
+        .values()
+        .flatten()
+        .filter_map(|one| Some((one, one.done()?)))
+    {
         let at = promised.entry(id).or_insert(u64::MAX);
         *at = (*at).min(one.exchange.ended_us);
     }
     for (id, exchange) in absent {
         if promised.get(id).is_some_and(|at| *at < exchange.begun_us) {
-            report.find(Kind::Lost, id, format!("{} was answered with 404 after it was there", exchange.path));
+            report.find(
+                Kind::Lost,
+                id,
+                format!("{} was answered with 404 after it was there", exchange.path),
+            );
         }
     }
 }
@@ -371,18 +553,41 @@ fn intent(exchange: &Exchange) -> Option<(Thing, String, Try<'_>)> {
     let path: Vec<&str> = exchange.path.split('?').next()?.split('/').collect();
     let (thing, user) = match path.as_slice() {
         ["", "v1", "orders"] => (Thing::Order, exchange.body["user_id"].as_str()?.to_owned()),
-        ["", "v1", "accounts"] => (Thing::Account, exchange.body["user_id"].as_str()?.to_owned()),
+        ["", "v1", "accounts"] => (
+            Thing::Account,
+            exchange.body["user_id"].as_str()?.to_owned(),
+        ),
         ["", "v1", "accounts", user, "deposits"] => (Thing::Deposit, (*user).to_owned()),
         _ => return None,
     };
-    let amount = if thing == Thing::Account { Some(0) } else { exchange.body["amount"].as_i64() };
-    let description = exchange.body["description"].as_str().unwrap_or_default().to_owned();
-    let content = amount.map(|amount| Content { amount, description });
-    Some((thing, user, Try { exchange, content, outcome: outcome(thing, exchange) }))
+    let amount = if thing == Thing::Account {
+        Some(0)
+    } else {
+        exchange.body["amount"].as_i64()
+    };
+    let description = exchange.body["description"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned();
+    let content = amount.map(|amount| Content {
+        amount,
+        description,
+    });
+    Some((
+        thing,
+        user,
+        Try {
+            exchange,
+            content,
+            outcome: outcome(thing, exchange),
+        },
+    ))
 }
 
 fn outcome(thing: Thing, exchange: &Exchange) -> Outcome {
-    let Some(status) = exchange.status else { return Outcome::Unknown };
+    let Some(status) = exchange.status else {
+        return Outcome::Unknown;
+    };
     let answer: Value = serde_json::from_str(&exchange.answer).unwrap_or_default();
     let code = answer["code"].as_str().unwrap_or_default().to_owned();
     match status {
@@ -392,7 +597,9 @@ fn outcome(thing: Thing, exchange: &Exchange) -> Outcome {
                 Thing::Deposit => "transfer_id",
                 Thing::Order => "id",
             };
-            Outcome::Done { id: answer[name].as_str().unwrap_or_default().to_owned() }
+            Outcome::Done {
+                id: answer[name].as_str().unwrap_or_default().to_owned(),
+            }
         }
         // The twin still runs. (Another 409 is a refusal: the user has an account.)
         409 if code != "account_already_exists" => Outcome::Unknown,

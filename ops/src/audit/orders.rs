@@ -72,13 +72,21 @@ impl Keyed for Debit {
 
 impl<'a, T: Keyed> Walk<'a, T> {
     fn new(db: &'a DatabaseConnection, sql: &'static str) -> Self {
-        Self { db, sql, page: VecDeque::new(), after: Uuid::nil(), more: true }
+        Self {
+            db,
+            sql,
+            page: VecDeque::new(),
+            after: Uuid::nil(),
+            more: true,
+        }
     }
 
     /// The key of what comes next.
     async fn peek(&mut self) -> Result<Option<Uuid>, DbErr> {
         if self.page.is_empty() && self.more {
-            self.page = rows(self.db, self.sql, vec![self.after.into(), PAGE.into()]).await?.into();
+            self.page = rows(self.db, self.sql, vec![self.after.into(), PAGE.into()])
+                .await?
+                .into();
             // A page may end inside a group of rows with one key (a doubled debit): read that group with the next page.
             self.more = self.page.len() as i64 >= PAGE;
             if self.more
@@ -105,7 +113,11 @@ impl<'a, T: Keyed> Walk<'a, T> {
     }
 }
 
-pub(super) async fn check(databases: &Databases, options: Options, report: &mut Report) -> Result<(), DbErr> {
+pub(super) async fn check(
+    databases: &Databases,
+    options: Options,
+    report: &mut Report,
+) -> Result<(), DbErr> {
     let mut orders: Walk<'_, Order> = Walk::new(
         &databases.orders,
         "SELECT id, user_id, amount, status, reason, asks, extract(epoch FROM now() - stored_at)::float8 AS age_seconds
@@ -123,8 +135,14 @@ pub(super) async fn check(databases: &Databases, options: Options, report: &mut 
     let quarantined = quarantined(databases).await?;
     loop {
         // Orders first, at each step: see `look`.
-        let heads = [orders.peek().await?, decisions.peek().await?, debits.peek().await?];
-        let Some(id) = heads.into_iter().flatten().min() else { return Ok(()) };
+        let heads = [
+            orders.peek().await?,
+            decisions.peek().await?,
+            debits.peek().await?,
+        ];
+        let Some(id) = heads.into_iter().flatten().min() else {
+            return Ok(());
+        };
         let order = orders.take(id).await?.pop();
         let decision = decisions.take(id).await?.pop();
         let debits = debits.take(id).await?;
@@ -135,8 +153,19 @@ pub(super) async fn check(databases: &Databases, options: Options, report: &mut 
         }
         check_decision(id, decision.as_ref(), &debits, report);
         match &order {
-            None => report.find(Kind::Unexpected, id, "a decision or a debit for an order that is not there"),
-            Some(order) => check_order(order, decision.as_ref(), &debits, quarantined.contains(&id), options, report),
+            None => report.find(
+                Kind::Unexpected,
+                id,
+                "a decision or a debit for an order that is not there",
+            ),
+            Some(order) => check_order(
+                order,
+                decision.as_ref(),
+                &debits,
+                quarantined.contains(&id),
+                options,
+                report,
+            ),
         }
     }
 }
@@ -144,16 +173,33 @@ pub(super) async fn check(databases: &Databases, options: Options, report: &mut 
 /// The payments side in itself.
 fn check_decision(id: Uuid, decision: Option<&Decision>, debits: &[Debit], report: &mut Report) {
     if debits.len() > 1 {
-        let transfers: Vec<String> = debits.iter().map(|debit| debit.transfer_id.to_string()).collect();
-        report.find(Kind::DoubledDebit, id, format!("debited {} times: {}", debits.len(), transfers.join(", ")));
+        let transfers: Vec<String> = debits
+            .iter()
+            .map(|debit| debit.transfer_id.to_string())
+            .collect();
+        report.find(
+            Kind::DoubledDebit,
+            id,
+            format!("debited {} times: {}", debits.len(), transfers.join(", ")),
+        );
     }
     match (decision, debits.first()) {
-        (None, Some(debit)) => report.find(Kind::Unmatched, id, format!("debit {} without a decision", debit.transfer_id)),
-        (Some(decision), None) if decision.outcome == "paid" => {
-            report.find(Kind::Unmatched, id, "decided as paid, but there is no debit")
-        }
+        (None, Some(debit)) => report.find(
+            Kind::Unmatched,
+            id,
+            format!("debit {} without a decision", debit.transfer_id),
+        ),
+        (Some(decision), None) if decision.outcome == "paid" => report.find(
+            Kind::Unmatched,
+            id,
+            "decided as paid, but there is no debit",
+        ),
         (Some(decision), Some(debit)) if decision.outcome != "paid" => {
-            report.find(Kind::Unmatched, id, format!("declined, but there is debit {}", debit.transfer_id));
+            report.find(
+                Kind::Unmatched,
+                id,
+                format!("declined, but there is debit {}", debit.transfer_id),
+            );
         }
         (Some(decision), Some(debit)) => {
             if (&decision.user_id, decision.amount, decision.transfer_id)
@@ -188,16 +234,32 @@ fn check_order(
     if let Some(decision) = decision
         && (&order.user_id, order.amount) != (&decision.user_id, decision.amount)
     {
-        let words =
-            format!("ordered for {} by {}, decided for {} of {}", order.amount, order.user_id, decision.amount, decision.user_id);
+        let words = format!(
+            "ordered for {} by {}, decided for {} of {}",
+            order.amount, order.user_id, decision.amount, decision.user_id
+        );
         report.find(Kind::Divergent, id, words);
     }
     match order.status.as_str() {
-        "FINISHED" if debits.is_empty() => report.find(Kind::FinishedWithoutDebit, id, "FINISHED, but nothing was debited"),
-        "CANCELLED" if !debits.is_empty() => report.find(Kind::CancelledButDebited, id, "CANCELLED, but money was debited"),
+        "FINISHED" if debits.is_empty() => report.find(
+            Kind::FinishedWithoutDebit,
+            id,
+            "FINISHED, but nothing was debited",
+        ),
+        "CANCELLED" if !debits.is_empty() => report.find(
+            Kind::CancelledButDebited,
+            id,
+            "CANCELLED, but money was debited",
+        ),
         "FINISHED" | "CANCELLED" => {
-            let outcome = if order.status == "FINISHED" { "paid" } else { "declined" };
-            let agrees = decision.is_some_and(|decision| decision.outcome == outcome && decision.reason == order.reason);
+            let outcome = if order.status == "FINISHED" {
+                "paid"
+            } else {
+                "declined"
+            };
+            let agrees = decision.is_some_and(|decision| {
+                decision.outcome == outcome && decision.reason == order.reason
+            });
             if !agrees {
                 let decided = decision.map_or_else(
                     || "nothing".to_owned(),
@@ -209,15 +271,29 @@ fn check_order(
                             .join(", ")
                     },
                 );
-                let ended =
-                    [Some(order.status.as_str()), order.reason.as_deref()].into_iter().flatten().collect::<Vec<_>>().join(", ");
-                report.find(Kind::StatusDisagrees, id, format!("{ended}, but decided: {decided}"));
+                let ended = [Some(order.status.as_str()), order.reason.as_deref()]
+                    .into_iter()
+                    .flatten()
+                    .collect::<Vec<_>>()
+                    .join(", ");
+                report.find(
+                    Kind::StatusDisagrees,
+                    id,
+                    format!("{ended}, but decided: {decided}"),
+                );
             }
         }
-        _ if quarantined => report.find(Kind::Quarantined, id, "NEW, and a message about it waits among the dead letters"),
+        _ if quarantined => report.find(
+            Kind::Quarantined,
+            id,
+            "NEW, and a message about it waits among the dead letters",
+        ),
         _ if order.age_seconds > options.stuck_after.as_secs_f64() => {
             let decided = decision.map_or("not decided", |decision| decision.outcome.as_str());
-            let words = format!("NEW for {:.0} s, asked for {} times again, {decided}", order.age_seconds, order.asks);
+            let words = format!(
+                "NEW for {:.0} s, asked for {} times again, {decided}",
+                order.age_seconds, order.asks
+            );
             report.find(Kind::Stuck, id, words);
         }
         _ => {}

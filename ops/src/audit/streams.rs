@@ -15,9 +15,14 @@ use async_nats::jetstream::{self, ErrorCode, Message};
 use futures_util::StreamExt as _;
 use messaging::consumer;
 use messaging::dead_letter;
-use messaging::topology::{ORDERS_PAYMENT_SETTLED, PAYMENTS_ORDER_PLACED, Subscription, dlq_subject};
+use messaging::topology::{
+    ORDERS_PAYMENT_SETTLED, PAYMENTS_ORDER_PLACED, Subscription, dlq_subject,
+};
 use sea_orm::{DatabaseConnection, DbErr, FromQueryResult};
-use shared_contracts::{Amount, DeclineReason, Event, OrderCancelled, OrderFinished, OrderPlaced, PaymentSettled, UserId};
+use shared_contracts::{
+    Amount, DeclineReason, Event, OrderCancelled, OrderFinished, OrderPlaced, PaymentSettled,
+    UserId,
+};
 use uuid::Uuid;
 
 use super::{AND_MORE, Databases, FINDINGS_MAX, Finding, Kind, Report, rows};
@@ -64,7 +69,8 @@ const DIFFERENT: &str = "
     ORDER BY said.number";
 const PLACED: &str = "SELECT id AS order_id, placed_event_id AS event_id, user_id, amount, status AS \"end\", reason FROM orders";
 const ENDED: &str = "SELECT id AS order_id, final_event_id AS event_id, user_id, amount, status AS \"end\", reason FROM orders";
-const DECIDED: &str = "SELECT order_id, event_id, user_id, amount, outcome AS \"end\", reason FROM payments";
+const DECIDED: &str =
+    "SELECT order_id, event_id, user_id, amount, outcome AS \"end\", reason FROM payments";
 
 /// Messages that are dead letters, or were: a copy for tools tells of one that an operator has dropped.
 const SET_ASIDE: &str = "
@@ -88,13 +94,19 @@ struct Suspect {
 }
 
 /// Adds what is wrong to the report. That the broker does not let itself be read is said there, and is no error.
-pub(super) async fn check(databases: &Databases, jetstream: &jetstream::Context, report: &mut Report) -> Result<(), DbErr> {
+pub(super) async fn check(
+    databases: &Databases,
+    jetstream: &jetstream::Context,
+    report: &mut Report,
+) -> Result<(), DbErr> {
     let mut found = Found::default();
     for stream in [OrderPlaced::STREAM, PaymentSettled::STREAM] {
         if let Err(error) = check_stream(databases, jetstream, stream, &mut found, report).await {
             match error.downcast::<DbErr>() {
                 Ok(error) => return Err(error),
-                Err(error) => report.not_looked_at.push(format!("stream {stream}: {error:#}")),
+                Err(error) => report
+                    .not_looked_at
+                    .push(format!("stream {stream}: {error:#}")),
             }
         }
     }
@@ -109,7 +121,9 @@ async fn check_stream(
     found: &mut Found,
     report: &mut Report,
 ) -> anyhow::Result<()> {
-    let Some(mut reading) = Reading::begin(jetstream, name).await? else { return Ok(()) };
+    let Some(mut reading) = Reading::begin(jetstream, name).await? else {
+        return Ok(());
+    };
     loop {
         let messages = reading.next().await?;
         if messages.is_empty() {
@@ -133,7 +147,9 @@ impl Reading {
         let stream = match jetstream.get_stream(name).await {
             Ok(stream) => stream,
             Err(error) => match error.kind() {
-                GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND => {
+                GetStreamErrorKind::JetStream(error)
+                    if error.error_code() == ErrorCode::STREAM_NOT_FOUND =>
+                {
                     bail!("it does not exist")
                 }
                 _ => return Err(anyhow::Error::new(error).context("it cannot be looked up")),
@@ -145,10 +161,20 @@ impl Reading {
         }
         let end = state.last_sequence;
         // Without a durable, and gone soon after whoever reads with it.
-        let config = pull::OrderedConfig { deliver_policy: DeliverPolicy::All, ..Default::default() };
-        let consumer = stream.create_consumer(config).await.context("it cannot be read")?;
+        let config = pull::OrderedConfig {
+            deliver_policy: DeliverPolicy::All,
+            ..Default::default()
+        };
+        let consumer = stream
+            .create_consumer(config)
+            .await
+            .context("it cannot be read")?;
         let messages = consumer.messages().await.context("it cannot be read")?;
-        Ok(Some(Self { messages, end, ended: false }))
+        Ok(Some(Self {
+            messages,
+            end,
+            ended: false,
+        }))
     }
 
     /// The next messages; none at the end.
@@ -156,7 +182,12 @@ impl Reading {
         let mut messages = Vec::new();
         let read = async {
             while !self.ended && messages.len() < TOGETHER {
-                let message = self.messages.next().await.context("reading ended early")?.context("it cannot be read")?;
+                let message = self
+                    .messages
+                    .next()
+                    .await
+                    .context("reading ended early")?
+                    .context("it cannot be read")?;
                 let info = message.info().map_err(anyhow::Error::from_boxed)?;
                 // The newest message may be one that came later, where the ones up to the end have been evicted.
                 self.ended = info.stream_sequence >= self.end || info.pending == 0;
@@ -171,10 +202,17 @@ impl Reading {
     }
 }
 
-async fn compare(databases: &Databases, stream: &str, messages: &[Message], found: &mut Found) -> anyhow::Result<()> {
+async fn compare(
+    databases: &Databases,
+    stream: &str,
+    messages: &[Message],
+    found: &mut Found,
+) -> anyhow::Result<()> {
     let mut by_subject: BTreeMap<&'static str, (Vec<Said>, Vec<Suspect>)> = BTreeMap::new();
     for message in messages {
-        let Some((subject, read)) = read(stream, message) else { continue };
+        let Some((subject, read)) = read(stream, message) else {
+            continue;
+        };
         let (said, suspects) = by_subject.entry(subject).or_default();
         match read {
             Ok(one) => said.push(one),
@@ -185,7 +223,10 @@ async fn compare(databases: &Databases, stream: &str, messages: &[Message], foun
         let source = source(databases, subject);
         suspects.extend(different(&source, &said).await?.iter().filter_map(|row| {
             let said = said.get(usize::try_from(row.number).ok()?)?;
-            Some(Suspect { finding: contradiction(said, row)?, key: said.event_id.to_string() })
+            Some(Suspect {
+                finding: contradiction(said, row)?,
+                key: said.event_id.to_string(),
+            })
         }));
         let set_aside = set_aside(&source, &suspects).await?;
         suspects.retain(|suspect| !set_aside.contains(&suspect.key));
@@ -198,13 +239,34 @@ async fn compare(databases: &Databases, stream: &str, messages: &[Message], foun
 async fn different(source: &Source<'_>, said: &[Said]) -> Result<Vec<Row>, DbErr> {
     let end = |one: &Said| one.end.unwrap_or_default();
     let values = vec![
-        (0..said.len()).filter_map(|number| i32::try_from(number).ok()).collect::<Vec<i32>>().into(),
-        said.iter().map(|one| one.order_id).collect::<Vec<Uuid>>().into(),
-        said.iter().map(|one| one.event_id).collect::<Vec<Uuid>>().into(),
-        said.iter().map(|one| one.user_id.clone()).collect::<Vec<String>>().into(),
-        said.iter().map(|one| one.amount).collect::<Vec<i64>>().into(),
-        said.iter().map(|one| end(one).0.to_owned()).collect::<Vec<String>>().into(),
-        said.iter().map(|one| end(one).1.unwrap_or_default().to_owned()).collect::<Vec<String>>().into(),
+        (0..said.len())
+            .filter_map(|number| i32::try_from(number).ok())
+            .collect::<Vec<i32>>()
+            .into(),
+        said.iter()
+            .map(|one| one.order_id)
+            .collect::<Vec<Uuid>>()
+            .into(),
+        said.iter()
+            .map(|one| one.event_id)
+            .collect::<Vec<Uuid>>()
+            .into(),
+        said.iter()
+            .map(|one| one.user_id.clone())
+            .collect::<Vec<String>>()
+            .into(),
+        said.iter()
+            .map(|one| one.amount)
+            .collect::<Vec<i64>>()
+            .into(),
+        said.iter()
+            .map(|one| end(one).0.to_owned())
+            .collect::<Vec<String>>()
+            .into(),
+        said.iter()
+            .map(|one| end(one).1.unwrap_or_default().to_owned())
+            .collect::<Vec<String>>()
+            .into(),
     ];
     rows(source.db, &DIFFERENT.replace("{}", source.rows), values).await
 }
@@ -212,10 +274,22 @@ async fn different(source: &Source<'_>, said: &[Said]) -> Result<Vec<Row>, DbErr
 fn source<'a>(databases: &'a Databases, subject: &str) -> Source<'a> {
     let (orders, payments) = (&databases.orders, &databases.payments);
     match subject {
-        OrderPlaced::SUBJECT => Source { db: orders, rows: PLACED, reader: Some((payments, &PAYMENTS_ORDER_PLACED)) },
-        PaymentSettled::SUBJECT => Source { db: payments, rows: DECIDED, reader: Some((orders, &ORDERS_PAYMENT_SETTLED)) },
+        OrderPlaced::SUBJECT => Source {
+            db: orders,
+            rows: PLACED,
+            reader: Some((payments, &PAYMENTS_ORDER_PLACED)),
+        },
+        PaymentSettled::SUBJECT => Source {
+            db: payments,
+            rows: DECIDED,
+            reader: Some((orders, &ORDERS_PAYMENT_SETTLED)),
+        },
         // Nobody sets these aside: gateways hand them on.
-        _ => Source { db: orders, rows: ENDED, reader: None },
+        _ => Source {
+            db: orders,
+            rows: ENDED,
+            reader: None,
+        },
     }
 }
 
@@ -223,22 +297,36 @@ fn source<'a>(databases: &'a Databases, subject: &str) -> Source<'a> {
 fn read(stream: &str, message: &Message) -> Option<(&'static str, Result<Said, Suspect>)> {
     let subject = message.subject.as_str();
     Some(match subject {
-        OrderPlaced::SUBJECT => {
-            (OrderPlaced::SUBJECT, read_as(stream, message, |event: OrderPlaced| (event.user_id, event.amount, None)))
-        }
+        OrderPlaced::SUBJECT => (
+            OrderPlaced::SUBJECT,
+            read_as(stream, message, |event: OrderPlaced| {
+                (event.user_id, event.amount, None)
+            }),
+        ),
         PaymentSettled::SUBJECT => {
             let says = |event: PaymentSettled| {
                 let reason = event.outcome.reason().map(DeclineReason::as_str);
-                (event.user_id, event.amount, Some((event.outcome.as_str(), reason)))
+                (
+                    event.user_id,
+                    event.amount,
+                    Some((event.outcome.as_str(), reason)),
+                )
             };
             (PaymentSettled::SUBJECT, read_as(stream, message, says))
         }
         OrderFinished::SUBJECT => {
-            let says = |event: OrderFinished| (event.user_id, event.amount, Some(("FINISHED", None)));
+            let says =
+                |event: OrderFinished| (event.user_id, event.amount, Some(("FINISHED", None)));
             (OrderFinished::SUBJECT, read_as(stream, message, says))
         }
         OrderCancelled::SUBJECT => {
-            let says = |event: OrderCancelled| (event.user_id, event.amount, Some(("CANCELLED", Some(event.reason.as_str()))));
+            let says = |event: OrderCancelled| {
+                (
+                    event.user_id,
+                    event.amount,
+                    Some(("CANCELLED", Some(event.reason.as_str()))),
+                )
+            };
             (OrderCancelled::SUBJECT, read_as(stream, message, says))
         }
         _ => return None,
@@ -250,11 +338,21 @@ fn read_as<E: Event>(
     message: &Message,
     says: impl FnOnce(E) -> (UserId, Amount, Option<End>),
 ) -> Result<Said, Suspect> {
-    let place = format!("{stream} {}", message.info().map_or(0, |info| info.stream_sequence));
-    let received = consumer::read::<E>(message.headers.as_ref(), &message.payload).map_err(|cause| Suspect {
-        finding: Finding { kind: Kind::UnreadableMessage, id: place.clone(), detail: format!("{}: {cause}", E::SUBJECT) },
-        key: dead_letter::message_key(message),
-    })?;
+    let place = format!(
+        "{stream} {}",
+        message.info().map_or(0, |info| info.stream_sequence)
+    );
+    let received =
+        consumer::read::<E>(message.headers.as_ref(), &message.payload).map_err(|cause| {
+            Suspect {
+                finding: Finding {
+                    kind: Kind::UnreadableMessage,
+                    id: place.clone(),
+                    detail: format!("{}: {cause}", E::SUBJECT),
+                },
+                key: dead_letter::message_key(message),
+            }
+        })?;
     let order_id = received.event.order_id().as_uuid();
     let (user_id, amount, end) = says(received.event);
     Ok(Said {
@@ -271,8 +369,13 @@ fn read_as<E: Event>(
 /// How a message contradicts the row that it tells of.
 fn contradiction(said: &Said, row: &Row) -> Option<Finding> {
     let Said { place, subject, .. } = said;
-    let finding =
-        |kind, id: Uuid, detail| Some(Finding { kind, id: id.to_string(), detail: format!("{place}, {subject}: {detail}") });
+    let finding = |kind, id: Uuid, detail| {
+        Some(Finding {
+            kind,
+            id: id.to_string(),
+            detail: format!("{place}, {subject}: {detail}"),
+        })
+    };
     let false_about = |detail| finding(Kind::FalseMessage, said.order_id, detail);
     let (Some(user_id), Some(amount), Some(row_end)) = (&row.user_id, row.amount, &row.end) else {
         let nothing = match said.subject {
@@ -282,19 +385,34 @@ fn contradiction(said: &Said, row: &Row) -> Option<Finding> {
         return false_about(nothing.to_owned());
     };
     if (&said.user_id, said.amount) != (user_id, amount) {
-        return false_about(format!("says {} of {}, it is {amount} of {user_id}", said.amount, said.user_id));
+        return false_about(format!(
+            "says {} of {}, it is {amount} of {user_id}",
+            said.amount, said.user_id
+        ));
     }
     if let Some((end, reason)) = said.end
         && (end, reason) != (row_end.as_str(), row.reason.as_deref())
     {
-        let words = |end: &str, reason: Option<&str>| [Some(end), reason].into_iter().flatten().collect::<Vec<_>>().join(", ");
-        return false_about(format!("says {}, it is {}", words(end, reason), words(row_end, row.reason.as_deref())));
+        let words = |end: &str, reason: Option<&str>| {
+            [Some(end), reason]
+                .into_iter()
+                .flatten()
+                .collect::<Vec<_>>()
+                .join(", ")
+        };
+        return false_about(format!(
+            "says {}, it is {}",
+            words(end, reason),
+            words(row_end, row.reason.as_deref())
+        ));
     }
     // A row without the id of its event is from before such ids were stored.
     match row.event_id {
-        Some(event_id) if event_id != said.event_id => {
-            finding(Kind::ForeignMessage, said.event_id, format!("about order {} that event is {event_id}", said.order_id))
-        }
+        Some(event_id) if event_id != said.event_id => finding(
+            Kind::ForeignMessage,
+            said.event_id,
+            format!("about order {} that event is {event_id}", said.order_id),
+        ),
         _ => None,
     }
 }
@@ -305,9 +423,15 @@ async fn set_aside(source: &Source<'_>, suspects: &[Suspect]) -> Result<HashSet<
     struct Key {
         message_key: String,
     }
-    let Some((db, subscription)) = source.reader.filter(|_| !suspects.is_empty()) else { return Ok(HashSet::new()) };
+    let Some((db, subscription)) = source.reader.filter(|_| !suspects.is_empty()) else {
+        return Ok(HashSet::new());
+    };
     let keys: Vec<String> = suspects.iter().map(|suspect| suspect.key.clone()).collect();
-    let values = vec![subscription.consumer.into(), keys.into(), dlq_subject(subscription.service).into()];
+    let values = vec![
+        subscription.consumer.into(),
+        keys.into(),
+        dlq_subject(subscription.service).into(),
+    ];
     let found: Vec<Key> = rows(db, SET_ASIDE, values).await?;
     Ok(found.into_iter().map(|key| key.message_key).collect())
 }
@@ -333,7 +457,11 @@ impl Found {
             if findings.len() > FINDINGS_MAX {
                 findings.truncate(FINDINGS_MAX);
                 let detail = format!("only the first {FINDINGS_MAX} are named");
-                findings.push(Finding { kind, id: AND_MORE.to_owned(), detail });
+                findings.push(Finding {
+                    kind,
+                    id: AND_MORE.to_owned(),
+                    detail,
+                });
             }
             findings
         })

@@ -13,17 +13,33 @@ use stack::testing::TestStack;
 
 use crate::desk::operator;
 
-const AT_ONCE: Options =
-    Options { grace: Duration::ZERO, stuck_after: Duration::from_secs(3600), late_after: Duration::from_secs(3600) };
+const AT_ONCE: Options = Options {
+    grace: Duration::ZERO,
+    stuck_after: Duration::from_secs(3600),
+    late_after: Duration::from_secs(3600),
+};
 
 /// A shop with 30 orders of three users, two thirds of them paid.
 async fn shop() -> TestStack {
     let stack = TestStack::start().await.unwrap();
     let http = Http::new(stack.system.address("gateway"));
     for user in ["alice", "bob", "carol"] {
-        assert_eq!(http.post("/v1/accounts", None, &json!({ "user_id": user })).await.unwrap().status, 201);
+        assert_eq!(
+            http.post("/v1/accounts", None, &json!({ "user_id": user }))
+                .await
+                .unwrap()
+                .status,
+            201
+        );
         for _ in 0..2 {
-            let paid_in = http.post(&format!("/v1/accounts/{user}/deposits"), None, &json!({ "amount": 100 })).await.unwrap();
+            let paid_in = http
+                .post(
+                    &format!("/v1/accounts/{user}/deposits"),
+                    None,
+                    &json!({ "amount": 100 }),
+                )
+                .await
+                .unwrap();
             assert_eq!(paid_in.status, 201);
         }
     }
@@ -31,7 +47,14 @@ async fn shop() -> TestStack {
         let user = ["alice", "bob", "carol"][number % 3];
         let body = json!({ "user_id": user, "amount": 30 });
         let placed = http.post("/v1/orders", None, &body).await.unwrap().json();
-        let ended = http.get(&format!("/v1/orders/{}?wait=30", placed["id"].as_str().unwrap())).await.unwrap().json();
+        let ended = http
+            .get(&format!(
+                "/v1/orders/{}?wait=30",
+                placed["id"].as_str().unwrap()
+            ))
+            .await
+            .unwrap()
+            .json();
         assert_ne!(ended["status"], "NEW");
     }))
     .await;
@@ -40,11 +63,19 @@ async fn shop() -> TestStack {
 
 async fn databases(stack: &TestStack, orders: &str, payments: &str) -> Databases {
     let connect = async |name: &str| stack.system.postgres().connect(name).await.unwrap();
-    Databases { orders: connect(orders).await, payments: connect(payments).await }
+    Databases {
+        orders: connect(orders).await,
+        payments: connect(payments).await,
+    }
 }
 
 async fn text(db: &DatabaseConnection, sql: &str) -> String {
-    db.query_one_raw(Statement::from_string(DbBackend::Postgres, sql)).await.unwrap().unwrap().try_get_by_index(0).unwrap()
+    db.query_one_raw(Statement::from_string(DbBackend::Postgres, sql))
+        .await
+        .unwrap()
+        .unwrap()
+        .try_get_by_index(0)
+        .unwrap()
 }
 
 fn kinds(report: &Report) -> Vec<Kind> {
@@ -60,11 +91,21 @@ struct Fault {
 }
 
 const fn in_orders(kind: Kind, id: &'static str, planted: &'static str) -> Fault {
-    Fault { payments: false, planted, kind, id }
+    Fault {
+        payments: false,
+        planted,
+        kind,
+        id,
+    }
 }
 
 const fn in_payments(kind: Kind, id: &'static str, planted: &'static str) -> Fault {
-    Fault { payments: true, planted, kind, id }
+    Fault {
+        payments: true,
+        planted,
+        kind,
+        id,
+    }
 }
 
 const FIRST_FINISHED: &str = "SELECT min(id::text) FROM orders WHERE status = 'FINISHED'";
@@ -155,9 +196,22 @@ const FAULTS: [Fault; 22] = [
 #[tokio::test]
 async fn every_planted_fault_is_named_and_a_shop_in_order_is_clean() {
     let mut stack = shop().await;
-    let report = audit(&databases(&stack, "orders", "payments").await, Options::default()).await.unwrap();
+    let report = audit(
+        &databases(&stack, "orders", "payments").await,
+        Options::default(),
+    )
+    .await
+    .unwrap();
     assert_eq!(report.findings, [], "the shop is in order, and alive");
-    assert_eq!((report.orders, report.decisions, report.accounts, report.transfers), (30, 30, 3, 6 + 18));
+    assert_eq!(
+        (
+            report.orders,
+            report.decisions,
+            report.accounts,
+            report.transfers
+        ),
+        (30, 30, 3, 6 + 18)
+    );
 
     // Copies need a database that nobody uses.
     for name in ["gateway", "orders", "payments"] {
@@ -166,18 +220,40 @@ async fn every_planted_fault_is_named_and_a_shop_in_order_is_clean() {
     let server = stack.system.postgres().connect("postgres").await.unwrap();
     for (number, fault) in FAULTS.iter().enumerate() {
         let (orders, payments) = (format!("orders_{number}"), format!("payments_{number}"));
-        server.execute_unprepared(&format!("CREATE DATABASE {orders} TEMPLATE orders")).await.unwrap();
-        server.execute_unprepared(&format!("CREATE DATABASE {payments} TEMPLATE payments")).await.unwrap();
+        server
+            .execute_unprepared(&format!("CREATE DATABASE {orders} TEMPLATE orders"))
+            .await
+            .unwrap();
+        server
+            .execute_unprepared(&format!("CREATE DATABASE {payments} TEMPLATE payments"))
+            .await
+            .unwrap();
         let copies = databases(&stack, &orders, &payments).await;
-        let spoiled = if fault.payments { &copies.payments } else { &copies.orders };
+        let spoiled = if fault.payments {
+            &copies.payments
+        } else {
+            &copies.orders
+        };
         let id = text(spoiled, fault.id).await;
         // Triggers off: this is what a mistake or a thief with the keys would do.
-        let planted = format!("SET session_replication_role = replica; {}", fault.planted.replace("$id", &format!("'{id}'")));
+        let planted = format!(
+            "SET session_replication_role = replica; {}",
+            fault.planted.replace("$id", &format!("'{id}'"))
+        );
         spoiled.execute_unprepared(&planted).await.unwrap();
 
         let report = audit(&copies, AT_ONCE).await.unwrap();
-        let named = report.findings.iter().any(|finding| finding.kind == fault.kind && finding.id == id);
-        assert!(named, "{:?} of {id} after {}: {:?}", fault.kind, fault.planted, kinds(&report));
+        let named = report
+            .findings
+            .iter()
+            .any(|finding| finding.kind == fault.kind && finding.id == id);
+        assert!(
+            named,
+            "{:?} of {id} after {}: {:?}",
+            fault.kind,
+            fault.planted,
+            kinds(&report)
+        );
         copies.orders.close().await.unwrap();
         copies.payments.close().await.unwrap();
     }
@@ -193,11 +269,17 @@ async fn what_is_only_under_way_is_no_finding() {
     let spoil = format!(
         "SET session_replication_role = replica; UPDATE orders SET reason = NULL, status = 'NEW', final_event_id = NULL, stored_at = now() - interval '2 hours' WHERE id = '{id}'"
     );
-    let final_event = text(&other, &format!("SELECT final_event_id::text FROM orders WHERE id = '{id}'")).await;
+    let final_event = text(
+        &other,
+        &format!("SELECT final_event_id::text FROM orders WHERE id = '{id}'"),
+    )
+    .await;
     other.execute_unprepared(&spoil).await.unwrap();
     let first = look(&live, AT_ONCE).await.unwrap();
     assert_eq!(kinds(&first), [Kind::Stuck]);
-    let mend = format!("UPDATE orders SET status = 'FINISHED', final_event_id = '{final_event}' WHERE id = '{id}'");
+    let mend = format!(
+        "UPDATE orders SET status = 'FINISHED', final_event_id = '{final_event}' WHERE id = '{id}'"
+    );
     other.execute_unprepared(&mend).await.unwrap();
     let second = look(&live, AT_ONCE).await.unwrap();
     assert_eq!(second.still_standing(&first).findings, []);
@@ -206,7 +288,11 @@ async fn what_is_only_under_way_is_no_finding() {
 /// As many as the broker takes in one batch.
 const BATCH: u64 = 1000;
 /// About so many of the orders there are messages: all of them where the code is as quick as it is for operators.
-const TOLD: u64 = if cfg!(debug_assertions) { 10_000 } else { 100_000 };
+const TOLD: u64 = if cfg!(debug_assertions) {
+    10_000
+} else {
+    100_000
+};
 /// What is promised is promised of a release build. A debug build beside other tests only must not get lost.
 const AUDITED_WITHIN: Duration = Duration::from_secs(if cfg!(debug_assertions) { 30 } else { 10 });
 
@@ -230,10 +316,20 @@ async fn publish_many(broker: &Broker, subject: &'static str, kind: &str, more: 
             }
             let body = format!(r#"{{"order_id":"{id}","user_id":"rich","amount":1{more}}}"#);
             if number < first + BATCH - 1 {
-                broker.client().publish_with_headers(subject, headers, body.into()).await.unwrap();
+                broker
+                    .client()
+                    .publish_with_headers(subject, headers, body.into())
+                    .await
+                    .unwrap();
             } else {
                 headers.insert("Nats-Batch-Commit", "1");
-                broker.jetstream().publish_with_headers(subject, headers, body.into()).await.unwrap().await.unwrap();
+                broker
+                    .jetstream()
+                    .publish_with_headers(subject, headers, body.into())
+                    .await
+                    .unwrap()
+                    .await
+                    .unwrap();
             }
         }
     }
@@ -278,19 +374,38 @@ async fn a_hundred_thousand_orders_are_checked_in_seconds() {
     let broker = operator(&stack).await;
     for (subject, kind, more) in [
         ("gozon.orders.placed", "gozon.order.placed.v1", ""),
-        ("gozon.payments.settled", "gozon.payment.settled.v1", r#","outcome":"paid""#),
+        (
+            "gozon.payments.settled",
+            "gozon.payment.settled.v1",
+            r#","outcome":"paid""#,
+        ),
         ("gozon.orders.finished", "gozon.order.finished.v1", ""),
     ] {
         publish_many(&broker, subject, kind, more).await;
     }
-    let beside = Beside { streams: Some(broker.jetstream()), history: None };
+    let beside = Beside {
+        streams: Some(broker.jetstream()),
+        history: None,
+    };
     let begun = Instant::now();
     let report = audit_with(&live, Options::default(), beside).await.unwrap();
-    assert_eq!((report.findings.as_slice(), report.not_looked_at.as_slice()), ([].as_slice(), [].as_slice()));
+    assert_eq!(
+        (report.findings.as_slice(), report.not_looked_at.as_slice()),
+        ([].as_slice(), [].as_slice())
+    );
     assert_eq!((report.orders, report.transfers), (100_030, 100_001 + 24));
     assert!(report.messages >= 3 * TOLD, "{}", report.messages);
-    println!("{} orders and {} messages in {:?}", report.orders, report.messages, begun.elapsed());
-    assert!(begun.elapsed() < AUDITED_WITHIN, "it took {:?}", begun.elapsed());
+    println!(
+        "{} orders and {} messages in {:?}",
+        report.orders,
+        report.messages,
+        begun.elapsed()
+    );
+    assert!(
+        begun.elapsed() < AUDITED_WITHIN,
+        "it took {:?}",
+        begun.elapsed()
+    );
 
     // More findings of one kind than anyone reads: the first are named, and that there are more.
     live.payments
@@ -301,5 +416,12 @@ async fn a_hundred_thousand_orders_are_checked_in_seconds() {
         .unwrap();
     let report = audit(&live, AT_ONCE).await.unwrap();
     assert_eq!(report.findings.len(), 1001);
-    assert!(report.findings.iter().any(|finding| finding.id == "and more"), "{:?}", report.findings.last());
+    assert!(
+        report
+            .findings
+            .iter()
+            .any(|finding| finding.id == "and more"),
+        "{:?}",
+        report.findings.last()
+    );
 }

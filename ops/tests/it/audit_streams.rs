@@ -19,24 +19,39 @@ const NOBODYS: &str = "01933f3c-7d5a-7b60-9d6f-000000000099";
 
 impl Desk {
     async fn audit(&self) -> Report {
-        let beside = Beside { streams: Some(self.broker.jetstream()), history: None };
+        let beside = Beside {
+            streams: Some(self.broker.jetstream()),
+            history: None,
+        };
         audit_with(&self.databases, AT_ONCE, beside).await.unwrap()
     }
 
     /// Somebody with the keys to the broker says something. None for the event id: an id that no event has.
-    async fn say(&self, (subject, kind): (&'static str, &str), event_id: Option<&str>, body: &Value) -> u64 {
+    async fn say(
+        &self,
+        (subject, kind): (&'static str, &str),
+        event_id: Option<&str>,
+        body: &Value,
+    ) -> u64 {
         let minted = Uuid::now_v7().to_string();
         let mut headers = HeaderMap::new();
         let order_id = body["order_id"].as_str().unwrap_or_default();
-        for (name, value) in
-            [("ce-specversion", "1.0"), ("ce-type", kind), ("ce-subject", order_id), ("ce-id", event_id.unwrap_or(&minted))]
-        {
+        for (name, value) in [
+            ("ce-specversion", "1.0"),
+            ("ce-type", kind),
+            ("ce-subject", order_id),
+            ("ce-id", event_id.unwrap_or(&minted)),
+        ] {
             headers.insert(name, value);
         }
         if event_id == Some("") {
             headers = HeaderMap::new();
         }
-        let sent = self.broker.jetstream().publish_with_headers(subject, headers, body.to_string().into()).await;
+        let sent = self
+            .broker
+            .jetstream()
+            .publish_with_headers(subject, headers, body.to_string().into())
+            .await;
         sent.unwrap().await.unwrap().sequence
     }
 
@@ -45,13 +60,21 @@ impl Desk {
         let mut orders = Vec::new();
         for _ in 0..number {
             let id = self.place().await;
-            let order = self.http.get(&format!("/v1/orders/{id}?wait=30")).await.unwrap().json();
+            let order = self
+                .http
+                .get(&format!("/v1/orders/{id}?wait=30"))
+                .await
+                .unwrap()
+                .json();
             assert_ne!(order["status"], "NEW");
             orders.push(order);
         }
         eventually("all is published", SOON, async || {
             let outboxes = look::outboxes(&self.databases).await.unwrap();
-            outboxes.iter().all(|outbox| outbox.pending == 0).then_some(())
+            outboxes
+                .iter()
+                .all(|outbox| outbox.pending == 0)
+                .then_some(())
         })
         .await;
         orders
@@ -62,23 +85,39 @@ impl Desk {
         Command::new(env!("CARGO_BIN_EXE_gozon"))
             .args(["audit", "--grace-seconds", "0"])
             .args(arguments)
-            .env("GOZON_ORDERS_DATABASE_URL", postgres.url("postgres", &postgres.password, "orders"))
-            .env("GOZON_PAYMENTS_DATABASE_URL", postgres.url("postgres", &postgres.password, "payments"))
+            .env(
+                "GOZON_ORDERS_DATABASE_URL",
+                postgres.url("postgres", &postgres.password, "orders"),
+            )
+            .env(
+                "GOZON_PAYMENTS_DATABASE_URL",
+                postgres.url("postgres", &postgres.password, "payments"),
+            )
             .env("NATS_URL", nats_url)
-            .env("NATS_OPS_PASSWORD", &self.stack.system.place().secrets.nats_ops)
+            .env(
+                "NATS_OPS_PASSWORD",
+                &self.stack.system.place().secrets.nats_ops,
+            )
             .output()
             .unwrap()
     }
 }
 
 fn about(order: &Value, more: &Value) -> Value {
-    let mut body = json!({ "order_id": order["id"], "user_id": order["user_id"], "amount": order["amount"] });
-    body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    let mut body =
+        json!({ "order_id": order["id"], "user_id": order["user_id"], "amount": order["amount"] });
+    body.as_object_mut()
+        .unwrap()
+        .extend(more.as_object().unwrap().clone());
     body
 }
 
 fn named(report: &Report) -> Vec<(Kind, String)> {
-    report.findings.iter().map(|finding| (finding.kind, finding.id.clone())).collect()
+    report
+        .findings
+        .iter()
+        .map(|finding| (finding.kind, finding.id.clone()))
+        .collect()
 }
 
 struct Planter<'a> {
@@ -98,14 +137,30 @@ impl Planter<'_> {
         body: Value,
     ) {
         let sequence = self.desk.say(what, event_id, &body).await;
-        let stream = if what == SETTLED { "PAYMENTS" } else { "ORDERS" };
+        let stream = if what == SETTLED {
+            "PAYMENTS"
+        } else {
+            "ORDERS"
+        };
         let id = id.map_or_else(|| format!("{stream} {sequence}"), str::to_owned);
         let report = self.desk.audit().await;
-        let finding = report.findings.iter().find(|finding| (finding.kind, &finding.id) == (kind, &id));
-        let finding: &Finding = finding.unwrap_or_else(|| panic!("{kind:?} of {id} ({words}): {:?}", report.findings));
-        assert!(finding.detail.contains(words) && finding.detail.contains(what.0), "{finding:?}");
+        let finding = report
+            .findings
+            .iter()
+            .find(|finding| (finding.kind, &finding.id) == (kind, &id));
+        let finding: &Finding =
+            finding.unwrap_or_else(|| panic!("{kind:?} of {id} ({words}): {:?}", report.findings));
+        assert!(
+            finding.detail.contains(words) && finding.detail.contains(what.0),
+            "{finding:?}"
+        );
         self.planted.push((kind, id));
-        assert_eq!(report.findings.len(), self.planted.len(), "and nothing else: {:?}", report.findings);
+        assert_eq!(
+            report.findings.len(),
+            self.planted.len(),
+            "and nothing else: {:?}",
+            report.findings
+        );
     }
 }
 
@@ -114,7 +169,11 @@ async fn every_fault_planted_in_a_stream_is_named_and_what_is_set_aside_is_no_ne
     let mut desk = Desk::open().await;
     let orders = desk.sell(13).await;
     let report = desk.audit().await;
-    assert_eq!((&report.findings, &report.not_looked_at), (&vec![], &vec![]), "the shop is in order, and alive");
+    assert_eq!(
+        (&report.findings, &report.not_looked_at),
+        (&vec![], &vec![]),
+        "the shop is in order, and alive"
+    );
     assert_eq!(report.messages, 39);
     let healthy = desk.stack.system.nats().url();
     for name in ["orders", "payments"] {
@@ -129,32 +188,129 @@ async fn every_fault_planted_in_a_stream_is_named_and_what_is_set_aside_is_no_ne
         body
     };
     // What the services read, and would set aside if they were there.
-    let mut planter = Planter { desk: &desk, planted: Vec::new() };
+    let mut planter = Planter {
+        desk: &desk,
+        planted: Vec::new(),
+    };
     use Kind::{FalseMessage, ForeignMessage, UnreadableMessage};
-    planter.plant(FalseMessage, Some(NOBODYS), "nothing is decided", SETTLED, None, about(&nobody, &paid)).await;
+    planter
+        .plant(
+            FalseMessage,
+            Some(NOBODYS),
+            "nothing is decided",
+            SETTLED,
+            None,
+            about(&nobody, &paid),
+        )
+        .await;
     for (number, words, what, body) in [
-        (0, "of mallory", SETTLED, with(about(&orders[0], &paid), "user_id", json!("mallory"))),
-        (1, "says 31", SETTLED, with(about(&orders[1], &paid), "amount", json!(31))),
-        (2, "says declined, insufficient_funds, it is paid", SETTLED, about(&orders[2], &refused("insufficient_funds"))),
-        (3, "says declined, no_account", SETTLED, about(&orders[3], &refused("no_account"))),
-        (4, "says paid, it is declined", SETTLED, about(&orders[4], &paid)),
-        (5, "says 29", PLACED, with(about(&orders[5], &json!({})), "amount", json!(29))),
+        (
+            0,
+            "of mallory",
+            SETTLED,
+            with(about(&orders[0], &paid), "user_id", json!("mallory")),
+        ),
+        (
+            1,
+            "says 31",
+            SETTLED,
+            with(about(&orders[1], &paid), "amount", json!(31)),
+        ),
+        (
+            2,
+            "says declined, insufficient_funds, it is paid",
+            SETTLED,
+            about(&orders[2], &refused("insufficient_funds")),
+        ),
+        (
+            3,
+            "says declined, no_account",
+            SETTLED,
+            about(&orders[3], &refused("no_account")),
+        ),
+        (
+            4,
+            "says paid, it is declined",
+            SETTLED,
+            about(&orders[4], &paid),
+        ),
+        (
+            5,
+            "says 29",
+            PLACED,
+            with(about(&orders[5], &json!({})), "amount", json!(29)),
+        ),
     ] {
-        planter.plant(FalseMessage, orders[number]["id"].as_str(), words, what, None, body).await;
+        planter
+            .plant(
+                FalseMessage,
+                orders[number]["id"].as_str(),
+                words,
+                what,
+                None,
+                body,
+            )
+            .await;
     }
     let another = "01933f3c-7d5a-7b60-9d6f-000000000098";
     let unknown = json!({ "id": another, "user_id": "alice", "amount": 30 });
-    planter.plant(UnreadableMessage, None, "is missing", SETTLED, Some(""), json!({ "order_id": another })).await;
-    planter.plant(UnreadableMessage, None, "the body is no", PLACED, None, json!({ "order_id": another })).await;
+    planter
+        .plant(
+            UnreadableMessage,
+            None,
+            "is missing",
+            SETTLED,
+            Some(""),
+            json!({ "order_id": another }),
+        )
+        .await;
+    planter
+        .plant(
+            UnreadableMessage,
+            None,
+            "the body is no",
+            PLACED,
+            None,
+            json!({ "order_id": another }),
+        )
+        .await;
     let read_by_services = planter.planted.len();
 
     // What nobody reads who could set it aside, or what changes nothing.
-    planter.plant(FalseMessage, Some(another), "there is no such order", FINISHED, None, about(&unknown, &json!({}))).await;
+    planter
+        .plant(
+            FalseMessage,
+            Some(another),
+            "there is no such order",
+            FINISHED,
+            None,
+            about(&unknown, &json!({})),
+        )
+        .await;
     for (number, words, what, body) in [
-        (6, "says FINISHED, it is CANCELLED", FINISHED, about(&orders[6], &json!({}))),
-        (7, "says CANCELLED, no_account", CANCELLED, about(&orders[7], &json!({ "reason": "no_account" }))),
+        (
+            6,
+            "says FINISHED, it is CANCELLED",
+            FINISHED,
+            about(&orders[6], &json!({})),
+        ),
+        (
+            7,
+            "says CANCELLED, no_account",
+            CANCELLED,
+            about(&orders[7], &json!({ "reason": "no_account" })),
+        ),
     ] {
-        planter.plant(FalseMessage, orders[number]["id"].as_str(), words, what, None, body).await;
+        planter
+            .plant(
+                FalseMessage,
+                orders[number]["id"].as_str(),
+                words,
+                what,
+                None,
+                body,
+            )
+            .await;
     }
     for (number, what, more) in [
         (8, PLACED, json!({})),
@@ -163,15 +319,30 @@ async fn every_fault_planted_in_a_stream_is_named_and_what_is_set_aside_is_no_ne
     ] {
         let event_id = Uuid::now_v7().to_string();
         let words = orders[number]["id"].as_str().unwrap();
-        planter.plant(ForeignMessage, Some(&event_id), words, what, Some(&event_id), about(&orders[number], &more)).await;
+        planter
+            .plant(
+                ForeignMessage,
+                Some(&event_id),
+                words,
+                what,
+                Some(&event_id),
+                about(&orders[number], &more),
+            )
+            .await;
     }
     let Planter { mut planted, .. } = planter;
 
     let output = desk.gozon_audit(&[], &healthy);
     let words = String::from_utf8_lossy(&output.stdout).into_owned();
     assert_eq!(output.status.code(), Some(1), "{words}");
-    assert!(words.contains("against 54 messages in the streams") && words.contains("false_message"), "{words}");
-    assert_eq!(desk.gozon_audit(&["--no-streams"], &healthy).status.code(), Some(0));
+    assert!(
+        words.contains("against 54 messages in the streams") && words.contains("false_message"),
+        "{words}"
+    );
+    assert_eq!(
+        desk.gozon_audit(&["--no-streams"], &healthy).status.code(),
+        Some(0)
+    );
 
     // The services take what they read: the dead letters are named, and not their messages as well.
     for name in ["orders", "payments"] {
@@ -182,7 +353,10 @@ async fn every_fault_planted_in_a_stream_is_named_and_what_is_set_aside_is_no_ne
         (letters.len() == read_by_services).then_some(letters)
     })
     .await;
-    let mut expected: Vec<_> = letters.iter().map(|letter| (Kind::DeadLetter, letter.id.to_string())).collect();
+    let mut expected: Vec<_> = letters
+        .iter()
+        .map(|letter| (Kind::DeadLetter, letter.id.to_string()))
+        .collect();
     expected.extend(planted.drain(..).skip(read_by_services));
     expected.sort();
     let mut found = named(&desk.audit().await);
@@ -194,7 +368,10 @@ async fn every_fault_planted_in_a_stream_is_named_and_what_is_set_aside_is_no_ne
     }
     eventually("all are back", SOON, async || {
         let letters = dlq::list(&desk.databases).await.unwrap();
-        letters.iter().all(|letter| letter.times == 2 && letter.waits).then_some(())
+        letters
+            .iter()
+            .all(|letter| letter.times == 2 && letter.waits)
+            .then_some(())
     })
     .await;
     for letter in &letters {
@@ -215,7 +392,11 @@ async fn an_order_that_only_the_stream_knows_is_named() {
     desk.say(PLACED, None, &about(&nobody, &json!({}))).await;
     let report = desk.audit().await;
     assert_eq!(named(&report), [(Kind::FalseMessage, NOBODYS.to_owned())]);
-    assert!(report.findings[0].detail.contains("there is no such order"), "{:?}", report.findings);
+    assert!(
+        report.findings[0].detail.contains("there is no such order"),
+        "{:?}",
+        report.findings
+    );
 }
 
 #[tokio::test]
@@ -228,12 +409,21 @@ async fn without_the_broker_or_its_streams_the_audit_goes_on_and_says_so() {
     }
     let fine = desk.gozon_audit(&["--json"], &url);
     let report: Value = serde_json::from_slice(&fine.stdout).unwrap();
-    assert_eq!((&report["messages"], &report["not_looked_at"]), (&json!(3), &json!([])), "{fine:?}");
+    assert_eq!(
+        (&report["messages"], &report["not_looked_at"]),
+        (&json!(3), &json!([])),
+        "{fine:?}"
+    );
 
-    desk.broker.jetstream().delete_stream("PAYMENTS").await.unwrap();
+    desk.broker
+        .jetstream()
+        .delete_stream("PAYMENTS")
+        .await
+        .unwrap();
     let words = String::from_utf8(desk.gozon_audit(&[], &url).stdout).unwrap();
     assert!(
-        words.contains("against 2 messages") && words.contains("not looked at: stream PAYMENTS: it does not exist"),
+        words.contains("against 2 messages")
+            && words.contains("not looked at: stream PAYMENTS: it does not exist"),
         "{words}"
     );
 
@@ -241,7 +431,14 @@ async fn without_the_broker_or_its_streams_the_audit_goes_on_and_says_so() {
     let away = desk.gozon_audit(&[], &url);
     let words = String::from_utf8(away.stdout).unwrap();
     assert_eq!(away.status.code(), Some(0), "{words}");
-    assert!(words.contains("not looked at: the streams: NATS cannot be reached") && words.contains("fits together"), "{words}");
+    assert!(
+        words.contains("not looked at: the streams: NATS cannot be reached")
+            && words.contains("fits together"),
+        "{words}"
+    );
     let words = String::from_utf8(desk.gozon_audit(&["--no-streams"], &url).stdout).unwrap();
-    assert!(!words.contains("streams") && words.contains("fits together"), "{words}");
+    assert!(
+        !words.contains("streams") && words.contains("fits together"),
+        "{words}"
+    );
 }

@@ -10,8 +10,11 @@ use stack::http::Http;
 use stack::testing::{TestStack, eventually};
 
 pub(crate) const SOON: Duration = Duration::from_secs(30);
-pub(crate) const AT_ONCE: Options =
-    Options { grace: Duration::ZERO, stuck_after: Duration::from_secs(3600), late_after: Duration::from_secs(3600) };
+pub(crate) const AT_ONCE: Options = Options {
+    grace: Duration::ZERO,
+    stuck_after: Duration::from_secs(3600),
+    late_after: Duration::from_secs(3600),
+};
 
 pub(crate) struct Desk {
     pub(crate) stack: TestStack,
@@ -23,7 +26,12 @@ pub(crate) struct Desk {
 /// The operator at the broker.
 pub(crate) async fn operator(stack: &TestStack) -> Broker {
     let password = stack.system.place().secrets.nats_ops.clone();
-    let config = BrokerConfig { url: stack.system.nats().url(), user: "ops".to_owned(), password, name: "test".to_owned() };
+    let config = BrokerConfig {
+        url: stack.system.nats().url(),
+        user: "ops".to_owned(),
+        password,
+        name: "test".to_owned(),
+    };
     let broker = Broker::connect(config).await.unwrap();
     broker.until_connected().await;
     broker
@@ -33,21 +41,57 @@ impl Desk {
     pub(crate) async fn open() -> Self {
         let stack = TestStack::start().await.unwrap();
         let connect = async |name: &str| stack.system.postgres().connect(name).await.unwrap();
-        let databases = Databases { orders: connect("orders").await, payments: connect("payments").await };
+        let databases = Databases {
+            orders: connect("orders").await,
+            payments: connect("payments").await,
+        };
         let broker = operator(&stack).await;
         let http = Http::new(stack.system.address("gateway"));
-        assert_eq!(http.post("/v1/accounts", None, &json!({ "user_id": "alice" })).await.unwrap().status, 201);
-        assert_eq!(http.post("/v1/accounts/alice/deposits", None, &json!({ "amount": 100 })).await.unwrap().status, 201);
-        Self { stack, http, databases, broker }
+        assert_eq!(
+            http.post("/v1/accounts", None, &json!({ "user_id": "alice" }))
+                .await
+                .unwrap()
+                .status,
+            201
+        );
+        assert_eq!(
+            http.post(
+                "/v1/accounts/alice/deposits",
+                None,
+                &json!({ "amount": 100 })
+            )
+            .await
+            .unwrap()
+            .status,
+            201
+        );
+        Self {
+            stack,
+            http,
+            databases,
+            broker,
+        }
     }
 
     pub(crate) async fn place(&self) -> String {
-        let placed = self.http.post("/v1/orders", None, &json!({ "user_id": "alice", "amount": 30 })).await.unwrap();
+        let placed = self
+            .http
+            .post(
+                "/v1/orders",
+                None,
+                &json!({ "user_id": "alice", "amount": 30 }),
+            )
+            .await
+            .unwrap();
         placed.json()["id"].as_str().unwrap().to_owned()
     }
 
     pub(crate) async fn order(&self, id: &str) -> Value {
-        self.http.get(&format!("/v1/orders/{id}")).await.unwrap().json()
+        self.http
+            .get(&format!("/v1/orders/{id}"))
+            .await
+            .unwrap()
+            .json()
     }
 
     pub(crate) async fn balance(&self) -> Value {
@@ -56,16 +100,28 @@ impl Desk {
 
     pub(crate) async fn letter(&self, wanted: impl Fn(&Letter) -> bool) -> Letter {
         eventually("the dead letter is as expected", SOON, async || {
-            dlq::list(&self.databases).await.unwrap().into_iter().find(|letter| wanted(letter))
+            dlq::list(&self.databases)
+                .await
+                .unwrap()
+                .into_iter()
+                .find(|letter| wanted(letter))
         })
         .await
     }
 
     pub(crate) async fn replay(&self, letter: &Letter) {
-        dlq::replay(&self.databases, self.broker.jetstream(), letter).await.unwrap();
+        dlq::replay(&self.databases, self.broker.jetstream(), letter)
+            .await
+            .unwrap();
     }
 
     pub(crate) async fn findings(&self) -> Vec<Kind> {
-        audit(&self.databases, AT_ONCE).await.unwrap().findings.into_iter().map(|finding| finding.kind).collect()
+        audit(&self.databases, AT_ONCE)
+            .await
+            .unwrap()
+            .findings
+            .into_iter()
+            .map(|finding| finding.kind)
+            .collect()
     }
 }

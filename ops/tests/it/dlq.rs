@@ -7,7 +7,8 @@ use ops::look::{Apply, topology};
 use sea_orm::ConnectionTrait as _;
 use serde_json::json;
 use shared_contracts::{
-    Amount, DeclineReason, Event as _, EventId, PaymentOutcome, PaymentSettled, SPEC_VERSION, UserId, header,
+    Amount, DeclineReason, Event as _, EventId, PaymentOutcome, PaymentSettled, SPEC_VERSION,
+    UserId, header,
 };
 use stack::testing::eventually;
 
@@ -16,7 +17,13 @@ use crate::desk::{Desk, SOON};
 #[tokio::test]
 async fn f51_what_could_not_be_applied_is_applied_by_a_replay_once() {
     let desk = Desk::open().await;
-    let execute = async |sql: &str| desk.databases.payments.execute_unprepared(sql).await.unwrap();
+    let execute = async |sql: &str| {
+        desk.databases
+            .payments
+            .execute_unprepared(sql)
+            .await
+            .unwrap()
+    };
     execute(
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
              RAISE EXCEPTION 'a bug of ours' USING ERRCODE = '22000';
@@ -26,32 +33,65 @@ async fn f51_what_could_not_be_applied_is_applied_by_a_replay_once() {
     .await;
     let id = desk.place().await;
     let letter = desk.letter(|_| true).await;
-    assert!(letter.cause.contains("a bug of ours") && letter.kind == "poison" && letter.waits, "{letter:?}");
-    assert!(letter.headers.contains("ce-id: ") && letter.payload.contains(&id), "{letter:?}");
+    assert!(
+        letter.cause.contains("a bug of ours") && letter.kind == "poison" && letter.waits,
+        "{letter:?}"
+    );
+    assert!(
+        letter.headers.contains("ce-id: ") && letter.payload.contains(&id),
+        "{letter:?}"
+    );
     assert_eq!(desk.findings().await, [Kind::Quarantined, Kind::DeadLetter]);
 
     // While the bug is there, a replay comes back.
     desk.replay(&letter).await;
-    let back = desk.letter(|letter| letter.waits && letter.replays == 1).await;
-    assert!(back.times > letter.times && back.id == letter.id, "{back:?}");
+    let back = desk
+        .letter(|letter| letter.waits && letter.replays == 1)
+        .await;
+    assert!(
+        back.times > letter.times && back.id == letter.id,
+        "{back:?}"
+    );
 
     // Mended.
     execute("DROP TRIGGER refuse ON payments").await;
-    assert_eq!(dlq::foresee(&desk.databases, &back).await.unwrap(), "would debit 30 of 100 from alice");
+    assert_eq!(
+        dlq::foresee(&desk.databases, &back).await.unwrap(),
+        "would debit 30 of 100 from alice"
+    );
     desk.replay(&back).await;
-    eventually("the order is paid", SOON, async || (desk.order(&id).await["status"] == "FINISHED").then_some(())).await;
+    eventually("the order is paid", SOON, async || {
+        (desk.order(&id).await["status"] == "FINISHED").then_some(())
+    })
+    .await;
     assert_eq!(desk.balance().await, 70);
-    let done = desk.letter(|letter| !letter.waits && letter.replays == 2).await;
-    assert_eq!(desk.findings().await, [], "a dead letter that was dealt with is no finding");
+    let done = desk
+        .letter(|letter| !letter.waits && letter.replays == 2)
+        .await;
+    assert_eq!(
+        desk.findings().await,
+        [],
+        "a dead letter that was dealt with is no finding"
+    );
 
     // Sent again by mistake, inside the broker's memory of ids: taken, recognised, without effect.
-    assert_eq!(dlq::foresee(&desk.databases, &done).await.unwrap(), "would change nothing: the order is decided as paid");
+    assert_eq!(
+        dlq::foresee(&desk.databases, &done).await.unwrap(),
+        "would change nothing: the order is decided as paid"
+    );
     desk.replay(&done).await;
     let taken = "SELECT sum(repeats)::bigint FROM inbox";
     eventually("it is taken", SOON, async || {
         let statement = sea_orm::Statement::from_string(sea_orm::DbBackend::Postgres, taken);
-        let repeats: Option<i64> =
-            desk.databases.payments.query_one_raw(statement).await.unwrap().unwrap().try_get_by_index(0).unwrap();
+        let repeats: Option<i64> = desk
+            .databases
+            .payments
+            .query_one_raw(statement)
+            .await
+            .unwrap()
+            .unwrap()
+            .try_get_by_index(0)
+            .unwrap();
         (repeats.unwrap_or(0) >= 1).then_some(())
     })
     .await;
@@ -66,7 +106,10 @@ async fn f51_what_could_not_be_applied_is_applied_by_a_replay_once() {
 async fn what_contradicts_comes_back_however_often_it_is_sent() {
     let mut desk = Desk::open().await;
     let id = desk.place().await;
-    eventually("the order is paid", SOON, async || (desk.order(&id).await["status"] == "FINISHED").then_some(())).await;
+    eventually("the order is paid", SOON, async || {
+        (desk.order(&id).await["status"] == "FINISHED").then_some(())
+    })
+    .await;
 
     // Somebody with the keys to the broker says the order for another amount.
     let mut headers = async_nats::HeaderMap::new();
@@ -79,13 +122,31 @@ async fn what_contradicts_comes_back_however_often_it_is_sent() {
         headers.insert(name, value);
     }
     let forged = json!({ "order_id": id, "user_id": "alice", "amount": 99 }).to_string();
-    desk.broker.jetstream().publish_with_headers("gozon.orders.placed", headers, forged.into()).await.unwrap().await.unwrap();
+    desk.broker
+        .jetstream()
+        .publish_with_headers("gozon.orders.placed", headers, forged.into())
+        .await
+        .unwrap()
+        .await
+        .unwrap();
     let letter = desk.letter(|_| true).await;
-    assert_eq!((letter.kind.as_str(), letter.service, letter.order_id.unwrap().to_string()), ("quarantine", "payments", id));
+    assert_eq!(
+        (
+            letter.kind.as_str(),
+            letter.service,
+            letter.order_id.unwrap().to_string()
+        ),
+        ("quarantine", "payments", id)
+    );
     let foreseen = dlq::foresee(&desk.databases, &letter).await.unwrap();
-    assert_eq!(foreseen, "would be quarantined again: the order is decided with another user or amount");
+    assert_eq!(
+        foreseen,
+        "would be quarantined again: the order is decided with another user or amount"
+    );
     desk.replay(&letter).await;
-    let back = desk.letter(|letter| letter.waits && letter.replays == 1).await;
+    let back = desk
+        .letter(|letter| letter.waits && letter.replays == 1)
+        .await;
     assert_eq!(back.times, 2);
     assert_eq!(desk.balance().await, 70);
     desk.stack.system.stop_all().await.unwrap();
@@ -109,7 +170,9 @@ async fn a_dry_run_tells_another_reason_from_a_repetition() {
         order_id: declined["id"].as_str().unwrap().parse().unwrap(),
         user_id: UserId::parse("alice").unwrap(),
         amount: Amount::new(30).unwrap(),
-        outcome: PaymentOutcome::Declined { reason: DeclineReason::NoAccount },
+        outcome: PaymentOutcome::Declined {
+            reason: DeclineReason::NoAccount,
+        },
     };
     let mut headers = async_nats::HeaderMap::new();
     for (name, value) in [
@@ -121,10 +184,19 @@ async fn a_dry_run_tells_another_reason_from_a_repetition() {
         headers.insert(name, value);
     }
     let body = serde_json::to_string(&settled).unwrap();
-    desk.broker.jetstream().publish_with_headers(PaymentSettled::SUBJECT, headers, body.into()).await.unwrap().await.unwrap();
+    desk.broker
+        .jetstream()
+        .publish_with_headers(PaymentSettled::SUBJECT, headers, body.into())
+        .await
+        .unwrap()
+        .await
+        .unwrap();
     let letter = desk.letter(|letter| letter.service == "orders").await;
     let foreseen = dlq::foresee(&desk.databases, &letter).await.unwrap();
-    assert_eq!(foreseen, "would be quarantined again: the order has ended otherwise");
+    assert_eq!(
+        foreseen,
+        "would be quarantined again: the order has ended otherwise"
+    );
     desk.stack.system.stop_all().await.unwrap();
 }
 
@@ -135,12 +207,25 @@ async fn the_topology_is_seen_and_mended() {
     let jetstream = desk.broker.jetstream();
     let seen = async |apply| {
         let parts = topology(jetstream, &settings, apply).await.unwrap();
-        parts.into_iter().map(|part| (part.name, part.there, part.drift)).collect::<Vec<_>>()
+        parts
+            .into_iter()
+            .map(|part| (part.name, part.there, part.drift))
+            .collect::<Vec<_>>()
     };
-    let names =
-        ["stream ORDERS", "stream PAYMENTS", "stream DLQ", "consumer payments-order-placed", "consumer orders-payment-settled"];
-    let in_order: Vec<_> = names.map(|name| (name.to_owned(), true, Vec::<String>::new())).to_vec();
-    eventually("all is there", SOON, async || (seen(Apply::Look).await == in_order).then_some(())).await;
+    let names = [
+        "stream ORDERS",
+        "stream PAYMENTS",
+        "stream DLQ",
+        "consumer payments-order-placed",
+        "consumer orders-payment-settled",
+    ];
+    let in_order: Vec<_> = names
+        .map(|name| (name.to_owned(), true, Vec::<String>::new()))
+        .to_vec();
+    eventually("all is there", SOON, async || {
+        (seen(Apply::Look).await == in_order).then_some(())
+    })
+    .await;
 
     let mut config = messaging::topology::orders_stream(&settings);
     config.max_bytes = 1_000_000;
@@ -149,13 +234,25 @@ async fn the_topology_is_seen_and_mended() {
     assert_eq!(drifted[0].2, ["max_bytes is 1000000, not 1073741824"]);
     let mended = topology(jetstream, &settings, Apply::Grow).await.unwrap();
     assert_eq!(mended[0].changed, ["max_bytes is 1000000, not 1073741824"]);
-    assert!(mended[1..].iter().all(|part| part.changed.is_empty()), "{mended:?}");
+    assert!(
+        mended[1..].iter().all(|part| part.changed.is_empty()),
+        "{mended:?}"
+    );
     assert_eq!(seen(Apply::Look).await, in_order);
 
     // Told less than the services were: nothing is taken away, unless that is meant.
-    let smaller = TopologySettings { stream_max_bytes: 1_000_000, ..settings.clone() };
-    let refused = topology(jetstream, &smaller, Apply::Grow).await.unwrap_err().to_string();
-    assert!(refused.contains("stream ORDERS has 1073741824 bytes") && refused.contains("--shrink"), "{refused}");
+    let smaller = TopologySettings {
+        stream_max_bytes: 1_000_000,
+        ..settings.clone()
+    };
+    let refused = topology(jetstream, &smaller, Apply::Grow)
+        .await
+        .unwrap_err()
+        .to_string();
+    assert!(
+        refused.contains("stream ORDERS has 1073741824 bytes") && refused.contains("--shrink"),
+        "{refused}"
+    );
     assert_eq!(seen(Apply::Look).await, in_order);
     topology(jetstream, &smaller, Apply::Shrink).await.unwrap();
     assert_eq!(seen(Apply::Look).await[0].2, drifted[0].2);
@@ -165,18 +262,45 @@ async fn the_topology_is_seen_and_mended() {
 async fn an_order_is_shown_with_everything_about_it() {
     let desk = Desk::open().await;
     let id = desk.place().await;
-    eventually("the order is paid", SOON, async || (desk.order(&id).await["status"] == "FINISHED").then_some(())).await;
+    eventually("the order is paid", SOON, async || {
+        (desk.order(&id).await["status"] == "FINISHED").then_some(())
+    })
+    .await;
     let shown = eventually("everything is published", SOON, async || {
-        let shown = ops::look::order(&desk.databases, id.parse().unwrap()).await.unwrap();
+        let shown = ops::look::order(&desk.databases, id.parse().unwrap())
+            .await
+            .unwrap();
         (!shown["ends"][0]["published_at"].is_null()).then_some(shown)
     })
     .await;
-    assert_eq!((&shown["order"]["status"], &shown["decision"]["outcome"]), (&json!("FINISHED"), &json!("paid")));
-    for list in ["requests", "taken_by_payments", "debits", "answers", "taken_by_orders", "ends"] {
+    assert_eq!(
+        (&shown["order"]["status"], &shown["decision"]["outcome"]),
+        (&json!("FINISHED"), &json!("paid"))
+    );
+    for list in [
+        "requests",
+        "taken_by_payments",
+        "debits",
+        "answers",
+        "taken_by_orders",
+        "ends",
+    ] {
         assert_eq!(shown[list].as_array().unwrap().len(), 1, "{list}");
     }
-    assert_eq!(shown.as_object().unwrap().len(), 9, "all of which `gozon order` shows");
-    assert!(ops::look::order(&desk.databases, uuid::Uuid::nil()).await.is_err());
+    assert_eq!(
+        shown.as_object().unwrap().len(),
+        9,
+        "all of which `gozon order` shows"
+    );
+    assert!(
+        ops::look::order(&desk.databases, uuid::Uuid::nil())
+            .await
+            .is_err()
+    );
     let outboxes = ops::look::outboxes(&desk.databases).await.unwrap();
-    assert!(outboxes.iter().all(|outbox| outbox.pending == 0 && outbox.oldest_seconds == 0.0));
+    assert!(
+        outboxes
+            .iter()
+            .all(|outbox| outbox.pending == 0 && outbox.oldest_seconds == 0.0)
+    );
 }

@@ -10,8 +10,11 @@ use serde_json::{Value, json};
 use stack::http::Http;
 use stack::testing::{TemporaryFolder, TestStack, eventually};
 
-const AT_ONCE: Options =
-    Options { grace: Duration::ZERO, stuck_after: Duration::from_secs(3600), late_after: Duration::from_secs(3600) };
+const AT_ONCE: Options = Options {
+    grace: Duration::ZERO,
+    stuck_after: Duration::from_secs(3600),
+    late_after: Duration::from_secs(3600),
+};
 
 /// A client that writes down what it sees.
 struct Client {
@@ -55,45 +58,101 @@ impl Client {
 
 /// A lost answer and its repetition, a refused twin, a request without a key, a refusal, reads before and after.
 async fn shopping(stack: &TestStack) -> Vec<Exchange> {
-    let mut client = Client { http: Http::new(stack.system.address("gateway")), begun: Instant::now(), seen: Vec::new() };
-    let order = |amount: i64| json!({ "user_id": "alice", "amount": amount, "description": "A lamp" });
-    assert_eq!(client.post("/v1/accounts/alice/deposits", "early", json!({ "amount": 5 })).await.status, Some(404));
-    client.post("/v1/accounts", "account", json!({ "user_id": "alice" })).await;
-    client.post("/v1/accounts/alice/deposits", "money", json!({ "amount": 100 })).await;
-    client.post("/v1/accounts/alice/deposits", "money", json!({ "amount": 100 })).await;
+    let mut client = Client {
+        http: Http::new(stack.system.address("gateway")),
+        begun: Instant::now(),
+        seen: Vec::new(),
+    };
+    let order =
+        |amount: i64| json!({ "user_id": "alice", "amount": amount, "description": "A lamp" });
+    assert_eq!(
+        client
+            .post(
+                "/v1/accounts/alice/deposits",
+                "early",
+                json!({ "amount": 5 })
+            )
+            .await
+            .status,
+        Some(404)
+    );
+    client
+        .post("/v1/accounts", "account", json!({ "user_id": "alice" }))
+        .await;
+    client
+        .post(
+            "/v1/accounts/alice/deposits",
+            "money",
+            json!({ "amount": 100 }),
+        )
+        .await;
+    client
+        .post(
+            "/v1/accounts/alice/deposits",
+            "money",
+            json!({ "amount": 100 }),
+        )
+        .await;
     let lamp = client.post("/v1/orders", "lamp", order(70)).await;
     // The first answer was lost on its way: only the repetition said anything.
     client.post("/v1/orders", "lost", order(20)).await;
     let lost = client.seen.last_mut().unwrap();
     (lost.status, lost.answer) = (None, String::new());
     assert!(client.post("/v1/orders", "lost", order(20)).await.replayed);
-    assert_eq!(client.post("/v1/orders", "lamp", order(71)).await.status, Some(422));
-    assert_eq!(client.ask("POST", "/v1/orders", None, order(500)).await.status, Some(201));
-    assert_eq!(client.post("/v1/orders", "nothing", order(0)).await.status, Some(422));
+    assert_eq!(
+        client.post("/v1/orders", "lamp", order(71)).await.status,
+        Some(422)
+    );
+    assert_eq!(
+        client
+            .ask("POST", "/v1/orders", None, order(500))
+            .await
+            .status,
+        Some(201)
+    );
+    assert_eq!(
+        client.post("/v1/orders", "nothing", order(0)).await.status,
+        Some(422)
+    );
     let lamp: Value = serde_json::from_str(&lamp.answer).unwrap();
     let path = format!("/v1/orders/{}", lamp["id"].as_str().unwrap());
     client.get(&path).await;
-    assert!(client.get(&format!("{path}?wait=30")).await.answer.contains("FINISHED"));
+    assert!(
+        client
+            .get(&format!("{path}?wait=30"))
+            .await
+            .answer
+            .contains("FINISHED")
+    );
     client.get("/v1/orders?user_id=alice").await;
     client.get("/v1/accounts/alice").await;
     // A client that sent something and never heard of it again: it may have been done or not.
     client.post("/v1/orders", "gone", order(1)).await;
     let gone = client.seen.last_mut().unwrap();
     (gone.status, gone.answer) = (None, String::new());
-    eventually("all orders are final", Duration::from_secs(60), async || {
-        let list = client.http.get("/v1/orders?status=NEW").await.ok()?.json();
-        list["items"].as_array()?.is_empty().then_some(())
-    })
+    eventually(
+        "all orders are final",
+        Duration::from_secs(60),
+        async || {
+            let list = client.http.get("/v1/orders?status=NEW").await.ok()?.json();
+            list["items"].as_array()?.is_empty().then_some(())
+        },
+    )
     .await;
     client.seen
 }
 
 fn of<'a>(seen: &'a mut [Exchange], key: &str) -> &'a mut Exchange {
-    seen.iter_mut().find(|one| one.key.as_deref() == Some(key)).unwrap()
+    seen.iter_mut()
+        .find(|one| one.key.as_deref() == Some(key))
+        .unwrap()
 }
 
 fn last_of<'a>(seen: &'a mut [Exchange], key: &str) -> &'a mut Exchange {
-    seen.iter_mut().rev().find(|one| one.key.as_deref() == Some(key)).unwrap()
+    seen.iter_mut()
+        .rev()
+        .find(|one| one.key.as_deref() == Some(key))
+        .unwrap()
 }
 
 /// What is planted in what the client saw, and what must be named.
@@ -110,63 +169,141 @@ const IN_HISTORIES: [Planted; 14] = [
         (read.status, read.answer) = (Some(404), String::new());
         seen.push(read);
     }),
-    (Kind::Lost, "a request without a key, answered with 201, and never made", |seen| {
-        let mut another = seen.iter().find(|one| one.key.is_none() && one.method == "POST").unwrap().clone();
-        another.answer = another.answer.replace("\"id\":\"", "\"id\":\"0");
-        seen.push(another);
-    }),
-    (Kind::Unexpected, "an order for which nobody asked", |seen| seen.retain(|one| one.key.as_deref() != Some("gone"))),
-    (Kind::Unexpected, "a deposit for which nobody asked", |seen| seen.retain(|one| one.key.as_deref() != Some("money"))),
-    (Kind::Unexpected, "an order with a content for which nobody asked", |seen| of(seen, "gone").body["amount"] = json!(2)),
-    (Kind::Unexpected, "an order without a key for which nobody asked", |seen| {
-        seen.retain(|one| one.key.is_some() || one.method == "GET");
-    }),
-    (Kind::DoubledKey, "a repetition that says that it was done now", |seen| last_of(seen, "money").replayed = false),
-    (Kind::AnswersDiffer, "a repetition with another answer", |seen| {
-        let repetition = last_of(seen, "money");
-        repetition.answer = repetition.answer.replace("\"amount\":100", "\"amount\": 100");
-    }),
+    (
+        Kind::Lost,
+        "a request without a key, answered with 201, and never made",
+        |seen| {
+            let mut another = seen
+                .iter()
+                .find(|one| one.key.is_none() && one.method == "POST")
+                .unwrap()
+                .clone();
+            another.answer = another.answer.replace("\"id\":\"", "\"id\":\"0");
+            seen.push(another);
+        },
+    ),
+    (
+        Kind::Unexpected,
+        "an order for which nobody asked",
+        |seen| seen.retain(|one| one.key.as_deref() != Some("gone")),
+    ),
+    (
+        Kind::Unexpected,
+        "a deposit for which nobody asked",
+        |seen| seen.retain(|one| one.key.as_deref() != Some("money")),
+    ),
+    (
+        Kind::Unexpected,
+        "an order with a content for which nobody asked",
+        |seen| of(seen, "gone").body["amount"] = json!(2),
+    ),
+    (
+        Kind::Unexpected,
+        "an order without a key for which nobody asked",
+        |seen| {
+            seen.retain(|one| one.key.is_some() || one.method == "GET");
+        },
+    ),
+    (
+        Kind::DoubledKey,
+        "a repetition that says that it was done now",
+        |seen| last_of(seen, "money").replayed = false,
+    ),
+    (
+        Kind::AnswersDiffer,
+        "a repetition with another answer",
+        |seen| {
+            let repetition = last_of(seen, "money");
+            repetition.answer = repetition
+                .answer
+                .replace("\"amount\":100", "\"amount\": 100");
+        },
+    ),
     (Kind::DeniedButDone, "a refusal of what is there", |seen| {
         let gone = of(seen, "gone");
-        (gone.status, gone.answer) = (Some(503), json!({ "code": "service_unavailable" }).to_string());
+        (gone.status, gone.answer) = (
+            Some(503),
+            json!({ "code": "service_unavailable" }).to_string(),
+        );
     }),
-    (Kind::DeniedButDone, "a repetition of what was said not to be done", |seen| {
-        let lost = of(seen, "lost");
-        (lost.status, lost.answer) = (Some(503), json!({ "code": "service_unavailable" }).to_string());
-    }),
-    (Kind::RepetitionRefused, "the same content refused as another", |seen| {
-        let mut repetition = of(seen, "lamp").clone();
-        (repetition.status, repetition.answer) = (Some(422), json!({ "code": "idempotency_key_reused" }).to_string());
-        seen.push(repetition);
-    }),
-    (Kind::OtherContentApplied, "other content under a key answered with 201", |seen| {
-        let answer = of(seen, "lamp").answer.clone();
-        let other = seen.iter_mut().find(|one| one.body["amount"] == json!(71)).unwrap();
-        (other.status, other.replayed, other.answer) = (Some(201), true, answer);
-    }),
+    (
+        Kind::DeniedButDone,
+        "a repetition of what was said not to be done",
+        |seen| {
+            let lost = of(seen, "lost");
+            (lost.status, lost.answer) = (
+                Some(503),
+                json!({ "code": "service_unavailable" }).to_string(),
+            );
+        },
+    ),
+    (
+        Kind::RepetitionRefused,
+        "the same content refused as another",
+        |seen| {
+            let mut repetition = of(seen, "lamp").clone();
+            (repetition.status, repetition.answer) = (
+                Some(422),
+                json!({ "code": "idempotency_key_reused" }).to_string(),
+            );
+            seen.push(repetition);
+        },
+    ),
+    (
+        Kind::OtherContentApplied,
+        "other content under a key answered with 201",
+        |seen| {
+            let answer = of(seen, "lamp").answer.clone();
+            let other = seen
+                .iter_mut()
+                .find(|one| one.body["amount"] == json!(71))
+                .unwrap();
+            (other.status, other.replayed, other.answer) = (Some(201), true, answer);
+        },
+    ),
     (Kind::NegativeBalance, "a negative balance read", |seen| {
-        let read = seen.iter_mut().find(|one| one.method == "GET" && one.path == "/v1/accounts/alice").unwrap();
+        let read = seen
+            .iter_mut()
+            .find(|one| one.method == "GET" && one.path == "/v1/accounts/alice")
+            .unwrap();
         read.answer = json!({ "user_id": "alice", "balance": -1 }).to_string();
     }),
 ];
 
 const BACKWARDS: [Planted; 3] = [
-    (Kind::StatusBackwards, "a final order that was NEW later", |seen| {
-        let mut read = seen.iter().find(|one| one.path.contains("?wait=30")).unwrap().clone();
-        let later = read.ended_us + 1;
-        (read.begun_us, read.ended_us, read.answer) = (later, later, read.answer.replace("FINISHED", "NEW"));
-        seen.push(read);
-    }),
+    (
+        Kind::StatusBackwards,
+        "a final order that was NEW later",
+        |seen| {
+            let mut read = seen
+                .iter()
+                .find(|one| one.path.contains("?wait=30"))
+                .unwrap()
+                .clone();
+            let later = read.ended_us + 1;
+            (read.begun_us, read.ended_us, read.answer) =
+                (later, later, read.answer.replace("FINISHED", "NEW"));
+            seen.push(read);
+        },
+    ),
     (Kind::StatusBackwards, "an order with two ends", |seen| {
-        let mut read = seen.iter().find(|one| one.path.contains("?wait=30")).unwrap().clone();
+        let mut read = seen
+            .iter()
+            .find(|one| one.path.contains("?wait=30"))
+            .unwrap()
+            .clone();
         read.answer = read.answer.replace("FINISHED", "CANCELLED");
         seen.push(read);
     }),
-    (Kind::StatusBackwards, "an end that is not the one that is there", |seen| {
-        for read in seen.iter_mut().filter(|one| one.method == "GET") {
-            read.answer = read.answer.replace("FINISHED", "CANCELLED");
-        }
-    }),
+    (
+        Kind::StatusBackwards,
+        "an end that is not the one that is there",
+        |seen| {
+            for read in seen.iter_mut().filter(|one| one.method == "GET") {
+                read.answer = read.answer.replace("FINISHED", "CANCELLED");
+            }
+        },
+    ),
 ];
 
 /// What is planted in which database.
@@ -188,28 +325,47 @@ const IN_DATABASES: [(bool, Kind, &str); 5] = [
 fn gozon_audit(stack: &TestStack, history: &History) -> Option<i32> {
     let folder = TemporaryFolder::new().unwrap();
     let file = folder.path().join("history.jsonl");
-    let lines: Vec<String> = history.exchanges.iter().map(|one| serde_json::to_string(one).unwrap() + "\n").collect();
+    let lines: Vec<String> = history
+        .exchanges
+        .iter()
+        .map(|one| serde_json::to_string(one).unwrap() + "\n")
+        .collect();
     std::fs::write(&file, lines.concat()).unwrap();
     let postgres = stack.system.postgres();
     let output = Command::new(env!("CARGO_BIN_EXE_gozon"))
         .args(["audit", "--grace-seconds", "0", "--history"])
         .arg(&file)
-        .env("GOZON_ORDERS_DATABASE_URL", postgres.url("postgres", &postgres.password, "orders"))
-        .env("GOZON_PAYMENTS_DATABASE_URL", postgres.url("postgres", &postgres.password, "payments"))
+        .env(
+            "GOZON_ORDERS_DATABASE_URL",
+            postgres.url("postgres", &postgres.password, "orders"),
+        )
+        .env(
+            "GOZON_PAYMENTS_DATABASE_URL",
+            postgres.url("postgres", &postgres.password, "payments"),
+        )
         .output()
         .unwrap();
     let words = String::from_utf8_lossy(&output.stdout);
-    assert!(words.contains(&format!("against {} exchanges", history.exchanges.len())), "{words}{output:?}");
+    assert!(
+        words.contains(&format!("against {} exchanges", history.exchanges.len())),
+        "{words}{output:?}"
+    );
     output.status.code()
 }
 
 async fn databases(stack: &TestStack, orders: &str, payments: &str) -> Databases {
     let connect = async |name: &str| stack.system.postgres().connect(name).await.unwrap();
-    Databases { orders: connect(orders).await, payments: connect(payments).await }
+    Databases {
+        orders: connect(orders).await,
+        payments: connect(payments).await,
+    }
 }
 
 fn besides(history: &History) -> Beside<'_> {
-    Beside { history: Some(history), streams: None }
+    Beside {
+        history: Some(history),
+        streams: None,
+    }
 }
 
 fn kinds(report: &Report) -> Vec<Kind> {
@@ -221,8 +377,12 @@ async fn every_fault_planted_in_a_history_or_against_it_is_named_and_an_honest_o
     let mut stack = TestStack::start().await.unwrap();
     let seen = shopping(&stack).await;
     let live = databases(&stack, "orders", "payments").await;
-    let honest = History { exchanges: seen.clone() };
-    let report = audit_with(&live, Options::default(), besides(&honest)).await.unwrap();
+    let honest = History {
+        exchanges: seen.clone(),
+    };
+    let report = audit_with(&live, Options::default(), besides(&honest))
+        .await
+        .unwrap();
     assert_eq!(report.findings, [], "an honest history of a shop in order");
     assert_eq!(report.exchanges, seen.len() as u64);
 
@@ -234,8 +394,14 @@ async fn every_fault_planted_in_a_history_or_against_it_is_named_and_an_honest_o
     for (kind, words, plant) in IN_HISTORIES.into_iter().chain(BACKWARDS) {
         let mut exchanges = seen.clone();
         plant(&mut exchanges);
-        let report = audit_with(&live, AT_ONCE, besides(&History { exchanges })).await.unwrap();
-        assert!(kinds(&report).contains(&kind), "{words}: {kind:?} is not among {:?}", report.findings);
+        let report = audit_with(&live, AT_ONCE, besides(&History { exchanges }))
+            .await
+            .unwrap();
+        assert!(
+            kinds(&report).contains(&kind),
+            "{words}: {kind:?} is not among {:?}",
+            report.findings
+        );
     }
 
     // Copies need a database that nobody uses.
@@ -248,13 +414,31 @@ async fn every_fault_planted_in_a_history_or_against_it_is_named_and_an_honest_o
     for (number, (in_payments, kind, planted)) in IN_DATABASES.into_iter().enumerate() {
         let names = [format!("orders_{number}"), format!("payments_{number}")];
         for (name, template) in names.iter().zip(["orders", "payments"]) {
-            server.execute_unprepared(&format!("CREATE DATABASE {name} TEMPLATE {template}")).await.unwrap();
+            server
+                .execute_unprepared(&format!("CREATE DATABASE {name} TEMPLATE {template}"))
+                .await
+                .unwrap();
         }
         let copies = databases(&stack, &names[0], &names[1]).await;
-        let spoiled = if in_payments { &copies.payments } else { &copies.orders };
-        spoiled.execute_unprepared(&format!("SET session_replication_role = replica; {planted}")).await.unwrap();
-        let report = audit_with(&copies, AT_ONCE, besides(&honest)).await.unwrap();
-        assert!(kinds(&report).contains(&kind), "{planted}: {kind:?} is not among {:?}", report.findings);
+        let spoiled = if in_payments {
+            &copies.payments
+        } else {
+            &copies.orders
+        };
+        spoiled
+            .execute_unprepared(&format!(
+                "SET session_replication_role = replica; {planted}"
+            ))
+            .await
+            .unwrap();
+        let report = audit_with(&copies, AT_ONCE, besides(&honest))
+            .await
+            .unwrap();
+        assert!(
+            kinds(&report).contains(&kind),
+            "{planted}: {kind:?} is not among {:?}",
+            report.findings
+        );
         copies.orders.close().await.unwrap();
         copies.payments.close().await.unwrap();
     }

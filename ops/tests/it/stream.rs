@@ -21,13 +21,18 @@ const FINISHED: &str = "gozon.orders.finished";
 impl Desk {
     async fn paid(&self) -> String {
         let id = self.place().await;
-        eventually("the order is paid", SOON, async || (self.order(&id).await["status"] == "FINISHED").then_some(())).await;
+        eventually("the order is paid", SOON, async || {
+            (self.order(&id).await["status"] == "FINISHED").then_some(())
+        })
+        .await;
         id
     }
 
     async fn finished(&self, number: usize) -> Vec<ops::stream::MessageLook> {
         eventually("the events are in the stream", SOON, async || {
-            let found = peek(self.broker.jetstream(), "ORDERS", 100, Some(FINISHED)).await.ok()?;
+            let found = peek(self.broker.jetstream(), "ORDERS", 100, Some(FINISHED))
+                .await
+                .ok()?;
             (found.len() == number).then_some(found)
         })
         .await
@@ -41,7 +46,9 @@ impl Desk {
 
     /// How many consumers of ORDERS end with the process that reads with them.
     async fn passing_consumers(&self) -> usize {
-        let found = consumers(self.broker.jetstream(), Some("ORDERS")).await.unwrap();
+        let found = consumers(self.broker.jetstream(), Some("ORDERS"))
+            .await
+            .unwrap();
         found.iter().filter(|one| !one.durable).count()
     }
 }
@@ -52,25 +59,55 @@ async fn streams_consumers_and_messages_are_shown_as_they_are() {
     let id = desk.paid().await;
     let jetstream = desk.broker.jetstream();
     let newest = desk.finished(1).await.remove(0);
-    assert_eq!((newest.headers["ce-subject"].as_str(), &newest.body["order_id"]), (id.as_str(), &json!(id)));
+    assert_eq!(
+        (
+            newest.headers["ce-subject"].as_str(),
+            &newest.body["order_id"]
+        ),
+        (id.as_str(), &json!(id))
+    );
 
     let found = streams(jetstream).await.unwrap();
-    assert_eq!(found.iter().map(|stream| stream.name.as_str()).collect::<Vec<_>>(), ["DLQ", "ORDERS", "PAYMENTS"]);
-    assert_eq!((found[1].last_sequence, found[1].max_bytes), (newest.sequence, 1 << 30));
+    assert_eq!(
+        found
+            .iter()
+            .map(|stream| stream.name.as_str())
+            .collect::<Vec<_>>(),
+        ["DLQ", "ORDERS", "PAYMENTS"]
+    );
+    assert_eq!(
+        (found[1].last_sequence, found[1].max_bytes),
+        (newest.sequence, 1 << 30)
+    );
     let found = eventually("all is acknowledged", SOON, async || {
         let found = desk.consumers().await.unwrap();
-        found.iter().all(|one| (one.lag, one.unacked, one.redelivered) == (0, 0, 0)).then_some(found)
+        found
+            .iter()
+            .all(|one| (one.lag, one.unacked, one.redelivered) == (0, 0, 0))
+            .then_some(found)
     })
     .await;
     assert_eq!(
-        found.iter().map(|one| one.name.as_str()).collect::<Vec<_>>(),
+        found
+            .iter()
+            .map(|one| one.name.as_str())
+            .collect::<Vec<_>>(),
         ["payments-order-placed", "orders-payment-settled"]
     );
-    let error = consumers(jetstream, Some("ORDRES")).await.unwrap_err().to_string();
-    assert_eq!(error, "there is no stream ORDRES, only DLQ, ORDERS, PAYMENTS");
+    let error = consumers(jetstream, Some("ORDRES"))
+        .await
+        .unwrap_err()
+        .to_string();
+    assert_eq!(
+        error,
+        "there is no stream ORDRES, only DLQ, ORDERS, PAYMENTS"
+    );
 
     // The one of the gateway's live events.
-    eventually("live events are on", SOON, async || (desk.passing_consumers().await == 1).then_some(())).await;
+    eventually("live events are on", SOON, async || {
+        (desk.passing_consumers().await == 1).then_some(())
+    })
+    .await;
     let listed = streams(jetstream).await.unwrap().remove(1);
     assert_eq!(listed.consumers, 2);
     let mut followed = Vec::new();
@@ -80,7 +117,10 @@ async fn streams_consumers_and_messages_are_shown_as_they_are() {
     });
     let order = async {
         // The consumer of `tail` must be there first; nothing else makes another one.
-        eventually("it is followed", SOON, async || (desk.passing_consumers().await == 2).then_some(())).await;
+        eventually("it is followed", SOON, async || {
+            (desk.passing_consumers().await == 2).then_some(())
+        })
+        .await;
         desk.paid().await
     };
     let (followed_to_its_end, second) = tokio::join!(follow, order);
@@ -99,21 +139,46 @@ async fn after_a_wiped_broker_old_events_are_published_again_on_demand_and_chang
     desk.stack.system.start("nats").await.unwrap();
     desk.finished(0).await;
 
-    let counted = look::resend(&desk.databases, began, Some(FINISHED), true, WINDOW).await.unwrap();
-    assert_eq!(counted.iter().map(|one| (one.messages, one.recent)).collect::<Vec<_>>(), [(2, 2), (0, 0)]);
-    let without_memory = look::resend(&desk.databases, began, Some(FINISHED), true, Duration::ZERO).await.unwrap();
+    let counted = look::resend(&desk.databases, began, Some(FINISHED), true, WINDOW)
+        .await
+        .unwrap();
+    assert_eq!(
+        counted
+            .iter()
+            .map(|one| (one.messages, one.recent))
+            .collect::<Vec<_>>(),
+        [(2, 2), (0, 0)]
+    );
+    let without_memory = look::resend(&desk.databases, began, Some(FINISHED), true, Duration::ZERO)
+        .await
+        .unwrap();
     assert_eq!(without_memory[0].recent, 0);
     desk.finished(0).await;
-    look::resend(&desk.databases, began, Some(FINISHED), false, WINDOW).await.unwrap();
+    look::resend(&desk.databases, began, Some(FINISHED), false, WINDOW)
+        .await
+        .unwrap();
     let again = desk.finished(2).await;
-    assert_eq!(again.iter().map(|message| message.headers["ce-subject"].as_str()).collect::<Vec<_>>(), [&ids[0], &ids[1]]);
+    assert_eq!(
+        again
+            .iter()
+            .map(|message| message.headers["ce-subject"].as_str())
+            .collect::<Vec<_>>(),
+        [&ids[0], &ids[1]]
+    );
 
     // Everything, also what the services read: they recognise it.
-    look::resend(&desk.databases, began, None, false, WINDOW).await.unwrap();
+    look::resend(&desk.databases, began, None, false, WINDOW)
+        .await
+        .unwrap();
     eventually("all is published and taken", SOON, async || {
-        let waits = look::outboxes(&desk.databases).await.unwrap().iter().any(|outbox| outbox.pending > 0);
+        let waits = look::outboxes(&desk.databases)
+            .await
+            .unwrap()
+            .iter()
+            .any(|outbox| outbox.pending > 0);
         let taken = desk.consumers().await?;
-        (!waits && taken.len() == 2 && taken.iter().all(|one| (one.lag, one.unacked) == (0, 0))).then_some(())
+        (!waits && taken.len() == 2 && taken.iter().all(|one| (one.lag, one.unacked) == (0, 0)))
+            .then_some(())
     })
     .await;
     assert_eq!(desk.balance().await, 40);
@@ -131,13 +196,27 @@ async fn what_was_pruned_is_not_missed_although_older_rows_were_published_again_
         desk.stack.system.stop(name).await.unwrap();
     }
     // As an operator has them published again: these rows stay for longer than those that were made after them.
-    let again = format!("UPDATE outbox SET published_at = now() + interval '1 hour' WHERE subject = '{FINISHED}'");
-    desk.databases.orders.execute_unprepared(&again).await.unwrap();
-    for (db, subscription) in
-        [(&desk.databases.orders, topology::ORDERS_PAYMENT_SETTLED), (&desk.databases.payments, topology::PAYMENTS_ORDER_PLACED)]
-    {
-        let retention = Retention { db: db.clone(), consumer: subscription.consumer, keep: Duration::ZERO };
-        assert!(retention.prune_batch().await.unwrap() >= 4, "one row of the outbox and one of the inbox an order");
+    let again = format!(
+        "UPDATE outbox SET published_at = now() + interval '1 hour' WHERE subject = '{FINISHED}'"
+    );
+    desk.databases
+        .orders
+        .execute_unprepared(&again)
+        .await
+        .unwrap();
+    for (db, subscription) in [
+        (&desk.databases.orders, topology::ORDERS_PAYMENT_SETTLED),
+        (&desk.databases.payments, topology::PAYMENTS_ORDER_PLACED),
+    ] {
+        let retention = Retention {
+            db: db.clone(),
+            consumer: subscription.consumer,
+            keep: Duration::ZERO,
+        };
+        assert!(
+            retention.prune_batch().await.unwrap() >= 4,
+            "one row of the outbox and one of the inbox an order"
+        );
     }
     assert_eq!(desk.findings().await, []);
 
@@ -147,6 +226,10 @@ async fn what_was_pruned_is_not_missed_although_older_rows_were_published_again_
     }
     desk.paid().await;
     let lost = "DELETE FROM outbox WHERE event_id = (SELECT placed_event_id FROM orders ORDER BY id DESC LIMIT 1)";
-    desk.databases.orders.execute_unprepared(lost).await.unwrap();
+    desk.databases
+        .orders
+        .execute_unprepared(lost)
+        .await
+        .unwrap();
     assert_eq!(desk.findings().await, [Kind::MissingEvent]);
 }

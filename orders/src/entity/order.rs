@@ -64,7 +64,10 @@ struct IdRow {
 
 /// Stores orders whose (user, key) is new and says which those are. Sorted, so that two transactions with overlapping
 /// keys wait for each other instead of deadlocking.
-pub(crate) async fn insert_new(txn: &DatabaseTransaction, mut orders: Vec<Model>) -> Result<Vec<Uuid>, DbErr> {
+pub(crate) async fn insert_new(
+    txn: &DatabaseTransaction,
+    mut orders: Vec<Model>,
+) -> Result<Vec<Uuid>, DbErr> {
     orders.sort_by(|a, b| (&a.user_id, &a.idempotency_key).cmp(&(&b.user_id, &b.idempotency_key)));
     let mut ids = Vec::with_capacity(orders.len());
     let mut user_ids = Vec::with_capacity(orders.len());
@@ -127,10 +130,18 @@ pub(crate) async fn find_by_keys(
 }
 
 /// Locks orders, in the order of their ids.
-pub(crate) async fn lock(txn: &DatabaseTransaction, mut ids: Vec<Uuid>) -> Result<Vec<Model>, DbErr> {
+pub(crate) async fn lock(
+    txn: &DatabaseTransaction,
+    mut ids: Vec<Uuid>,
+) -> Result<Vec<Model>, DbErr> {
     ids.sort_unstable();
     ids.dedup();
-    Entity::find().filter(Column::Id.eq_any(ids)).order_by_asc(Column::Id).lock(LockType::NoKeyUpdate).all(txn).await
+    Entity::find()
+        .filter(Column::Id.eq_any(ids))
+        .order_by_asc(Column::Id)
+        .lock(LockType::NoKeyUpdate)
+        .all(txn)
+        .await
 }
 
 /// How an order ended.
@@ -145,12 +156,19 @@ pub(crate) struct Ending {
 }
 
 /// Ends orders that the transaction has locked and that are NEW; says how many there were.
-pub(crate) async fn end(txn: &DatabaseTransaction, endings: &[Ending], at: TimeDateTimeWithTimeZone) -> Result<u64, DbErr> {
+pub(crate) async fn end(
+    txn: &DatabaseTransaction,
+    endings: &[Ending],
+    at: TimeDateTimeWithTimeZone,
+) -> Result<u64, DbErr> {
     let ids: Vec<Uuid> = endings.iter().map(|one| one.id).collect();
     let statuses: Vec<String> = endings.iter().map(|one| one.status.to_value()).collect();
     // The driver's arrays hold no NULL: an empty reason stands for none. And `status = 'NEW'` would lead PostgreSQL to the
     // index of NEW orders: it believes that there are next to none, and compares each of them with each of these.
-    let reasons: Vec<String> = endings.iter().map(|one| one.reason.unwrap_or_default().to_owned()).collect();
+    let reasons: Vec<String> = endings
+        .iter()
+        .map(|one| one.reason.unwrap_or_default().to_owned())
+        .collect();
     let settlements: Vec<Uuid> = endings.iter().map(|one| one.settlement_event_id).collect();
     let finals: Vec<Uuid> = endings.iter().map(|one| one.final_event_id).collect();
     db::execute(
@@ -169,7 +187,10 @@ pub(crate) async fn end(txn: &DatabaseTransaction, endings: &[Ending], at: TimeD
 
 /// Whether any order is not final.
 pub(crate) async fn something_is_new(db: &DatabaseConnection) -> Result<bool, DbErr> {
-    Ok(db.query_one_raw(sql("SELECT 1 FROM orders WHERE status = 'NEW' LIMIT 1", [])).await?.is_some())
+    Ok(db
+        .query_one_raw(sql("SELECT 1 FROM orders WHERE status = 'NEW' LIMIT 1", []))
+        .await?
+        .is_some())
 }
 
 /// When an order that stays NEW is asked for again.
@@ -189,7 +210,10 @@ pub(crate) struct AskAgain {
 /// be wrong by any time.
 ///
 /// Orders too young for any of this are left out before their requests are looked up: under load there are thousands.
-pub(crate) async fn lock_due(txn: &DatabaseTransaction, again: AskAgain) -> Result<Vec<Model>, DbErr> {
+pub(crate) async fn lock_due(
+    txn: &DatabaseTransaction,
+    again: AskAgain,
+) -> Result<Vec<Model>, DbErr> {
     Entity::find()
         .from_raw_sql(sql(
             concat!(
@@ -245,11 +269,17 @@ pub(crate) async fn new(db: &DatabaseConnection) -> Result<New, DbErr> {
     let query =
         "SELECT count(*) AS number, coalesce(extract(epoch FROM clock_timestamp() - min(stored_at)), 0)::float8 AS oldest_seconds
                  FROM (SELECT stored_at FROM orders WHERE status = 'NEW' ORDER BY id LIMIT 100000) AS new";
-    New::find_by_statement(sql(query, [])).one(db).await?.ok_or_else(|| DbErr::RecordNotFound("a count".to_owned()))
+    New::find_by_statement(sql(query, []))
+        .one(db)
+        .await?
+        .ok_or_else(|| DbErr::RecordNotFound("a count".to_owned()))
 }
 
 /// Which of these orders are final.
-pub(crate) async fn final_among(db: &DatabaseConnection, ids: Vec<Uuid>) -> Result<Vec<Uuid>, DbErr> {
+pub(crate) async fn final_among(
+    db: &DatabaseConnection,
+    ids: Vec<Uuid>,
+) -> Result<Vec<Uuid>, DbErr> {
     Entity::find()
         .select_only()
         .column(Column::Id)
@@ -270,7 +300,11 @@ pub(crate) struct Filter {
 }
 
 /// Up to `limit` orders, newest first. Ids are made in time order, so they are the order too.
-pub(crate) async fn list(db: &DatabaseConnection, filter: Filter, limit: u64) -> Result<Vec<Model>, DbErr> {
+pub(crate) async fn list(
+    db: &DatabaseConnection,
+    filter: Filter,
+    limit: u64,
+) -> Result<Vec<Model>, DbErr> {
     page(filter, limit).all(db).await
 }
 
@@ -303,8 +337,12 @@ mod tests {
     #[tokio::test]
     async fn no_list_walks_through_orders_that_it_does_not_show() {
         let database = stack::testing::TestDatabase::fresh().await.unwrap();
-        let db = db::connect(&database.url, "test", db::Role::Http, 2).await.unwrap();
-        db::migrate::<crate::migration::Migrator>(&db).await.unwrap();
+        let db = db::connect(&database.url, "test", db::Role::Http, 2)
+            .await
+            .unwrap();
+        db::migrate::<crate::migration::Migrator>(&db)
+            .await
+            .unwrap();
         db.execute_unprepared(
             "INSERT INTO orders (id, user_id, amount, description, status, reason, idempotency_key, request_hash, placed_event_id, final_event_id, created_at, updated_at)
              SELECT id, 'user-' || n % 1000, 1, '', CASE WHEN n = 7 THEN 'CANCELLED' ELSE 'FINISHED' END, CASE WHEN n = 7 THEN 'no_account' END, n::text, '', id, id, now(), now()
@@ -314,14 +352,36 @@ mod tests {
         .await
         .unwrap();
         let before = "01933f3c-7d5a-7b60-9d6f-000000010000".parse().ok();
-        for status in [None, Some(Status::New), Some(Status::Finished), Some(Status::Cancelled)] {
+        for status in [
+            None,
+            Some(Status::New),
+            Some(Status::Finished),
+            Some(Status::Cancelled),
+        ] {
             for user_id in [None, Some("user-7".to_owned())] {
-                let filter = Filter { user_id, status, before };
-                let query = page(filter.clone(), 21).build(DbBackend::Postgres).to_string();
+                let filter = Filter {
+                    user_id,
+                    status,
+                    before,
+                };
+                let query = page(filter.clone(), 21)
+                    .build(DbBackend::Postgres)
+                    .to_string();
                 let explain = format!("EXPLAIN (ANALYZE, TIMING off, SUMMARY off) {query}");
-                let rows = db.query_all_raw(Statement::from_string(DbBackend::Postgres, explain)).await.unwrap();
-                let plan: Vec<String> = rows.iter().map(|row| row.try_get_by_index(0).unwrap()).collect();
-                let walked = plan.iter().find_map(|line| line.split_once("Rows Removed by Filter: ")?.1.parse::<u64>().ok());
+                let rows = db
+                    .query_all_raw(Statement::from_string(DbBackend::Postgres, explain))
+                    .await
+                    .unwrap();
+                let plan: Vec<String> = rows
+                    .iter()
+                    .map(|row| row.try_get_by_index(0).unwrap())
+                    .collect();
+                let walked = plan.iter().find_map(|line| {
+                    line.split_once("Rows Removed by Filter: ")?
+                        .1
+                        .parse::<u64>()
+                        .ok()
+                });
                 assert!(walked.unwrap_or(0) < 100, "{filter:?}: {plan:#?}");
             }
         }

@@ -40,11 +40,22 @@ pub(super) struct FlowBody {
         (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
-pub(super) async fn flow(State(state): State<super::State>, _: NoParameters) -> Result<Json<FlowBody>, Problem> {
+pub(super) async fn flow(
+    State(state): State<super::State>,
+    _: NoParameters,
+) -> Result<Json<FlowBody>, Problem> {
     let read = || desk::flow(&state.db, &state.broker, &topology::ORDERS_PAYMENT_SETTLED);
-    let flow = db::read(read).await.map_err(|error| problem(error.into(), None))?;
-    let new = db::read(|| entity::order::new(&state.db)).await.map_err(|error| problem(error.into(), None))?;
-    Ok(Json(FlowBody { flow, new_orders: new.number, new_oldest_seconds: new.oldest_seconds }))
+    let flow = db::read(read)
+        .await
+        .map_err(|error| problem(error.into(), None))?;
+    let new = db::read(|| entity::order::new(&state.db))
+        .await
+        .map_err(|error| problem(error.into(), None))?;
+    Ok(Json(FlowBody {
+        flow,
+        new_orders: new.number,
+        new_oldest_seconds: new.oldest_seconds,
+    }))
 }
 
 /// Messages that were not applied, newest first
@@ -104,11 +115,22 @@ pub(super) async fn replay(
     let mut parameters = Fields::from_query(&query);
     let dry_run = parameters.optional("dry_run", false, body::switch);
     parameters.finish()?;
-    let id: Uuid = id.parse().map_err(|_| problem(Error::DeadLetterNotFound, None))?;
+    let id: Uuid = id
+        .parse()
+        .map_err(|_| problem(Error::DeadLetterNotFound, None))?;
     let dry_run = dry_run.unwrap_or_default();
-    let replayed = desk::replay(&state.db, &topology::ORDERS_PAYMENT_SETTLED, id, dry_run, order::settle, describe).await;
-    let (replay, effect) =
-        replayed.map_err(|error| problem(error.into(), None))?.ok_or_else(|| problem(Error::DeadLetterNotFound, None))?;
+    let replayed = desk::replay(
+        &state.db,
+        &topology::ORDERS_PAYMENT_SETTLED,
+        id,
+        dry_run,
+        order::settle,
+        describe,
+    )
+    .await;
+    let (replay, effect) = replayed
+        .map_err(|error| problem(error.into(), None))?
+        .ok_or_else(|| problem(Error::DeadLetterNotFound, None))?;
     if let Some(effect) = effect {
         (state.committed)(effect);
     }

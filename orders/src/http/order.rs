@@ -88,10 +88,16 @@ impl From<Model> for OrderBody {
 #[derive(Deserialize, ToSchema)]
 #[schema(as = NewOrder, example = json!({"user_id": "alice", "amount": 700, "description": "A lamp"}))]
 #[serde(deny_unknown_fields)]
-#[expect(dead_code, reason = "describes the body for OpenAPI; Fields reads it and names everything that is wrong")]
+#[expect(
+    dead_code,
+    reason = "describes the body for OpenAPI; Fields reads it and names everything that is wrong"
+)]
 pub(super) struct NewOrderBody {
     /// Who pays.
-    #[schema(pattern = r"^(\.?[A-Za-z0-9_-]|\.\.[A-Za-z0-9._-])[A-Za-z0-9._-]*$", max_length = 64)]
+    #[schema(
+        pattern = r"^(\.?[A-Za-z0-9_-]|\.\.[A-Za-z0-9._-])[A-Za-z0-9._-]*$",
+        max_length = 64
+    )]
     user_id: String,
     /// Minor units.
     #[schema(minimum = 1, maximum = 1000000000000_i64)]
@@ -162,16 +168,30 @@ pub(super) async fn create_order(
         description,
         idempotency_key: key.as_str().to_owned(),
         created_at: db::now(),
-        traceparent: headers.get("traceparent").and_then(|value| traceparent(value.to_str().ok()?)),
+        traceparent: headers
+            .get("traceparent")
+            .and_then(|value| traceparent(value.to_str().ok()?)),
     };
-    let placed = state.intake.place(new).await.map_err(|error| problem(error, Some(&key)))?;
+    let placed = state
+        .intake
+        .place(new)
+        .await
+        .map_err(|error| problem(error, Some(&key)))?;
 
     // As it was when it was placed: the first answer, byte for byte.
     let location = format!("/v1/orders/{}", placed.order.id);
     let updated_at = placed.order.created_at;
-    let body = OrderBody { status: OrderStatus::New, reason: None, updated_at, ..OrderBody::from(placed.order) };
+    let body = OrderBody {
+        status: OrderStatus::New,
+        reason: None,
+        updated_at,
+        ..OrderBody::from(placed.order)
+    };
     let mut response = created(placed.delivery, body);
-    response.headers_mut().insert(header::LOCATION, HeaderValue::from_str(&location).expect("a UUID is a header value"));
+    response.headers_mut().insert(
+        header::LOCATION,
+        HeaderValue::from_str(&location).expect("a UUID is a header value"),
+    );
     Ok(response)
 }
 
@@ -202,17 +222,27 @@ pub(super) async fn get_order(
     let mut parameters = Fields::from_query(&query);
     let wait = parameters.optional("wait", 0, |value| body::number(value, 0..=WAIT_SECONDS_MAX));
     parameters.finish()?;
-    let id: OrderId = id.parse().map_err(|_| problem(Error::OrderNotFound, None))?;
+    let id: OrderId = id
+        .parse()
+        .map_err(|_| problem(Error::OrderNotFound, None))?;
 
     let waiter = state.waiting.register(id.as_uuid());
-    let find = async || order::find(&state.db, id).await.map_err(|error| problem(error, None));
+    let find = async || {
+        order::find(&state.db, id)
+            .await
+            .map_err(|error| problem(error, None))
+    };
     let order = find().await?;
     let seconds = wait.unwrap_or_default();
     if order.status != Status::New || seconds == 0 {
         return Ok(Json(order.into()));
     }
     // Woken, timed out or stopping: what the database says is what is answered.
-    let _ = timeout(Duration::from_secs(seconds), state.shutdown.run_until_cancelled(waiter.woken())).await;
+    let _ = timeout(
+        Duration::from_secs(seconds),
+        state.shutdown.run_until_cancelled(waiter.woken()),
+    )
+    .await;
     Ok(Json(find().await?.into()))
 }
 
@@ -250,15 +280,25 @@ pub(super) async fn list_orders(
         before: before.flatten(),
     };
     let limit = limit.unwrap_or(body::LIMIT_DEFAULT);
-    let (orders, more) = order::list(&state.db, filter, limit).await.map_err(|error| problem(error, None))?;
-    let next_cursor = orders.last().filter(|_| more).map(|order| order.id.simple().to_string());
-    Ok(Json(OrderListBody { items: orders.into_iter().map(OrderBody::from).collect(), next_cursor }))
+    let (orders, more) = order::list(&state.db, filter, limit)
+        .await
+        .map_err(|error| problem(error, None))?;
+    let next_cursor = orders
+        .last()
+        .filter(|_| more)
+        .map(|order| order.id.simple().to_string());
+    Ok(Json(OrderListBody {
+        items: orders.into_iter().map(OrderBody::from).collect(),
+        next_cursor,
+    }))
 }
 
 /// W3C trace context, version 00: 55 characters of lower-case hex and dashes. Anything else is not handed on.
 fn traceparent(text: &str) -> Option<String> {
     let lengths: Vec<usize> = text.split('-').map(str::len).collect();
-    let hex = text.bytes().all(|byte| byte == b'-' || byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
+    let hex = text
+        .bytes()
+        .all(|byte| byte == b'-' || byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
     (hex && lengths == [2, 32, 16, 2]).then(|| text.to_owned())
 }
 
@@ -269,7 +309,9 @@ fn user_id(value: &Value) -> Result<UserId, String> {
 fn description(value: &Value) -> Result<String, String> {
     let text = body::text(value)?;
     if text.chars().count() > DESCRIPTION_CHARACTERS_MAX {
-        return Err(format!("must have at most {DESCRIPTION_CHARACTERS_MAX} characters"));
+        return Err(format!(
+            "must have at most {DESCRIPTION_CHARACTERS_MAX} characters"
+        ));
     }
     // PostgreSQL cannot store it.
     if text.contains('\0') {

@@ -35,6 +35,12 @@ pub(super) async fn get_timeline(
     Path(id): Path<String>,
     _: NoParameters,
 ) -> Result<Json<Timeline>, Problem> {
-    let id: OrderId = id.parse().map_err(|_| problem(Error::OrderNotFound, None))?;
-    Ok(Json(timeline::of_order(&state.db, id).await.map_err(|error| problem(error, None))?))
+    let id: OrderId = id
+        .parse()
+        .map_err(|_| problem(Error::OrderNotFound, None))?;
+    Ok(Json(
+        timeline::of_order(&state.db, id)
+            .await
+            .map_err(|error| problem(error, None))?,
+    ))
 }

@@ -21,13 +21,17 @@ impl MigrationTrait for Orders {
         let db = manager.get_connection();
         db.execute_unprepared(UP).await?;
         if removed!("orders.final") {
-            db.execute_unprepared("DROP FUNCTION refuse_change CASCADE").await?;
+            db.execute_unprepared("DROP FUNCTION refuse_change CASCADE")
+                .await?;
         }
         Ok(())
     }
 
     async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        manager.get_connection().execute_unprepared("DROP TABLE orders, reconciliation; DROP FUNCTION refuse_change").await?;
+        manager
+            .get_connection()
+            .execute_unprepared("DROP TABLE orders, reconciliation; DROP FUNCTION refuse_change")
+            .await?;
         Ok(())
     }
 }

@@ -24,7 +24,10 @@ impl MigrationTrait for StoredAt {
     }
 
     async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        manager.get_connection().execute_unprepared("ALTER TABLE orders DROP COLUMN stored_at").await?;
+        manager
+            .get_connection()
+            .execute_unprepared("ALTER TABLE orders DROP COLUMN stored_at")
+            .await?;
         Ok(())
     }
 }

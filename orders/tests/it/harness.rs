@@ -11,7 +11,10 @@ use orders::entity::order;
 use orders::{App, Config};
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, EntityTrait as _};
 use serde_json::{Value, json};
-use shared_contracts::{Amount, Event as _, EventId, OrderId, PaymentOutcome, PaymentSettled, SPEC_VERSION, UserId, header};
+use shared_contracts::{
+    Amount, Event as _, EventId, OrderId, PaymentOutcome, PaymentSettled, SPEC_VERSION, UserId,
+    header,
+};
 use stack::http::{Answer, Http};
 use stack::testing::{Apart, TestBroker, TestDatabase, eventually};
 use uuid::Uuid;
@@ -45,7 +48,14 @@ impl Orders {
     pub(crate) async fn start_with(broker: TestBroker, arguments: &[&'static str]) -> Self {
         let database = TestDatabase::fresh().await.unwrap();
         let db = database.connect().await.unwrap();
-        let mut orders = Self { http: Http::new(""), db, broker, database, arguments: arguments.to_vec(), service: None };
+        let mut orders = Self {
+            http: Http::new(""),
+            db,
+            broker,
+            database,
+            arguments: arguments.to_vec(),
+            service: None,
+        };
         orders.run().await;
         orders
     }
@@ -60,8 +70,13 @@ impl Orders {
     pub(crate) async fn replica(&self) -> Apart {
         let service = self.replica_unready().await;
         let http = Http::new(format!("http://{}", service.address));
-        eventually("the service is ready", SOON, async || http.get("/readyz").await.ok().filter(|answer| answer.status == 200))
-            .await;
+        eventually("the service is ready", SOON, async || {
+            http.get("/readyz")
+                .await
+                .ok()
+                .filter(|answer| answer.status == 200)
+        })
+        .await;
         service
     }
 
@@ -94,7 +109,14 @@ impl Orders {
     }
 
     pub(crate) async fn place(&self, key: Option<&str>, user: &str, amount: i64) -> Answer {
-        self.http.post("/v1/orders", key, &json!({ "user_id": user, "amount": amount })).await.unwrap()
+        self.http
+            .post(
+                "/v1/orders",
+                key,
+                &json!({ "user_id": user, "amount": amount }),
+            )
+            .await
+            .unwrap()
     }
 
     /// A new order of alice for 10.
@@ -105,7 +127,11 @@ impl Orders {
     }
 
     pub(crate) async fn row(&self, id: OrderId) -> order::Model {
-        order::Entity::find_by_id(id.as_uuid()).one(&self.db).await.unwrap().unwrap()
+        order::Entity::find_by_id(id.as_uuid())
+            .one(&self.db)
+            .await
+            .unwrap()
+            .unwrap()
     }
 
     /// An order like this one that was stored an hour ago, with this for the time that the service took it for; its request
@@ -124,15 +150,28 @@ impl Orders {
     }
 
     pub(crate) async fn status(&self, id: OrderId) -> String {
-        self.http.get(&format!("/v1/orders/{id}")).await.unwrap().json()["status"].as_str().unwrap().to_owned()
+        self.http
+            .get(&format!("/v1/orders/{id}"))
+            .await
+            .unwrap()
+            .json()["status"]
+            .as_str()
+            .unwrap()
+            .to_owned()
     }
 
     pub(crate) async fn until_status(&self, id: OrderId, status: &str) {
-        eventually(status, SOON, async || (self.status(id).await == status).then_some(())).await;
+        eventually(status, SOON, async || {
+            (self.status(id).await == status).then_some(())
+        })
+        .await;
     }
 
     pub(crate) async fn until(&self, what: &str, sql: &str, number: i64) {
-        eventually(what, SOON, async || (self.count(sql).await == number).then_some(())).await;
+        eventually(what, SOON, async || {
+            (self.count(sql).await == number).then_some(())
+        })
+        .await;
     }
 
     /// Connected as the payments service, with its stream there.
@@ -148,13 +187,21 @@ impl Orders {
         broker.until_connected().await;
         let stream = topology::payments_stream(&TopologySettings::default());
         // Made by an earlier call, or now.
-        let (_, _) = topology::ensure_stream(broker.jetstream(), &stream).await.unwrap();
+        let (_, _) = topology::ensure_stream(broker.jetstream(), &stream)
+            .await
+            .unwrap();
         Payments(broker)
     }
 
     pub(crate) async fn count(&self, sql: &str) -> i64 {
         let statement = sea_orm::Statement::from_string(sea_orm::DbBackend::Postgres, sql);
-        self.db.query_one_raw(statement).await.unwrap().unwrap().try_get_by_index(0).unwrap()
+        self.db
+            .query_one_raw(statement)
+            .await
+            .unwrap()
+            .unwrap()
+            .try_get_by_index(0)
+            .unwrap()
     }
 }
 
@@ -174,14 +221,26 @@ pub(crate) struct Settlement {
 
 /// An answer for an order of alice for 10.
 pub(crate) fn settlement(order_id: OrderId, outcome: PaymentOutcome) -> Settlement {
-    let event = PaymentSettled { order_id, user_id: UserId::parse("alice").unwrap(), amount: Amount::new(10).unwrap(), outcome };
-    Settlement { event, event_id: EventId::mint() }
+    let event = PaymentSettled {
+        order_id,
+        user_id: UserId::parse("alice").unwrap(),
+        amount: Amount::new(10).unwrap(),
+        outcome,
+    };
+    Settlement {
+        event,
+        event_id: EventId::mint(),
+    }
 }
 
 impl Payments {
     /// Always under a new message id, so that the broker does not swallow a repetition.
     pub(crate) async fn publish(&self, settlement: &Settlement) {
-        self.publish_body(settlement, serde_json::to_string(&settlement.event).unwrap()).await;
+        self.publish_body(
+            settlement,
+            serde_json::to_string(&settlement.event).unwrap(),
+        )
+        .await;
     }
 
     /// The same with another body.
@@ -192,7 +251,15 @@ impl Payments {
         headers.insert(header::ID, settlement.event_id.to_string());
         headers.insert(header::TYPE, PaymentSettled::TYPE);
         headers.insert(header::SUBJECT, settlement.event.order_id.to_string());
-        let message = PublishMessage::build().headers(headers).payload(body.into());
-        self.0.jetstream().send_publish(PaymentSettled::SUBJECT, message).await.unwrap().await.unwrap();
+        let message = PublishMessage::build()
+            .headers(headers)
+            .payload(body.into());
+        self.0
+            .jetstream()
+            .send_publish(PaymentSettled::SUBJECT, message)
+            .await
+            .unwrap()
+            .await
+            .unwrap();
     }
 }

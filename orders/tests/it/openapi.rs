@@ -8,5 +8,8 @@ fn the_openapi_document_in_the_repository_is_current() {
         std::fs::write(path, &current).unwrap();
     }
     let stored = std::fs::read_to_string(path).unwrap_or_default();
-    assert!(stored == current, "orders/openapi.json is not what the code makes: run `just openapi` and look at the difference");
+    assert!(
+        stored == current,
+        "orders/openapi.json is not what the code makes: run `just openapi` and look at the difference"
+    );
 }

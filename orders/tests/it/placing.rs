@@ -10,14 +10,26 @@ use crate::harness::{Orders, id};
 async fn an_order_is_stored_with_the_fact_that_it_was_placed_and_published() {
     let orders = Orders::start().await;
     let body = json!({ "user_id": "alice", "amount": 1299, "description": "Книга, \"signed\"" });
-    let placed = orders.http.post("/v1/orders", Some("k"), &body).await.unwrap();
+    let placed = orders
+        .http
+        .post("/v1/orders", Some("k"), &body)
+        .await
+        .unwrap();
     assert_eq!(placed.status, 201, "{}", placed.text());
     let order = placed.json();
-    let expected = [("user_id", json!("alice")), ("amount", json!(1299)), ("status", json!("NEW")), ("reason", json!(null))];
+    let expected = [
+        ("user_id", json!("alice")),
+        ("amount", json!(1299)),
+        ("status", json!("NEW")),
+        ("reason", json!(null)),
+    ];
     for (field, value) in expected {
         assert_eq!(order[field], value, "{field}");
     }
-    assert_eq!((&order["description"], &order["updated_at"]), (&body["description"], &order["created_at"]));
+    assert_eq!(
+        (&order["description"], &order["updated_at"]),
+        (&body["description"], &order["created_at"])
+    );
     let location = placed.header("location").unwrap();
     assert_eq!(location, format!("/v1/orders/{}", id(&order)));
     assert_eq!(orders.http.get(location).await.unwrap().json(), order);
@@ -44,68 +56,149 @@ async fn the_same_key_gets_the_first_answer_and_other_content_is_refused() {
     let orders = Orders::start().await;
     let first = orders.place(Some("k"), "alice", 10).await;
     let payments = orders.payments().await;
-    let settled = crate::harness::settlement(id(&first.json()), shared_contracts::PaymentOutcome::Paid);
+    let settled =
+        crate::harness::settlement(id(&first.json()), shared_contracts::PaymentOutcome::Paid);
     payments.publish(&settled).await;
     orders.until_status(id(&first.json()), "FINISHED").await;
 
     let again = orders.place(Some("k"), "alice", 10).await;
-    assert_eq!((again.status, again.header("idempotency-replayed")), (201, Some("true")));
-    assert_eq!(again.body, first.body, "byte for byte, although it is finished by now");
+    assert_eq!(
+        (again.status, again.header("idempotency-replayed")),
+        (201, Some("true"))
+    );
+    assert_eq!(
+        again.body, first.body,
+        "byte for byte, although it is finished by now"
+    );
     assert_eq!(again.header("location"), first.header("location"));
     let other = orders.place(Some("k"), "alice", 11).await;
-    assert_eq!((other.status, &other.json()["code"]), (422, &json!("idempotency_key_reused")));
+    assert_eq!(
+        (other.status, &other.json()["code"]),
+        (422, &json!("idempotency_key_reused"))
+    );
 
-    assert_eq!(orders.place(Some("k"), "bob", 10).await.header("idempotency-replayed"), None, "a key is the user's own");
+    assert_eq!(
+        orders
+            .place(Some("k"), "bob", 10)
+            .await
+            .header("idempotency-replayed"),
+        None,
+        "a key is the user's own"
+    );
     assert_eq!(orders.count("SELECT count(*) FROM orders").await, 2);
-    assert_eq!(orders.count("SELECT count(*) FROM outbox WHERE subject = 'gozon.orders.placed' AND n = 0").await, 2);
+    assert_eq!(
+        orders
+            .count("SELECT count(*) FROM outbox WHERE subject = 'gozon.orders.placed' AND n = 0")
+            .await,
+        2
+    );
 }
 
 #[tokio::test]
 async fn f02_fifty_parallel_posts_with_one_key_on_two_replicas_make_one_order() {
     let orders = Orders::start().await;
     let second = orders.replica().await;
-    let doors = [orders.http.clone(), stack::http::Http::new(format!("http://{}", second.address))];
+    let doors = [
+        orders.http.clone(),
+        stack::http::Http::new(format!("http://{}", second.address)),
+    ];
     let body = json!({ "user_id": "alice", "amount": 10 });
     let posts = (0..50).map(|number| doors[number % 2].post("/v1/orders", Some("one"), &body));
-    let answers: Vec<_> = join_all(posts).await.into_iter().map(Result::unwrap).collect();
-    assert!(answers.iter().all(|answer| answer.status == 201 && answer.body == answers[0].body));
-    assert_eq!(answers.iter().filter(|answer| answer.header("idempotency-replayed").is_none()).count(), 1);
+    let answers: Vec<_> = join_all(posts)
+        .await
+        .into_iter()
+        .map(Result::unwrap)
+        .collect();
+    assert!(
+        answers
+            .iter()
+            .all(|answer| answer.status == 201 && answer.body == answers[0].body)
+    );
+    assert_eq!(
+        answers
+            .iter()
+            .filter(|answer| answer.header("idempotency-replayed").is_none())
+            .count(),
+        1
+    );
     assert_eq!(orders.count("SELECT count(*) FROM orders").await, 1);
-    assert_eq!(orders.count("SELECT count(*) FROM outbox WHERE n = 0").await, 1);
+    assert_eq!(
+        orders
+            .count("SELECT count(*) FROM outbox WHERE n = 0")
+            .await,
+        1
+    );
     second.stop().await.unwrap();
 }
 
 #[tokio::test]
 async fn requests_that_queue_while_a_transaction_runs_are_all_answered() {
     let orders = Orders::start().await;
-    let holder = orders.database.connect().await.unwrap().begin().await.unwrap();
-    holder.execute_unprepared("LOCK TABLE orders IN SHARE MODE").await.unwrap();
+    let holder = orders
+        .database
+        .connect()
+        .await
+        .unwrap()
+        .begin()
+        .await
+        .unwrap();
+    holder
+        .execute_unprepared("LOCK TABLE orders IN SHARE MODE")
+        .await
+        .unwrap();
     let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()";
     let plug = orders.place(Some("plug"), "alice", 1);
     let group = async {
-        orders.until("the first transaction waits", waiting, 1).await;
+        orders
+            .until("the first transaction waits", waiting, 1)
+            .await;
         let twins = (0..10).map(|_| orders.place(Some("twin"), "alice", 10));
         let others = (0..30).map(|_| orders.place(None, "bob", 10));
-        let (twins, impostor, others, ()) =
-            tokio::join!(join_all(twins), orders.place(Some("plug"), "alice", 2), join_all(others), async {
-                holder.rollback().await.unwrap()
-            });
-        assert!(twins.iter().all(|twin| twin.status == 201 && twin.body == twins[0].body), "all twins get the answer");
-        assert_eq!(twins.iter().filter(|twin| twin.header("idempotency-replayed").is_none()).count(), 1);
-        assert_eq!(impostor.json()["code"], "idempotency_key_reused", "one bad request does not hurt the others");
+        let (twins, impostor, others, ()) = tokio::join!(
+            join_all(twins),
+            orders.place(Some("plug"), "alice", 2),
+            join_all(others),
+            async { holder.rollback().await.unwrap() }
+        );
+        assert!(
+            twins
+                .iter()
+                .all(|twin| twin.status == 201 && twin.body == twins[0].body),
+            "all twins get the answer"
+        );
+        assert_eq!(
+            twins
+                .iter()
+                .filter(|twin| twin.header("idempotency-replayed").is_none())
+                .count(),
+            1
+        );
+        assert_eq!(
+            impostor.json()["code"],
+            "idempotency_key_reused",
+            "one bad request does not hurt the others"
+        );
         assert!(others.iter().all(|other| other.status == 201));
     };
     let (plug, ()) = tokio::join!(plug, group);
     assert_eq!(plug.status, 201);
     assert_eq!(orders.count("SELECT count(*) FROM orders").await, 32);
-    assert_eq!(orders.count("SELECT count(*) FROM outbox WHERE n = 0").await, 32);
+    assert_eq!(
+        orders
+            .count("SELECT count(*) FROM outbox WHERE n = 0")
+            .await,
+        32
+    );
 }
 
 #[tokio::test]
 async fn nobody_was_turned_away_is_said_and_not_left_out() {
     let orders = Orders::start().await;
     let page = orders.http.get("/metrics").await.unwrap().text();
-    assert!(page.contains("gozon_http_refused_total{reason=\"orders_queue\"} "), "{page}");
+    assert!(
+        page.contains("gozon_http_refused_total{reason=\"orders_queue\"} "),
+        "{page}"
+    );
 }
 
 #[tokio::test]
@@ -124,11 +217,25 @@ async fn an_order_that_the_database_refuses_every_time_does_not_hurt_its_group()
         )
         .await
         .unwrap();
-    let users = (0..40).map(|number| if number % 10 == 7 { "guilty" } else { "innocent" });
+    let users = (0..40).map(|number| {
+        if number % 10 == 7 {
+            "guilty"
+        } else {
+            "innocent"
+        }
+    });
     let answers = join_all(users.clone().map(|user| orders.place(None, user, 10))).await;
     for (user, answer) in users.zip(answers) {
-        assert_eq!(answer.status, if user == "guilty" { 500 } else { 201 }, "{}", answer.text());
-        assert!(!answer.text().contains("guilty one"), "no innards in an answer");
+        assert_eq!(
+            answer.status,
+            if user == "guilty" { 500 } else { 201 },
+            "{}",
+            answer.text()
+        );
+        assert!(
+            !answer.text().contains("guilty one"),
+            "no innards in an answer"
+        );
     }
     assert_eq!(orders.count("SELECT count(*) FROM orders").await, 36);
 }
@@ -137,12 +244,40 @@ async fn an_order_that_the_database_refuses_every_time_does_not_hurt_its_group()
 async fn bad_input_is_refused_with_what_to_do_and_nothing_is_stored() {
     let orders = Orders::start().await;
     let good = json!({ "user_id": "alice", "amount": 10, "description": "" });
-    let mut cases: Vec<(Value, &str)> =
-        vec![(json!([]), ""), (json!({ "amount": 1 }), "/user_id"), (json!({ "user_id": "a" }), "/amount")];
+    let mut cases: Vec<(Value, &str)> = vec![
+        (json!([]), ""),
+        (json!({ "amount": 1 }), "/user_id"),
+        (json!({ "user_id": "a" }), "/amount"),
+    ];
     for (pointer, values) in [
-        ("/user_id", vec![json!(""), json!("a b"), json!(7), json!(null), json!("x".repeat(65)), json!(".."), json!(".")]),
-        ("/amount", vec![json!(0), json!(-1), json!(1.5), json!("1"), json!(1_000_000_000_001_i64), json!(null), json!([1])]),
-        ("/description", vec![json!("\0"), json!("x".repeat(501)), json!(1), json!(null)]),
+        (
+            "/user_id",
+            vec![
+                json!(""),
+                json!("a b"),
+                json!(7),
+                json!(null),
+                json!("x".repeat(65)),
+                json!(".."),
+                json!("."),
+            ],
+        ),
+        (
+            "/amount",
+            vec![
+                json!(0),
+                json!(-1),
+                json!(1.5),
+                json!("1"),
+                json!(1_000_000_000_001_i64),
+                json!(null),
+                json!([1]),
+            ],
+        ),
+        (
+            "/description",
+            vec![json!("\0"), json!("x".repeat(501)), json!(1), json!(null)],
+        ),
         ("/status", vec![json!("FINISHED")]),
         ("/id", vec![json!("01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11")]),
     ] {
@@ -154,40 +289,124 @@ async fn bad_input_is_refused_with_what_to_do_and_nothing_is_stored() {
     }
     for (body, pointer) in cases {
         let answer = orders.http.post("/v1/orders", None, &body).await.unwrap();
-        assert_eq!((answer.status, &answer.json()["code"]), (422, &json!("validation_failed")), "{body}");
+        assert_eq!(
+            (answer.status, &answer.json()["code"]),
+            (422, &json!("validation_failed")),
+            "{body}"
+        );
         assert_eq!(answer.json()["errors"][0]["pointer"], pointer, "{body}");
     }
     let long = "ж".repeat(500);
-    let longest =
-        orders.http.post("/v1/orders", None, &json!({ "user_id": "a", "amount": 1, "description": long })).await.unwrap();
-    assert_eq!(longest.status, 201, "500 characters are fine, whatever their bytes");
+    let longest = orders
+        .http
+        .post(
+            "/v1/orders",
+            None,
+            &json!({ "user_id": "a", "amount": 1, "description": long }),
+        )
+        .await
+        .unwrap();
+    assert_eq!(
+        longest.status, 201,
+        "500 characters are fine, whatever their bytes"
+    );
 
     for (headers, body, status) in [
-        (vec![("content-type", "application/json")], r#"{"user_id":"a","amount":1e3}"#.to_owned(), 422),
-        (vec![("content-type", "application/json")], "{".to_owned(), 400),
+        (
+            vec![("content-type", "application/json")],
+            r#"{"user_id":"a","amount":1e3}"#.to_owned(),
+            422,
+        ),
+        (
+            vec![("content-type", "application/json")],
+            "{".to_owned(),
+            400,
+        ),
         (vec![("content-type", "text/plain")], good.to_string(), 415),
-        (vec![("content-type", "application/json"), ("idempotency-key", "\"open")], good.to_string(), 400),
-        (vec![("content-type", "application/json")], format!("{{\"description\":\"{}\"}}", "x".repeat(20_000)), 413),
+        (
+            vec![
+                ("content-type", "application/json"),
+                ("idempotency-key", "\"open"),
+            ],
+            good.to_string(),
+            400,
+        ),
+        (
+            vec![("content-type", "application/json")],
+            format!("{{\"description\":\"{}\"}}", "x".repeat(20_000)),
+            413,
+        ),
     ] {
-        let answer = orders.http.request("POST", "/v1/orders", &headers, body.into()).await.unwrap();
+        let answer = orders
+            .http
+            .request("POST", "/v1/orders", &headers, body.into())
+            .await
+            .unwrap();
         assert_eq!(answer.status, status, "{}", answer.text());
-        assert_eq!(answer.header("content-type"), Some("application/problem+json"));
+        assert_eq!(
+            answer.header("content-type"),
+            Some("application/problem+json")
+        );
     }
-    for path in ["/v1/orders/7", "/v1/orders/01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11"] {
-        assert_eq!(orders.http.get(path).await.unwrap().json()["code"], "order_not_found", "{path}");
+    for path in [
+        "/v1/orders/7",
+        "/v1/orders/01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11",
+    ] {
+        assert_eq!(
+            orders.http.get(path).await.unwrap().json()["code"],
+            "order_not_found",
+            "{path}"
+        );
     }
-    for query in ["limit=0", "limit=101", "limit=x", "status=new", "cursor=x", "user_id=a%20b", "statsu=NEW", "limit=1&limit=2"] {
-        let answer = orders.http.get(&format!("/v1/orders?{query}")).await.unwrap();
+    for query in [
+        "limit=0",
+        "limit=101",
+        "limit=x",
+        "status=new",
+        "cursor=x",
+        "user_id=a%20b",
+        "statsu=NEW",
+        "limit=1&limit=2",
+    ] {
+        let answer = orders
+            .http
+            .get(&format!("/v1/orders?{query}"))
+            .await
+            .unwrap();
         assert_eq!(answer.status, 422, "{query}");
-        assert_eq!(answer.json()["errors"][0]["pointer"], query.split('=').next().unwrap(), "{query}");
+        assert_eq!(
+            answer.json()["errors"][0]["pointer"],
+            query.split('=').next().unwrap(),
+            "{query}"
+        );
     }
     let id = longest.json()["id"].as_str().unwrap().to_owned();
-    for path in ["/v1/orders", &format!("/v1/orders/{id}"), &format!("/v1/orders/{id}/timeline"), "/v1/ops/flow"] {
-        let answer = orders.http.get(&format!("{path}?surprise=1")).await.unwrap();
-        assert_eq!((answer.status, &answer.json()["errors"][0]["pointer"]), (422, &json!("surprise")), "{path}");
+    for path in [
+        "/v1/orders",
+        &format!("/v1/orders/{id}"),
+        &format!("/v1/orders/{id}/timeline"),
+        "/v1/ops/flow",
+    ] {
+        let answer = orders
+            .http
+            .get(&format!("{path}?surprise=1"))
+            .await
+            .unwrap();
+        assert_eq!(
+            (answer.status, &answer.json()["errors"][0]["pointer"]),
+            (422, &json!("surprise")),
+            "{path}"
+        );
     }
-    let answer = orders.http.post("/v1/orders?surprise=1", None, &good).await.unwrap();
-    assert_eq!((answer.status, &answer.json()["errors"][0]["pointer"]), (422, &json!("surprise")));
+    let answer = orders
+        .http
+        .post("/v1/orders?surprise=1", None, &good)
+        .await
+        .unwrap();
+    assert_eq!(
+        (answer.status, &answer.json()["errors"][0]["pointer"]),
+        (422, &json!("surprise"))
+    );
     assert_eq!(orders.count("SELECT count(*) FROM orders").await, 1);
 }
 
@@ -203,7 +422,12 @@ async fn a_list_is_newest_first_by_pages_that_new_orders_do_not_disturb() {
     let mut seen = Vec::new();
     let mut cursor = String::new();
     loop {
-        let page = orders.http.get(&format!("/v1/orders?user_id=alice&limit=3{cursor}")).await.unwrap().json();
+        let page = orders
+            .http
+            .get(&format!("/v1/orders?user_id=alice&limit=3{cursor}"))
+            .await
+            .unwrap()
+            .json();
         seen.extend(page["items"].as_array().unwrap().iter().map(id));
         orders.place(None, "alice", 1).await;
         match page["next_cursor"].as_str() {
@@ -214,7 +438,15 @@ async fn a_list_is_newest_first_by_pages_that_new_orders_do_not_disturb() {
     assert_eq!(seen, of_alice);
 
     let number = async |query: &str| {
-        orders.http.get(&format!("/v1/orders{query}")).await.unwrap().json()["items"].as_array().unwrap().len()
+        orders
+            .http
+            .get(&format!("/v1/orders{query}"))
+            .await
+            .unwrap()
+            .json()["items"]
+            .as_array()
+            .unwrap()
+            .len()
     };
     assert_eq!(number("").await, 17, "without a user, all users'");
     assert_eq!(number("?user_id=bob&status=NEW").await, 7);

@@ -11,23 +11,42 @@ async fn an_order_without_an_answer_is_asked_for_again_under_new_numbers() {
     let orders = Orders::start_with_arguments(&["--ask-again-ms=200"]).await;
     let id = orders.placed().await;
     let published = "SELECT count(*) FROM outbox WHERE n = 5 AND published_at IS NOT NULL";
-    orders.until("it is asked for a fifth time", published, 1).await;
+    orders
+        .until("it is asked for a fifth time", published, 1)
+        .await;
 
     let row = orders.row(id).await;
     assert!(row.asks >= 5 && row.asked_at.is_some());
-    let requests = format!("SELECT count(*) FROM outbox WHERE event_id = '{}' AND n <= 5", row.placed_event_id);
+    let requests = format!(
+        "SELECT count(*) FROM outbox WHERE event_id = '{}' AND n <= 5",
+        row.placed_event_id
+    );
     assert_eq!(orders.count(&requests).await, 6, "one fact, said six times");
-    let stored =
-        format!("SELECT count(DISTINCT stream_sequence) FROM outbox WHERE event_id = '{}' AND n <= 5", row.placed_event_id);
-    assert_eq!(orders.count(&stored).await, 6, "the broker swallowed none of them");
+    let stored = format!(
+        "SELECT count(DISTINCT stream_sequence) FROM outbox WHERE event_id = '{}' AND n <= 5",
+        row.placed_event_id
+    );
+    assert_eq!(
+        orders.count(&stored).await,
+        6,
+        "the broker swallowed none of them"
+    );
     let numbered = "SELECT count(*) FROM outbox WHERE n > 0 AND headers::jsonb ->> 'Gozon-Ask' = n::text AND n <= 5";
     assert_eq!(orders.count(numbered).await, 5);
     let waits =
         "SELECT count(*) FROM outbox later JOIN outbox earlier ON later.event_id = earlier.event_id AND later.n = earlier.n + 1
                  WHERE later.created_at < earlier.published_at + make_interval(secs => 0.2 * power(2, earlier.n))";
-    assert_eq!(orders.count(waits).await, 0, "each time after twice as long");
+    assert_eq!(
+        orders.count(waits).await,
+        0,
+        "each time after twice as long"
+    );
 
-    orders.payments().await.publish(&settlement(id, PaymentOutcome::Paid)).await;
+    orders
+        .payments()
+        .await
+        .publish(&settlement(id, PaymentOutcome::Paid))
+        .await;
     orders.until_status(id, "FINISHED").await;
 }
 
@@ -35,26 +54,40 @@ async fn an_order_without_an_answer_is_asked_for_again_under_new_numbers() {
 async fn a_final_order_is_not_asked_for_again() {
     let orders = Orders::start_with_arguments(&["--ask-again-ms=200"]).await;
     let (done, open) = (orders.placed().await, orders.placed().await);
-    orders.payments().await.publish(&settlement(done, PaymentOutcome::Paid)).await;
+    orders
+        .payments()
+        .await
+        .publish(&settlement(done, PaymentOutcome::Paid))
+        .await;
     orders.until_status(done, "FINISHED").await;
     let asks = orders.row(done).await.asks;
-    eventually("the other one is asked for again and again", SOON, async || {
-        (orders.row(open).await.asks >= asks + 2).then_some(())
-    })
+    eventually(
+        "the other one is asked for again and again",
+        SOON,
+        async || (orders.row(open).await.asks >= asks + 2).then_some(()),
+    )
     .await;
     assert_eq!(orders.row(done).await.asks, asks);
 }
 
 #[tokio::test]
 async fn nothing_is_asked_again_while_the_first_request_waits_for_the_broker() {
-    let mut orders = Orders::start_with(TestBroker::stopped().unwrap(), &["--ask-again-ms=200"]).await;
+    let mut orders =
+        Orders::start_with(TestBroker::stopped().unwrap(), &["--ask-again-ms=200"]).await;
     let id = orders.placed().await;
     let waits = "SELECT count(*) FROM outbox WHERE published_at IS NULL AND created_at < now() - interval '3 seconds'";
-    orders.until("the request has waited for long", waits, 1).await;
+    orders
+        .until("the request has waited for long", waits, 1)
+        .await;
     assert_eq!(orders.row(id).await.asks, 0, "more requests would not help");
 
     orders.broker.up().await.unwrap();
-    eventually("it is asked for again once it was published", SOON, async || (orders.row(id).await.asks > 0).then_some(())).await;
+    eventually(
+        "it is asked for again once it was published",
+        SOON,
+        async || (orders.row(id).await.asks > 0).then_some(()),
+    )
+    .await;
 }
 
 #[tokio::test]
@@ -64,10 +97,18 @@ async fn when_the_broker_comes_back_empty_every_new_order_is_due_at_once() {
     for _ in 0..5 {
         orders.placed().await;
     }
-    orders.until("all are published", "SELECT count(*) FROM outbox WHERE n = 0 AND published_at IS NOT NULL", 5).await;
+    orders
+        .until(
+            "all are published",
+            "SELECT count(*) FROM outbox WHERE n = 0 AND published_at IS NOT NULL",
+            5,
+        )
+        .await;
     orders.broker.kill().await.unwrap();
     orders.broker.wipe().unwrap();
-    let wiped_at = orders.count("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint").await;
+    let wiped_at = orders
+        .count("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
+        .await;
     orders.broker.up().await.unwrap();
     let published = format!(
         "SELECT count(DISTINCT o.id) FROM orders o JOIN outbox b ON b.event_id = o.placed_event_id
@@ -81,7 +122,13 @@ async fn what_was_published_before_everything_was_there_is_not_taken_for_lost() 
     // With the default of 30 s, and without payments' stream: orders cannot make its consumer yet.
     let orders = Orders::start_with(TestBroker::start().await.unwrap(), &[]).await;
     let early = orders.placed().await;
-    orders.until("its request is published", "SELECT count(*) FROM outbox WHERE published_at IS NOT NULL", 1).await;
+    orders
+        .until(
+            "its request is published",
+            "SELECT count(*) FROM outbox WHERE published_at IS NOT NULL",
+            1,
+        )
+        .await;
     orders.payments().await;
     eventually("the consumer is there", SOON, async || {
         let health = orders.http.get("/readyz?verbose").await.ok()?.text();
@@ -91,8 +138,10 @@ async fn what_was_published_before_everything_was_there_is_not_taken_for_lost() 
     // The look that finds the second of these began when the consumer's word was out.
     for _ in 0..2 {
         let forgotten = orders.forgotten(early, "now() - interval '1 hour'").await;
-        eventually("a forgotten order is asked for again", SOON, async || (orders.row(forgotten).await.asks > 0).then_some(()))
-            .await;
+        eventually("a forgotten order is asked for again", SOON, async || {
+            (orders.row(forgotten).await.asks > 0).then_some(())
+        })
+        .await;
     }
     assert_eq!(orders.row(early).await.asks, 0);
 }
@@ -102,9 +151,15 @@ async fn f43_an_order_that_a_clock_far_ahead_has_dated_is_asked_for_again_and_it
     let orders = Orders::start().await;
     let id = orders.placed().await;
     let ahead = orders.forgotten(id, "now() + interval '30 days'").await;
-    eventually("it is asked for again", SOON, async || (orders.row(ahead).await.asks > 0).then_some(())).await;
+    eventually("it is asked for again", SOON, async || {
+        (orders.row(ahead).await.asks > 0).then_some(())
+    })
+    .await;
     let metrics = orders.http.get("/metrics").await.unwrap().text();
-    let age = metrics.lines().find_map(|line| line.strip_prefix("gozon_oldest_new_order_age_seconds ")).unwrap();
+    let age = metrics
+        .lines()
+        .find_map(|line| line.strip_prefix("gozon_oldest_new_order_age_seconds "))
+        .unwrap();
     assert!(age.parse::<f64>().unwrap() >= 0.0, "{age}");
 }
 
@@ -115,8 +170,16 @@ async fn f19_a_request_that_the_broker_never_takes_keeps_no_other_order_from_bei
                      VALUES (gen_random_uuid(), 'gozon.orders.placed', '{}', repeat('x', 2000000), 9, now() - interval '1 hour')";
     orders.db.execute_unprepared(too_large).await.unwrap();
     let id = orders.placed().await;
-    eventually("another one is asked for again", SOON, async || (orders.row(id).await.asks > 0).then_some(())).await;
-    assert_eq!(orders.count("SELECT count(*) FROM outbox WHERE published_at IS NULL AND attempts >= 9").await, 1);
+    eventually("another one is asked for again", SOON, async || {
+        (orders.row(id).await.asks > 0).then_some(())
+    })
+    .await;
+    assert_eq!(
+        orders
+            .count("SELECT count(*) FROM outbox WHERE published_at IS NULL AND attempts >= 9")
+            .await,
+        1
+    );
 }
 
 #[tokio::test]
@@ -126,7 +189,13 @@ async fn two_replicas_ask_no_more_often_than_one() {
     for _ in 0..20 {
         orders.placed().await;
     }
-    orders.until("all are asked for twice", "SELECT count(*) FROM outbox WHERE n = 2", 20).await;
+    orders
+        .until(
+            "all are asked for twice",
+            "SELECT count(*) FROM outbox WHERE n = 2",
+            20,
+        )
+        .await;
     let early =
         "SELECT count(*) FROM outbox later JOIN outbox earlier ON later.event_id = earlier.event_id AND later.n = earlier.n + 1
                  WHERE earlier.n > 0 AND later.created_at < earlier.published_at + make_interval(secs => 0.2 * power(2, earlier.n))";
@@ -138,14 +207,31 @@ async fn two_replicas_ask_no_more_often_than_one() {
 async fn old_rows_are_pruned_and_an_order_that_is_still_new_is_asked_for_all_the_same() {
     let orders = Orders::start_with_arguments(&["--keep-seconds=1", "--ask-again-ms=200"]).await;
     let (done, open) = (orders.placed().await, orders.placed().await);
-    orders.payments().await.publish(&settlement(done, PaymentOutcome::Paid)).await;
+    orders
+        .payments()
+        .await
+        .publish(&settlement(done, PaymentOutcome::Paid))
+        .await;
     orders.until_status(done, "FINISHED").await;
-    orders.until("the inbox is pruned", "SELECT count(*) FROM inbox", 0).await;
-    let first = format!("SELECT count(*) FROM outbox WHERE event_id = '{}' AND n = 0", orders.row(open).await.placed_event_id);
+    orders
+        .until("the inbox is pruned", "SELECT count(*) FROM inbox", 0)
+        .await;
+    let first = format!(
+        "SELECT count(*) FROM outbox WHERE event_id = '{}' AND n = 0",
+        orders.row(open).await.placed_event_id
+    );
     orders.until("the first request is pruned", &first, 0).await;
-    let any = format!("SELECT count(*) FROM outbox WHERE event_id = '{}'", orders.row(open).await.placed_event_id);
-    orders.until("its last request is pruned too", &any, 0).await;
+    let any = format!(
+        "SELECT count(*) FROM outbox WHERE event_id = '{}'",
+        orders.row(open).await.placed_event_id
+    );
+    orders
+        .until("its last request is pruned too", &any, 0)
+        .await;
     let asks = orders.row(open).await.asks;
-    eventually("it is asked for again", SOON, async || (orders.row(open).await.asks > asks).then_some(())).await;
+    eventually("it is asked for again", SOON, async || {
+        (orders.row(open).await.asks > asks).then_some(())
+    })
+    .await;
     assert_eq!(orders.status(done).await, "FINISHED");
 }

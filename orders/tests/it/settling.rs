@@ -11,7 +11,9 @@ use stack::testing::eventually;
 use crate::harness::{Orders, SOON, settlement};
 
 const PAID: PaymentOutcome = PaymentOutcome::Paid;
-const DECLINED: PaymentOutcome = PaymentOutcome::Declined { reason: DeclineReason::InsufficientFunds };
+const DECLINED: PaymentOutcome = PaymentOutcome::Declined {
+    reason: DeclineReason::InsufficientFunds,
+};
 
 #[tokio::test]
 async fn an_order_ends_as_payments_decided_and_says_so() {
@@ -23,8 +25,14 @@ async fn an_order_ends_as_payments_decided_and_says_so() {
     orders.until_status(paid, "FINISHED").await;
     orders.until_status(declined, "CANCELLED").await;
 
-    assert_eq!(orders.row(declined).await.reason.as_deref(), Some("insufficient_funds"));
-    for (id, subject) in [(paid, "gozon.orders.finished"), (declined, "gozon.orders.cancelled")] {
+    assert_eq!(
+        orders.row(declined).await.reason.as_deref(),
+        Some("insufficient_funds")
+    );
+    for (id, subject) in [
+        (paid, "gozon.orders.finished"),
+        (declined, "gozon.orders.cancelled"),
+    ] {
         let published = format!(
             "SELECT count(*) FROM outbox WHERE subject = '{subject}' AND payload LIKE '%{id}%' AND published_at IS NOT NULL"
         );
@@ -48,9 +56,20 @@ async fn a_repeated_answer_changes_nothing_and_publishes_nothing() {
 
     payments.publish(&answer).await;
     payments.publish(&settlement(id, PAID)).await;
-    orders.until("both were taken", "SELECT count(*) + sum(repeats)::bigint FROM inbox", 3).await;
+    orders
+        .until(
+            "both were taken",
+            "SELECT count(*) + sum(repeats)::bigint FROM inbox",
+            3,
+        )
+        .await;
     assert_eq!(orders.row(id).await, before);
-    assert_eq!(orders.count("SELECT count(*) FROM outbox WHERE n = 0").await, 2);
+    assert_eq!(
+        orders
+            .count("SELECT count(*) FROM outbox WHERE n = 0")
+            .await,
+        2
+    );
     assert_eq!(orders.count("SELECT count(*) FROM dead_letters").await, 0);
 }
 
@@ -60,16 +79,42 @@ async fn f32_ten_copies_of_every_answer_in_any_order_end_each_order_once() {
     let payments = orders.payments().await;
     let mut answers = Vec::new();
     for number in 0..20 {
-        answers.push(settlement(orders.placed().await, if number % 2 == 0 { PAID } else { DECLINED }));
+        answers.push(settlement(
+            orders.placed().await,
+            if number % 2 == 0 { PAID } else { DECLINED },
+        ));
     }
     // Seven and two hundred have no divisor in common: every copy comes up once, far from its siblings.
     for step in 0..200 {
         payments.publish(&answers[step * 7 % 200 % 20]).await;
     }
-    orders.until("all copies were taken", "SELECT count(*) + coalesce(sum(repeats), 0)::bigint FROM inbox", 200).await;
-    for (status, subject) in [("FINISHED", "gozon.orders.finished"), ("CANCELLED", "gozon.orders.cancelled")] {
-        assert_eq!(orders.count(&format!("SELECT count(*) FROM orders WHERE status = '{status}'")).await, 10);
-        assert_eq!(orders.count(&format!("SELECT count(*) FROM outbox WHERE subject = '{subject}'")).await, 10);
+    orders
+        .until(
+            "all copies were taken",
+            "SELECT count(*) + coalesce(sum(repeats), 0)::bigint FROM inbox",
+            200,
+        )
+        .await;
+    for (status, subject) in [
+        ("FINISHED", "gozon.orders.finished"),
+        ("CANCELLED", "gozon.orders.cancelled"),
+    ] {
+        assert_eq!(
+            orders
+                .count(&format!(
+                    "SELECT count(*) FROM orders WHERE status = '{status}'"
+                ))
+                .await,
+            10
+        );
+        assert_eq!(
+            orders
+                .count(&format!(
+                    "SELECT count(*) FROM outbox WHERE subject = '{subject}'"
+                ))
+                .await,
+            10
+        );
     }
     assert_eq!(orders.count("SELECT count(*) FROM dead_letters").await, 0);
 }
@@ -91,16 +136,31 @@ async fn f33_an_answer_that_contradicts_is_quarantined_and_changes_nothing() {
     for answer in [&late, &unknown, &dearer, &another] {
         payments.publish(answer).await;
     }
-    orders.until("all are quarantined", "SELECT count(*) FROM dead_letters WHERE kind = 'quarantine'", 4).await;
+    orders
+        .until(
+            "all are quarantined",
+            "SELECT count(*) FROM dead_letters WHERE kind = 'quarantine'",
+            4,
+        )
+        .await;
     let letters = dead_letter::Entity::find().all(&orders.db).await.unwrap();
-    for (answer, cause) in
-        [(&late, "too late"), (&unknown, "not known"), (&dearer, "another user or amount"), (&another, "another user or amount")]
-    {
-        let letter = letters.iter().find(|letter| letter.event_id == Some(answer.event_id.as_uuid())).unwrap();
+    for (answer, cause) in [
+        (&late, "too late"),
+        (&unknown, "not known"),
+        (&dearer, "another user or amount"),
+        (&another, "another user or amount"),
+    ] {
+        let letter = letters
+            .iter()
+            .find(|letter| letter.event_id == Some(answer.event_id.as_uuid()))
+            .unwrap();
         assert!(letter.cause.contains(cause), "{}", letter.cause);
         assert_eq!(letter.order_id, Some(answer.event.order_id.as_uuid()));
     }
-    assert_eq!((orders.status(finished).await, orders.status(new).await), ("FINISHED".to_owned(), "NEW".to_owned()));
+    assert_eq!(
+        (orders.status(finished).await, orders.status(new).await),
+        ("FINISHED".to_owned(), "NEW".to_owned())
+    );
 }
 
 #[tokio::test]
@@ -108,7 +168,10 @@ async fn a_final_order_cannot_be_changed_and_no_order_deleted() {
     let orders = Orders::start().await;
     let id = orders.placed().await;
     let refused = async |statement: &str| orders.db.execute_unprepared(statement).await.is_err();
-    assert!(refused("UPDATE orders SET amount = 1").await, "what was ordered never changes");
+    assert!(
+        refused("UPDATE orders SET amount = 1").await,
+        "what was ordered never changes"
+    );
     orders.payments().await.publish(&settlement(id, PAID)).await;
     orders.until_status(id, "FINISHED").await;
     for statement in [
@@ -126,7 +189,10 @@ async fn who_waits_is_answered_when_the_order_is_final_whichever_replica_ended_i
     let mut orders = Orders::start().await;
     let payments = orders.payments().await;
     let second = orders.replica().await;
-    let doors = [orders.http.clone(), stack::http::Http::new(format!("http://{}", second.address))];
+    let doors = [
+        orders.http.clone(),
+        stack::http::Http::new(format!("http://{}", second.address)),
+    ];
     for door in &doors {
         // One of the two replicas takes the answer; each door is asked, so both ways are seen.
         for _ in 0..4 {
@@ -142,10 +208,26 @@ async fn who_waits_is_answered_when_the_order_is_final_whichever_replica_ended_i
     }
     let id = orders.placed().await;
     let begun = Instant::now();
-    let answer = orders.http.get(&format!("/v1/orders/{id}?wait=1")).await.unwrap();
-    assert_eq!((answer.status, &answer.json()["status"]), (200, &serde_json::json!("NEW")), "nobody decided it");
+    let answer = orders
+        .http
+        .get(&format!("/v1/orders/{id}?wait=1"))
+        .await
+        .unwrap();
+    assert_eq!(
+        (answer.status, &answer.json()["status"]),
+        (200, &serde_json::json!("NEW")),
+        "nobody decided it"
+    );
     assert!(begun.elapsed() >= Duration::from_secs(1));
-    assert_eq!(orders.http.get(&format!("/v1/orders/{id}?wait=31")).await.unwrap().status, 422);
+    assert_eq!(
+        orders
+            .http
+            .get(&format!("/v1/orders/{id}?wait=31"))
+            .await
+            .unwrap()
+            .status,
+        422
+    );
     second.stop().await.unwrap();
     orders.stop().await;
 }
@@ -156,7 +238,10 @@ async fn a_crash_before_the_commit_leaves_nothing_and_the_order_ends_after() {
     let payments = orders.payments().await;
     let id = orders.placed().await;
     let holder = sea_orm::TransactionTrait::begin(&orders.db).await.unwrap();
-    holder.execute_unprepared("SELECT 1 FROM orders FOR UPDATE").await.unwrap();
+    holder
+        .execute_unprepared("SELECT 1 FROM orders FOR UPDATE")
+        .await
+        .unwrap();
     payments.publish(&settlement(id, PAID)).await;
     let looker = orders.database.connect().await.unwrap();
     eventually("the service waits for the order", SOON, async || {
@@ -170,7 +255,13 @@ async fn a_crash_before_the_commit_leaves_nothing_and_the_order_ends_after() {
 
     orders.run().await;
     orders.until_status(id, "FINISHED").await;
-    orders.until("it is told once", "SELECT count(*) FROM outbox WHERE subject = 'gozon.orders.finished'", 1).await;
+    orders
+        .until(
+            "it is told once",
+            "SELECT count(*) FROM outbox WHERE subject = 'gozon.orders.finished'",
+            1,
+        )
+        .await;
 }
 
 #[tokio::test]
@@ -179,16 +270,42 @@ async fn f38_poison_that_no_text_column_takes_or_that_is_very_large_keeps_its_re
     let payments = orders.payments().await;
     for outcome in [r"pa\u0000id".to_owned(), "x".repeat(60_000)] {
         let id = orders.placed().await;
-        let body = format!(r#"{{"order_id":"{id}","user_id":"alice","amount":10,"outcome":"{outcome}"}}"#);
-        payments.publish_body(&settlement(id, PaymentOutcome::Paid), body.clone()).await;
+        let body =
+            format!(r#"{{"order_id":"{id}","user_id":"alice","amount":10,"outcome":"{outcome}"}}"#);
+        payments
+            .publish_body(&settlement(id, PaymentOutcome::Paid), body.clone())
+            .await;
         let letter = eventually("it is a dead letter", SOON, async || {
             let letters = dead_letter::Entity::find().all(&orders.db).await.unwrap();
-            letters.into_iter().find(|letter| letter.payload == body.as_bytes())
+            letters
+                .into_iter()
+                .find(|letter| letter.payload == body.as_bytes())
         })
         .await;
-        assert!(letter.kind == "poison" && letter.cause.contains("unknown variant"), "{}", letter.cause);
-        assert!(letter.cause.chars().count() <= 1000 && !letter.cause.contains('\0'), "{}", letter.cause);
-        let again = orders.http.post(&format!("/v1/ops/dead-letters/{}/replay", letter.id), None, &json!({})).await.unwrap();
-        assert_eq!((again.status, again.json()["outcome"].as_str()), (200, Some("poison")), "{}", again.text());
+        assert!(
+            letter.kind == "poison" && letter.cause.contains("unknown variant"),
+            "{}",
+            letter.cause
+        );
+        assert!(
+            letter.cause.chars().count() <= 1000 && !letter.cause.contains('\0'),
+            "{}",
+            letter.cause
+        );
+        let again = orders
+            .http
+            .post(
+                &format!("/v1/ops/dead-letters/{}/replay", letter.id),
+                None,
+                &json!({}),
+            )
+            .await
+            .unwrap();
+        assert_eq!(
+            (again.status, again.json()["outcome"].as_str()),
+            (200, Some("poison")),
+            "{}",
+            again.text()
+        );
     }
 }

@@ -15,11 +15,27 @@ async fn orders_are_taken_while_the_broker_is_away_and_published_when_it_comes()
     assert_eq!(placed.status, 201, "{}", placed.text());
     let health = orders.http.get("/readyz?verbose").await.unwrap();
     assert_eq!(health.status, 200, "ready without a broker");
-    assert!(health.text().contains("[~] relay: degraded, the broker is away"), "{}", health.text());
+    assert!(
+        health
+            .text()
+            .contains("[~] relay: degraded, the broker is away"),
+        "{}",
+        health.text()
+    );
 
     orders.broker.up().await.unwrap();
-    orders.until("it is published", "SELECT count(*) FROM outbox WHERE n = 0 AND published_at IS NOT NULL", 1).await;
-    orders.payments().await.publish(&settlement(id(&placed.json()), PaymentOutcome::Paid)).await;
+    orders
+        .until(
+            "it is published",
+            "SELECT count(*) FROM outbox WHERE n = 0 AND published_at IS NOT NULL",
+            1,
+        )
+        .await;
+    orders
+        .payments()
+        .await
+        .publish(&settlement(id(&placed.json()), PaymentOutcome::Paid))
+        .await;
     orders.until_status(id(&placed.json()), "FINISHED").await;
 
     // Away a second time, now from a service that knew it.
@@ -27,14 +43,24 @@ async fn orders_are_taken_while_the_broker_is_away_and_published_when_it_comes()
     let during: Vec<_> = futures_util::future::join_all((0..20).map(|_| orders.placed())).await;
     eventually("the consumer says so", SOON, async || {
         let health = orders.http.get("/readyz?verbose").await.unwrap().text();
-        health.contains("[~] consumer: degraded, the broker is away").then_some(())
+        health
+            .contains("[~] consumer: degraded, the broker is away")
+            .then_some(())
     })
     .await;
     orders.broker.up().await.unwrap();
-    orders.until("all are published", "SELECT count(*) FROM outbox WHERE published_at IS NULL", 0).await;
+    orders
+        .until(
+            "all are published",
+            "SELECT count(*) FROM outbox WHERE published_at IS NULL",
+            0,
+        )
+        .await;
     let payments = orders.payments().await;
     for id in &during {
-        payments.publish(&settlement(*id, PaymentOutcome::Paid)).await;
+        payments
+            .publish(&settlement(*id, PaymentOutcome::Paid))
+            .await;
     }
     for id in during {
         orders.until_status(id, "FINISHED").await;
@@ -44,27 +70,76 @@ async fn orders_are_taken_while_the_broker_is_away_and_published_when_it_comes()
 #[tokio::test]
 async fn without_its_database_it_lives_says_so_and_recovers_by_itself() {
     let orders = Orders::start().await;
-    let name = orders.count("SELECT substr(current_database(), 6)::bigint").await;
+    let name = orders
+        .count("SELECT substr(current_database(), 6)::bigint")
+        .await;
     let superuser = orders.database.connect_elsewhere().await.unwrap();
-    let execute = async |sql: String| sea_orm::ConnectionTrait::execute_unprepared(&superuser, &sql).await.unwrap();
-    execute(format!("ALTER DATABASE test_{name} ALLOW_CONNECTIONS false")).await;
-    execute(format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'test_{name}'")).await;
+    let execute = async |sql: String| {
+        sea_orm::ConnectionTrait::execute_unprepared(&superuser, &sql)
+            .await
+            .unwrap()
+    };
+    execute(format!(
+        "ALTER DATABASE test_{name} ALLOW_CONNECTIONS false"
+    ))
+    .await;
+    execute(format!(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'test_{name}'"
+    ))
+    .await;
 
     let second = orders.replica_unready().await;
-    for http in [orders.http.clone(), Http::new(format!("http://{}", second.address))] {
+    for http in [
+        orders.http.clone(),
+        Http::new(format!("http://{}", second.address)),
+    ] {
         assert_eq!(http.get("/livez").await.unwrap().status, 200);
         let ready = http.get("/readyz").await.unwrap();
-        assert_eq!((ready.status, &ready.json()["code"]), (503, &json!("not_ready")));
-        let placed = http.post("/v1/orders", Some("k"), &json!({ "user_id": "alice", "amount": 10 })).await.unwrap();
-        assert_eq!((placed.status, placed.header("retry-after")), (503, Some("1")), "{}", placed.text());
-        assert_eq!(placed.json()["detail"], "Orders Service temporarily unavailable.");
-        assert_eq!(placed.header("content-type"), Some("application/problem+json"));
+        assert_eq!(
+            (ready.status, &ready.json()["code"]),
+            (503, &json!("not_ready"))
+        );
+        let placed = http
+            .post(
+                "/v1/orders",
+                Some("k"),
+                &json!({ "user_id": "alice", "amount": 10 }),
+            )
+            .await
+            .unwrap();
+        assert_eq!(
+            (placed.status, placed.header("retry-after")),
+            (503, Some("1")),
+            "{}",
+            placed.text()
+        );
+        assert_eq!(
+            placed.json()["detail"],
+            "Orders Service temporarily unavailable."
+        );
+        assert_eq!(
+            placed.header("content-type"),
+            Some("application/problem+json")
+        );
     }
 
     execute(format!("ALTER DATABASE test_{name} ALLOW_CONNECTIONS true")).await;
-    for http in [orders.http.clone(), Http::new(format!("http://{}", second.address))] {
-        eventually("ready again", SOON, async || (http.get("/readyz").await.unwrap().status == 200).then_some(())).await;
-        let placed = http.post("/v1/orders", Some("k"), &json!({ "user_id": "alice", "amount": 10 })).await.unwrap();
+    for http in [
+        orders.http.clone(),
+        Http::new(format!("http://{}", second.address)),
+    ] {
+        eventually("ready again", SOON, async || {
+            (http.get("/readyz").await.unwrap().status == 200).then_some(())
+        })
+        .await;
+        let placed = http
+            .post(
+                "/v1/orders",
+                Some("k"),
+                &json!({ "user_id": "alice", "amount": 10 }),
+            )
+            .await
+            .unwrap();
         assert_eq!(placed.status, 201, "{}", placed.text());
     }
     second.stop().await.unwrap();
@@ -79,7 +154,11 @@ async fn a_stop_is_quick_and_leaves_nothing_half_done() {
     let path = format!("/v1/orders/{id}?wait=30");
     let waiting = tokio::spawn(async move { waiting.get(&path).await });
     orders.stop().await;
-    assert!(begun.elapsed() < std::time::Duration::from_secs(10), "stopped after {:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() < std::time::Duration::from_secs(10),
+        "stopped after {:?}",
+        begun.elapsed()
+    );
     waiting.abort();
     orders.run().await;
     assert_eq!(orders.status(id).await, "NEW");
@@ -91,24 +170,46 @@ async fn columns_that_a_newer_version_adds_trouble_no_replica_that_runs() {
     let first = orders.place(Some("k"), "alice", 10).await;
     let again = async || {
         let answer = orders.place(Some("k"), "alice", 10).await;
-        assert_eq!((answer.status, answer.header("idempotency-replayed")), (201, Some("true")), "{}", answer.text());
+        assert_eq!(
+            (answer.status, answer.header("idempotency-replayed")),
+            (201, Some("true")),
+            "{}",
+            answer.text()
+        );
     };
     let asked = async |times: i32| {
-        eventually("it is asked for again", SOON, async || (orders.row(id(&first.json())).await.asks >= times).then_some(()))
-            .await;
+        eventually("it is asked for again", SOON, async || {
+            (orders.row(id(&first.json())).await.asks >= times).then_some(())
+        })
+        .await;
     };
     // Statements are prepared once a connection.
     for _ in 0..10 {
         again().await;
     }
     asked(1).await;
-    for table in ["orders", "outbox", "inbox", "dead_letters", "reconciliation", "retention"] {
-        orders.db.execute_unprepared(&format!("ALTER TABLE {table} ADD COLUMN later integer")).await.unwrap();
+    for table in [
+        "orders",
+        "outbox",
+        "inbox",
+        "dead_letters",
+        "reconciliation",
+        "retention",
+    ] {
+        orders
+            .db
+            .execute_unprepared(&format!("ALTER TABLE {table} ADD COLUMN later integer"))
+            .await
+            .unwrap();
     }
     for _ in 0..10 {
         again().await;
     }
     asked(3).await;
-    orders.payments().await.publish(&settlement(id(&first.json()), PaymentOutcome::Paid)).await;
+    orders
+        .payments()
+        .await
+        .publish(&settlement(id(&first.json()), PaymentOutcome::Paid))
+        .await;
     orders.until_status(id(&first.json()), "FINISHED").await;
 }

@@ -32,7 +32,10 @@ pub(crate) struct Funds {
 
 /// Locks the accounts of these users, as far as they exist, in the order of their ids: transactions with overlapping
 /// users wait for each other instead of deadlocking.
-pub(crate) async fn lock(txn: &DatabaseTransaction, mut user_ids: Vec<String>) -> Result<Vec<Funds>, DbErr> {
+pub(crate) async fn lock(
+    txn: &DatabaseTransaction,
+    mut user_ids: Vec<String>,
+) -> Result<Vec<Funds>, DbErr> {
     user_ids.sort_unstable();
     user_ids.dedup();
     let accounts = Entity::find()
@@ -40,7 +43,11 @@ pub(crate) async fn lock(txn: &DatabaseTransaction, mut user_ids: Vec<String>) -
         .columns([Column::UserId, Column::Balance, Column::EntryNo])
         .filter(Column::UserId.eq_any(user_ids))
         .order_by_asc(Column::UserId);
-    let locked = if removed!("account.lock") { accounts } else { accounts.lock(LockType::NoKeyUpdate) };
+    let locked = if removed!("account.lock") {
+        accounts
+    } else {
+        accounts.lock(LockType::NoKeyUpdate)
+    };
     locked.into_model().all(txn).await
 }
 
@@ -56,7 +63,10 @@ pub(crate) struct Withdrawal {
 ///
 /// The balance is lowered by the database itself, and only where it suffices, although the caller holds the lock and
 /// has computed the same: if either guard were wrong, the other would still hold.
-pub(crate) async fn withdraw(txn: &DatabaseTransaction, withdrawals: Vec<Withdrawal>) -> Result<u64, DbErr> {
+pub(crate) async fn withdraw(
+    txn: &DatabaseTransaction,
+    withdrawals: Vec<Withdrawal>,
+) -> Result<u64, DbErr> {
     let user_ids: Vec<String> = withdrawals.iter().map(|one| one.user_id.clone()).collect();
     let totals: Vec<i64> = withdrawals.iter().map(|one| one.total).collect();
     let entries: Vec<i64> = withdrawals.iter().map(|one| one.entries).collect();
@@ -73,7 +83,11 @@ pub(crate) async fn withdraw(txn: &DatabaseTransaction, withdrawals: Vec<Withdra
 }
 
 /// Adds money to an account that the transaction has locked.
-pub(crate) async fn add(txn: &DatabaseTransaction, user_id: &str, amount: i64) -> Result<u64, DbErr> {
+pub(crate) async fn add(
+    txn: &DatabaseTransaction,
+    user_id: &str,
+    amount: i64,
+) -> Result<u64, DbErr> {
     db::execute(
         txn,
         sql(

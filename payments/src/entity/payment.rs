@@ -29,8 +29,14 @@ pub struct Model {
 
 impl ActiveModelBehavior for ActiveModel {}
 
-pub(crate) async fn find_all(txn: &DatabaseTransaction, order_ids: Vec<Uuid>) -> Result<Vec<Model>, DbErr> {
-    Entity::find().filter(Column::OrderId.eq_any(order_ids)).all(txn).await
+pub(crate) async fn find_all(
+    txn: &DatabaseTransaction,
+    order_ids: Vec<Uuid>,
+) -> Result<Vec<Model>, DbErr> {
+    Entity::find()
+        .filter(Column::OrderId.eq_any(order_ids))
+        .all(txn)
+        .await
 }
 
 /// A decision to store.
@@ -50,7 +56,10 @@ pub(crate) struct NewDecision {
 
 /// Stores decisions and says how many of the orders had none yet. Sorted, so that two workers with overlapping orders
 /// wait for each other instead of deadlocking.
-pub(crate) async fn insert_new(txn: &DatabaseTransaction, mut decisions: Vec<NewDecision>) -> Result<u64, DbErr> {
+pub(crate) async fn insert_new(
+    txn: &DatabaseTransaction,
+    mut decisions: Vec<NewDecision>,
+) -> Result<u64, DbErr> {
     decisions.sort_by_key(|decision| decision.order_id);
     let mut order_ids = Vec::with_capacity(decisions.len());
     let mut user_ids = Vec::with_capacity(decisions.len());
@@ -109,7 +118,10 @@ struct OrderIdRow {
 }
 
 /// Raises the counter of re-asks where `ask` is new, and says for which orders it was: those are answered again.
-pub(crate) async fn raise_asks(txn: &DatabaseTransaction, mut asks: Vec<(Uuid, i32)>) -> Result<Vec<Uuid>, DbErr> {
+pub(crate) async fn raise_asks(
+    txn: &DatabaseTransaction,
+    mut asks: Vec<(Uuid, i32)>,
+) -> Result<Vec<Uuid>, DbErr> {
     asks.sort_unstable();
     let (order_ids, asks): (Vec<Uuid>, Vec<i32>) = asks.into_iter().unzip();
     let raised = OrderIdRow::find_by_statement(sql(

@@ -2,7 +2,9 @@
 
 use messaging::db::{self, sql};
 use sea_orm::entity::prelude::*;
-use sea_orm::{ActiveValue::Set, DatabaseConnection, DatabaseTransaction, QueryOrder as _, QuerySelect as _};
+use sea_orm::{
+    ActiveValue::Set, DatabaseConnection, DatabaseTransaction, QueryOrder as _, QuerySelect as _,
+};
 
 pub(crate) const KIND_DEPOSIT: &str = "deposit";
 const KIND_PAYMENT: &str = "payment";
@@ -36,8 +38,16 @@ pub struct Model {
 impl ActiveModelBehavior for ActiveModel {}
 
 /// The deposit that this user made with this key.
-pub(crate) async fn find_deposit(txn: &DatabaseTransaction, user_id: &str, key: &str) -> Result<Option<Model>, DbErr> {
-    Entity::find().filter(Column::UserId.eq(user_id)).filter(Column::IdempotencyKey.eq(key)).one(txn).await
+pub(crate) async fn find_deposit(
+    txn: &DatabaseTransaction,
+    user_id: &str,
+    key: &str,
+) -> Result<Option<Model>, DbErr> {
+    Entity::find()
+        .filter(Column::UserId.eq(user_id))
+        .filter(Column::IdempotencyKey.eq(key))
+        .one(txn)
+        .await
 }
 
 /// Up to `limit` movements on an account, newest first. Entry numbers only grow, so a page stays what it was while others
@@ -48,7 +58,10 @@ pub(crate) async fn statement(
     before: Option<i64>,
     limit: u64,
 ) -> Result<Vec<Model>, DbErr> {
-    let mut query = Entity::find().filter(Column::UserId.eq(user_id)).order_by_desc(Column::EntryNo).limit(limit);
+    let mut query = Entity::find()
+        .filter(Column::UserId.eq(user_id))
+        .order_by_desc(Column::EntryNo)
+        .limit(limit);
     if let Some(before) = before {
         query = query.filter(Column::EntryNo.lt(before));
     }
@@ -67,7 +80,10 @@ pub(crate) struct Deposit<'a> {
     pub(crate) created_at: TimeDateTimeWithTimeZone,
 }
 
-pub(crate) async fn insert_deposit(txn: &DatabaseTransaction, deposit: Deposit<'_>) -> Result<Model, DbErr> {
+pub(crate) async fn insert_deposit(
+    txn: &DatabaseTransaction,
+    deposit: Deposit<'_>,
+) -> Result<Model, DbErr> {
     Entity::insert(ActiveModel {
         id: Set(deposit.id),
         kind: Set(KIND_DEPOSIT.to_owned()),
@@ -97,7 +113,10 @@ pub(crate) struct NewPayment {
     pub(crate) order_id: Uuid,
 }
 
-pub(crate) async fn insert_payments(txn: &DatabaseTransaction, payments: &[NewPayment]) -> Result<(), DbErr> {
+pub(crate) async fn insert_payments(
+    txn: &DatabaseTransaction,
+    payments: &[NewPayment],
+) -> Result<(), DbErr> {
     let ids: Vec<Uuid> = payments.iter().map(|one| one.id).collect();
     let user_ids: Vec<String> = payments.iter().map(|one| one.user_id.clone()).collect();
     let entry_nos: Vec<i64> = payments.iter().map(|one| one.entry_no).collect();

@@ -37,10 +37,16 @@ pub(super) struct AccountBody {
 #[derive(Deserialize, ToSchema)]
 #[schema(as = NewAccount, example = json!({"user_id": "alice"}))]
 #[serde(deny_unknown_fields)]
-#[expect(dead_code, reason = "describes the body for OpenAPI; Fields reads it and names everything that is wrong")]
+#[expect(
+    dead_code,
+    reason = "describes the body for OpenAPI; Fields reads it and names everything that is wrong"
+)]
 pub(super) struct NewAccountBody {
     /// The shop's name for the customer.
-    #[schema(pattern = r"^(\.?[A-Za-z0-9_-]|\.\.[A-Za-z0-9._-])[A-Za-z0-9._-]*$", max_length = 64)]
+    #[schema(
+        pattern = r"^(\.?[A-Za-z0-9_-]|\.\.[A-Za-z0-9._-])[A-Za-z0-9._-]*$",
+        max_length = 64
+    )]
     user_id: String,
 }
 
@@ -76,12 +82,24 @@ pub(super) async fn create_account(
 ) -> Result<Response, Problem> {
     let user_id = fields.required("user_id", user_id);
     fields.finish()?;
-    let Some(user_id) = user_id else { return Err(Problem::validation(Vec::new())) };
-    let new = NewAccount { user_id, idempotency_key: key.as_str().to_owned(), created_at: db::now() };
-    let (opened, delivery) = account::open(&state.db, &new).await.map_err(|error| problem(error, Some(&key)))?;
+    let Some(user_id) = user_id else {
+        return Err(Problem::validation(Vec::new()));
+    };
+    let new = NewAccount {
+        user_id,
+        idempotency_key: key.as_str().to_owned(),
+        created_at: db::now(),
+    };
+    let (opened, delivery) = account::open(&state.db, &new)
+        .await
+        .map_err(|error| problem(error, Some(&key)))?;
     // As it was when it was opened: the first answer, byte for byte.
-    let body =
-        AccountBody { user_id: opened.user_id, balance: 0, currency: state.currency.to_string(), created_at: opened.created_at };
+    let body = AccountBody {
+        user_id: opened.user_id,
+        balance: 0,
+        currency: state.currency.to_string(),
+        created_at: opened.created_at,
+    };
     Ok(created(delivery, body))
 }
 
@@ -105,7 +123,9 @@ pub(super) async fn get_account(
     _: NoParameters,
 ) -> Result<Json<AccountBody>, Problem> {
     let user_id = path_user_id(user_id)?;
-    let found = account::find(&state.db, &user_id).await.map_err(|error| problem(error, None))?;
+    let found = account::find(&state.db, &user_id)
+        .await
+        .map_err(|error| problem(error, None))?;
     Ok(Json(AccountBody {
         user_id: found.user_id,
         balance: found.balance,

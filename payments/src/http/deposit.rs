@@ -37,7 +37,10 @@ pub(super) struct DepositBody {
 #[derive(Deserialize, ToSchema)]
 #[schema(as = NewDeposit, example = json!({"amount": 1000}))]
 #[serde(deny_unknown_fields)]
-#[expect(dead_code, reason = "describes the body for OpenAPI; Fields reads it and names everything that is wrong")]
+#[expect(
+    dead_code,
+    reason = "describes the body for OpenAPI; Fields reads it and names everything that is wrong"
+)]
 pub(super) struct NewDepositBody {
     /// Minor units.
     #[schema(minimum = 1, maximum = 1000000000000_i64)]
@@ -80,10 +83,20 @@ pub(super) async fn create_deposit(
         Amount::new(body::integer(value, &rule)?).map_err(|_| rule)
     });
     fields.finish()?;
-    let Some(amount) = amount else { return Err(Problem::validation(Vec::new())) };
+    let Some(amount) = amount else {
+        return Err(Problem::validation(Vec::new()));
+    };
     let user_id = path_user_id(user_id)?;
-    let new = NewDeposit { id: Uuid::now_v7(), user_id, amount, idempotency_key: key.as_str().to_owned(), created_at: db::now() };
-    let (deposit, delivery) = account::top_up(&state.db, &new).await.map_err(|error| problem(error, Some(&key)))?;
+    let new = NewDeposit {
+        id: Uuid::now_v7(),
+        user_id,
+        amount,
+        idempotency_key: key.as_str().to_owned(),
+        created_at: db::now(),
+    };
+    let (deposit, delivery) = account::top_up(&state.db, &new)
+        .await
+        .map_err(|error| problem(error, Some(&key)))?;
     let body = DepositBody {
         transfer_id: deposit.id,
         user_id: deposit.user_id,

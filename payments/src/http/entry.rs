@@ -104,11 +104,21 @@ pub(super) async fn list_entries(
     let limit = limit.unwrap_or(body::LIMIT_DEFAULT);
     let statement = account::statement(&state.db, &user_id, before.flatten(), limit);
     let (entries, more) = statement.await.map_err(|error| problem(error, None))?;
-    let next_cursor = entries.last().filter(|_| more).map(|entry| entry.entry_no.to_string());
-    Ok(Json(StatementBody { items: entries.into_iter().map(EntryBody::from).collect(), next_cursor }))
+    let next_cursor = entries
+        .last()
+        .filter(|_| more)
+        .map(|entry| entry.entry_no.to_string());
+    Ok(Json(StatementBody {
+        items: entries.into_iter().map(EntryBody::from).collect(),
+        next_cursor,
+    }))
 }
 
 fn cursor(value: &serde_json::Value) -> Result<i64, String> {
     let rule = "must be the next_cursor of a page";
-    body::text(value)?.parse().ok().filter(|entry_no| *entry_no > 0).ok_or_else(|| rule.to_owned())
+    body::text(value)?
+        .parse()
+        .ok()
+        .filter(|entry_no| *entry_no > 0)
+        .ok_or_else(|| rule.to_owned())
 }

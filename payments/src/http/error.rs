@@ -17,7 +17,11 @@ pub(super) fn problem(error: Error, key: Option<&IdempotencyKey>) -> Problem {
             "account_already_exists",
             "This user has an account already. GET it, or choose another user_id.",
         ),
-        Error::OrderNotFound => Problem::new(StatusCode::NOT_FOUND, "order_not_found", "There is no order with this id."),
+        Error::OrderNotFound => Problem::new(
+            StatusCode::NOT_FOUND,
+            "order_not_found",
+            "There is no order with this id.",
+        ),
         Error::AccountNotFound => Problem::new(
             StatusCode::NOT_FOUND,
             "account_not_found",
@@ -26,16 +30,21 @@ pub(super) fn problem(error: Error, key: Option<&IdempotencyKey>) -> Problem {
         Error::BalanceLimit => Problem::new(
             StatusCode::UNPROCESSABLE_ENTITY,
             "balance_limit_exceeded",
-            format!("The balance would exceed {} minor units. Deposit less.", shared_contracts::BALANCE_MAX),
+            format!(
+                "The balance would exceed {} minor units. Deposit less.",
+                shared_contracts::BALANCE_MAX
+            ),
         ),
         Error::KeyReused => Problem::new(
             StatusCode::UNPROCESSABLE_ENTITY,
             "idempotency_key_reused",
             "This Idempotency-Key was used for a request with other content, which is not repeated. Use a new key for a new request.",
         ),
-        Error::DeadLetterNotFound => {
-            Problem::new(StatusCode::NOT_FOUND, "dead_letter_not_found", "There is no dead letter with this id.")
-        }
+        Error::DeadLetterNotFound => Problem::new(
+            StatusCode::NOT_FOUND,
+            "dead_letter_not_found",
+            "There is no dead letter with this id.",
+        ),
         Error::Database(cause) if messaging::db::is_transient(&cause) => {
             error!(error = %cause, "The database did not do it in time");
             Problem::unavailable(UNAVAILABLE)

@@ -25,9 +25,14 @@ use crate::error::Error;
         (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
-pub(super) async fn flow(State(state): State<super::State>, _: NoParameters) -> Result<Json<Flow>, Problem> {
+pub(super) async fn flow(
+    State(state): State<super::State>,
+    _: NoParameters,
+) -> Result<Json<Flow>, Problem> {
     let read = || desk::flow(&state.db, &state.broker, &topology::PAYMENTS_ORDER_PLACED);
-    let flow = db::read(read).await.map_err(|error| problem(error.into(), None))?;
+    let flow = db::read(read)
+        .await
+        .map_err(|error| problem(error.into(), None))?;
     Ok(Json(flow))
 }
 
@@ -88,11 +93,22 @@ pub(super) async fn replay(
     let mut parameters = Fields::from_query(&query);
     let dry_run = parameters.optional("dry_run", false, body::switch);
     parameters.finish()?;
-    let id: Uuid = id.parse().map_err(|_| problem(Error::DeadLetterNotFound, None))?;
+    let id: Uuid = id
+        .parse()
+        .map_err(|_| problem(Error::DeadLetterNotFound, None))?;
     let dry_run = dry_run.unwrap_or_default();
-    let replayed = desk::replay(&state.db, &topology::PAYMENTS_ORDER_PLACED, id, dry_run, charge::charge, describe).await;
-    let (replay, effect) =
-        replayed.map_err(|error| problem(error.into(), None))?.ok_or_else(|| problem(Error::DeadLetterNotFound, None))?;
+    let replayed = desk::replay(
+        &state.db,
+        &topology::PAYMENTS_ORDER_PLACED,
+        id,
+        dry_run,
+        charge::charge,
+        describe,
+    )
+    .await;
+    let (replay, effect) = replayed
+        .map_err(|error| problem(error.into(), None))?
+        .ok_or_else(|| problem(Error::DeadLetterNotFound, None))?;
     if let Some(effect) = effect {
         (state.committed)(effect);
     }
@@ -102,6 +118,8 @@ pub(super) async fn replay(
 fn describe(charged: &Charged) -> Option<String> {
     match charged.outcomes.first() {
         Some(outcome) => Some(format!("The order is decided: {outcome}.")),
-        None => (charged.answered_again > 0).then(|| "The stored answer is given again.".to_owned()),
+        None => {
+            (charged.answered_again > 0).then(|| "The stored answer is given again.".to_owned())
+        }
     }
 }

@@ -33,7 +33,11 @@ pub(super) async fn get_timeline(
     Path(order_id): Path<String>,
     _: NoParameters,
 ) -> Result<Json<Timeline>, Problem> {
-    let order_id: OrderId = order_id.parse().map_err(|_| problem(Error::OrderNotFound, None))?;
+    let order_id: OrderId = order_id
+        .parse()
+        .map_err(|_| problem(Error::OrderNotFound, None))?;
     let timeline = timeline::of_order(&state.db, order_id).await;
-    Ok(Json(timeline.map_err(|error| problem(Error::Database(error), None))?))
+    Ok(Json(
+        timeline.map_err(|error| problem(Error::Database(error), None))?,
+    ))
 }

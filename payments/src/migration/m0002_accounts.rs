@@ -21,10 +21,14 @@ impl MigrationTrait for Accounts {
         let db = manager.get_connection();
         db.execute_unprepared(UP).await?;
         if removed!("payments.append_only") {
-            db.execute_unprepared("DROP FUNCTION refuse_change CASCADE").await?;
+            db.execute_unprepared("DROP FUNCTION refuse_change CASCADE")
+                .await?;
         }
         if removed!("account.lock") {
-            db.execute_unprepared("ALTER TABLE transfers DROP CONSTRAINT transfers_user_id_entry_no_key").await?;
+            db.execute_unprepared(
+                "ALTER TABLE transfers DROP CONSTRAINT transfers_user_id_entry_no_key",
+            )
+            .await?;
         }
         Ok(())
     }
@@ -32,7 +36,9 @@ impl MigrationTrait for Accounts {
     async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
         manager
             .get_connection()
-            .execute_unprepared("DROP TABLE payments, transfers, accounts; DROP FUNCTION refuse_change")
+            .execute_unprepared(
+                "DROP TABLE payments, transfers, accounts; DROP FUNCTION refuse_change",
+            )
             .await?;
         Ok(())
     }

@@ -14,11 +14,19 @@ async fn an_order_is_debited_and_answered() {
     payments.publish(&order).await;
 
     let decision = payments.decision(&order).await;
-    assert_eq!((decision.outcome.as_str(), decision.reason.as_deref()), ("paid", None));
+    assert_eq!(
+        (decision.outcome.as_str(), decision.reason.as_deref()),
+        ("paid", None)
+    );
     assert_eq!(payments.balance("alice").await, 300);
     payments.until_quiet().await;
     assert_eq!(payments.answers(&order).await, 1);
-    assert_eq!(payments.count("SELECT count(*) FROM inbox WHERE consumer = 'payments-order-placed'").await, 1);
+    assert_eq!(
+        payments
+            .count("SELECT count(*) FROM inbox WHERE consumer = 'payments-order-placed'")
+            .await,
+        1
+    );
     payments.assert_books_balance().await;
 }
 
@@ -30,8 +38,14 @@ async fn f41_a_refusal_stands_even_after_a_top_up() {
     let (dear, unknown) = (request("alice", 11), request("bob", 1));
     payments.publish(&dear).await;
     payments.publish(&unknown).await;
-    assert_eq!(payments.decision(&dear).await.reason.as_deref(), Some("insufficient_funds"));
-    assert_eq!(payments.decision(&unknown).await.reason.as_deref(), Some("no_account"));
+    assert_eq!(
+        payments.decision(&dear).await.reason.as_deref(),
+        Some("insufficient_funds")
+    );
+    assert_eq!(
+        payments.decision(&unknown).await.reason.as_deref(),
+        Some("no_account")
+    );
 
     payments.deposit("alice", 1000).await;
     payments.open_account("bob", 1000).await;
@@ -40,7 +54,13 @@ async fn f41_a_refusal_stands_even_after_a_top_up() {
     payments.until_repeats(2).await;
 
     assert_eq!(payments.decision(&dear).await.outcome, "declined");
-    assert_eq!((payments.balance("alice").await, payments.balance("bob").await), (1010, 1000));
+    assert_eq!(
+        (
+            payments.balance("alice").await,
+            payments.balance("bob").await
+        ),
+        (1010, 1000)
+    );
     payments.assert_books_balance().await;
 }
 
@@ -65,8 +85,18 @@ async fn the_same_event_twice_and_two_asks_of_one_order_in_one_batch_are_one_deb
     let payments = Payments::start().await;
     payments.open_account("alice", 500).await;
     let order = request("alice", 100);
-    let other_event = Request { event_id: shared_contracts::EventId::mint(), ..order.clone() };
-    let messages = [order.clone(), order.clone(), order.asked(1), order.asked(2), other_event, request("alice", 1)];
+    let other_event = Request {
+        event_id: shared_contracts::EventId::mint(),
+        ..order.clone()
+    };
+    let messages = [
+        order.clone(),
+        order.clone(),
+        order.asked(1),
+        order.asked(2),
+        other_event,
+        request("alice", 1),
+    ];
     payments
         .as_one_batch(6, async || {
             for message in &messages {
@@ -77,10 +107,18 @@ async fn the_same_event_twice_and_two_asks_of_one_order_in_one_batch_are_one_deb
 
     payments.until_repeats(3).await;
     let batches = "SELECT count(DISTINCT received_at) FROM inbox";
-    assert_eq!(payments.count(batches).await, 2, "the plug, and all messages in one batch");
+    assert_eq!(
+        payments.count(batches).await,
+        2,
+        "the plug, and all messages in one batch"
+    );
     assert_eq!(payments.decisions().await, 3);
     assert_eq!(payments.balance("alice").await, 399);
-    assert_eq!(payments.answers(&order).await, 1, "the one answer serves both asks");
+    assert_eq!(
+        payments.answers(&order).await,
+        1,
+        "the one answer serves both asks"
+    );
     assert_eq!(payments.decision(&order).await.last_ask, 2);
     payments.assert_books_balance().await;
 }
@@ -95,17 +133,32 @@ async fn a_re_ask_is_answered_again_once() {
 
     payments.publish(&order.asked(1)).await;
     payments.until_repeats(1).await;
-    assert_eq!(payments.answers(&order).await, 2, "a lost answer is given again");
+    assert_eq!(
+        payments.answers(&order).await,
+        2,
+        "a lost answer is given again"
+    );
     payments.publish(&order.asked(1)).await;
     payments.publish(&order.asked(0)).await;
     payments.until_repeats(3).await;
-    assert_eq!(payments.answers(&order).await, 2, "an ask that was answered is not answered again");
+    assert_eq!(
+        payments.answers(&order).await,
+        2,
+        "an ask that was answered is not answered again"
+    );
     payments.publish(&order.asked(3)).await;
     payments.until_repeats(4).await;
     assert_eq!(payments.answers(&order).await, 3);
 
-    let same_event = format!("SELECT count(DISTINCT event_id) FROM outbox WHERE payload LIKE '%{}%'", order.order_id());
-    assert_eq!(payments.count(&same_event).await, 1, "the answer is one fact, however often it is said");
+    let same_event = format!(
+        "SELECT count(DISTINCT event_id) FROM outbox WHERE payload LIKE '%{}%'",
+        order.order_id()
+    );
+    assert_eq!(
+        payments.count(&same_event).await,
+        1,
+        "the answer is one fact, however often it is said"
+    );
     payments.until_quiet().await;
     assert_eq!(payments.balance("alice").await, 300);
     payments.assert_books_balance().await;
@@ -137,11 +190,22 @@ async fn f40_two_replicas_on_one_account_with_money_for_37_of_100_orders_pay_exa
     let second = payments.replica().await;
     let orders: Vec<Request> = (0..100).map(|_| request("alice", 10)).collect();
     // Each twice, so that both replicas often hold the same order.
-    join_all(orders.iter().chain(&orders).map(|order| payments.publish(order))).await;
+    join_all(
+        orders
+            .iter()
+            .chain(&orders)
+            .map(|order| payments.publish(order)),
+    )
+    .await;
     payments.until_repeats(100).await;
 
     assert_eq!(payments.decisions().await, 100);
-    assert_eq!(payments.count("SELECT count(*) FROM payments WHERE outcome = 'paid'").await, 37);
+    assert_eq!(
+        payments
+            .count("SELECT count(*) FROM payments WHERE outcome = 'paid'")
+            .await,
+        37
+    );
     assert_eq!(payments.balance("alice").await, 0);
     assert_eq!(payments.count("SELECT count(*) FROM outbox").await, 100);
     payments.until_quiet().await;
@@ -155,9 +219,21 @@ async fn two_replicas_that_refuse_an_order_without_an_account_at_once_decide_it_
     let payments = Payments::start().await;
     let second = payments.replica().await;
     let orders: Vec<Request> = (0..50).map(|_| request("nobody", 10)).collect();
-    join_all(orders.iter().chain(&orders).chain(&orders).map(|order| payments.publish(order))).await;
+    join_all(
+        orders
+            .iter()
+            .chain(&orders)
+            .chain(&orders)
+            .map(|order| payments.publish(order)),
+    )
+    .await;
     payments.until_repeats(100).await;
-    assert_eq!(payments.count("SELECT count(*) FROM payments WHERE reason = 'no_account'").await, 50);
+    assert_eq!(
+        payments
+            .count("SELECT count(*) FROM payments WHERE reason = 'no_account'")
+            .await,
+        50
+    );
     assert_eq!(payments.count("SELECT count(*) FROM outbox").await, 50);
     second.stop().await.unwrap();
 }
@@ -179,13 +255,23 @@ async fn a_decision_that_another_worker_makes_meanwhile_is_not_answered_a_second
     other.execute_unprepared(&decide).await.unwrap();
     payments.publish(&order).await;
     let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()";
-    eventually("the service waits for the other's decision", SOON, async || (payments.count(waiting).await == 1).then_some(()))
-        .await;
+    eventually(
+        "the service waits for the other's decision",
+        SOON,
+        async || (payments.count(waiting).await == 1).then_some(()),
+    )
+    .await;
     other.commit().await.unwrap();
 
-    eventually("the message is taken", SOON, async || (payments.count("SELECT count(*) FROM inbox").await == 1).then_some(()))
-        .await;
-    assert_eq!(payments.answers(&order).await, 0, "the worker that decided answers");
+    eventually("the message is taken", SOON, async || {
+        (payments.count("SELECT count(*) FROM inbox").await == 1).then_some(())
+    })
+    .await;
+    assert_eq!(
+        payments.answers(&order).await,
+        0,
+        "the worker that decided answers"
+    );
     assert_eq!(payments.count("SELECT count(*) FROM dead_letters").await, 0);
 }
 
@@ -195,7 +281,10 @@ async fn a_crash_before_the_commit_leaves_nothing_and_the_order_is_debited_after
     payments.open_account("alice", 1000).await;
     // Holds the account, so that the service stops inside its transaction.
     let holder = payments.db.begin().await.unwrap();
-    holder.execute_unprepared("SELECT 1 FROM accounts FOR UPDATE").await.unwrap();
+    holder
+        .execute_unprepared("SELECT 1 FROM accounts FOR UPDATE")
+        .await
+        .unwrap();
     let order = request("alice", 700);
     payments.publish(&order).await;
     let looker = payments.another_connection().await;

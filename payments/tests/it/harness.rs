@@ -10,11 +10,13 @@ use messaging::topology::{self, TopologySettings};
 use payments::entity::{account, payment, transfer};
 use payments::{App, Config};
 use sea_orm::{
-    ConnectionTrait as _, DatabaseConnection, DatabaseTransaction, EntityTrait as _, PaginatorTrait as _, QueryOrder as _,
-    TransactionTrait as _,
+    ConnectionTrait as _, DatabaseConnection, DatabaseTransaction, EntityTrait as _,
+    PaginatorTrait as _, QueryOrder as _, TransactionTrait as _,
 };
 use serde_json::json;
-use shared_contracts::{Amount, Event as _, EventId, OrderId, OrderPlaced, SPEC_VERSION, UserId, header};
+use shared_contracts::{
+    Amount, Event as _, EventId, OrderId, OrderPlaced, SPEC_VERSION, UserId, header,
+};
 use stack::http::Http;
 use stack::testing::{Apart, TestBroker, TestDatabase, eventually};
 use uuid::Uuid;
@@ -43,9 +45,16 @@ pub(crate) struct Request {
 }
 
 pub(crate) fn request(user: &str, amount: i64) -> Request {
-    let event =
-        OrderPlaced { order_id: OrderId::mint(), user_id: UserId::parse(user).unwrap(), amount: Amount::new(amount).unwrap() };
-    Request { event, event_id: EventId::mint(), ask: 0 }
+    let event = OrderPlaced {
+        order_id: OrderId::mint(),
+        user_id: UserId::parse(user).unwrap(),
+        amount: Amount::new(amount).unwrap(),
+    };
+    Request {
+        event,
+        event_id: EventId::mint(),
+        ask: 0,
+    }
 }
 
 impl Request {
@@ -55,7 +64,10 @@ impl Request {
 
     /// The same request asked again.
     pub(crate) fn asked(&self, ask: u32) -> Self {
-        Self { ask, ..self.clone() }
+        Self {
+            ask,
+            ..self.clone()
+        }
     }
 
     pub(crate) fn headers(&self) -> HeaderMap {
@@ -88,8 +100,12 @@ impl Payments {
         .await
         .unwrap();
         orders.until_connected().await;
-        let (_, made) =
-            topology::ensure_stream(orders.jetstream(), &topology::orders_stream(&TopologySettings::default())).await.unwrap();
+        let (_, made) = topology::ensure_stream(
+            orders.jetstream(),
+            &topology::orders_stream(&TopologySettings::default()),
+        )
+        .await
+        .unwrap();
         assert_eq!(made, topology::Ensured::Made);
         let mut payments = Self {
             http: Http::new(""),
@@ -108,20 +124,40 @@ impl Payments {
     /// `plug` until the broker has handed over the rest. (The answer to the plug's last ack travels behind the rest
     /// on the same connection, so when the service looks again, all of it is there.)
     pub(crate) async fn as_one_batch(&self, number: u64, publish: impl AsyncFnOnce()) {
-        self.while_stuck(number, publish).await.rollback().await.unwrap();
+        self.while_stuck(number, publish)
+            .await
+            .rollback()
+            .await
+            .unwrap();
     }
 
     /// The same, but the service stays stuck as long as the returned transaction is open.
-    pub(crate) async fn while_stuck(&self, number: u64, publish: impl AsyncFnOnce()) -> DatabaseTransaction {
+    pub(crate) async fn while_stuck(
+        &self,
+        number: u64,
+        publish: impl AsyncFnOnce(),
+    ) -> DatabaseTransaction {
         let holder = self.another_connection().await.begin().await.unwrap();
-        holder.execute_unprepared("LOCK TABLE inbox IN EXCLUSIVE MODE").await.unwrap();
+        holder
+            .execute_unprepared("LOCK TABLE inbox IN EXCLUSIVE MODE")
+            .await
+            .unwrap();
         self.publish(&request("plug", 1)).await;
         let lag = async || self.broker.lag("payments-order-placed").await;
-        eventually("the service holds the plug", SOON, async || (lag().await? == (0, 1)).then_some(())).await;
+        eventually("the service holds the plug", SOON, async || {
+            (lag().await? == (0, 1)).then_some(())
+        })
+        .await;
         let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()";
-        eventually("the service waits with the plug", SOON, async || (self.count(waiting).await == 1).then_some(())).await;
+        eventually("the service waits with the plug", SOON, async || {
+            (self.count(waiting).await == 1).then_some(())
+        })
+        .await;
         publish().await;
-        eventually("the rest is handed over", SOON, async || (lag().await? == (0, number + 1)).then_some(())).await;
+        eventually("the rest is handed over", SOON, async || {
+            (lag().await? == (0, number + 1)).then_some(())
+        })
+        .await;
         holder
     }
 
@@ -150,8 +186,13 @@ impl Payments {
         });
         let service = service.await.unwrap();
         let http = Http::new(format!("http://{}", service.address));
-        eventually("the service is ready", SOON, async || http.get("/readyz").await.ok().filter(|answer| answer.status == 200))
-            .await;
+        eventually("the service is ready", SOON, async || {
+            http.get("/readyz")
+                .await
+                .ok()
+                .filter(|answer| answer.status == 200)
+        })
+        .await;
         service
     }
 
@@ -165,7 +206,11 @@ impl Payments {
 
     /// An account with money in it, by the way that clients take.
     pub(crate) async fn open_account(&self, user: &str, balance: i64) {
-        let opened = self.http.post("/v1/accounts", None, &json!({ "user_id": user })).await.unwrap();
+        let opened = self
+            .http
+            .post("/v1/accounts", None, &json!({ "user_id": user }))
+            .await
+            .unwrap();
         assert_eq!(opened.status, 201, "{}", opened.text());
         if balance > 0 {
             self.deposit(user, balance).await;
@@ -173,28 +218,56 @@ impl Payments {
     }
 
     pub(crate) async fn deposit(&self, user: &str, amount: i64) {
-        let made = self.http.post(&format!("/v1/accounts/{user}/deposits"), None, &json!({ "amount": amount })).await.unwrap();
+        let made = self
+            .http
+            .post(
+                &format!("/v1/accounts/{user}/deposits"),
+                None,
+                &json!({ "amount": amount }),
+            )
+            .await
+            .unwrap();
         assert_eq!(made.status, 201, "{}", made.text());
     }
 
     /// Publishes a request, always under a new message id, so that the broker does not swallow a repetition.
     pub(crate) async fn publish(&self, request: &Request) {
-        self.publish_raw(request.headers(), serde_json::to_string(&request.event).unwrap()).await;
+        self.publish_raw(
+            request.headers(),
+            serde_json::to_string(&request.event).unwrap(),
+        )
+        .await;
     }
 
     pub(crate) async fn publish_raw(&self, mut headers: HeaderMap, body: impl Into<String>) {
         headers.insert(header::MESSAGE_ID, Uuid::new_v4().to_string());
-        let message = PublishMessage::build().headers(headers).payload(body.into().into());
-        self.orders.jetstream().send_publish(OrderPlaced::SUBJECT, message).await.unwrap().await.unwrap();
+        let message = PublishMessage::build()
+            .headers(headers)
+            .payload(body.into().into());
+        self.orders
+            .jetstream()
+            .send_publish(OrderPlaced::SUBJECT, message)
+            .await
+            .unwrap()
+            .await
+            .unwrap();
     }
 
     pub(crate) async fn balance(&self, user: &str) -> i64 {
-        account::Entity::find_by_id(user.to_owned()).one(&self.db).await.unwrap().unwrap().balance
+        account::Entity::find_by_id(user.to_owned())
+            .one(&self.db)
+            .await
+            .unwrap()
+            .unwrap()
+            .balance
     }
 
     pub(crate) async fn decision(&self, request: &Request) -> payment::Model {
         eventually("the order is decided", SOON, async || {
-            payment::Entity::find_by_id(request.order_id()).one(&self.db).await.unwrap()
+            payment::Entity::find_by_id(request.order_id())
+                .one(&self.db)
+                .await
+                .unwrap()
         })
         .await
     }
@@ -202,7 +275,11 @@ impl Payments {
     /// Waits until nothing is in the outbox, nor on its way from the broker.
     pub(crate) async fn until_quiet(&self) {
         eventually("everything is published", SOON, async || {
-            (self.count("SELECT count(*) FROM outbox WHERE published_at IS NULL").await == 0).then_some(())
+            (self
+                .count("SELECT count(*) FROM outbox WHERE published_at IS NULL")
+                .await
+                == 0)
+                .then_some(())
         })
         .await;
     }
@@ -210,7 +287,11 @@ impl Payments {
     /// Waits until this many deliveries were recorded as repetitions.
     pub(crate) async fn until_repeats(&self, repeats: i64) {
         eventually("the repetitions are recorded", SOON, async || {
-            (self.count("SELECT coalesce(sum(repeats), 0)::bigint FROM inbox").await == repeats).then_some(())
+            (self
+                .count("SELECT coalesce(sum(repeats), 0)::bigint FROM inbox")
+                .await
+                == repeats)
+                .then_some(())
         })
         .await;
     }
@@ -225,7 +306,11 @@ impl Payments {
 
     /// How many answers were made for an order.
     pub(crate) async fn answers(&self, request: &Request) -> i64 {
-        self.count(&format!("SELECT count(*) FROM outbox WHERE payload LIKE '%{}%'", request.order_id())).await
+        self.count(&format!(
+            "SELECT count(*) FROM outbox WHERE payload LIKE '%{}%'",
+            request.order_id()
+        ))
+        .await
     }
 
     pub(crate) async fn execute(&self, sql: &str) {
@@ -235,24 +320,55 @@ impl Payments {
     /// Money is where the transfers say, and each paid order has exactly one transfer of its amount (I1 to I4).
     pub(crate) async fn assert_books_balance(&self) {
         for account in account::Entity::find().all(&self.db).await.unwrap() {
-            let statement: Vec<transfer::Model> =
-                transfer::Entity::find().order_by_asc(transfer::Column::EntryNo).all(&self.db).await.unwrap();
+            let statement: Vec<transfer::Model> = transfer::Entity::find()
+                .order_by_asc(transfer::Column::EntryNo)
+                .all(&self.db)
+                .await
+                .unwrap();
             let mut balance = 0;
             let mut entry_no = 0;
-            for entry in statement.iter().filter(|entry| entry.user_id == account.user_id) {
-                balance += if entry.kind == "deposit" { entry.amount } else { -entry.amount };
+            for entry in statement
+                .iter()
+                .filter(|entry| entry.user_id == account.user_id)
+            {
+                balance += if entry.kind == "deposit" {
+                    entry.amount
+                } else {
+                    -entry.amount
+                };
                 entry_no += 1;
-                assert_eq!((entry.balance_after, entry.entry_no), (balance, entry_no), "statement of {}", account.user_id);
+                assert_eq!(
+                    (entry.balance_after, entry.entry_no),
+                    (balance, entry_no),
+                    "statement of {}",
+                    account.user_id
+                );
             }
-            assert_eq!((account.balance, account.entry_no), (balance, entry_no), "account of {}", account.user_id);
+            assert_eq!(
+                (account.balance, account.entry_no),
+                (balance, entry_no),
+                "account of {}",
+                account.user_id
+            );
         }
         for decision in payment::Entity::find().all(&self.db).await.unwrap() {
-            let transfers: Vec<transfer::Model> = transfer::Entity::find().all(&self.db).await.unwrap();
-            let of_order: Vec<_> = transfers.iter().filter(|entry| entry.order_id == Some(decision.order_id)).collect();
+            let transfers: Vec<transfer::Model> =
+                transfer::Entity::find().all(&self.db).await.unwrap();
+            let of_order: Vec<_> = transfers
+                .iter()
+                .filter(|entry| entry.order_id == Some(decision.order_id))
+                .collect();
             match decision.outcome.as_str() {
                 "paid" => assert_eq!(
-                    of_order.iter().map(|entry| (entry.id, entry.amount, entry.user_id.as_str())).collect::<Vec<_>>(),
-                    [(decision.transfer_id.unwrap(), decision.amount, decision.user_id.as_str())]
+                    of_order
+                        .iter()
+                        .map(|entry| (entry.id, entry.amount, entry.user_id.as_str()))
+                        .collect::<Vec<_>>(),
+                    [(
+                        decision.transfer_id.unwrap(),
+                        decision.amount,
+                        decision.user_id.as_str()
+                    )]
                 ),
                 _ => assert!(of_order.is_empty(), "a declined order was debited"),
             }
@@ -267,5 +383,10 @@ impl Payments {
 /// The one number that a query gives.
 pub(crate) async fn count(db: &DatabaseConnection, sql: &str) -> i64 {
     let statement = sea_orm::Statement::from_string(sea_orm::DbBackend::Postgres, sql);
-    db.query_one_raw(statement).await.unwrap().unwrap().try_get_by_index(0).unwrap()
+    db.query_one_raw(statement)
+        .await
+        .unwrap()
+        .unwrap()
+        .try_get_by_index(0)
+        .unwrap()
 }

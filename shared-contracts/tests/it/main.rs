@@ -8,7 +8,8 @@ use std::fmt::Debug;
 
 use serde_json::Value;
 use shared_contracts::{
-    Amount, DeclineReason, Event, OrderCancelled, OrderFinished, OrderId, OrderPlaced, PaymentOutcome, PaymentSettled, UserId,
+    Amount, DeclineReason, Event, OrderCancelled, OrderFinished, OrderId, OrderPlaced,
+    PaymentOutcome, PaymentSettled, UserId,
 };
 
 fn order_id() -> OrderId {
@@ -24,38 +25,79 @@ fn amount() -> Amount {
 }
 
 fn placed() -> OrderPlaced {
-    OrderPlaced { order_id: order_id(), user_id: user_id(), amount: amount() }
+    OrderPlaced {
+        order_id: order_id(),
+        user_id: user_id(),
+        amount: amount(),
+    }
 }
 
 fn settled(outcome: PaymentOutcome) -> PaymentSettled {
-    PaymentSettled { order_id: order_id(), user_id: user_id(), amount: amount(), outcome }
+    PaymentSettled {
+        order_id: order_id(),
+        user_id: user_id(),
+        amount: amount(),
+        outcome,
+    }
 }
 
 #[track_caller]
 fn assert_golden<E: Event + Debug + PartialEq>(event: &E, golden: &str) {
     let golden_value: Value = serde_json::from_str(golden).unwrap();
-    assert_eq!(serde_json::to_value(event).unwrap(), golden_value, "{} is written differently", E::TYPE);
-    assert_eq!(serde_json::from_str::<E>(golden).unwrap(), *event, "{} is read differently", E::TYPE);
+    assert_eq!(
+        serde_json::to_value(event).unwrap(),
+        golden_value,
+        "{} is written differently",
+        E::TYPE
+    );
+    assert_eq!(
+        serde_json::from_str::<E>(golden).unwrap(),
+        *event,
+        "{} is read differently",
+        E::TYPE
+    );
 
     let mut newer = golden_value;
     newer["a_field_of_tomorrow"] = Value::from(1);
-    assert_eq!(serde_json::from_value::<E>(newer).unwrap(), *event, "{} does not tolerate an unknown field", E::TYPE);
+    assert_eq!(
+        serde_json::from_value::<E>(newer).unwrap(),
+        *event,
+        "{} does not tolerate an unknown field",
+        E::TYPE
+    );
 }
 
 #[test]
 fn every_event_reads_and_writes_its_golden_file() {
-    assert_golden(&placed(), include_str!("../golden/gozon.order.placed.v1.json"));
     assert_golden(
-        &OrderFinished { order_id: order_id(), user_id: user_id(), amount: amount() },
+        &placed(),
+        include_str!("../golden/gozon.order.placed.v1.json"),
+    );
+    assert_golden(
+        &OrderFinished {
+            order_id: order_id(),
+            user_id: user_id(),
+            amount: amount(),
+        },
         include_str!("../golden/gozon.order.finished.v1.json"),
     );
     assert_golden(
-        &OrderCancelled { order_id: order_id(), user_id: user_id(), amount: amount(), reason: DeclineReason::InsufficientFunds },
+        &OrderCancelled {
+            order_id: order_id(),
+            user_id: user_id(),
+            amount: amount(),
+            reason: DeclineReason::InsufficientFunds,
+        },
         include_str!("../golden/gozon.order.cancelled.v1.json"),
     );
-    assert_golden(&settled(PaymentOutcome::Paid), include_str!("../golden/gozon.payment.settled.v1.paid.json"));
     assert_golden(
-        &settled(PaymentOutcome::Declined { reason: DeclineReason::NoAccount }),
+        &settled(PaymentOutcome::Paid),
+        include_str!("../golden/gozon.payment.settled.v1.paid.json"),
+    );
+    assert_golden(
+        &settled(PaymentOutcome::Declined {
+            reason: DeclineReason::NoAccount,
+        }),
         include_str!("../golden/gozon.payment.settled.v1.declined.json"),
     );
 }
@@ -73,7 +115,10 @@ fn an_event_with_a_bad_value_is_not_read() {
     ] {
         let mut event = good.clone();
         event[field] = bad.clone();
-        assert!(serde_json::from_value::<OrderPlaced>(event).is_err(), "{field} = {bad}");
+        assert!(
+            serde_json::from_value::<OrderPlaced>(event).is_err(),
+            "{field} = {bad}"
+        );
     }
     let mut declined_without_reason = serde_json::to_value(settled(PaymentOutcome::Paid)).unwrap();
     declined_without_reason["outcome"] = Value::from("declined");

@@ -4,7 +4,10 @@
 use std::path::PathBuf;
 
 use serde_json::{Value, json};
-use shared_contracts::{DLQ_STREAM, Event, OrderCancelled, OrderFinished, OrderPlaced, PaymentSettled, SPEC_VERSION, header};
+use shared_contracts::{
+    DLQ_STREAM, Event, OrderCancelled, OrderFinished, OrderPlaced, PaymentSettled, SPEC_VERSION,
+    header,
+};
 
 const UPDATE: &str = "GOZON_UPDATE_SNAPSHOTS";
 
@@ -20,10 +23,17 @@ struct Described {
     schema: Value,
 }
 
-fn describe<E: Event + schemars::JsonSchema>(readers: &'static [&'static str], golden: &'static [&'static str]) -> Described {
+fn describe<E: Event + schemars::JsonSchema>(
+    readers: &'static [&'static str],
+    golden: &'static [&'static str],
+) -> Described {
     // One schema without references, in the dialect that every tool reads.
-    let settings = schemars::generate::SchemaSettings::draft07().with(|settings| settings.inline_subschemas = true);
-    let mut schema = settings.into_generator().into_root_schema_for::<E>().to_value();
+    let settings = schemars::generate::SchemaSettings::draft07()
+        .with(|settings| settings.inline_subschemas = true);
+    let mut schema = settings
+        .into_generator()
+        .into_root_schema_for::<E>()
+        .to_value();
     schema["$id"] = Value::from(format!("urn:gozon:event:{}", E::TYPE));
     let name = schema["title"].as_str().unwrap().to_owned();
     Described {
@@ -40,9 +50,18 @@ fn describe<E: Event + schemars::JsonSchema>(readers: &'static [&'static str], g
 
 fn events() -> [Described; 4] {
     [
-        describe::<OrderPlaced>(&["payments"], &[include_str!("../golden/gozon.order.placed.v1.json")]),
-        describe::<OrderFinished>(&[], &[include_str!("../golden/gozon.order.finished.v1.json")]),
-        describe::<OrderCancelled>(&[], &[include_str!("../golden/gozon.order.cancelled.v1.json")]),
+        describe::<OrderPlaced>(
+            &["payments"],
+            &[include_str!("../golden/gozon.order.placed.v1.json")],
+        ),
+        describe::<OrderFinished>(
+            &[],
+            &[include_str!("../golden/gozon.order.finished.v1.json")],
+        ),
+        describe::<OrderCancelled>(
+            &[],
+            &[include_str!("../golden/gozon.order.cancelled.v1.json")],
+        ),
         describe::<PaymentSettled>(
             &["orders"],
             &[
@@ -108,8 +127,7 @@ fn asyncapi(events: &[Described]) -> Value {
                 .collect::<Vec<_>>()
         });
         let channel = json!({ "$ref": format!("#/channels/{}", event.name) });
-        document["operations"][format!("{} says {}", event.source, event.name).replace(' ', "_")] =
-            json!({ "action": "send", "channel": channel, "summary": format!("{} publishes it from its outbox.", event.source) });
+        document["operations"][format!("{} says {}", event.source, event.name).replace(' ', "_")] = json!({ "action": "send", "channel": channel, "summary": format!("{} publishes it from its outbox.", event.source) });
         for reader in event.readers {
             document["operations"][format!("{reader} takes {}", event.name).replace(' ', "_")] = json!({ "action": "receive", "channel": channel, "summary": format!("{reader} takes it with a durable consumer.") });
         }
@@ -135,13 +153,19 @@ fn assert_committed(path: &str, document: &Value) {
         std::fs::write(&file, &text).unwrap();
     }
     let committed = std::fs::read_to_string(&file).unwrap_or_default();
-    assert_eq!(committed, text, "{path} is not what the types say: ./dev schemas makes it anew");
+    assert_eq!(
+        committed, text,
+        "{path} is not what the types say: ./dev schemas makes it anew"
+    );
 }
 
 #[test]
 fn the_committed_schemas_are_those_of_the_types() {
     for event in events() {
-        assert_committed(&format!("schemas/{}.schema.json", event.kind), &event.schema);
+        assert_committed(
+            &format!("schemas/{}.schema.json", event.kind),
+            &event.schema,
+        );
     }
 }
 
@@ -159,7 +183,11 @@ fn a_schema_accepts_the_golden_files_and_refuses_what_the_types_refuse() {
             assert!(validator.is_valid(&good), "{}: {golden}", event.kind);
             let mut newer = good.clone();
             newer["a_field_of_tomorrow"] = json!(1);
-            assert!(validator.is_valid(&newer), "{} does not tolerate an unknown field", event.kind);
+            assert!(
+                validator.is_valid(&newer),
+                "{} does not tolerate an unknown field",
+                event.kind
+            );
             for (field, bad) in [
                 ("amount", json!(0)),
                 ("amount", json!(1.5)),
@@ -177,13 +205,21 @@ fn a_schema_accepts_the_golden_files_and_refuses_what_the_types_refuse() {
                 if good.get(field).is_some() {
                     let mut event_with = good.clone();
                     event_with[field] = bad.clone();
-                    assert!(!validator.is_valid(&event_with), "{} accepts {field} = {bad}", event.kind);
+                    assert!(
+                        !validator.is_valid(&event_with),
+                        "{} accepts {field} = {bad}",
+                        event.kind
+                    );
                 }
             }
             for field in good.as_object().unwrap().keys() {
                 let mut without = good.clone();
                 without.as_object_mut().unwrap().remove(field);
-                assert!(!validator.is_valid(&without), "{} does not need {field}", event.kind);
+                assert!(
+                    !validator.is_valid(&without),
+                    "{} does not need {field}",
+                    event.kind
+                );
             }
         }
     }

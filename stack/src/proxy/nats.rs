@@ -5,10 +5,17 @@ use bytes::{Bytes, BytesMut};
 use super::{Armory, Cut, Direction, Meter, Passed};
 
 /// Takes whole messages from `from`.
-pub(super) fn pass(direction: Direction, from: &mut BytesMut, armory: &Armory, meter: &Meter) -> Passed {
+pub(super) fn pass(
+    direction: Direction,
+    from: &mut BytesMut,
+    armory: &Armory,
+    meter: &Meter,
+) -> Passed {
     let mut passed = BytesMut::new();
     while let Some(message) = next(from) {
-        if direction == Direction::ToServer && (message.starts_with(b"PUB ") || message.starts_with(b"HPUB ")) {
+        if direction == Direction::ToServer
+            && (message.starts_with(b"PUB ") || message.starts_with(b"HPUB "))
+        {
             meter.count(|traffic| {
                 traffic.messages += 1;
                 traffic.message_bytes += message.len() as u64;
@@ -27,8 +34,14 @@ fn kind(direction: Direction, message: &[u8]) -> Option<Cut> {
     let (line, payload) = line(message)?;
     let words: Vec<&str> = line.split_ascii_whitespace().collect();
     match (direction, words.as_slice()) {
-        (Direction::ToServer, ["PUB" | "HPUB", subject, ..]) if subject.starts_with("$JS.ACK.") => Some(Cut::Ack),
-        (Direction::ToClient, ["MSG" | "HMSG", _, _, reply, _, ..]) if reply.starts_with("$JS.ACK.") => Some(Cut::Delivery),
+        (Direction::ToServer, ["PUB" | "HPUB", subject, ..]) if subject.starts_with("$JS.ACK.") => {
+            Some(Cut::Ack)
+        }
+        (Direction::ToClient, ["MSG" | "HMSG", _, _, reply, _, ..])
+            if reply.starts_with("$JS.ACK.") =>
+        {
+            Some(Cut::Delivery)
+        }
         (Direction::ToClient, ["MSG", subject, ..]) if subject.starts_with("_INBOX") => {
             // Answers of the JetStream API name their type.
             let has = |word: &[u8]| payload.windows(word.len()).any(|found| found == word);
@@ -42,7 +55,9 @@ fn next(from: &mut BytesMut) -> Option<Bytes> {
     let (words, _) = line(from)?;
     let head = words.len() + 2;
     let payload = match words.split_ascii_whitespace().next() {
-        Some("MSG" | "HMSG" | "PUB" | "HPUB") => words.rsplit(' ').next()?.parse::<usize>().ok()? + 2,
+        Some("MSG" | "HMSG" | "PUB" | "HPUB") => {
+            words.rsplit(' ').next()?.parse::<usize>().ok()? + 2
+        }
         _ => 0,
     };
     (from.len() >= head + payload).then(|| from.split_to(head + payload).freeze())
@@ -50,7 +65,10 @@ fn next(from: &mut BytesMut) -> Option<Bytes> {
 
 fn line(message: &[u8]) -> Option<(&str, &[u8])> {
     let end = message.windows(2).position(|two| two == b"\r\n")?;
-    Some((std::str::from_utf8(&message[..end]).ok()?, &message[end + 2..]))
+    Some((
+        std::str::from_utf8(&message[..end]).ok()?,
+        &message[end + 2..],
+    ))
 }
 
 #[cfg(test)]
@@ -68,31 +86,56 @@ mod tests {
         let answers = [
             ("INFO {\"a\":1}\r\n".to_owned(), false),
             ("PING\r\n".to_owned(), false),
-            (format!("MSG _INBOX_orders.a.b 1 {}\r\n{info}\r\n", info.len()), false),
-            (format!("MSG _INBOX_orders.a.b 1 {}\r\n{pub_ack}\r\n", pub_ack.len()), true),
-            (format!("MSG _INBOX_orders.a.b 1 {}\r\n{pub_ack}\r\n", pub_ack.len()), false),
-            ("HMSG _INBOX.x 2 $JS.ACK.ORDERS.c.1.1.1.1.1 4 9\r\nab\r\nx\r\nyz\r\n".to_owned(), true),
+            (
+                format!("MSG _INBOX_orders.a.b 1 {}\r\n{info}\r\n", info.len()),
+                false,
+            ),
+            (
+                format!("MSG _INBOX_orders.a.b 1 {}\r\n{pub_ack}\r\n", pub_ack.len()),
+                true,
+            ),
+            (
+                format!("MSG _INBOX_orders.a.b 1 {}\r\n{pub_ack}\r\n", pub_ack.len()),
+                false,
+            ),
+            (
+                "HMSG _INBOX.x 2 $JS.ACK.ORDERS.c.1.1.1.1.1 4 9\r\nab\r\nx\r\nyz\r\n".to_owned(),
+                true,
+            ),
         ];
         let lost = |direction: Direction, messages: &[(String, bool)]| {
             let mut from = BytesMut::new();
             let mut on = Vec::new();
             for byte in messages.iter().flat_map(|(message, _)| message.bytes()) {
                 from.extend_from_slice(&[byte]);
-                let Passed::On(bytes) = pass(direction, &mut from, &armory, &Meter::default()) else { panic!("nothing is cut") };
+                let Passed::On(bytes) = pass(direction, &mut from, &armory, &Meter::default())
+                else {
+                    panic!("nothing is cut")
+                };
                 on.extend_from_slice(&bytes);
             }
-            let kept: String = messages.iter().filter(|(_, lost)| !lost).map(|(message, _)| message.as_str()).collect();
+            let kept: String = messages
+                .iter()
+                .filter(|(_, lost)| !lost)
+                .map(|(message, _)| message.as_str())
+                .collect();
             assert_eq!(String::from_utf8(on).unwrap(), kept);
         };
         lost(Direction::ToClient, &answers);
         lost(
             Direction::ToServer,
             &[
-                ("PUB gozon.orders.placed _INBOX.x 2\r\nhi\r\n".to_owned(), false),
+                (
+                    "PUB gozon.orders.placed _INBOX.x 2\r\nhi\r\n".to_owned(),
+                    false,
+                ),
                 ("PUB $JS.ACK.ORDERS.c.1.1.1.1.1 0\r\n\r\n".to_owned(), true),
                 ("PUB $JS.ACK.ORDERS.c.1.1.1.1.1 0\r\n\r\n".to_owned(), false),
             ],
         );
-        assert_eq!([Cut::PubAck, Cut::Ack, Cut::Delivery].map(|cut| armory.fired(cut)), [1, 1, 1]);
+        assert_eq!(
+            [Cut::PubAck, Cut::Ack, Cut::Delivery].map(|cut| armory.fired(cut)),
+            [1, 1, 1]
+        );
     }
 }

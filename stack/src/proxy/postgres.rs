@@ -28,18 +28,30 @@ pub(super) struct Session {
 
 impl Session {
     /// Takes whole messages from `from`.
-    pub(super) fn pass(&mut self, direction: Direction, from: &mut BytesMut, armory: &Armory, meter: &Meter) -> Passed {
+    pub(super) fn pass(
+        &mut self,
+        direction: Direction,
+        from: &mut BytesMut,
+        armory: &Armory,
+        meter: &Meter,
+    ) -> Passed {
         let mut passed = BytesMut::new();
         while let Some(message) = self.next(direction, from) {
             if direction == Direction::ToServer {
                 meter.count(|traffic| {
-                    traffic.statements += u64::from(message.starts_with(b"E") || message.starts_with(b"Q"));
-                    traffic.round_trips += u64::from(message.starts_with(b"S") || message.starts_with(b"Q"));
+                    traffic.statements +=
+                        u64::from(message.starts_with(b"E") || message.starts_with(b"Q"));
+                    traffic.round_trips +=
+                        u64::from(message.starts_with(b"S") || message.starts_with(b"Q"));
                 });
             }
             let cut = match direction {
-                Direction::ToServer => self.asked(&message).then(|| armory.take(|cut| self.is_meant(cut, false))),
-                Direction::ToClient => self.tells(&message).then(|| armory.take(|cut| self.is_meant(cut, true))),
+                Direction::ToServer => self
+                    .asked(&message)
+                    .then(|| armory.take(|cut| self.is_meant(cut, false))),
+                Direction::ToClient => self
+                    .tells(&message)
+                    .then(|| armory.take(|cut| self.is_meant(cut, true))),
             };
             if cut == Some(true) {
                 return Passed::Cut(passed.freeze());
@@ -91,7 +103,9 @@ impl Session {
 
     /// Remembers what the client asks for; says whether it ends in a commit.
     fn asked(&mut self, message: &[u8]) -> bool {
-        let mut words = body(message).split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());
+        let mut words = body(message)
+            .split(|byte| *byte == 0)
+            .map(|word| String::from_utf8_lossy(word).into_owned());
         let mut word = || words.next().unwrap_or_default();
         match message.first() {
             Some(b'P') => {
@@ -165,10 +179,17 @@ mod tests {
     fn only_the_answer_to_the_commit_that_is_meant_is_cut() {
         let (mut session, armory) = (Session::default(), Armory::default());
         start(&mut session, &armory);
-        armory.arm(Cut::CommitAnswer { after: "INSERT INTO orders" }, 1);
-        for (statement, cut) in
-            [("SELECT 1", false), ("INSERT INTO orders VALUES ($1)", true), ("INSERT INTO orders VALUES ($1)", false)]
-        {
+        armory.arm(
+            Cut::CommitAnswer {
+                after: "INSERT INTO orders",
+            },
+            1,
+        );
+        for (statement, cut) in [
+            ("SELECT 1", false),
+            ("INSERT INTO orders VALUES ($1)", true),
+            ("INSERT INTO orders VALUES ($1)", false),
+        ] {
             let asked = [
                 message(b'Q', b"BEGIN\0"),
                 message(b'P', format!("s1\0{statement}\0").as_bytes()),
@@ -181,7 +202,9 @@ mod tests {
             let mut on = 0;
             for piece in asked.chunks(3) {
                 from.extend_from_slice(piece);
-                let Passed::On(bytes) = session.pass(Direction::ToServer, &mut from, &armory, &Meter::default()) else {
+                let Passed::On(bytes) =
+                    session.pass(Direction::ToServer, &mut from, &armory, &Meter::default())
+                else {
                     panic!("requests go on")
                 };
                 on += bytes.len();
@@ -191,33 +214,95 @@ mod tests {
             let passed = session.pass(Direction::ToClient, &mut answer, &armory, &Meter::default());
             assert_eq!(matches!(passed, Passed::Cut(_)), cut, "{statement}");
         }
-        assert_eq!((armory.fired(Cut::CommitAnswer { after: "INSERT INTO orders" }), armory.waiting()), (1, 0));
+        assert_eq!(
+            (
+                armory.fired(Cut::CommitAnswer {
+                    after: "INSERT INTO orders"
+                }),
+                armory.waiting()
+            ),
+            (1, 0)
+        );
     }
 
     #[test]
     fn a_statement_outside_of_a_transaction_is_one() {
         let (mut session, armory) = (Session::default(), Armory::default());
         start(&mut session, &armory);
-        let asked =
-            [message(b'P', b"s1\0UPDATE outbox\0"), message(b'B', b"\0s1\0rest"), message(b'E', b"\0"), message(b'S', b"")];
+        let asked = [
+            message(b'P', b"s1\0UPDATE outbox\0"),
+            message(b'B', b"\0s1\0rest"),
+            message(b'E', b"\0"),
+            message(b'S', b""),
+        ];
         let answer = [message(b'C', b"UPDATE 1\0"), message(b'Z', b"I")];
         let pass = |session: &mut Session, direction, messages: &[Vec<u8>]| {
-            session.pass(direction, &mut BytesMut::from(&messages.concat()[..]), &armory, &Meter::default())
+            session.pass(
+                direction,
+                &mut BytesMut::from(&messages.concat()[..]),
+                &armory,
+                &Meter::default(),
+            )
         };
-        armory.arm(Cut::CommitAnswer { after: "UPDATE outbox" }, 1);
-        assert!(matches!(pass(&mut session, Direction::ToServer, &asked), Passed::On(_)));
+        armory.arm(
+            Cut::CommitAnswer {
+                after: "UPDATE outbox",
+            },
+            1,
+        );
+        assert!(matches!(
+            pass(&mut session, Direction::ToServer, &asked),
+            Passed::On(_)
+        ));
         // That a statement is complete does not say that it is committed.
-        assert!(matches!(pass(&mut session, Direction::ToClient, &answer), Passed::Cut(bytes) if bytes == answer[0]));
-        armory.arm(Cut::CommitRequest { after: "UPDATE outbox" }, 1);
-        assert!(matches!(pass(&mut session, Direction::ToServer, &asked), Passed::Cut(bytes) if bytes == asked[..2].concat()));
+        assert!(
+            matches!(pass(&mut session, Direction::ToClient, &answer), Passed::Cut(bytes) if bytes == answer[0])
+        );
+        armory.arm(
+            Cut::CommitRequest {
+                after: "UPDATE outbox",
+            },
+            1,
+        );
+        assert!(
+            matches!(pass(&mut session, Direction::ToServer, &asked), Passed::Cut(bytes) if bytes == asked[..2].concat())
+        );
 
         // Inside of one it is not, and a ping is none of what was before it.
-        armory.arm(Cut::CommitRequest { after: "UPDATE outbox" }, 1);
-        assert!(matches!(pass(&mut session, Direction::ToServer, &[message(b'Q', b"BEGIN\0")]), Passed::On(_)));
-        assert!(matches!(pass(&mut session, Direction::ToServer, &asked), Passed::On(_)));
-        assert!(matches!(pass(&mut session, Direction::ToServer, &[message(b'Q', b"ROLLBACK\0")]), Passed::On(_)));
-        assert!(matches!(pass(&mut session, Direction::ToClient, &answer[1..]), Passed::On(_)));
-        assert!(matches!(pass(&mut session, Direction::ToServer, &[message(b'Q', b"\0")]), Passed::On(_)));
+        armory.arm(
+            Cut::CommitRequest {
+                after: "UPDATE outbox",
+            },
+            1,
+        );
+        assert!(matches!(
+            pass(
+                &mut session,
+                Direction::ToServer,
+                &[message(b'Q', b"BEGIN\0")]
+            ),
+            Passed::On(_)
+        ));
+        assert!(matches!(
+            pass(&mut session, Direction::ToServer, &asked),
+            Passed::On(_)
+        ));
+        assert!(matches!(
+            pass(
+                &mut session,
+                Direction::ToServer,
+                &[message(b'Q', b"ROLLBACK\0")]
+            ),
+            Passed::On(_)
+        ));
+        assert!(matches!(
+            pass(&mut session, Direction::ToClient, &answer[1..]),
+            Passed::On(_)
+        ));
+        assert!(matches!(
+            pass(&mut session, Direction::ToServer, &[message(b'Q', b"\0")]),
+            Passed::On(_)
+        ));
         assert_eq!(armory.waiting(), 1);
     }
 }

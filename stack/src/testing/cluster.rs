@@ -33,9 +33,19 @@ impl TestCluster {
             fs::create_dir(&data)?;
             let log = folder.path().join(format!("nats-{number}.log"));
             let nats = Nats::new(&tools, data, log, port, free_port()?, secrets.clone());
-            servers.push((nats.member(format!("gozon-{number}"), cluster_ports[number], cluster_ports), None));
+            servers.push((
+                nats.member(
+                    format!("gozon-{number}"),
+                    cluster_ports[number],
+                    cluster_ports,
+                ),
+                None,
+            ));
         }
-        Ok(Self { servers, _folder: folder })
+        Ok(Self {
+            servers,
+            _folder: folder,
+        })
     }
 
     /// Where clients find a server.
@@ -69,7 +79,11 @@ impl TestCluster {
     }
 
     fn signal(&self, number: usize, signal: Signal) -> anyhow::Result<()> {
-        self.servers[number].1.as_ref().context("the server does not run")?.signal(signal)
+        self.servers[number]
+            .1
+            .as_ref()
+            .context("the server does not run")?
+            .signal(signal)
     }
 
     /// Waits until all servers that run work together.
@@ -102,10 +116,13 @@ impl TestCluster {
                 continue;
             }
             let monitor = Http::new(format!("http://127.0.0.1:{}", nats.monitor_port));
-            let Ok(answer) = monitor.get("/jsz?streams=true").await else { continue };
+            let Ok(answer) = monitor.get("/jsz?streams=true").await else {
+                continue;
+            };
             let answer = answer.json();
             let accounts = answer["account_details"].as_array().into_iter().flatten();
-            let mut streams = accounts.flat_map(|account| account["stream_detail"].as_array().into_iter().flatten());
+            let mut streams = accounts
+                .flat_map(|account| account["stream_detail"].as_array().into_iter().flatten());
             let found = streams.find(|found| found["name"] == stream);
             if found.is_some_and(|found| found["cluster"]["leader"] == format!("gozon-{number}")) {
                 return Some(number);
