@@ -15,7 +15,9 @@ RUN mkdir /manifests && cp Cargo.toml Cargo.lock /manifests/ \
       crate=${manifest%/*}; \
       mkdir -p "/manifests/$crate/src" && cp "$manifest" "/manifests/$crate/" || exit 1; \
       for file in src/lib.rs src/main.rs $(sed -n 's/^path = "\(.*\.rs\)"$/\1/p' "$manifest"); do \
-        if [ -e "$crate/$file" ]; then echo 'fn main() {}' >"/manifests/$crate/$file"; fi; \
+        if [ -e "$crate/$file" ]; then \
+          mkdir -p "/manifests/$crate/${file%/*}" && echo 'fn main() {}' >"/manifests/$crate/$file" || exit 1; \
+        fi; \
       done; \
     done \
  && for crate in e2e protocol-model stack; do rm -rf "$crate" && cp -r "/manifests/$crate" . || exit 1; done \

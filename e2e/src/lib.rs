@@ -1,5 +1,5 @@
-//! Tests of the whole system through its front door (`tests/it`), the kill matrix (`src/kill_matrix.rs`), chaos, the
-//! tests of the tests (`src/bounty.rs`), and the demonstration (`src/demo.rs`).
+//! What the tests of the whole system (`tests/it`) and the programs (`programs`: demo, bench, overload, kill matrix,
+//! bounty, chaos) share.
 
 use std::time::Duration;
 
@@ -10,8 +10,15 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 pub mod broker;
-pub mod chaos;
+pub mod checks;
 pub mod load;
+
+/// Timers of the services, as short as possible: with the defaults, healing may take 10 minutes.
+pub const SHORT_TIMERS: [(&str, &str); 3] = [
+    ("GOZON_ACK_WAIT_MS", "1000"),
+    ("GOZON_ASK_AGAIN_MS", "2000"),
+    ("GOZON_ASK_AGAIN_MAX_MS", "10000"),
+];
 
 const RETRY_DELAY: Duration = Duration::from_millis(20);
 

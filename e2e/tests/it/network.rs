@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use e2e::chaos::TIMERS;
+use e2e::SHORT_TIMERS;
 use futures_util::future::join_all;
 use serde_json::json;
 use stack::proxy::Cut;
@@ -18,7 +18,7 @@ const NOTICED_WITHIN: Duration = Duration::from_secs(40);
 const ANSWERED_WITHIN: Duration = Duration::from_secs(10);
 
 async fn shop_behind_proxies() -> (Shop, Edges) {
-    let environment = TIMERS
+    let environment = SHORT_TIMERS
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .to_vec();
     let mut seed = Seed::new(1);

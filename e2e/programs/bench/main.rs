@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use clap::{Parser, ValueEnum};
 use e2e::broker::operator;
+use e2e::checks;
 use ops::audit::{self, Beside, Databases, Options};
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, FromQueryResult, Statement};
 use stack::http::Http;
@@ -114,11 +115,7 @@ async fn main() -> anyhow::Result<()> {
     let mut stack = TestStack::start_in(binaries, Vec::new()).await?;
     statements::configure(&mut stack.system, &arguments.settings, arguments.statements).await?;
     let http = Http::new(stack.system.address("gateway"));
-    let connect = async |name: &str| stack.system.postgres().connect(name).await;
-    let databases = Databases {
-        orders: connect("orders").await?,
-        payments: connect("payments").await?,
-    };
+    let databases = checks::databases(&stack.system).await?;
     let mut bench = Bench {
         stack,
         http,

@@ -5,13 +5,12 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use e2e::broker::{operator, say_again};
 use stack::proxy::Cut;
 use stack::seed::Seed;
 use stack::testing::TestStack;
 use stack::{Edges, NAMES, System};
 use tokio::time::Instant;
-
-use crate::broker::{operator, say_again};
 
 const START_WITHIN: Duration = Duration::from_secs(60);
 const CUTS_WITHIN: Duration = Duration::from_secs(45);
@@ -157,7 +156,7 @@ const FAULTS: [Fault; 33] = [
 ];
 
 /// The one who does it.
-pub(super) struct Nemesis {
+pub(crate) struct Nemesis {
     stack: TestStack,
     edges: Edges,
     seed: Seed,
@@ -169,7 +168,7 @@ pub(super) struct Nemesis {
 }
 
 impl Nemesis {
-    pub(super) fn new(
+    pub(crate) fn new(
         stack: TestStack,
         edges: Edges,
         over: Duration,
@@ -224,25 +223,25 @@ impl Nemesis {
         })
     }
 
-    pub(super) fn system(&self) -> &System {
+    pub(crate) fn system(&self) -> &System {
         &self.stack.system
     }
 
-    pub(super) fn planned(&self) -> usize {
+    pub(crate) fn planned(&self) -> usize {
         self.schedule.len()
     }
 
-    pub(super) fn unexpected_ends(&self) -> &[String] {
+    pub(crate) fn unexpected_ends(&self) -> &[String] {
         &self.unexpected_ends
     }
 
     /// How often each kind really happened.
-    pub(super) fn fired(&self) -> BTreeMap<&'static str, u64> {
+    pub(crate) fn fired(&self) -> BTreeMap<&'static str, u64> {
         self.fired.clone()
     }
 
     /// Does it all. `words`: how many are done, a space, what is being done.
-    pub(super) async fn run(
+    pub(crate) async fn run(
         &mut self,
         begun: Instant,
         words: &RefCell<String>,

@@ -6,10 +6,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use clap::Parser;
-use e2e::broker::operator;
-use e2e::until_done;
+use e2e::{checks, until_done};
 use futures_util::future::try_join_all;
-use ops::audit::{self, Beside, Databases};
 use sea_orm::ConnectionTrait as _;
 use serde_json::{Value, json};
 use stack::http::Http;
@@ -245,22 +243,9 @@ impl Matrix {
     }
 
     async fn audit(&self) -> anyhow::Result<()> {
-        let postgres = self.stack.system.postgres();
-        let databases = Databases {
-            orders: postgres.connect("orders").await?,
-            payments: postgres.connect("payments").await?,
-        };
-        let options = audit::Options {
-            grace: Duration::from_secs(5),
-            late_after: Duration::ZERO,
-            stuck_after: Duration::ZERO,
-        };
-        let broker = operator(&self.stack.system).await?;
-        let beside = Beside {
-            streams: Some(broker.jetstream()),
-            history: None,
-        };
-        let report = audit::audit_with(&databases, options, beside).await?;
+        let databases = checks::databases(&self.stack.system).await?;
+        let grace = Duration::from_secs(5);
+        let report = checks::audit_settled(&self.stack.system, &databases, grace, None).await?;
         databases.orders.close().await?;
         databases.payments.close().await?;
         let findings: Vec<String> = report

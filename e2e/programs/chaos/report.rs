@@ -5,46 +5,46 @@ use std::fmt;
 use std::process::Command;
 use std::time::Duration;
 
+use e2e::load::Seen;
 use ops::audit::{self, Kind};
 use ops::history::History;
 use serde::Serialize;
 
-use super::{SETTLE_WITHIN, Settings};
-use crate::load::Seen;
+use crate::settings::{SETTLE_WITHIN, Settings};
 
 /// What happened and whether the promise was kept.
 #[derive(Clone, Debug, Serialize)]
-pub struct Report {
+pub(crate) struct Report {
     /// Says the same again.
-    pub command: String,
+    pub(crate) command: String,
     /// Of the source.
-    pub commit: String,
+    pub(crate) commit: String,
     /// Decides what happens.
-    pub seed: u64,
+    pub(crate) seed: u64,
     /// How long it took, all in all.
-    pub seconds: f64,
+    pub(crate) seconds: f64,
     /// Orders that customers wanted, and that were answered with 2xx.
-    pub orders: [u64; 2],
+    pub(crate) orders: [u64; 2],
     /// Deposits, likewise.
-    pub deposits: [u64; 2],
+    pub(crate) deposits: [u64; 2],
     /// Requests, all in all.
-    pub exchanges: u64,
+    pub(crate) exchanges: u64,
     /// Requests by status; `none` for no answer.
-    pub answers: BTreeMap<String, u64>,
+    pub(crate) answers: BTreeMap<String, u64>,
     /// Requests whose outcome was unknown to the client, and that were sent again.
-    pub unknown: u64,
+    pub(crate) unknown: u64,
     /// How often each kind of fault happened.
-    pub faults: BTreeMap<String, u64>,
+    pub(crate) faults: BTreeMap<String, u64>,
     /// Orders by status at the end.
-    pub by_status: BTreeMap<String, u64>,
+    pub(crate) by_status: BTreeMap<String, u64>,
     /// From the last fault until every order was final.
-    pub settled_after_seconds: Option<f64>,
+    pub(crate) settled_after_seconds: Option<f64>,
     /// What the audit named, by kind.
-    pub findings: BTreeMap<String, u64>,
+    pub(crate) findings: BTreeMap<String, u64>,
     /// The first of them.
-    pub first_findings: Vec<String>,
+    pub(crate) first_findings: Vec<String>,
     /// Why the promise was not kept, or the run proves nothing. Empty: it holds.
-    pub failures: Vec<String>,
+    pub(crate) failures: Vec<String>,
 }
 
 impl Report {
@@ -52,7 +52,7 @@ impl Report {
         clippy::too_many_arguments,
         reason = "it is everything that is known, once"
     )]
-    pub(super) fn new(
+    pub(crate) fn new(
         settings: &Settings,
         seen: Seen,
         history: &History,
@@ -158,7 +158,7 @@ impl Report {
     }
 
     /// Whether the promise was kept, and everything happened that should.
-    pub fn holds(&self) -> bool {
+    pub(crate) fn holds(&self) -> bool {
         self.failures.is_empty()
     }
 

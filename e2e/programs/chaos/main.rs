@@ -5,7 +5,13 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Parser;
-use e2e::chaos::{self, Settings};
+
+use settings::Settings;
+
+mod nemesis;
+mod report;
+mod run;
+mod settings;
 
 /// Breaks everything while customers order. Exit code 0 only if everything holds and every kind of fault happened.
 #[derive(Parser)]
@@ -67,7 +73,7 @@ async fn main() -> anyhow::Result<ExitCode> {
             .with_context(|| format!("{} cannot be made", folder.display()))?;
         settings.history = Some(folder.join("history.jsonl"));
     }
-    let report = chaos::run(&settings).await?;
+    let report = run::run(&settings).await?;
     let json = serde_json::to_string_pretty(&report)?;
     if let Some(folder) = &arguments.report {
         std::fs::write(folder.join("report.md"), report.to_string())?;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use async_nats::jetstream;
 use e2e::broker::operator;
-use e2e::until_done;
+use e2e::{checks, until_done};
 use messaging::broker::Broker;
 use ops::audit::{self, Databases, Kind};
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, Statement};
@@ -54,11 +54,7 @@ async fn main() -> anyhow::Result<ExitCode> {
         .context("this program is in a folder")?
         .to_owned();
     let mut stack = TestStack::start_in(&binaries, timers).await?;
-    let postgres = stack.system.postgres();
-    let databases = Databases {
-        orders: postgres.connect("orders").await?,
-        payments: postgres.connect("payments").await?,
-    };
+    let databases = checks::databases(&stack.system).await?;
     let http = Http::new(stack.system.address("gateway"));
 
     let mut shop = Shop {

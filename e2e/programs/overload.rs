@@ -12,11 +12,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use clap::Parser;
-use e2e::broker::operator;
-use e2e::until_done;
+use e2e::{checks, until_done};
 use futures_util::future::join_all;
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
-use ops::audit::{self, Beside, Databases};
 use serde_json::{Value, json};
 use stack::http::Http;
 use stack::proxy::{Protocol, Proxy};
@@ -119,27 +117,10 @@ async fn main() -> anyhow::Result<ExitCode> {
     // What was taken in 20 s takes longer to be settled through the same needle's eye, and that is not the question.
     way.heal();
     let begun = Instant::now();
-    let postgres = stack.system.postgres();
-    let databases = Databases {
-        orders: postgres.connect("orders").await?,
-        payments: postgres.connect("payments").await?,
-    };
-    let broker = operator(&stack.system).await?;
-    let options = audit::Options {
-        grace: Duration::from_secs(2),
-        late_after: Duration::ZERO,
-        stuck_after: Duration::ZERO,
-    };
+    let databases = checks::databases(&stack.system).await?;
     let settled = loop {
-        let report = audit::audit_with(
-            &databases,
-            options,
-            Beside {
-                streams: Some(broker.jetstream()),
-                history: None,
-            },
-        )
-        .await?;
+        let grace = Duration::from_secs(2);
+        let report = checks::audit_settled(&stack.system, &databases, grace, None).await?;
         if report.findings.is_empty() || begun.elapsed() > SETTLED_WITHIN {
             break report;
         }
