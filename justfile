@@ -178,6 +178,12 @@ chaos *arguments:
     cargo build --locked --workspace --bins
     ./dev env ${CARGO_TARGET_DIR:-target}/debug/chaos "$@"
 
+# Build the older commit OLD, put load on it, and replace it by this version, one process after the other
+[group('check')]
+upgrade-test *arguments:
+    cargo build --locked --workspace --bins
+    ./dev env ${CARGO_TARGET_DIR:-target}/debug/upgrade-test "$@"
+
 # Check the API from outside: lint the OpenAPI documents, run the Postman collection, fuzz for half a minute
 [group('check')]
 api:

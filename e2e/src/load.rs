@@ -266,6 +266,29 @@ impl Customers {
         }
     }
 
+    /// Sends at most so many POSTs that were done once more, under their keys; spread evenly over the history.
+    pub async fn repeat(&self, at_most: usize) {
+        let done: Vec<Exchange> = self
+            .notebook
+            .borrow()
+            .iter()
+            .filter(|exchange| exchange.method == "POST" && verdict(exchange) == Verdict::Done)
+            .cloned()
+            .collect();
+        let step = done.len().div_ceil(at_most.max(1)).max(1);
+        stream::iter(done.iter().step_by(step))
+            .for_each_concurrent(IN_FLIGHT_MAX, |exchange| async move {
+                self.ask(
+                    "POST",
+                    &exchange.path,
+                    exchange.key.as_deref(),
+                    &exchange.body,
+                )
+                .await;
+            })
+            .await;
+    }
+
     /// Reads every order and every balance once.
     pub async fn look_at_everything(&self, users: u64) -> anyhow::Result<()> {
         let mut cursor = String::new();

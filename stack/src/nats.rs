@@ -28,6 +28,8 @@ pub struct Nats {
     pub monitor_port: u16,
     /// Its users' passwords.
     pub secrets: Secrets,
+    /// Its configuration file, which includes the file of users beside it.
+    pub configuration: PathBuf,
     /// Its part in a cluster, if it has one.
     member: Option<Member>,
 }
@@ -56,6 +58,7 @@ impl Nats {
             port,
             monitor_port,
             secrets,
+            configuration: CONFIGURATION.into(),
             member: None,
         }
     }
@@ -64,6 +67,7 @@ impl Nats {
     #[must_use]
     pub fn member(mut self, name: String, port: u16, all: [u16; 3]) -> Self {
         self.member = Some(Member { name, port, all });
+        self.configuration = CLUSTER_CONFIGURATION.into();
         self
     }
 
@@ -81,14 +85,10 @@ impl Nats {
         ];
         let port = self.port.to_string();
         let monitor_port = self.monitor_port.to_string();
-        let configuration = if self.member.is_some() {
-            CLUSTER_CONFIGURATION
-        } else {
-            CONFIGURATION
-        };
+        let configuration = self.configuration.display().to_string();
         let mut arguments: Vec<String> = [
             "--config",
-            configuration,
+            &configuration,
             "--addr",
             "127.0.0.1",
             "--port",

@@ -157,6 +157,16 @@ impl System {
         })
     }
 
+    /// Services run the programs in this folder from their next start on.
+    pub fn install(&mut self, binaries: PathBuf) {
+        self.binaries = binaries;
+    }
+
+    /// The broker reads this configuration from its next start on.
+    pub fn configure_nats(&mut self, configuration: PathBuf) {
+        self.nats.configuration = configuration;
+    }
+
     /// From its next start on, `service` finds `part` at this port.
     pub fn detour(&mut self, service: &'static str, part: &'static str, port: u16) {
         self.detours.insert((service, part), port);
