@@ -12,6 +12,7 @@ use uuid::Uuid;
 pub mod broker;
 pub mod checks;
 pub mod load;
+pub mod test_names;
 
 /// Timers of the services, as short as possible: with the defaults, healing may take 10 minutes.
 pub const SHORT_TIMERS: [(&str, &str); 3] = [

@@ -48,7 +48,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_same_seed_says_the_same_and_another_one_does_not() {
+    fn the_same_seed_repeats_its_numbers_and_another_seed_does_not() {
         let numbers = |seed: u64| {
             let mut seed = Seed::new(seed);
             (0..5).map(|_| seed.below(1000)).collect::<Vec<_>>()

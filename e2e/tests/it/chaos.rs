@@ -3,7 +3,7 @@
 use std::process::Command;
 
 #[tokio::test]
-async fn the_promise_is_kept_while_everything_breaks() {
+async fn a_short_chaos_run_keeps_the_promise() {
     let run = tokio::task::spawn_blocking(|| {
         Command::new(env!("CARGO_BIN_EXE_chaos"))
             .args(["--seed", "1", "--seconds", "40"])

@@ -35,7 +35,7 @@ async fn shop_with_a_cluster() -> (Shop, TestCluster) {
 }
 
 #[tokio::test]
-async fn f28_a_cluster_loses_its_leader_then_two_then_all_three() {
+async fn f28_a_broker_cluster_loses_its_leader_then_two_then_all_three_servers() {
     let (mut shop, mut cluster) = shop_with_a_cluster().await;
     let mut orders = 0;
     for killed in 1..=3 {
@@ -70,7 +70,7 @@ async fn f28_a_cluster_loses_its_leader_then_two_then_all_three() {
 /// The leader is cut off (frozen), another one takes over and is killed, and the first comes back with what it knew: the
 /// schedule under which a cluster has been seen to lose what it had acknowledged.
 #[tokio::test]
-async fn f29_a_leader_is_cut_off_and_comes_back_when_the_next_is_killed() {
+async fn f29_a_frozen_cluster_leader_returns_while_its_successor_is_killed() {
     let (mut shop, mut cluster) = shop_with_a_cluster().await;
     for round in 1..=2 {
         shop_while(&mut shop, async |_| {
@@ -99,7 +99,7 @@ async fn f29_a_leader_is_cut_off_and_comes_back_when_the_next_is_killed() {
 /// the second that it is in process. A single server never says so. A relay takes it for a refusal: the row waits, is sent
 /// again, and is known by then. It is stored once.
 #[tokio::test]
-async fn f18_a_message_in_process_is_refused_until_it_is_known_and_stored_once() {
+async fn f18_a_duplicate_sent_while_the_first_is_being_stored_is_stored_once() {
     const IN_PROCESS: u64 = 10158;
     const TRIES: u64 = 500;
     let (shop, cluster) = shop_with_a_cluster().await;

@@ -3,7 +3,7 @@
 use std::process::Command;
 
 #[test]
-fn the_demonstration_ends_with_every_order_final_and_every_balance_exact() {
+fn the_demo_ends_with_every_order_final_and_every_balance_exact() {
     let output = Command::new(env!("CARGO_BIN_EXE_demo")).output().unwrap();
     let story = String::from_utf8_lossy(&output.stdout);
     assert!(

@@ -44,7 +44,7 @@ async fn shop_on_a_small_disk(part: &str, megabytes: u32) -> Option<(Shop, Small
 }
 
 #[tokio::test]
-async fn f12_the_disk_of_the_database_is_full() {
+async fn f12_nothing_is_lost_when_the_disk_of_the_database_is_full() {
     let Some((mut shop, disk)) = shop_on_a_small_disk("postgres", 400).await else {
         return;
     };
@@ -78,7 +78,7 @@ async fn f12_the_disk_of_the_database_is_full() {
 }
 
 #[tokio::test]
-async fn f26_the_disk_of_the_broker_is_full() {
+async fn f26_nothing_is_lost_when_the_disk_of_the_broker_is_full() {
     let Some((mut shop, disk)) = shop_on_a_small_disk("nats", 64).await else {
         return;
     };
@@ -100,7 +100,7 @@ async fn f26_the_disk_of_the_broker_is_full() {
 
 /// The disk says that it could not write (F13): PostgreSQL does not go on as if nothing had happened, and neither do we.
 #[tokio::test]
-async fn f13_the_disk_of_the_database_fails() {
+async fn f13_nothing_is_lost_when_fsync_of_the_database_fails() {
     let mut shop = with_customers(Shop::open().await).await;
     let postgres = shop.stack.system.pid("postgres").unwrap();
     // New sessions of the server, which write its log when they commit, are told that the disk has failed.

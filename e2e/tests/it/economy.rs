@@ -168,7 +168,7 @@ async fn text(db: &DatabaseConnection, query: &str) -> String {
 }
 
 #[tokio::test]
-async fn an_order_costs_no_more_than_it_did() {
+async fn the_cost_of_an_order_stays_within_its_limits() {
     let meters = Meters::start().await;
     meters.shop.customer("alice", 1_000_000).await;
     // Prepared statements, the first pages of tables and indexes.

@@ -189,7 +189,7 @@ async fn place(http: &Http, user: &str) -> String {
 }
 
 #[tokio::test]
-async fn who_reconnects_all_the_time_across_two_gateways_misses_nothing() {
+async fn a_client_that_keeps_reconnecting_across_two_gateways_misses_no_event() {
     const ORDERS: usize = 1000;
     const CLIENTS: usize = 10;
     let shop = Shop::open().await;
@@ -250,7 +250,7 @@ async fn who_reconnects_all_the_time_across_two_gateways_misses_nothing() {
 }
 
 #[tokio::test]
-async fn a_listener_hears_what_it_asked_for() {
+async fn an_event_stream_delivers_only_what_was_subscribed() {
     let shop = Shop::open().await;
     until_following(&shop.http).await;
     shop.customer("alice", 1).await;
@@ -354,7 +354,7 @@ async fn a_listener_hears_what_it_asked_for() {
 }
 
 #[tokio::test]
-async fn a_broker_that_lost_everything_is_told_as_a_reset() {
+async fn event_streams_send_a_reset_after_the_broker_lost_everything() {
     let mut shop = Shop::open().await;
     until_following(&shop.http).await;
     shop.customer("alice", 100).await;
@@ -402,7 +402,7 @@ async fn a_broker_that_lost_everything_is_told_as_a_reset() {
 }
 
 #[tokio::test]
-async fn what_is_said_again_changes_no_status() {
+async fn replayed_events_change_no_status() {
     let mut shop = Shop::open().await;
     until_following(&shop.http).await;
     shop.customer("alice", 100).await;
@@ -443,7 +443,7 @@ async fn what_is_said_again_changes_no_status() {
 }
 
 #[tokio::test]
-async fn a_slow_listener_is_cut_off_and_holds_up_nobody() {
+async fn a_slow_event_client_is_disconnected_and_delays_no_other() {
     const BATCHES: usize = 40;
     const IN_BATCH: usize = 1000;
     let shop = Shop::open().await;
@@ -531,7 +531,7 @@ async fn a_slow_listener_is_cut_off_and_holds_up_nobody() {
 }
 
 #[tokio::test]
-async fn streams_end_when_the_gateway_does() {
+async fn event_streams_end_when_the_gateway_stops() {
     let shop = Shop::open().await;
     let gateway = Gateway::start(&shop, &[]).await;
     let mut listener = Listener::open(&gateway.http, "/v1/orders/events", None).await;

@@ -49,7 +49,7 @@ pub(crate) async fn with_customers(shop: Shop) -> Shop {
     shop
 }
 
-async fn killed_in_the_middle(name: &str) {
+async fn killed_under_load(name: &str) {
     let mut shop = shop_with_customers().await;
     shop_while(&mut shop, async |shop| {
         shop.stack.system.kill(name).await.unwrap();
@@ -71,32 +71,32 @@ async fn killed_in_the_middle(name: &str) {
 }
 
 #[tokio::test]
-async fn f07_orders_killed_in_the_middle() {
-    killed_in_the_middle("orders").await;
+async fn f07_orders_is_killed_under_load() {
+    killed_under_load("orders").await;
 }
 
 #[tokio::test]
-async fn f34_payments_killed_in_the_middle() {
-    killed_in_the_middle("payments").await;
+async fn f34_payments_is_killed_under_load() {
+    killed_under_load("payments").await;
 }
 
 #[tokio::test]
-async fn f04_the_gateway_killed_in_the_middle() {
-    killed_in_the_middle("gateway").await;
+async fn f04_the_gateway_is_killed_under_load() {
+    killed_under_load("gateway").await;
 }
 
 #[tokio::test]
-async fn f22_the_broker_killed_in_the_middle() {
-    killed_in_the_middle("nats").await;
+async fn f22_the_broker_is_killed_under_load() {
+    killed_under_load("nats").await;
 }
 
 #[tokio::test]
-async fn f09_the_database_killed_in_the_middle() {
-    killed_in_the_middle("postgres").await;
+async fn f09_the_database_is_killed_under_load() {
+    killed_under_load("postgres").await;
 }
 
 #[tokio::test]
-async fn f24_the_broker_wiped_in_the_middle() {
+async fn f24_the_broker_is_wiped_under_load() {
     // Every message and every consumer is gone, acknowledged or not. Nobody does anything about it.
     let mut shop = shop_with_customers().await;
     shop_while(&mut shop, async |shop| {
@@ -119,7 +119,7 @@ async fn f24_the_broker_wiped_in_the_middle() {
 }
 
 #[tokio::test]
-async fn f24_the_broker_wiped_while_every_answer_is_under_way() {
+async fn f24_the_broker_is_wiped_while_every_answer_is_in_flight() {
     // The worst moment: money is debited, and no answer has arrived.
     let mut shop = shop_with_customers().await;
     shop.stack.system.stop("payments").await.unwrap();
@@ -165,7 +165,7 @@ async fn f24_the_broker_wiped_while_every_answer_is_under_way() {
 
 /// The broker comes back with its data as it was a while ago: it has lost what it acknowledged since (F25).
 #[tokio::test]
-async fn f25_the_broker_rolled_back_to_an_older_copy() {
+async fn f25_the_broker_is_restored_from_an_older_copy() {
     let mut shop = shop_with_customers().await;
     until_done(
         &shop.http,
@@ -188,7 +188,7 @@ async fn f25_the_broker_rolled_back_to_an_older_copy() {
 
 /// The broker freezes for longer than anybody waits for its answers (F27).
 #[tokio::test]
-async fn f27_the_broker_frozen_for_six_seconds() {
+async fn f27_the_broker_is_frozen_for_six_seconds() {
     let mut shop = shop_with_customers().await;
     shop_while(&mut shop, async |shop| {
         shop.stack.system.pause("nats").unwrap();
@@ -201,7 +201,7 @@ async fn f27_the_broker_frozen_for_six_seconds() {
 
 /// Each service freezes for longer than the broker waits for an ack, and wakes up in the middle of its work (F6, F35).
 #[tokio::test]
-async fn f35_each_service_frozen_for_two_seconds() {
+async fn f35_each_service_is_frozen_for_two_seconds() {
     let mut shop = shop_with_customers().await;
     shop_while(&mut shop, async |shop| {
         for name in ["payments", "orders", "gateway"] {
@@ -216,7 +216,7 @@ async fn f35_each_service_frozen_for_two_seconds() {
 
 /// PostgreSQL ends every connection, again and again (F10).
 #[tokio::test]
-async fn f10_every_database_connection_ended_again_and_again() {
+async fn f10_all_database_connections_are_terminated_repeatedly() {
     let mut shop = shop_with_customers().await;
     let postgres = shop.database("postgres").await;
     shop_while(&mut shop, async |_| {
@@ -232,7 +232,7 @@ async fn f10_every_database_connection_ended_again_and_again() {
 
 /// An operator deletes a stream while orders run: messages and consumer are gone (F30).
 #[tokio::test]
-async fn f30_the_streams_deleted_in_the_middle() {
+async fn f30_the_streams_are_deleted_under_load() {
     let mut shop = shop_with_customers().await;
     let ops = shop.operator().await;
     shop_while(&mut shop, async |_| {
@@ -245,7 +245,7 @@ async fn f30_the_streams_deleted_in_the_middle() {
 
 /// Everything that can be pruned is, and then the whole history is said again, twice: nothing changes (F31, I1).
 #[tokio::test]
-async fn f31_everything_pruned_and_both_streams_replayed_twice() {
+async fn f31_everything_is_pruned_and_both_streams_are_replayed_twice() {
     let mut shop = shop_with_customers().await;
     shop_while(&mut shop, async |_| {}).await;
     assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);
@@ -284,7 +284,7 @@ async fn f31_everything_pruned_and_both_streams_replayed_twice() {
 
 /// Outbox and inbox do not grow with the orders; what decides stays.
 #[tokio::test]
-async fn tables_of_the_flow_stay_bounded_and_what_decides_stays() {
+async fn outbox_and_inbox_are_pruned_and_decisions_are_kept() {
     let mut shop = with_customers(Shop::open_with(&[("GOZON_KEEP_SECONDS", "1")]).await).await;
     let (orders, payments) = (
         shop.database("orders").await,
@@ -305,7 +305,7 @@ async fn tables_of_the_flow_stay_bounded_and_what_decides_stays() {
 
 /// The same while orders keep coming: at no time is there more than what the last seconds have made.
 #[tokio::test]
-async fn tables_of_the_flow_stay_bounded_while_the_load_runs() {
+async fn outbox_and_inbox_stay_bounded_under_load() {
     /// Twelve times as long as rows are kept.
     const LOAD: Duration = Duration::from_secs(12);
     let shop = with_customers(Shop::open_with(&[("GOZON_KEEP_SECONDS", "1")]).await).await;
@@ -373,7 +373,7 @@ async fn count(db: &DatabaseConnection, table: &str) -> i64 {
 
 /// Services are replaced one after the other, politely, while orders run (F44).
 #[tokio::test]
-async fn f44_rolling_restarts() {
+async fn f44_services_are_restarted_one_after_the_other_under_load() {
     let mut shop = shop_with_customers().await;
     shop_while(&mut shop, async |shop| {
         for _ in 0..3 {
@@ -394,7 +394,7 @@ async fn f44_rolling_restarts() {
 }
 
 #[tokio::test]
-async fn f05_a_service_that_is_away_is_named_and_the_other_goes_on() {
+async fn f05_an_unavailable_service_is_named_and_the_other_one_keeps_working() {
     let mut shop = Shop::open().await;
     shop.customer("alice", 100).await;
     shop.stack.system.stop("payments").await.unwrap();
@@ -448,7 +448,7 @@ async fn f05_a_service_that_is_away_is_named_and_the_other_goes_on() {
 }
 
 #[tokio::test]
-async fn it_starts_in_any_order() {
+async fn parts_may_start_in_any_order() {
     let mut shop = Shop::open().await;
     shop.customer("alice", 100).await;
     for name in NAMES {
@@ -487,7 +487,7 @@ async fn it_starts_in_any_order() {
 
 /// The stream has room for a few messages only, and nobody reads it: most requests are evicted before payments comes back.
 #[tokio::test]
-async fn f18_a_stream_so_small_that_most_requests_are_evicted() {
+async fn f18_a_full_stream_evicts_requests_and_every_order_still_ends() {
     let shop = Shop::open_with(&[
         ("GOZON_STREAM_MAX_BYTES", "24000"),
         ("GOZON_ASK_AGAIN_MS", "1000"),
@@ -518,7 +518,7 @@ async fn f18_a_stream_so_small_that_most_requests_are_evicted() {
 
 /// No order is refused while the broker is away, and all of them end when it is back.
 #[tokio::test]
-async fn f23_the_broker_away_for_ten_seconds() {
+async fn f23_the_broker_is_unavailable_for_ten_seconds() {
     let mut shop = shop_with_customers().await;
     shop_while(&mut shop, async |shop| {
         shop.stack.system.stop("nats").await.unwrap();
@@ -541,7 +541,7 @@ async fn f23_the_broker_away_for_ten_seconds() {
 
 /// The database of payments alone is away: nothing counts as poison, however often it is tried.
 #[tokio::test]
-async fn f39_the_database_of_payments_away_for_ten_seconds() {
+async fn f39_the_database_of_payments_is_unavailable_for_ten_seconds() {
     let mut shop = shop_with_customers().await;
     let server = shop.database("postgres").await;
     shop_while(&mut shop, async |_| {

@@ -15,7 +15,7 @@ fn replayed(answer: &Answer) -> bool {
 }
 
 #[tokio::test]
-async fn a_key_names_one_intent_of_one_user_and_only_success_binds_it() {
+async fn an_idempotency_key_is_per_user_and_bound_only_by_success() {
     let shop = Shop::open().await;
     let order = json!({ "user_id": "alice", "amount": 10 });
 

@@ -3,7 +3,7 @@
 use std::process::Command;
 
 #[tokio::test]
-async fn f16_f34_every_process_may_be_killed_at_every_named_place() {
+async fn f16_f34_every_process_is_killed_at_every_failpoint() {
     let matrix = tokio::task::spawn_blocking(|| {
         Command::new(env!("CARGO_BIN_EXE_kill-matrix"))
             .args(["--action", "kill"])

@@ -14,6 +14,7 @@ mod faults;
 mod idempotency;
 mod kill_matrix;
 mod metrics;
+mod names;
 mod network;
 mod operating;
 mod operators;

@@ -33,7 +33,7 @@ impl Page {
 }
 
 #[tokio::test]
-async fn every_service_counts_what_it_did() {
+async fn every_service_exports_its_metrics() {
     let shop = Shop::open().await;
     shop.customer("alice", 100).await;
     assert_eq!(shop.order("alice", 60).await.0, "FINISHED");
@@ -154,7 +154,7 @@ async fn every_service_counts_what_it_did() {
 }
 
 #[tokio::test]
-async fn what_clients_send_makes_no_new_series() {
+async fn client_input_creates_no_new_metric_series() {
     let shop = Shop::open().await;
     let send = async |round: &str| {
         for number in 0..20 {
@@ -190,7 +190,7 @@ async fn what_clients_send_makes_no_new_series() {
 }
 
 #[tokio::test]
-async fn what_waits_is_shown_with_its_age_and_absent_while_it_cannot_be_looked_up() {
+async fn backlog_metrics_show_age_and_are_absent_while_the_database_is_down() {
     let mut shop = Shop::open().await;
     shop.stack.system.kill("nats").await.unwrap();
     let body = json!({ "user_id": "alice", "amount": 1 });

@@ -96,7 +96,7 @@ async fn f08_a_commit_whose_outcome_is_unknown_happens_exactly_once() {
 
 /// The same while every further try fails too: the client is told that nobody knows, and its key finds out (I9).
 #[tokio::test]
-async fn f08_an_outcome_that_stays_unknown_is_said_to_be_and_its_key_finds_out() {
+async fn f08_an_unknown_outcome_is_reported_and_a_retry_under_its_key_resolves_it() {
     let (shop, edges) = shop_behind_proxies().await;
     shop.customer("alice", 100).await;
     let way = edges.between("orders", "postgres");
@@ -139,7 +139,7 @@ async fn f08_an_outcome_that_stays_unknown_is_said_to_be_and_its_key_finds_out()
 
 /// PubAcks, acks and deliveries are lost (F18, F36).
 #[tokio::test]
-async fn f36_a_lost_puback_ack_or_delivery_costs_time_and_nothing_else() {
+async fn f36_a_lost_puback_ack_or_delivery_only_causes_delay() {
     let (shop, edges) = shop_behind_proxies().await;
     shop.customer("alice", 1000).await;
     let mut orders = 0;
@@ -173,7 +173,7 @@ async fn f36_a_lost_puback_ack_or_delivery_costs_time_and_nothing_else() {
 
 /// Connections lead into nothing, and nobody is told (F48).
 #[tokio::test]
-async fn f48_connections_into_nothing_are_noticed_and_replaced() {
+async fn f48_black_holed_connections_are_detected_and_replaced() {
     let (shop, edges) = shop_behind_proxies().await;
     shop.customer("alice", 1000).await;
     let mut orders = 0;
@@ -210,7 +210,7 @@ async fn f48_connections_into_nothing_are_noticed_and_replaced() {
 
 /// While the way to a database leads into nothing, requests are answered, and the other service goes on (F48).
 #[tokio::test]
-async fn f48_nothing_hangs_while_a_way_leads_into_nothing() {
+async fn f48_no_request_hangs_while_a_connection_is_black_holed() {
     let (shop, edges) = shop_behind_proxies().await;
     shop.customer("alice", 1000).await;
     for (service, request, body) in [
@@ -281,7 +281,7 @@ async fn f48_nothing_hangs_while_a_way_leads_into_nothing() {
 
 /// Every way is slow: late, in single bytes, 10 kB/s (F47).
 #[tokio::test]
-async fn f47_a_slow_network_makes_it_slow_and_nothing_else() {
+async fn f47_a_slow_network_only_causes_delay() {
     let (shop, edges) = shop_behind_proxies().await;
     shop.customer("alice", 1000).await;
     let mut orders = 0;
@@ -312,7 +312,7 @@ async fn f47_a_slow_network_makes_it_slow_and_nothing_else() {
 
 /// All ways are held one after the other, then all connections are cut, and the ways are opened in another order (F49).
 #[tokio::test]
-async fn f49_ways_closed_one_by_one_and_opened_in_another_order() {
+async fn f49_connections_are_blocked_one_by_one_and_reopened_in_another_order() {
     let (shop, edges) = shop_behind_proxies().await;
     shop.customer("alice", 1000).await;
     let mut seed = Seed::new(49);
@@ -341,7 +341,7 @@ async fn f49_ways_closed_one_by_one_and_opened_in_another_order() {
 
 /// A power cut: everything is killed at once in the middle of it, and comes back in any order (F52).
 #[tokio::test]
-async fn f52_everything_killed_at_once() {
+async fn f52_all_processes_are_killed_at_once() {
     let (mut shop, _edges) = shop_behind_proxies().await;
     shop.customer("alice", 1000).await;
     let http = shop.http.clone();

@@ -64,7 +64,7 @@ async fn findings(shop: &Shop) -> Vec<Kind> {
 /// The database of payments is restored to an earlier time (F14): the audit names what it has forgotten, and saying the
 /// orders again debits exactly that.
 #[tokio::test]
-async fn f14_payments_restored_is_noticed_and_healed_by_saying_the_orders_again() {
+async fn f14_payments_restored_from_a_backup_is_reported_and_healed_by_replaying_the_orders() {
     let shop = shop_with_a_restored_database("payments").await;
     assert_eq!(findings(&shop).await, [Kind::FinishedWithoutDebit; 4]);
     assert_eq!(
@@ -85,7 +85,7 @@ async fn f14_payments_restored_is_noticed_and_healed_by_saying_the_orders_again(
 /// The database of orders is restored to an earlier time (F14): the audit names debits for orders that it does not know,
 /// and their answers are kept for a person, never applied.
 #[tokio::test]
-async fn f14_orders_restored_is_noticed_and_nothing_is_debited_twice() {
+async fn f14_orders_restored_from_a_backup_is_reported_and_nothing_is_debited_twice() {
     let shop = shop_with_a_restored_database("orders").await;
     assert_eq!(findings(&shop).await, [Kind::Unexpected; 4]);
     let ops = shop.operator().await;
@@ -112,7 +112,7 @@ async fn f14_orders_restored_is_noticed_and_nothing_is_debited_twice() {
 /// Far more requests at once than can be worked on (F50): each is answered, what is refused says when to come again, and
 /// all of it is done once when it comes again.
 #[tokio::test]
-async fn f50_far_too_many_orders_at_once() {
+async fn f50_too_many_orders_at_once_are_rejected_with_retry_after_and_done_once() {
     const MANY: usize = 1500;
     let shop = Shop::open().await;
     shop.customer("alice", 1000).await;

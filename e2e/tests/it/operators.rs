@@ -47,7 +47,7 @@ async fn letters(shop: &Shop, number: usize) -> Vec<Value> {
 }
 
 #[tokio::test]
-async fn an_operator_sees_what_waits_and_applies_what_was_refused() {
+async fn an_operator_sees_the_backlog_and_replays_a_dead_letter() {
     let mut shop = Shop::open().await;
     shop.customer("alice", 100).await;
     assert_eq!(shop.order("alice", 10).await.0, "FINISHED");

@@ -20,7 +20,7 @@ fn steps(timeline: &Value) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn a_timeline_tells_every_step_and_every_repetition_that_was_ignored() {
+async fn a_timeline_shows_every_step_and_every_ignored_duplicate() {
     let mut shop = Shop::open().await;
     shop.customer("alice", 100).await;
     let placed = shop

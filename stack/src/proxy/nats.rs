@@ -76,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_is_meant_is_lost() {
+    fn a_cut_loses_only_the_matching_nats_message() {
         let armory = Armory::default();
         for cut in [Cut::PubAck, Cut::Ack, Cut::Delivery] {
             armory.arm(cut, 1);

@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_answer_to_the_commit_that_is_meant_is_cut() {
+    fn a_cut_loses_only_the_answer_of_the_matching_commit() {
         let (mut session, armory) = (Session::default(), Armory::default());
         start(&mut session, &armory);
         armory.arm(
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn a_statement_outside_of_a_transaction_is_one() {
+    fn an_autocommit_statement_counts_as_a_transaction() {
         let (mut session, armory) = (Session::default(), Armory::default());
         start(&mut session, &armory);
         let asked = [

@@ -1,0 +1,91 @@
+//! Documents name tests as proofs: those tests must exist.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use e2e::test_names::{self, REPOSITORY};
+
+/// Test names are sentences. Shorter identifiers in documents are columns, settings or problem codes.
+const WORDS_MIN: usize = 6;
+const FAULTS: std::ops::RangeInclusive<u32> = 1..=52;
+
+fn read(path: &str) -> String {
+    fs::read_to_string(Path::new(REPOSITORY).join(path)).unwrap()
+}
+
+fn names_of_tests() -> BTreeSet<String> {
+    let tests = test_names::all().unwrap();
+    tests.iter().map(|test| test.name().to_owned()).collect()
+}
+
+/// What stands between backticks and looks like the name of a test.
+fn named(text: &str) -> Vec<&str> {
+    let code = text.split('`').skip(1).step_by(2);
+    code.filter(|code| {
+        let is_identifier = code
+            .bytes()
+            .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_');
+        // Metrics.
+        let is_sentence = !faults_of(code).is_empty() || code.split('_').count() >= WORDS_MIN;
+        is_identifier && is_sentence && !code.starts_with("gozon_")
+    })
+    .collect()
+}
+
+/// The numbers at the beginning of a name: 16 and 34 of `f16_f34_every_process`.
+fn faults_of(name: &str) -> Vec<u32> {
+    let number = |word: &str| word.strip_prefix('f')?.parse().ok();
+    name.split('_').map_while(number).collect()
+}
+
+#[test]
+fn every_test_that_a_document_names_exists() {
+    let tests = names_of_tests();
+    let mut found = 0;
+    for document in [
+        "README.md",
+        "ARCHITECTURE.md",
+        "CONTRIBUTING.md",
+        "docs/OPERATING.md",
+        "e2e/FAULTS.md",
+    ] {
+        let text = read(document);
+        for name in named(&text) {
+            assert!(
+                tests.contains(name),
+                "{document} names {name}, and there is no such test"
+            );
+            found += 1;
+        }
+    }
+    assert!(found > 50, "only {found} names were found");
+}
+
+#[test]
+fn every_fault_has_a_test_and_every_numbered_test_is_listed_with_its_fault() {
+    let text = read("e2e/FAULTS.md");
+    let row = |fault: u32| {
+        let mut rows = text
+            .lines()
+            .filter(|line| line.starts_with(&format!("| F{fault} ")));
+        let row = rows.next().unwrap_or_else(|| panic!("F{fault} has no row"));
+        assert_eq!(rows.next(), None, "F{fault} has two rows");
+        row
+    };
+    for fault in FAULTS {
+        let row = row(fault);
+        assert!(
+            !named(row).is_empty() || row.contains("not tested"),
+            "F{fault} has no test"
+        );
+    }
+    for name in names_of_tests() {
+        for fault in faults_of(&name) {
+            assert!(
+                named(row(fault)).contains(&name.as_str()),
+                "{name} is not listed with F{fault}"
+            );
+        }
+    }
+}
