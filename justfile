@@ -184,6 +184,11 @@ upgrade-test *arguments:
     cargo build --locked --workspace --bins
     ./dev env ${CARGO_TARGET_DIR:-target}/debug/upgrade-test "$@"
 
+# Run the long checks one after the other and write e2e/reports/long.md; NAMES select some
+[group('check')]
+long *names:
+    recipes/long.sh "$@"
+
 # Check the API from outside: lint the OpenAPI documents, run the Postman collection, fuzz for half a minute
 [group('check')]
 api:

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Checks the API from outside, with tools that know nothing of our code.
+# Checks the API from outside, with tools that do not share code with it.
 #   recipes/api.sh postman GATEWAY_URL      the Postman collection against a running stack, by newman
 #   recipes/api.sh lint                     the OpenAPI documents, by redocly
 #   recipes/api.sh fuzz [EXAMPLES]          schemathesis against a stack of its own: EXAMPLES per operation and phase
 #   recipes/api.sh all                      all three, a short fuzz run, against a stack of its own
-# The tools come from npm and PyPI into the private folder, when they are first needed.
+# The tools are installed from npm and PyPI into the private folder when they are first needed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . recipes/tools.sh
 . recipes/own-stack.sh
 
-# Newest versions that were tried together.
+# Versions that work together.
 newman=newman@6.2.2 redocly=@redocly/cli@2.77.0 schemathesis=schemathesis==4.32.5
 
-npm_tool() { # npm_tool PACKAGE@VERSION: installs it unless it is there
+npm_tool() { # npm_tool PACKAGE@VERSION: installs it unless it is installed
   local folder=$tools/npm package=${1%@*} version=${1##*@} output
   with_node
   grep -qs "\"version\": \"$version\"" "$folder/node_modules/$package/package.json" && return
@@ -39,10 +39,10 @@ fuzz() { # fuzz URL EXAMPLES
   local packages=$tools/schemathesis
   [ -d "$packages/${schemathesis/==/-}.dist-info" ] || { rm -rf "$packages"; pip_install "$packages" "$schemathesis"; }
   say "schemathesis against $1, $2 examples per operation and phase"
-  # Streams of events do not end; their tests are in Rust.
+  # Event streams do not end; their tests are in Rust.
   local exclude=()
   grep -q '/events"' gateway/openapi.json && exclude=(--exclude-path-regex '/events$')
-  # In a folder that goes away, since it leaves notes where it runs.
+  # In a temporary folder, because it writes files to its working folder.
   (
     export SCHEMATHESIS_HOOKS=$PWD/recipes/fuzz_hooks.py PYTHONPATH=$packages PYTHONDONTWRITEBYTECODE=1
     cd "$folder"
@@ -52,10 +52,10 @@ fuzz() { # fuzz URL EXAMPLES
   )
 }
 
-nothing_was_refused() { # a limit that fired would have hidden what was to be tested
+nothing_was_refused() { # a request rejected by a limit was not tested
   local refused
   refused=$(curl -sf "$url/metrics" | grep '^gozon_http_refused_total' | grep -v ' 0$' || true)
-  [ -z "$refused" ] || fail "requests were refused: $refused"
+  [ -z "$refused" ] || fail "requests were rejected by a limit: $refused"
 }
 
 case ${1:-} in
@@ -69,7 +69,7 @@ case ${1:-} in
   all)
     lint
     own_stack
-    # Twice: each run is a customer of its own.
+    # Twice: each run must use its own customer.
     postman "$url"
     postman "$url" >/dev/null
     fuzz "$url" 15

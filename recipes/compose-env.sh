@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes settings for docker-compose.yml with random passwords, out of .env.example.
+# Writes settings for docker-compose.yml with random passwords, based on .env.example.
 #   recipes/compose-env.sh [FILE]        default .env
 set -euo pipefail
 
@@ -8,9 +8,9 @@ fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 [ $# -le 1 ] || fail "usage: recipes/compose-env.sh [FILE]"
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 file=${1:-$repo/.env}
-[ ! -e "$file" ] || fail "$file exists already, and the databases keep the passwords that they were made with"
+[ ! -e "$file" ] || fail "$file exists already, and existing databases keep their passwords"
 
-# 128 bits. A letter first: nats-server reads a value of digits as a number.
+# 128 bits. A letter first: nats-server parses a value of digits as a number.
 random() { printf p; od -An -N16 -tx1 /dev/urandom | tr -d ' \n'; }
 
 umask 077
@@ -20,4 +20,4 @@ while IFS= read -r line; do
   esac
   printf '%s\n' "$line"
 done <"$repo/.env.example" >"$file"
-echo "$file has random passwords."
+echo "Written: $file, with random passwords."

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Proves docker-compose.yml: builds and starts it as a project of its own (ports, passwords, volumes), kills services, the
-# broker and a database while orders are placed, and looks whether every order ends and the books are right.
+# Tests docker-compose.yml: builds and starts it as a separate project (ports, passwords, volumes), kills services, the
+# broker and a database while orders are placed, and checks that every order becomes final and the audit finds nothing.
 set -euo pipefail
 
 say() { printf '\n== %s\n' "$*"; }
@@ -32,7 +32,7 @@ until_true() { # until_true SECONDS COMMAND ...
   local until=$((SECONDS + $1))
   shift
   until "$@"; do
-    [ $SECONDS -lt $until ] || fail "this does not come true: $*"
+    [ $SECONDS -lt $until ] || fail "not true in time: $*"
     sleep 0.2
   done
 }
@@ -41,12 +41,12 @@ container() { compose ps --quiet "$1" | head -n 1; }
 gateway() { printf 'http://%s' "$(compose port gateway 8080)"; }
 field() { python3 -c 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$1"; }
 
-post() { # post PATH KEY BODY: what is not done yet is tried again under the same key
+post() { # post PATH KEY BODY: may be repeated with the same key
   curl --silent --fail --max-time 10 --header 'Content-Type: application/json' --header "Idempotency-Key: $2" \
     --data "$3" "$address$1"
 }
 
-# Places orders of 10, one after the other, each as often as it takes. The services are away now and then.
+# Places orders of 10, one after the other, and retries each until it is placed: services are killed meanwhile.
 place() { # place USER FIRST LAST
   local number deadline=$((SECONDS + 300))
   for number in $(seq "$2" "$3"); do
@@ -61,8 +61,8 @@ place() { # place USER FIRST LAST
 }
 placed() { [ "$(find "$work/orders" -type f | wc -l)" -ge "$1" ]; }
 
-# Ends the process as a crash would, for the restart policy to bring it back. Docker's own kill means "leave it dead", so
-# it serves only where the process is out of reach, and the container is then started by hand.
+# Kills the process from outside, so that the restart policy starts it again. `docker kill` is only the fallback if the
+# process cannot be reached: Docker does not restart a container that it was told to kill, so it is started by hand.
 crash() { # crash SERVICE
   local id pid
   id=$(container "$1")
@@ -78,10 +78,10 @@ crash() { # crash SERVICE
 }
 restarted() { [ "$(docker inspect --format '{{ .RestartCount }}' "$1")" -ge 1 ]; }
 
-ended() { # ended NUMBER: whether this order has ended; its state goes to a file
+ended() { # ended NUMBER: whether this order is final; its status is written to a file
   local id
   id=$(field id <"$work/orders/$1")
-  # An answer that does not come is no end yet.
+  # Without an answer, the order counts as not final.
   { curl --silent --fail --max-time 40 "$address/v1/orders/$id?wait=30" | field status >"$work/status"; } 2>/dev/null \
     && ! grep -q NEW "$work/status"
 }
@@ -102,7 +102,7 @@ audit() { compose run --rm gozon audit 2>"$work/audit.log" || { cat "$work/audit
 trap clean_up EXIT
 
 "$repo/recipes/compose-env.sh" "$work/env" >/dev/null
-# Free ports: two in a row for two gateways.
+# Free ports: two consecutive ones for two gateways.
 python3 - >>"$work/env" <<'PY'
 import random, socket
 
@@ -120,7 +120,7 @@ while True:
         break
 print(f"GOZON_HTTP_PORT={port}-{port + 1}\nGOZON_MONITOR_PORT={port + 2}")
 PY
-# Of more weight than a .env of this checkout.
+# Takes precedence over a .env of this checkout.
 set -a
 # shellcheck source=/dev/null
 . "$work/env"
@@ -137,12 +137,12 @@ fi
 diff <(grep -o '\${[A-Z_]*:-[^}]*}' "$repo/docker-compose.yml" | sed 's/[${}]//g; s/:-/=/' | sort --unique) \
   <(grep '^[A-Z_]*=' "$repo/.env.example" | sort) || fail "docker-compose.yml and .env.example disagree about settings or their defaults"
 
-say "Build, start, wait for health"
+say "Build, start, wait until healthy"
 compose --profile tools build gozon >/dev/null
 "$repo/recipes/compose-up.sh"
 address=$(gateway)
 
-say "Nothing is published but two ports on loopback; nobody is root or can write"
+say "Only two ports are published, on loopback; no container runs as root or can write"
 for service in gateway orders payments orders-db payments-db nats; do
   published=$(docker inspect --format '{{ range .NetworkSettings.Ports }}{{ range . }}{{ .HostIp }} {{ end }}{{ end }}' "$(container $service)")
   case $service in
@@ -156,7 +156,7 @@ for service in gateway orders payments orders-db payments-db nats; do
     *) fail "$service is not hardened: $state" ;;
   esac
 done
-curl --silent --fail "http://$(compose port nats 8222)/jsz" | grep -q '"sync_always": true' || fail "NATS does not write through"
+curl --silent --fail "http://$(compose port nats 8222)/jsz" | grep -q '"sync_always": true' || fail "NATS runs without sync_always"
 for path in / /assets/main.js /assets/vendor/htm-preact.js /swagger/ /openapi.json /readyz; do
   curl --silent --fail --location --output /dev/null "$address$path" || fail "$address$path does not answer"
 done
@@ -179,7 +179,7 @@ until_true 120 placed 200
 crash payments-db
 until_true 120 placed 240
 crash gateway
-wait "$placing" || fail "not every order was taken"
+wait "$placing" || fail "not every order was placed"
 placing=
 
 say "Live events"
@@ -210,17 +210,17 @@ compose down >/dev/null 2>&1
 say "Start again with two of each service: the data is still there"
 "$repo/recipes/compose-up.sh" --scale gateway=2 --scale orders=2 --scale payments=2
 address=$(gateway)
-[ "$(curl --silent --fail "$address/v1/accounts/alice" | field balance)" = 0 ] || fail "alice has spent everything, but not here"
+[ "$(curl --silent --fail "$address/v1/accounts/alice" | field balance)" = 0 ] || fail "the balance of alice is not 0"
 post /v1/accounts/alice/deposits another '{"amount":1000}' >/dev/null
 place alice 301 400
 settle 301 400 100 0
 second="http://$(compose port --index 2 gateway 8080)"
 [ "$second" != "$address" ] || fail "both gateways are at $address"
-[ "$(curl --silent --fail "$second/v1/accounts/alice" | field balance)" = 0 ] || fail "the second gateway knows another balance"
+[ "$(curl --silent --fail "$second/v1/accounts/alice" | field balance)" = 0 ] || fail "the second gateway shows another balance"
 audit
 
 say "Down"
 compose down --volumes >/dev/null 2>&1
 left=$(docker ps --all --quiet --filter "label=com.docker.compose.project=$COMPOSE_PROJECT_NAME"; docker volume ls --quiet --filter "label=com.docker.compose.project=$COMPOSE_PROJECT_NAME")
-[ -z "$left" ] || fail "this is left: $left"
+[ -z "$left" ] || fail "not removed: $left"
 echo "Docker Compose works: built, started, killed, settled, audited, scaled, gone."

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds and starts the containers, waits until all are healthy, and says where they are.
+# Builds and starts the containers, waits until all are healthy, and prints their addresses.
 #   recipes/compose-up.sh [OPTIONS OF compose up, such as --scale orders=2 ...]
 set -euo pipefail
 

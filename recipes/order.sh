@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Places one order as a client would, step by step: account, money, order, how it ended.
+# Places one order as a client would, step by step: account, deposit, order, final status.
 #   recipes/order.sh GATEWAY_URL USER AMOUNT
-# NO_DEPOSIT=1 leaves the account as it is, so that an order without money can be seen to be cancelled.
+# NO_DEPOSIT=1 deposits nothing, to show that an order without money is cancelled.
 set -euo pipefail
 
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
 [ $# -eq 3 ] || fail "usage: recipes/order.sh GATEWAY_URL USER AMOUNT"
 gateway=${1%/} user=$2 amount=$3
-# Both go into URLs and JSON as they are.
+# Both are inserted into URLs and JSON without quoting.
 [[ $user =~ ^[A-Za-z0-9._-]{1,64}$ ]] ||
   fail "the user must be 1 to 64 characters of A-Z, a-z, 0-9, '.', '_' or '-', not '$user'"
 [[ $amount =~ ^[1-9][0-9]{0,12}$ ]] ||
@@ -20,7 +20,7 @@ done
 answer=$(mktemp)
 trap 'rm -f "$answer"' EXIT
 
-call() { # call METHOD PATH [BODY [KEY]]: shows the request, sets $status
+call() { # call METHOD PATH [BODY [KEY]]: prints the request and sets $status
   local options=(--silent --max-time 35 --output "$answer" --write-out '%{http_code}' --request "$1")
   [ -z "${3:-}" ] || options+=(--header 'Content-Type: application/json' --data "$3")
   [ -z "${4:-}" ] || options+=(--header "Idempotency-Key: $4")
@@ -28,7 +28,7 @@ call() { # call METHOD PATH [BODY [KEY]]: shows the request, sets $status
   status=$(curl "${options[@]}" "$gateway$2") ||
     fail "the gateway does not answer at $gateway: ./dev up starts everything, ./dev status shows what runs"
 }
-field() { # field NAME: from the last answer; empty if there is none
+field() { # field NAME: of the last answer; empty if it has none
   python3 -c '
 import json, sys
 try:
@@ -45,8 +45,8 @@ fill_account() {
   call POST /v1/accounts "{\"user_id\":\"$user\"}"
   case $status in
     201) said "opened" ;;
-    409) said "there already" ;;
-    # Orders are taken while payments is away, so this is no reason to stop.
+    409) said "exists already" ;;
+    # Orders are accepted while payments is down, so go on.
     503) said "$(field detail)"; return ;;
     *) refused "the account cannot be opened" ;;
   esac
@@ -68,12 +68,12 @@ id=$(field id)
 said "$(field status)"
 
 call GET "/v1/orders/$id?wait=20"
-[ "$status" = 200 ] || refused "order $id was placed but cannot be looked at"
+[ "$status" = 200 ] || refused "order $id was placed but cannot be read"
 state=$(field status) reason=$(field reason)
 said "$state"
 case $state in
   FINISHED | CANCELLED) ;;
-  *) fail "order $id is still $state after 20 seconds. It is not lost: it ends once everything runs (./dev status)" ;;
+  *) fail "order $id is still $state after 20 seconds. It is not lost: it becomes final once everything runs (./dev status)" ;;
 esac
 
 call GET "/v1/accounts/$user"

@@ -1,8 +1,8 @@
-# For recipes to source, after tools.sh: a stack of its own, with its own folder and ports.
+# To be sourced by recipes after tools.sh: starts a stack with its own folder and ports.
 target=${CARGO_TARGET_DIR:-target}
 stack=()
 
-own_stack() { # sets $url, $folder and $offset; goes away with this script
+own_stack() { # sets $url, $folder and $offset; the stack is stopped and deleted when this script exits
   cargo build --locked --workspace --bins --quiet
   folder=$(mktemp -d)
   chmod 755 "$folder"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Opens psql on the database of orders or payments, as the role of that service.
 #   recipes/psql.sh orders|payments [ARGUMENTS OF psql ...]
-# GOZON_DIR and GOZON_PORT_OFFSET say which stack, as for ./dev.
+# GOZON_DIR and GOZON_PORT_OFFSET select the stack, as for ./dev.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 

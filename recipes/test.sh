@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs all tests, or those that the arguments to `cargo test` select, and ends with one line that counts them.
+# Runs all tests, or those that the arguments for `cargo test` select. The last line counts them.
 set -euo pipefail
-# Tests of the whole system start our programs as processes, so these must be there.
+# Tests of the whole system start our programs as processes, so they must be built first.
 cargo build --locked --workspace --bins
-# Tests that a machine does not allow pass, and leave a line here.
+# A test that this machine cannot run (no root, no strace) passes, and writes a line to this file.
 not_tested=${CARGO_TARGET_DIR:-target}/tmp/not-tested
 rm -f "$not_tested"
 cargo test --locked --workspace --all-targets --no-fail-fast "$@" 2>&1 | awk -v not_tested="$not_tested" '

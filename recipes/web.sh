@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Tests the web page in a real browser, against a stack of its own.
+# Tests the web page in Chromium, against a stack of its own.
 #   recipes/web.sh [--screenshots FOLDER] [WORDS ...]
-# WORDS, as they follow each other in names of tests, select these. Every run leaves pictures of all views in target/web-screenshots; with
-# --screenshots the two of the README go to FOLDER as well. CHROMIUM names a browser that is not found by itself.
+# WORDS select the tests whose names contain them, in this order. Every run writes screenshots of all views to
+# target/web-screenshots; --screenshots also writes the two of the README to FOLDER. CHROMIUM names the browser to use.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . recipes/tools.sh
@@ -18,20 +18,20 @@ while [ $# -gt 0 ]; do
   esac
 done
 
-# Chromium or Chrome: the one that is there, else Debian's. Sets $chromium.
+# Finds Chromium or Chrome, or installs Debian's. Sets $chromium.
 with_chromium() {
   chromium=${CHROMIUM:-}
   [ -z "$chromium" ] || return 0
   find_chromium && return
   [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null ||
-    fail "no browser is found: run 'apt install chromium fonts-noto-core' as root, or let CHROMIUM name a Chrome or Chromium"
+    fail "no browser is found: run 'apt install chromium fonts-noto-core' as root, or set CHROMIUM to a Chrome or Chromium"
   say "Installing chromium with apt ..."
   local output
   output=$(apt-get update -qq 2>&1 &&
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-noto-core 2>&1) ||
     fail "apt could not install chromium:
 $output"
-  find_chromium || fail "chromium was installed, but is not found"
+  find_chromium || fail "chromium is installed but not found"
 }
 find_chromium() {
   local name
@@ -41,7 +41,7 @@ find_chromium() {
   return 1
 }
 
-with_packages() { # what the lock file says, once; sets $packages
+with_packages() { # installs what the lock file lists; sets $packages
   packages=$tools/web-tests
   with_node
   cmp -s "$tests/package-lock.json" "$packages/package-lock.json" && [ -d "$packages/node_modules" ] && return
@@ -50,7 +50,7 @@ with_packages() { # what the lock file says, once; sets $packages
   rm -rf "$packages"
   mkdir -p "$packages"
   cp "$tests/package.json" "$tests/.npmrc" "$packages/"
-  # The lock file comes last into its place, so that an interruption is begun again.
+  # The lock file is moved into place last, so an interrupted installation is repeated.
   cp "$tests/package-lock.json" "$packages/npm-shrinkwrap.json"
   output=$("${npm[@]}" ci --no-audit --no-fund --ignore-scripts --prefix "$packages" 2>&1) || fail "npm could not install them:
 $output"
@@ -75,7 +75,7 @@ run() { # run HOW_MANY_FILES_AT_ONCE NAME ...
 run_all() {
   local failed=0
   run 2 looks shop reload views || failed=1
-  # These stop services, which the others would notice.
+  # These stop services, so nothing else may run beside them.
   run 1 flow live || failed=1
   return $failed
 }
@@ -84,4 +84,4 @@ run_all | awk '
   $2 == "pass" && NF == 3 { passed += $3 }
   $2 == "fail" && NF == 3 { failed += $3 }
   END { printf "\n%d passed, %d failed\n", passed, failed; if (passed + failed == 0) exit 1 }'
-say "Pictures of all views: $screenshots"
+say "Screenshots of all views: $screenshots"
