@@ -1,5 +1,5 @@
-//! How `status`, `stop`, `start` and `down` reach the process that keeps a stack running: one JSON line each way over
-//! a socket in the stack's folder.
+//! How `status`, `stop`, `start` and `down` reach the supervisor of a stack: one JSON line each way over a socket in the
+//! stack's folder.
 
 use std::hash::{Hash as _, Hasher as _};
 use std::path::{Path, PathBuf};
@@ -15,22 +15,16 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(90);
 /// The path of a socket must fit into 108 bytes.
 const PATH_BYTES_MAX: usize = 100;
 
-/// What can be asked of a running stack.
+/// A request to a running stack.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case")]
 pub enum Request {
-    /// How everything is.
+    /// The state of every part.
     Status,
     /// Starts one part.
-    Start {
-        /// Which.
-        name: String,
-    },
-    /// Stops one part, and leaves it stopped.
-    Stop {
-        /// Which.
-        name: String,
-    },
+    Start { name: String },
+    /// Stops one part until it is started again.
+    Stop { name: String },
     /// Stops everything.
     Down,
 }
@@ -52,7 +46,7 @@ fn socket(folder: &Path) -> PathBuf {
     std::env::temp_dir().join(format!("gozon-{name:016x}.sock"))
 }
 
-/// Opens the socket. The caller holds the folder's lock, so an old socket is nobody's.
+/// Opens the socket. The caller holds the folder's lock, so an existing socket is a leftover.
 pub(crate) fn listen(folder: &Path) -> anyhow::Result<UnixListener> {
     let path = socket(folder);
     if path.exists() {
@@ -61,23 +55,21 @@ pub(crate) fn listen(folder: &Path) -> anyhow::Result<UnixListener> {
     UnixListener::bind(&path).with_context(|| format!("{} cannot be opened", path.display()))
 }
 
-/// Takes the socket away.
+/// Deletes the socket.
 pub(crate) fn close(folder: &Path) {
-    // Not there is just as well.
+    // It may be gone already.
     let _ = std::fs::remove_file(socket(folder));
 }
 
-/// Reads one request.
 pub(crate) async fn read(stream: UnixStream) -> anyhow::Result<(Request, UnixStream)> {
     let mut reader = BufReader::new(stream);
     let mut line = String::new();
     tokio::time::timeout(Duration::from_secs(2), reader.read_line(&mut line))
         .await
-        .context("nothing was asked")??;
+        .context("no request was sent")??;
     Ok((serde_json::from_str(&line)?, reader.into_inner()))
 }
 
-/// Answers one request.
 pub(crate) async fn reply(
     mut stream: UnixStream,
     answer: anyhow::Result<Value>,
@@ -95,7 +87,7 @@ pub(crate) async fn reply(
     Ok(())
 }
 
-/// Asks the stack of `folder`. `None`: none is running there.
+/// Sends a request to the stack of `folder`. Returns `None` if none is running.
 pub async fn ask(folder: &Path, request: &Request) -> anyhow::Result<Option<Value>> {
     let Ok(folder) = folder.canonicalize() else {
         return Ok(None);
@@ -112,7 +104,7 @@ pub async fn ask(folder: &Path, request: &Request) -> anyhow::Result<Option<Valu
     tokio::time::timeout(ANSWER_TIMEOUT, read)
         .await
         .with_context(|| format!("the stack did not answer within {ANSWER_TIMEOUT:?}"))??;
-    let reply: Reply = serde_json::from_str(&line).context("the stack ended while it was asked")?;
+    let reply: Reply = serde_json::from_str(&line).context("the stack ended before it answered")?;
     match reply.error {
         Some(error) => bail!(error),
         None => Ok(Some(reply.value)),

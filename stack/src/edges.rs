@@ -1,10 +1,10 @@
-//! A proxy on every way between the parts of a stack.
+//! A proxy on every connection between the parts of a stack.
 
 use crate::proxy::{Protocol, Proxy};
 use crate::seed::Seed;
 use crate::system::System;
 
-/// Who talks to whom.
+/// Client, server and protocol.
 const WAYS: [(&str, &str, Protocol); 6] = [
     ("orders", "postgres", Protocol::Postgres),
     ("payments", "postgres", Protocol::Postgres),
@@ -14,14 +14,14 @@ const WAYS: [(&str, &str, Protocol); 6] = [
     ("gateway", "payments", Protocol::Plain),
 ];
 
-/// All ways of one stack, and the way of clients to its gateway.
+/// The proxies of one stack: one between each client and server, and one in front of the gateway.
 #[derive(Clone, Debug)]
 pub struct Edges {
     ways: Vec<(&'static str, &'static str, Proxy)>,
 }
 
 impl Edges {
-    /// Puts a proxy on each way. Services that run already keep their old ways until they are started again.
+    /// Opens the proxies. Running services keep their direct connections until they are restarted.
     pub async fn open(system: &mut System, seed: &mut Seed) -> anyhow::Result<Self> {
         let mut ways = Vec::new();
         for (from, to, protocol) in WAYS {
@@ -34,21 +34,21 @@ impl Edges {
         Ok(Self { ways })
     }
 
-    /// The way between two parts, such as `orders` and `postgres`, or `client` and `gateway`.
+    /// The proxy between two parts, such as `orders` and `postgres`, or `client` and `gateway`.
     ///
     /// # Panics
-    /// If there is no such way.
+    /// If there is no such pair.
     pub fn between(&self, from: &str, to: &str) -> &Proxy {
         let found = self.ways.iter().find(|(a, b, _)| (*a, *b) == (from, to));
         &found.expect("the ways are a constant list").2
     }
 
-    /// Every way.
+    /// All proxies.
     pub fn all(&self) -> impl Iterator<Item = &Proxy> {
         self.ways.iter().map(|(_, _, proxy)| proxy)
     }
 
-    /// The ways to one part.
+    /// The proxies in front of one part.
     pub fn to<'a>(&'a self, part: &'a str) -> impl Iterator<Item = &'a Proxy> {
         self.ways
             .iter()
@@ -56,7 +56,7 @@ impl Edges {
             .map(|(_, _, proxy)| proxy)
     }
 
-    /// Where clients go.
+    /// The address for clients.
     pub fn front(&self) -> String {
         format!(
             "http://127.0.0.1:{}",

@@ -1,4 +1,4 @@
-//! A small HTTP client for whoever drives a stack: readiness, tests, load.
+//! A small HTTP client for readiness checks, tests and load.
 
 use std::time::Duration;
 
@@ -13,29 +13,26 @@ use serde_json::Value;
 
 const TIMEOUT: Duration = Duration::from_secs(45);
 
-/// An answer, read to its end.
+/// A complete response.
 #[derive(Clone, Debug)]
 pub struct Answer {
-    /// Status code.
     pub status: u16,
-    /// Headers, names in lower case.
+    /// Names are in lower case.
     pub headers: Vec<(String, String)>,
-    /// The body.
     pub body: Bytes,
 }
 
 impl Answer {
-    /// The body as JSON; null if it is none.
+    /// The body as JSON; null if it is not JSON.
     pub fn json(&self) -> Value {
         serde_json::from_slice(&self.body).unwrap_or_default()
     }
 
-    /// The body as text.
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.body).into_owned()
     }
 
-    /// The first header of this name.
+    /// The first header with this name, in lower case.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers
             .iter()
@@ -44,18 +41,16 @@ impl Answer {
     }
 }
 
-/// An answer whose body is still coming.
+/// A response whose body is still being received.
 #[derive(Debug)]
 pub struct Opened {
-    /// Status code.
     pub status: u16,
-    /// The content type.
     pub content_type: String,
     body: Incoming,
 }
 
 impl Opened {
-    /// The next piece of the body; `None` when it has ended, or broke off.
+    /// The next chunk of the body; `None` when it ended or the connection broke.
     pub async fn next(&mut self) -> Option<Bytes> {
         loop {
             if let Ok(bytes) = self.body.frame().await?.ok()?.into_data() {
@@ -65,7 +60,7 @@ impl Opened {
     }
 }
 
-/// Speaks to one server.
+/// A client of one server.
 #[derive(Clone, Debug)]
 pub struct Http {
     client: Client<HttpConnector, Full<Bytes>>,
@@ -84,17 +79,15 @@ impl Http {
         }
     }
 
-    /// The `http://host:port` it was made with.
     pub fn base(&self) -> &str {
         &self.base
     }
 
-    /// GET.
     pub async fn get(&self, path: &str) -> anyhow::Result<Answer> {
         self.request("GET", path, &[], Bytes::new()).await
     }
 
-    /// POST of a JSON body, with an idempotency key or without.
+    /// POST with a JSON body and an optional idempotency key.
     pub async fn post(
         &self,
         path: &str,
@@ -107,7 +100,7 @@ impl Http {
             .await
     }
 
-    /// GET of something that may never end.
+    /// GET of a response that may never end.
     pub async fn open(&self, path: &str, headers: &[(&str, &str)]) -> anyhow::Result<Opened> {
         let mut request = hyper::Request::get(format!("{}{path}", self.base));
         for (name, value) in headers {
@@ -115,7 +108,7 @@ impl Http {
         }
         let request = request
             .body(Full::new(Bytes::new()))
-            .context("a request is not well formed")?;
+            .context("the request is malformed")?;
         let (parts, body) = tokio::time::timeout(TIMEOUT, self.client.request(request))
             .await??
             .into_parts();
@@ -132,7 +125,6 @@ impl Http {
         })
     }
 
-    /// Anything.
     pub async fn request(
         &self,
         method: &str,
@@ -148,7 +140,7 @@ impl Http {
         }
         let request = request
             .body(Full::new(body))
-            .context("a request is not well formed")?;
+            .context("the request is malformed")?;
         let exchange = async {
             let (parts, body) = self.client.request(request).await?.into_parts();
             let headers = parts.headers.iter();

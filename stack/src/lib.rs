@@ -1,7 +1,7 @@
 //! The whole system on one machine, as real processes: PostgreSQL, NATS, orders, payments and gateway, each to be
-//! started, stopped, killed, paused and wiped. `stack up` is one use of it; tests, chaos and benchmarks are others.
+//! started, stopped, killed, paused and wiped. Used by `stack up`, tests, chaos and benchmarks.
 //!
-//! Depends on what it starts, and on nothing's insides.
+//! Depends on the programs that it starts, not on their code.
 
 mod control;
 mod edges;

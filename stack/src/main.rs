@@ -29,33 +29,33 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Starts everything and keeps it running until Ctrl-C.
+    /// Start everything and keep it running until Ctrl-C.
     Up {
-        /// Returns when everything is ready; `down` stops it.
+        /// Return when everything is ready; `down` stops it.
         #[arg(short, long)]
         detach: bool,
     },
-    /// Stops everything.
+    /// Stop everything.
     Down,
-    /// Starts one part that was stopped.
+    /// Start one part that was stopped.
     Start {
         /// postgres, nats, orders, payments or gateway
         name: String,
     },
-    /// Stops one part and leaves it stopped.
+    /// Stop one part until it is started again.
     Stop {
         /// postgres, nats, orders, payments or gateway
         name: String,
     },
-    /// Shows how everything is.
+    /// Show the state of every part.
     Status {
-        /// As JSON.
+        /// Print JSON.
         #[arg(long)]
         json: bool,
     },
 }
 
-// One thread: the processes of a stack end when the thread that started them does.
+// One thread: the kernel ends the processes of a stack when the thread that started them ends.
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
     match run(Arguments::parse()).await {
@@ -78,7 +78,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Down => match stack::ask(&folder, &Request::Down).await? {
             Some(_) => {
                 println!(
-                    "Everything is stopped. The data stays in {}.",
+                    "Everything is stopped. The data is kept in {}.",
                     folder.display()
                 );
                 Ok(())
@@ -124,10 +124,10 @@ async fn up(folder: &Path, ports: Ports) -> anyhow::Result<()> {
     .await
 }
 
-/// Starts a copy of this program in a session of its own and waits until it answers.
+/// Starts a copy of this program in a new session and waits until it answers.
 async fn up_detached(folder: &Path, dir: &Path, port_offset: u16) -> anyhow::Result<()> {
     if let Some(parts) = stack::ask(folder, &Request::Status).await? {
-        println!("Running already.");
+        println!("Already running.");
         print_lines(&status_table(
             folder,
             &serde_json::from_value::<Vec<PartStatus>>(parts)?,
@@ -202,7 +202,7 @@ fn status_table(folder: &Path, parts: &[PartStatus]) -> String {
 }
 
 fn print_lines(text: &str) {
-    // Whoever reads may stop reading: `./dev status | head -n 1`.
+    // The reader may close the pipe: `./dev status | head -n 1`.
     let _ = writeln!(std::io::stdout(), "{text}");
 }
 

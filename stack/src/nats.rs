@@ -1,4 +1,4 @@
-//! A nats-server of our own, with the shipped configuration.
+//! A nats-server with the shipped configuration.
 
 use std::path::PathBuf;
 
@@ -9,28 +9,22 @@ use crate::place::Secrets;
 use crate::process::Program;
 use crate::tools::Tools;
 
-/// The shipped configurations.
 const CONFIGURATION: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../nats/single.conf");
 const CLUSTER_CONFIGURATION: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../nats/cluster.conf");
 
-/// Where a server is and who may enter.
+/// A server: its files, ports and passwords.
 #[derive(Clone, Debug)]
 pub struct Nats {
-    /// The server program.
     pub executable: PathBuf,
-    /// Its data.
     pub data: PathBuf,
-    /// Its log.
     pub log: PathBuf,
-    /// Its port on 127.0.0.1.
+    /// On 127.0.0.1.
     pub port: u16,
-    /// The port of its monitor.
     pub monitor_port: u16,
-    /// Its users' passwords.
+    /// The passwords of its users.
     pub secrets: Secrets,
-    /// Its configuration file, which includes the file of users beside it.
+    /// The configuration file, which includes the file of users beside it.
     pub configuration: PathBuf,
-    /// Its part in a cluster, if it has one.
     member: Option<Member>,
 }
 
@@ -42,7 +36,7 @@ struct Member {
 }
 
 impl Nats {
-    /// The server for a data folder.
+    /// A single server.
     pub fn new(
         tools: &Tools,
         data: PathBuf,
@@ -63,7 +57,7 @@ impl Nats {
         }
     }
 
-    /// The same as one of three: `port` is for the others, who listen on `all`.
+    /// Makes it one of three: `port` is for connections from the others, `all` are the ports of all three.
     #[must_use]
     pub fn member(mut self, name: String, port: u16, all: [u16; 3]) -> Self {
         self.member = Some(Member { name, port, all });
@@ -71,7 +65,6 @@ impl Nats {
         self
     }
 
-    /// The server program.
     pub fn program(&self) -> Program {
         let secrets = &self.secrets;
         let mut environment = vec![
@@ -129,7 +122,7 @@ impl Nats {
         }
     }
 
-    /// Whether JetStream works.
+    /// Whether JetStream is ready.
     pub async fn is_ready(&self) -> bool {
         let monitor = Http::new(format!("http://127.0.0.1:{}", self.monitor_port));
         monitor
@@ -138,7 +131,6 @@ impl Nats {
             .is_ok_and(|answer| answer.status == 200)
     }
 
-    /// Where clients connect.
     pub fn url(&self) -> String {
         format!("nats://127.0.0.1:{}", self.port)
     }

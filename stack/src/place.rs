@@ -1,4 +1,4 @@
-//! Where a stack keeps its things: data, logs, passwords.
+//! The folder of a stack: data, logs, passwords.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt as _, chown};
@@ -9,25 +9,25 @@ use anyhow::{Context as _, ensure};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-/// PostgreSQL refuses to run as root; then it runs as this user (`nobody` everywhere).
+/// PostgreSQL refuses to run as root. Under root it runs as this user (`nobody`).
 pub(crate) const UNPRIVILEGED_ID: u32 = 65534;
 
 /// The folder of one stack.
 #[derive(Clone, Debug)]
 pub struct Place {
     folder: PathBuf,
-    /// Passwords of this stack, made at random when the folder is.
+    /// Generated when the folder is created.
     pub secrets: Secrets,
 }
 
-/// Passwords. Only `viewer`, who can read streams and nothing else, has one that people can remember.
+/// Passwords. All are random except that of `viewer`, who can only read streams.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct Secrets {
-    /// PostgreSQL: superuser, role of orders, role of payments.
+    // PostgreSQL: superuser, role of orders, role of payments.
     pub postgres_superuser: String,
     pub postgres_orders: String,
     pub postgres_payments: String,
-    /// NATS users.
+    // NATS users.
     pub nats_sys: String,
     pub nats_orders: String,
     pub nats_payments: String,
@@ -44,7 +44,7 @@ impl std::fmt::Debug for Secrets {
 
 impl Secrets {
     fn random() -> Self {
-        // A letter first: nats-server reads a value of digits as a number.
+        // A letter first: nats-server parses a value of digits as a number.
         let random = || format!("p{}", Uuid::new_v4().simple());
         Self {
             postgres_superuser: random(),
@@ -61,10 +61,10 @@ impl Secrets {
 }
 
 impl Place {
-    /// Opens the folder, or makes it.
+    /// Opens the folder, or creates it.
     pub fn open(folder: &Path) -> anyhow::Result<Self> {
         fs::create_dir_all(folder.join("logs"))
-            .with_context(|| format!("the folder {} cannot be made", folder.display()))?;
+            .with_context(|| format!("the folder {} cannot be created", folder.display()))?;
         let folder = folder
             .canonicalize()
             .with_context(|| format!("the folder {} cannot be found", folder.display()))?;
@@ -72,7 +72,7 @@ impl Place {
             fs::set_permissions(&folder, Permissions::from_mode(0o755))?;
             ensure!(
                 reachable_by_nobody(&folder),
-                "PostgreSQL does not run as root but as `nobody`, who cannot enter {}: set GOZON_DIR to a folder that every user can reach, \
+                "PostgreSQL does not run as root but as `nobody`, who cannot enter {}: set GOZON_DIR to a folder that every user can enter, \
                  such as /var/tmp/gozon",
                 folder.display()
             );
@@ -81,33 +81,30 @@ impl Place {
         Ok(Self { folder, secrets })
     }
 
-    /// The folder itself.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// The log of a part.
     pub fn log(&self, name: &str) -> PathBuf {
         self.folder.join("logs").join(format!("{name}.log"))
     }
 
-    /// PostgreSQL's data, and nothing else.
+    /// Contains only PostgreSQL's data.
     pub fn postgres_data(&self) -> PathBuf {
         self.folder.join("postgres")
     }
 
-    /// NATS' data, and nothing else.
+    /// Contains only the data of NATS.
     pub fn nats_data(&self) -> PathBuf {
         self.folder.join("nats")
     }
 }
 
-/// Whether this process is root.
 pub(crate) fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// Gives a file or folder to the user who runs PostgreSQL.
+/// Makes the user who runs PostgreSQL the owner of a file or folder.
 pub(crate) fn give_to_postgres(path: &Path) -> std::io::Result<()> {
     if is_root() {
         chown(path, Some(UNPRIVILEGED_ID), Some(UNPRIVILEGED_ID))
@@ -132,11 +129,11 @@ fn reachable_by_nobody(folder: &Path) -> bool {
 fn read_or_make_secrets(path: &Path) -> anyhow::Result<Secrets> {
     match fs::read_to_string(path) {
         Ok(text) => {
-            serde_json::from_str(&text).with_context(|| format!("{} is damaged", path.display()))
+            serde_json::from_str(&text).with_context(|| format!("{} is not valid", path.display()))
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             let secrets = Secrets::random();
-            // Renamed into place, so that an interruption leaves no half file.
+            // Renamed into place, so that an interruption leaves no incomplete file.
             let draft = path.with_extension("new");
             fs::write(&draft, "")?;
             fs::set_permissions(&draft, Permissions::from_mode(0o600))?;

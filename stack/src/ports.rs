@@ -1,4 +1,4 @@
-//! Which ports a stack listens on.
+//! The ports of a stack.
 
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -10,17 +10,11 @@ use anyhow::{Context as _, bail};
 /// The ports of one stack, all on 127.0.0.1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ports {
-    /// PostgreSQL.
     pub postgres: u16,
-    /// NATS.
     pub nats: u16,
-    /// The NATS monitor.
     pub nats_monitor: u16,
-    /// The gateway.
     pub gateway: u16,
-    /// orders.
     pub orders: u16,
-    /// payments.
     pub payments: u16,
 }
 
@@ -42,7 +36,7 @@ impl Ports {
         })
     }
 
-    /// Ports that nobody uses.
+    /// Ports on which nobody listens.
     pub fn free() -> anyhow::Result<Self> {
         Ok(Self {
             postgres: free_port()?,
@@ -75,7 +69,6 @@ impl Ports {
     }
 }
 
-/// `port` on this machine.
 pub fn local(port: u16) -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, port))
 }

@@ -1,4 +1,4 @@
-//! A PostgreSQL server of our own.
+//! A PostgreSQL server.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
@@ -18,25 +18,23 @@ use crate::tools::Tools;
 
 const SUPERUSER: &str = "postgres";
 
-/// Where a server is and how to get in.
+/// A server: its files, port and password.
 #[derive(Clone)]
 pub struct Postgres {
-    /// Folder with its programs.
+    /// The folder with its programs.
     pub programs: PathBuf,
-    /// Its data.
     pub data: PathBuf,
-    /// Its log.
     pub log: PathBuf,
-    /// Its port on 127.0.0.1.
+    /// On 127.0.0.1.
     pub port: u16,
-    /// Password of the superuser.
+    /// Of the superuser.
     pub password: String,
-    /// More settings, `name=value`.
+    /// Additional settings, `name=value`.
     pub settings: Vec<String>,
 }
 
 impl Postgres {
-    /// The server for a data folder.
+    /// A server for a data folder, with the PostgreSQL version that created it.
     pub fn new(
         tools: &Tools,
         data: PathBuf,
@@ -54,17 +52,17 @@ impl Postgres {
         })
     }
 
-    /// Makes the data folder if there is none.
+    /// Creates the data folder unless it exists.
     pub async fn initialize(&self) -> anyhow::Result<()> {
         if self.data.join("PG_VERSION").exists() {
             return Ok(());
         }
-        // Made aside and renamed, so that an interruption leaves no half data folder.
+        // Created under another name and renamed, so that an interruption leaves no incomplete folder.
         let draft = self.data.with_extension("new");
         if draft.exists() {
             fs::remove_dir_all(&draft)?;
         }
-        fs::create_dir(&draft).with_context(|| format!("{} cannot be made", draft.display()))?;
+        fs::create_dir(&draft).with_context(|| format!("{} cannot be created", draft.display()))?;
         fs::set_permissions(&draft, Permissions::from_mode(0o700))?;
         give_to_postgres(&draft)?;
         let password_file = self.data.with_extension("password");
@@ -90,7 +88,7 @@ impl Postgres {
         } else {
             Command::new(self.programs.join("initdb"))
         };
-        // C locale: text sorts by its bytes, in the database as in the services.
+        // C locale: text sorts by its bytes, in the database as in Rust.
         let status = command
             .args([
                 "--username",
@@ -125,7 +123,6 @@ impl Postgres {
         Ok(())
     }
 
-    /// The server program.
     pub fn program(&self) -> Program {
         let mut arguments = vec![
             "-D".to_owned(),
@@ -151,13 +148,13 @@ impl Postgres {
             arguments,
             environment: Vec::new(),
             log: self.log.clone(),
-            // Fast shutdown: ends sessions, writes everything.
+            // Fast shutdown: terminates sessions and writes a checkpoint.
             stop_signal: Signal::INT,
             unprivileged: true,
         }
     }
 
-    /// Whether it takes connections.
+    /// Whether it accepts connections.
     pub async fn is_ready(&self) -> bool {
         self.connect(SUPERUSER).await.is_ok()
     }
@@ -171,10 +168,9 @@ impl Postgres {
             .sqlx_logging(false);
         Database::connect(options)
             .await
-            .context("PostgreSQL does not take connections")
+            .context("PostgreSQL does not accept connections")
     }
 
-    /// A connection URL.
     pub fn url(&self, role: &str, password: &str, database: &str) -> String {
         format!(
             "postgres://{role}:{password}@127.0.0.1:{}/{database}",
@@ -182,16 +178,16 @@ impl Postgres {
         )
     }
 
-    /// A role and a database of the same name, which no other role may enter. Does nothing if they are there.
+    /// Creates a role and a database of the same name, which no other role may use, unless they exist.
     pub async fn ensure_database(&self, name: &str, password: &str) -> anyhow::Result<()> {
         ensure!(
             name.bytes()
                 .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_'),
-            "{name:?} is no database name"
+            "{name:?} is not a database name"
         );
         ensure!(
             password.bytes().all(|byte| byte.is_ascii_alphanumeric()),
-            "a generated password is letters and digits"
+            "a generated password has only letters and digits"
         );
         let db = self.connect("postgres").await?;
         let exists = async |query: &str| {
@@ -218,7 +214,7 @@ impl Postgres {
         Ok(())
     }
 
-    /// Keeps the services' roles out of the superuser's database.
+    /// Denies the services' roles access to the superuser's database.
     pub async fn close_superuser_database(&self) -> anyhow::Result<()> {
         let db = self.connect("postgres").await?;
         db.execute_unprepared("REVOKE ALL ON DATABASE postgres FROM PUBLIC")

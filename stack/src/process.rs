@@ -1,4 +1,4 @@
-//! One process: the program itself, no wrapper, with its output in a log file, gone when we are gone.
+//! One process: started without a wrapper, with its output in a log file, and ended when this process ends.
 
 use std::fs::{self, File};
 use std::io::{Read as _, Seek as _, SeekFrom};
@@ -15,23 +15,20 @@ use crate::place::{UNPRIVILEGED_ID, is_root};
 /// A program to run.
 #[derive(Clone, Debug)]
 pub struct Program {
-    /// What it is called in messages.
+    /// For messages.
     pub name: String,
-    /// The executable.
     pub executable: PathBuf,
-    /// Its arguments.
     pub arguments: Vec<String>,
-    /// Its environment, beside PATH and HOME.
+    /// In addition to PATH and HOME.
     pub environment: Vec<(String, String)>,
-    /// Where its output goes.
+    /// For its output.
     pub log: PathBuf,
-    /// The polite way to end it.
+    /// Asks it to end.
     pub stop_signal: Signal,
-    /// Not as root, even if we are.
+    /// Never runs as root.
     pub unprivileged: bool,
 }
 
-/// A running program.
 #[derive(Debug)]
 pub struct Process {
     name: String,
@@ -40,12 +37,12 @@ pub struct Process {
     stop_signal: Signal,
 }
 
-/// After the polite signal; then it is killed.
+/// After the stop signal; then it is killed.
 const STOP_TIMEOUT: Duration = Duration::from_secs(15);
 
 impl Process {
-    /// Starts it. `setpriv` arranges that it ends when we do, however we end, and becomes the program: the process is
-    /// the program itself.
+    /// Starts it. `setpriv` makes the kernel end the process when this one ends for any reason, and then execs the
+    /// program, so the process id is the program's.
     pub fn start(program: &Program) -> anyhow::Result<Self> {
         let log = File::options().create(true).append(true).open(&program.log);
         let log =
@@ -83,7 +80,7 @@ impl Process {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
-            // A group of its own: Ctrl-C in the terminal is for us, who then stop everything in order.
+            // Its own process group: Ctrl-C must reach only this process, which then stops everything in order.
             .process_group(0)
             .kill_on_drop(true)
             .spawn()
@@ -100,29 +97,28 @@ impl Process {
         })
     }
 
-    /// Its process id.
     pub fn pid(&self) -> u32 {
         self.pid.as_raw_nonzero().get().unsigned_abs()
     }
 
-    /// How it ended, if it has.
+    /// The exit status, if it ended.
     pub fn ended(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().ok().flatten()
     }
 
-    /// Ends it politely, and after a while less so.
+    /// Sends the stop signal and waits; kills it after a timeout.
     pub async fn stop(self) -> anyhow::Result<()> {
         let signal = self.stop_signal;
         self.stop_by(signal).await
     }
 
-    /// The same with another signal than the polite one.
+    /// The same with another signal.
     pub async fn stop_by(mut self, signal: Signal) -> anyhow::Result<()> {
         if self.ended().is_some() {
             return Ok(());
         }
         self.signal(signal)?;
-        // One that is paused could not react.
+        // A paused process cannot react.
         self.signal(Signal::CONT)?;
         if tokio::time::timeout(STOP_TIMEOUT, self.child.wait())
             .await
@@ -137,7 +133,7 @@ impl Process {
         Ok(())
     }
 
-    /// kill -9.
+    /// SIGKILL.
     pub async fn kill(&mut self) -> anyhow::Result<()> {
         self.child
             .kill()
@@ -145,7 +141,7 @@ impl Process {
             .with_context(|| format!("{} cannot be killed", self.name))
     }
 
-    /// Sends a signal: `Signal::STOP` pauses it, `Signal::CONT` lets it go on.
+    /// Sends a signal: `Signal::STOP` pauses the process, `Signal::CONT` resumes it.
     pub fn signal(&self, signal: Signal) -> anyhow::Result<()> {
         match kill_process(self.pid, signal) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
@@ -156,7 +152,7 @@ impl Process {
     }
 }
 
-/// The name that setpriv knows.
+/// The name for setpriv.
 fn signal_name(signal: Signal) -> &'static str {
     match signal {
         Signal::INT => "INT",
@@ -165,7 +161,6 @@ fn signal_name(signal: Signal) -> &'static str {
     }
 }
 
-/// The last lines of a log.
 pub fn tail(log: &Path, lines: usize) -> String {
     const BYTES_MAX: u64 = 16 * 1024;
     let read = || -> std::io::Result<Vec<u8>> {

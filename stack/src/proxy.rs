@@ -1,5 +1,5 @@
-//! A network that does not behave, between a service and what it talks to: slow, cut, leading into nothing, and losing
-//! exactly the answer that matters. For connections in plain text on this machine.
+//! A faulty network between a client and a server: slow, cut, black-holed, or losing exactly one message. For
+//! unencrypted connections on this machine.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -23,31 +23,31 @@ mod postgres;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What goes over a connection.
+/// The protocol of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protocol {
-    /// Understood well enough for cuts at COMMIT.
+    /// Parsed as far as needed to cut at COMMIT.
     Postgres,
-    /// Understood well enough for lost acks.
+    /// Parsed as far as needed to lose acks.
     Nats,
-    /// Bytes.
+    /// Not parsed.
     Plain,
 }
 
-/// One message that is lost, the next time it comes by.
+/// A message to lose the next time it passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Cut {
-    /// The server has committed a transaction that contained these words; its answer is lost with the connection.
+    /// The server committed a transaction that contained these words; its answer and the connection are lost.
     CommitAnswer {
-        /// Part of a statement, as the service sends it; empty for any transaction.
+        /// Part of a statement; empty for any transaction.
         after: &'static str,
     },
-    /// COMMIT is lost with the connection on the way to the server, who rolls back. To the client it looks the same.
+    /// COMMIT and the connection are lost before the server, which rolls back. The client cannot tell the difference.
     CommitRequest {
         /// As above.
         after: &'static str,
     },
-    /// The broker has stored a message; its answer is lost.
+    /// The broker stored a message; its answer is lost.
     PubAck,
     /// A reader's ack is lost.
     Ack,
@@ -55,7 +55,7 @@ pub enum Cut {
     Delivery,
 }
 
-/// Which cuts wait for their message, and which were made.
+/// The armed cuts, and how often each one fired.
 #[derive(Debug, Default)]
 struct Armory(Mutex<(Vec<Cut>, BTreeMap<Cut, u64>)>);
 
@@ -87,16 +87,16 @@ impl Armory {
     }
 }
 
-/// What clients have sent through a proxy since it was opened.
+/// What clients sent through a proxy since it was opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
-    /// Statements that PostgreSQL was to run.
+    /// Statements for PostgreSQL.
     pub statements: u64,
-    /// How often somebody waited for PostgreSQL's answer.
+    /// How often a client waited for PostgreSQL's answer.
     pub round_trips: u64,
-    /// Messages for the broker, acks and requests included.
+    /// Messages for the broker, including acks and requests.
     pub messages: u64,
-    /// Their bytes, headers included.
+    /// Their bytes, including headers.
     pub message_bytes: u64,
 }
 
@@ -116,30 +116,30 @@ enum Direction {
     ToClient,
 }
 
-/// What becomes of bytes.
+/// What to do with bytes.
 enum Passed {
-    /// These go on.
+    /// Forward them.
     On(Bytes),
-    /// These go on, and then the connection is gone.
+    /// Forward them, then cut the connection.
     Cut(Bytes),
 }
 
-/// How the network is.
+/// The state of the network.
 #[derive(Clone, Copy, Debug, Default)]
 struct Weather {
-    /// Each piece is late by up to this much.
+    /// Each chunk is delayed by up to this much.
     delay: Duration,
-    /// Bytes in a piece; 0 for as many as there are.
+    /// Bytes in a chunk; 0 for no limit.
     piece: usize,
-    /// Nothing goes through, until it does again.
+    /// Nothing is forwarded for now.
     held: bool,
-    /// Connections below this number are cut.
+    /// Connections with lower numbers are cut.
     cut_below: u64,
-    /// Through connections below this number nothing goes any more, for ever, and nobody is told.
+    /// Connections with lower numbers are black-holed for ever: nothing is forwarded, nothing is closed.
     dead_below: u64,
 }
 
-/// The control of one proxy. Its connections end with the last of its clones.
+/// A handle of one proxy. Its connections are closed when the last clone is dropped.
 #[derive(Clone, Debug)]
 pub struct Proxy {
     link: Arc<Link>,
@@ -147,7 +147,7 @@ pub struct Proxy {
     _accepting: Arc<Accepting>,
 }
 
-/// Ends with the proxy.
+/// Aborts the task when dropped.
 #[derive(Debug)]
 struct Accepting(AbortHandle);
 
@@ -185,7 +185,7 @@ impl Proxy {
         let accepting = tokio::spawn({
             let link = Arc::downgrade(&link);
             async move {
-                // Connections end with this set, and this set with the last handle.
+                // Connections are closed when this set is dropped, which is when the last handle is.
                 let mut open = JoinSet::new();
                 loop {
                     while open.try_join_next().is_some() {}
@@ -204,37 +204,35 @@ impl Proxy {
         })
     }
 
-    /// Where it listens on this machine.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// Loses the next so many of these messages.
+    /// Loses the next `times` messages of this kind.
     pub fn arm(&self, cut: Cut, times: usize) {
         self.link.armory.arm(cut, times);
     }
 
-    /// How often this cut was made.
+    /// How often this cut fired.
     pub fn fired(&self, cut: Cut) -> u64 {
         self.link.armory.fired(cut)
     }
 
-    /// How many cuts wait for their message.
+    /// How many cuts are armed.
     pub fn waiting(&self) -> usize {
         self.link.armory.waiting()
     }
 
-    /// Forgets the cuts that still wait.
+    /// Disarms all cuts.
     pub fn disarm(&self) {
         self.link.armory.with(|(waiting, _)| waiting.clear());
     }
 
-    /// How many connections were made.
+    /// How many connections were opened.
     pub fn connections(&self) -> u64 {
         self.link.connections.load(Ordering::Relaxed)
     }
 
-    /// What clients have sent so far.
     pub fn traffic(&self) -> Traffic {
         *self
             .link
@@ -244,33 +242,33 @@ impl Proxy {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Cuts every connection (RST). New ones work.
+    /// Cuts every connection (RST). New connections work.
     pub fn cut(&self) {
         self.link
             .weather
             .send_modify(|weather| weather.cut_below = self.connections());
     }
 
-    /// Every connection leads into nothing, and so do new ones until [`Self::heal`]: nobody is told, nothing is closed.
+    /// Black-holes every connection, and new ones until [`Self::heal`]: nothing is forwarded, nothing is closed.
     pub fn black_hole(&self) {
         self.link
             .weather
             .send_modify(|weather| (weather.dead_below, weather.held) = (self.connections(), true));
     }
 
-    /// Nothing goes through until [`Self::heal`]; then everything goes on.
+    /// Holds all bytes back until [`Self::heal`].
     pub fn hold(&self) {
         self.link.weather.send_modify(|weather| weather.held = true);
     }
 
-    /// Each piece of at most so many bytes (0: any number) is late by up to so much.
+    /// Delays each chunk of at most `piece` bytes (0: no limit) by up to `delay`.
     pub fn slow(&self, delay: Duration, piece: usize) {
         self.link
             .weather
             .send_modify(|weather| (weather.delay, weather.piece) = (delay, piece));
     }
 
-    /// The network behaves again. What led into nothing stays so.
+    /// Ends all faults. Black-holed connections stay dead.
     pub fn heal(&self) {
         self.link.weather.send_modify(|weather| {
             (weather.held, weather.delay, weather.piece) = (false, Duration::ZERO, 0)
@@ -278,7 +276,6 @@ impl Proxy {
     }
 }
 
-/// The connection is to be cut.
 struct Reset;
 
 impl From<std::io::Error> for Reset {
@@ -298,7 +295,7 @@ impl Link {
         let number = self.connections.fetch_add(1, Ordering::Relaxed);
         let cut = async {
             let mut weather = self.weather.subscribe();
-            // The sender lives as long as we do.
+            // The sender lives as long as `self`.
             let _ = weather.wait_for(|weather| number < weather.cut_below).await;
         };
         let mut server = None;
@@ -341,7 +338,7 @@ impl Link {
         };
         if ended.is_err() {
             for stream in [Some(&client), server.as_ref()].into_iter().flatten() {
-                // Without it the end would look like a polite one.
+                // Without this the peer would see a graceful end.
                 let _ = stream.set_zero_linger();
             }
         }
@@ -365,7 +362,7 @@ impl Link {
             }
             if self.weather.borrow().held || self.is_dead(number) {
                 if direction == Direction::ToServer {
-                    // Whoever gives up on it closes it; that much must be seen, or servers would keep it for ever.
+                    // If one side gives up and closes, the other one must see it, or servers would keep it for ever.
                     let mut closed = BytesMut::new();
                     tokio::select! {
                         () = self.until_open(number) => {}
@@ -419,17 +416,17 @@ impl Link {
         number < self.weather.borrow().dead_below
     }
 
-    /// Waits until something goes through this connection: for ever, if it is dead.
+    /// Waits until this connection forwards again; for ever if it is black-holed.
     async fn until_open(&self, number: u64) {
         let mut weather = self.weather.subscribe();
-        // The sender lives as long as we do.
+        // The sender lives as long as `self`.
         let _ = weather
             .wait_for(|weather| !weather.held && number >= weather.dead_below)
             .await;
     }
 }
 
-/// Reads on while nothing goes through, until the other side has closed.
+/// Reads and discards until the other side closes.
 async fn until_closed(from: &mut ReadHalf<'_>, bytes: &mut BytesMut) -> Result<Infallible, Reset> {
     loop {
         if from.read_buf(bytes).await? == 0 {

@@ -1,16 +1,14 @@
-//! Numbers that look random and are the same for the same seed (SplitMix64): what a run did can be done again.
+//! Pseudo-random numbers (SplitMix64): the same seed repeats a run.
 
-/// A source of numbers.
+/// A generator.
 #[derive(Clone, Debug)]
 pub struct Seed(u64);
 
 impl Seed {
-    /// The source that this number names.
     pub const fn new(seed: u64) -> Self {
         Self(seed)
     }
 
-    /// The next number.
     pub fn number(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.0;
@@ -19,22 +17,21 @@ impl Seed {
         mixed ^ (mixed >> 31)
     }
 
-    /// A number below `end`, which is not 0.
+    /// A number below `end`, which must not be 0.
     pub fn below(&mut self, end: u64) -> u64 {
         self.number() % end
     }
 
-    /// A number from 0 to below 1.
+    /// A number in 0.0..1.0.
     pub fn share(&mut self) -> f64 {
         (self.number() >> 11) as f64 / (1_u64 << 53) as f64
     }
 
-    /// Another source that goes its own way.
+    /// An independent generator.
     pub fn branch(&mut self) -> Self {
         Self(self.number())
     }
 
-    /// Puts things into another order.
     pub fn shuffle<T>(&mut self, things: &mut [T]) {
         for last in (1..things.len()).rev() {
             let other = self.below(last as u64 + 1);

@@ -1,5 +1,5 @@
-//! Keeps a stack running: starts a part that died again after a second, as a container engine would, and does what is
-//! asked through [`crate::control`].
+//! Keeps a stack running: a second after a part died, it starts it again, as a container engine would. Serves the
+//! requests from [`crate::control`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -22,25 +22,22 @@ use crate::tools::Tools;
 const RESTART_DELAY: Duration = Duration::from_secs(1);
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How one part is.
+/// The state of one part.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PartStatus {
     /// `postgres`, `nats`, `orders`, `payments` or `gateway`.
     pub name: String,
-    /// Of the process itself.
     pub pid: Option<u32>,
-    /// Where it listens.
     pub address: String,
-    /// Its log.
     pub log: String,
-    /// A folder that holds its data and nothing else.
+    /// A folder that contains only its data.
     pub data: Option<String>,
-    /// Whether it does its work.
+    /// Whether it passes its readiness check.
     pub ready: bool,
 }
 
 impl PartStatus {
-    /// How the parts look while nothing runs.
+    /// The state of the parts while nothing runs.
     pub fn all_stopped(folder: &std::path::Path, ports: &Ports) -> Vec<Self> {
         let part = |name: &str| Self {
             name: name.to_owned(),
@@ -61,14 +58,14 @@ impl PartStatus {
 
 struct Supervisor {
     system: System,
-    /// Stopped on request: left alone.
+    /// Stopped on request, so not restarted.
     resting: BTreeSet<&'static str>,
-    /// Died: when to start it again.
+    /// When to restart the parts that died.
     due: BTreeMap<&'static str, Instant>,
 }
 
-/// Starts a stack and keeps it running until Ctrl-C, SIGTERM or `down`. Whatever goes wrong at the start, nothing is
-/// left running. `ready` is called once, when everything is.
+/// Starts a stack and keeps it running until Ctrl-C, SIGTERM or `down`. If the start fails, nothing is left
+/// running. `ready` is called once, when everything is ready.
 pub async fn supervise(
     tools: &Tools,
     place: Place,
@@ -143,7 +140,7 @@ enum Served {
 }
 
 impl Supervisor {
-    /// Notices what died and starts what is due.
+    /// Detects parts that died, and restarts those that are due.
     fn look(&mut self) {
         for name in NAMES {
             if self.resting.contains(name) {
@@ -155,7 +152,7 @@ impl Supervisor {
             };
             let due = *self.due.entry(name).or_insert_with(|| {
                 println!(
-                    "{name} ended ({status}); starting it again in {} s",
+                    "{name} ended ({status}); restarting it in {} s",
                     RESTART_DELAY.as_secs()
                 );
                 Instant::now() + RESTART_DELAY
@@ -173,7 +170,7 @@ impl Supervisor {
         let (request, stream) = match control::read(stream).await {
             Ok(read) => read,
             Err(error) => {
-                println!("A request was not understood: {error:#}");
+                println!("Invalid request: {error:#}");
                 return Served::Goes;
             }
         };
@@ -184,7 +181,7 @@ impl Supervisor {
             Request::Stop { name } => self.stop(name).await,
         };
         if let Err(error) = control::reply(stream, answer).await {
-            println!("An answer could not be given: {error:#}");
+            println!("A request could not be answered: {error:#}");
         }
         Served::Goes
     }

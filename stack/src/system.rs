@@ -17,7 +17,7 @@ use crate::postgres::Postgres;
 use crate::process::{Process, Program, tail};
 use crate::tools::Tools;
 
-/// The parts, in the order in which they are started. (They may start in any order; this one is the quickest.)
+/// The parts, in start order. (Any order works; this one is the fastest.)
 pub const NAMES: [&str; 5] = ["postgres", "nats", "orders", "payments", "gateway"];
 
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
@@ -27,16 +27,13 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 /// One of our own programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Service {
-    /// orders
     Orders,
-    /// payments
     Payments,
-    /// gateway
     Gateway,
 }
 
 impl Service {
-    /// Its name, also of its program.
+    /// Also the name of its program.
     pub fn name(self) -> &'static str {
         match self {
             Self::Orders => "orders",
@@ -46,18 +43,16 @@ impl Service {
     }
 }
 
-/// What may differ between stacks.
+/// Options of a stack.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Where it listens.
     pub ports: Ports,
-    /// Folder with our own programs.
+    /// The folder with our own programs.
     pub binaries: PathBuf,
-    /// More environment for our own programs: shorter timers, failpoints.
+    /// Additional environment of our own programs: shorter timers, failpoints.
     pub environment: Vec<(String, String)>,
 }
 
-/// A stack.
 #[derive(Debug)]
 pub struct System {
     place: Place,
@@ -66,7 +61,7 @@ pub struct System {
     nats: Nats,
     binaries: PathBuf,
     environment: Vec<(String, String)>,
-    /// Where a service finds another part, if not at its own port.
+    /// Ports at which a service finds another part instead of the part's own port.
     detours: BTreeMap<(&'static str, &'static str), u16>,
     processes: BTreeMap<&'static str, Process>,
 }
@@ -80,7 +75,7 @@ impl std::fmt::Debug for PostgresPart {
 }
 
 impl System {
-    /// Makes data folders; starts nothing.
+    /// Creates data folders. Starts nothing.
     pub async fn prepare(tools: &Tools, place: Place, options: Options) -> anyhow::Result<Self> {
         let Options {
             ports,
@@ -126,27 +121,22 @@ impl System {
         })
     }
 
-    /// Where it keeps its things.
     pub fn place(&self) -> &Place {
         &self.place
     }
 
-    /// Where it listens.
     pub fn ports(&self) -> &Ports {
         &self.ports
     }
 
-    /// Its database server.
     pub fn postgres(&self) -> &Postgres {
         &self.postgres.0
     }
 
-    /// Its broker.
     pub fn nats(&self) -> &Nats {
         &self.nats
     }
 
-    /// The port of a part.
     pub fn port(&self, name: &str) -> anyhow::Result<u16> {
         Ok(match known(name)? {
             "postgres" => self.ports.postgres,
@@ -178,12 +168,11 @@ impl System {
         self.until_ready(name).await
     }
 
-    /// Starts a part.
     pub fn spawn(&mut self, name: &str) -> anyhow::Result<()> {
         self.spawn_with(name, &[])
     }
 
-    /// Starts a part with more environment, this once.
+    /// Starts a part with additional environment for this run only.
     pub fn spawn_with(&mut self, name: &str, environment: &[(&str, &str)]) -> anyhow::Result<()> {
         let name = known(name)?;
         ensure!(
@@ -202,7 +191,7 @@ impl System {
         Ok(())
     }
 
-    /// Waits until a part that was started is ready; says why it ended if it did.
+    /// Waits until a started part is ready. If it ends instead, the error contains the end of its log.
     pub async fn until_ready(&mut self, name: &str) -> anyhow::Result<()> {
         let name = known(name)?;
         let deadline = Instant::now() + READY_TIMEOUT;
@@ -245,7 +234,7 @@ impl System {
         Ok(())
     }
 
-    /// Whether a part does its work right now.
+    /// Whether a part passes its readiness check now.
     pub async fn is_ready(&self, name: &str) -> bool {
         let probe = async {
             match name {
@@ -262,7 +251,7 @@ impl System {
             .unwrap_or(false)
     }
 
-    /// Ends a part politely.
+    /// Sends the stop signal and waits for the end.
     pub async fn stop(&mut self, name: &str) -> anyhow::Result<()> {
         match self.processes.remove(known(name)?) {
             Some(process) => process.stop().await,
@@ -270,7 +259,7 @@ impl System {
         }
     }
 
-    /// kill -9.
+    /// SIGKILL.
     pub async fn kill(&mut self, name: &str) -> anyhow::Result<()> {
         match self.processes.remove(known(name)?) {
             Some(mut process) => process.kill().await,
@@ -278,7 +267,7 @@ impl System {
         }
     }
 
-    /// PostgreSQL's immediate shutdown: every session ends at once and nothing is written; the next start recovers.
+    /// PostgreSQL's immediate shutdown: terminates all sessions and writes nothing; the next start recovers.
     pub async fn stop_postgres_immediately(&mut self) -> anyhow::Result<()> {
         match self.processes.remove("postgres") {
             Some(process) => process.stop_by(Signal::QUIT).await,
@@ -291,12 +280,12 @@ impl System {
         self.running(name)?.signal(Signal::STOP)
     }
 
-    /// Lets a paused part go on (SIGCONT).
+    /// Resumes a paused part (SIGCONT).
     pub fn resume(&self, name: &str) -> anyhow::Result<()> {
         self.running(name)?.signal(Signal::CONT)
     }
 
-    /// Starts everything, telling `progress` what is ready.
+    /// Starts everything, and calls `progress` for each part that is ready.
     pub async fn start_all(
         &mut self,
         mut progress: impl FnMut(&str, Duration),
@@ -309,7 +298,7 @@ impl System {
         Ok(())
     }
 
-    /// Stops everything, the doors first.
+    /// Stops everything, the gateway first.
     pub async fn stop_all(&mut self) -> anyhow::Result<()> {
         let mut result = Ok(());
         for name in NAMES.into_iter().rev() {
@@ -319,7 +308,7 @@ impl System {
         result
     }
 
-    /// Takes away everything that the broker has stored. It must not run.
+    /// Deletes everything that the broker has stored. It must not run.
     pub fn wipe_nats(&mut self) -> anyhow::Result<()> {
         ensure!(
             self.processes
@@ -332,7 +321,7 @@ impl System {
         Ok(())
     }
 
-    /// Keeps a copy of everything that the broker has stored, in place of an earlier one. It must not run.
+    /// Copies everything that the broker has stored, replacing an earlier copy. It must not run.
     pub fn copy_nats(&mut self) -> anyhow::Result<()> {
         ensure!(
             self.pid("nats").is_none(),
@@ -345,7 +334,7 @@ impl System {
         copy_folder(&self.nats.data, &copy)
     }
 
-    /// Puts the broker back to what [`Self::copy_nats`] kept. It must not run.
+    /// Restores what [`Self::copy_nats`] copied. It must not run.
     pub fn roll_back_nats(&mut self) -> anyhow::Result<()> {
         self.wipe_nats()?;
         copy_folder(&self.nats_copy(), &self.nats.data)
@@ -355,7 +344,7 @@ impl System {
         self.nats.data.with_extension("copy")
     }
 
-    /// The process id of a part that runs.
+    /// The process id of a part, if it runs.
     pub fn pid(&mut self, name: &str) -> Option<u32> {
         let process = self.processes.get_mut(known(name).ok()?)?;
         if process.ended().is_some() {
@@ -365,18 +354,18 @@ impl System {
         }
     }
 
-    /// Whether a part is paused (SIGSTOP), by us or by itself.
+    /// Whether a part is paused (SIGSTOP), also by itself.
     pub fn is_paused(&mut self, name: &str) -> bool {
         let Some(pid) = self.pid(name) else {
             return false;
         };
-        // The state stands behind the name of the program, which is in parentheses.
+        // The state follows the program's name, which is in parentheses.
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         stat.rsplit_once(") ")
             .is_some_and(|(_, rest)| rest.starts_with('T'))
     }
 
-    /// How a part that was started ended, if it did.
+    /// The exit status of a part that was started and ended.
     pub fn ended(&mut self, name: &str) -> Option<std::process::ExitStatus> {
         self.processes.get_mut(known(name).ok()?)?.ended()
     }
@@ -408,8 +397,8 @@ impl System {
         }
     }
 
-    /// A second process of a service, on ports of its own, with the same databases and broker. Its peers are the ones on
-    /// its ports.
+    /// A second process of a service on other ports, with the same databases and broker. A gateway talks to the services
+    /// on `ports`.
     pub fn replica(&self, service: Service, ports: &Ports) -> Program {
         let name = service.name();
         let log = self.place.log(&format!("{name}-{}", ports.gateway));
@@ -489,7 +478,6 @@ fn copy_folder(from: &Path, to: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Where a part of a stack with these ports listens.
 pub(crate) fn address(ports: &Ports, name: &str) -> String {
     match name {
         "postgres" => format!("postgres://127.0.0.1:{}", ports.postgres),
@@ -500,7 +488,6 @@ pub(crate) fn address(ports: &Ports, name: &str) -> String {
     }
 }
 
-/// The part of this name.
 pub(crate) fn known(name: &str) -> anyhow::Result<&'static str> {
     NAMES
         .into_iter()

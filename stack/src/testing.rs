@@ -1,4 +1,4 @@
-//! What tests need: a database server for the whole run, a fresh database and a fresh broker for each test, and
+//! For tests: one database server for the whole run, a fresh database and a fresh broker for each test, and
 //! waiting for a condition instead of sleeping.
 
 mod cluster;
@@ -36,7 +36,7 @@ pub use self::disk::SmallDisk;
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Waits until `check` gives a value; panics with `what` after `within`.
+/// Waits until `check` returns a value; panics with `what` after `within`.
 pub async fn eventually<T>(
     what: &str,
     within: Duration,
@@ -52,12 +52,12 @@ pub async fn eventually<T>(
     }
 }
 
-/// A folder that is gone after the test. Under the system's folder for such things, which every user can reach.
+/// A folder that is deleted after the test. It is in the system's temporary folder, which every user can enter.
 #[derive(Debug)]
 pub struct TemporaryFolder(PathBuf);
 
 impl TemporaryFolder {
-    /// Makes one. Also takes away what killed test runs have left.
+    /// Creates one, and deletes those that killed test runs left behind.
     pub fn new() -> anyhow::Result<Self> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
@@ -66,11 +66,11 @@ impl TemporaryFolder {
         }
         let folder =
             std::env::temp_dir().join(format!("gozon-test-{}-{number}", std::process::id()));
-        fs::create_dir(&folder).with_context(|| format!("{} cannot be made", folder.display()))?;
+        fs::create_dir(&folder)
+            .with_context(|| format!("{} cannot be created", folder.display()))?;
         Ok(Self(folder))
     }
 
-    /// The folder.
     pub fn path(&self) -> &Path {
         &self.0
     }
@@ -78,7 +78,7 @@ impl TemporaryFolder {
 
 impl Drop for TemporaryFolder {
     fn drop(&mut self) {
-        // What cannot be removed is removed by a later run.
+        // If this fails, a later run deletes it.
         let _ = fs::remove_dir_all(&self.0);
     }
 }
@@ -97,16 +97,15 @@ fn remove_leftovers() {
             continue;
         };
         if !Path::new(&format!("/proc/{pid}")).exists() {
-            // Another run may be removing it too.
+            // Another run may be deleting it too.
             let _ = fs::remove_dir_all(entry.path());
         }
     }
 }
 
-/// A service that runs in this process, on a thread and a runtime of its own, so that it can end like a process.
+/// A service in this process with a thread and a runtime of its own, so that it can crash like a process.
 #[derive(Debug)]
 pub struct Apart {
-    /// Where it listens.
     pub address: SocketAddr,
     shutdown: CancellationToken,
     crash: CancellationToken,
@@ -114,7 +113,7 @@ pub struct Apart {
 }
 
 impl Apart {
-    /// Runs `service`, which must send its address once it listens and end when the token is cancelled.
+    /// Runs `service`, which must send its address once it listens, and end when the token is cancelled.
     pub async fn start<F>(
         service: impl FnOnce(oneshot::Sender<SocketAddr>, CancellationToken) -> F + Send + 'static,
     ) -> anyhow::Result<Self>
@@ -151,13 +150,13 @@ impl Apart {
         })
     }
 
-    /// Stops it politely and says how it ended.
+    /// Stops it gracefully and returns its result.
     pub async fn stop(mut self) -> anyhow::Result<()> {
         self.shutdown.cancel();
         self.join().await
     }
 
-    /// Drops everything it does, wherever it is: nothing is finished, nothing is told to anybody.
+    /// Drops everything it does, at whatever point: nothing is finished or reported.
     pub async fn crash(mut self) -> anyhow::Result<()> {
         self.crash.cancel();
         self.join().await
@@ -180,17 +179,17 @@ impl Drop for Apart {
     }
 }
 
-/// A database of a test's own.
+/// A database of one test.
 #[derive(Clone)]
 pub struct TestDatabase {
-    /// Connection URL of its owner.
+    /// The connection URL of its owner.
     pub url: String,
     name: String,
     server: Postgres,
 }
 
 impl TestDatabase {
-    /// A fresh, empty database on the server that all tests of this process share.
+    /// An empty database on the server that all tests of this process share.
     pub async fn fresh() -> anyhow::Result<Self> {
         static SERVER: OnceCell<Postgres> = OnceCell::const_new();
         static NUMBER: AtomicU32 = AtomicU32::new(0);
@@ -204,18 +203,18 @@ impl TestDatabase {
         })
     }
 
-    /// A connection as superuser, for looking and for spoiling.
+    /// A connection as superuser, to inspect and to corrupt.
     pub async fn connect(&self) -> anyhow::Result<DatabaseConnection> {
         self.server.connect(&self.name).await
     }
 
-    /// A connection as superuser to another database of the same server, for taking this one away.
+    /// A connection as superuser to another database of the same server, from which this one can be dropped.
     pub async fn connect_elsewhere(&self) -> anyhow::Result<DatabaseConnection> {
         self.server.connect("postgres").await
     }
 }
 
-/// Started once per test process. It ends with the process: the thread that started it lives as long.
+/// Starts it once per test process. It ends with the process, because the thread that started it does.
 async fn shared_postgres() -> anyhow::Result<Postgres> {
     let tools = Tools::find()?;
     let folder = TemporaryFolder::new()?;
@@ -226,7 +225,7 @@ async fn shared_postgres() -> anyhow::Result<Postgres> {
         free_port()?,
         "password".to_owned(),
     )?;
-    // Nothing here tests what a power cut takes; tests of that start a server of their own.
+    // Tests that need durability start a server of their own.
     server.settings = ["fsync=off", "max_connections=500", "shared_buffers=64MB"]
         .map(str::to_owned)
         .to_vec();
@@ -242,7 +241,7 @@ async fn shared_postgres() -> anyhow::Result<Postgres> {
             let process = runtime.map_err(anyhow::Error::from).and_then(|runtime| {
                 let _entered = runtime.enter();
                 let process = Process::start(&program)?;
-                // Kept, with the runtime that watches the process, until this process ends.
+                // Kept until this process ends, together with the runtime that watches the child.
                 Ok((process, runtime, folder))
             });
             let failed = process.as_ref().err().map(|error| format!("{error:#}"));
@@ -268,7 +267,7 @@ async fn shared_postgres() -> anyhow::Result<Postgres> {
     Ok(server)
 }
 
-/// A broker of a test's own, with the shipped configuration and users.
+/// A broker of one test, with the shipped configuration and users.
 #[derive(Debug)]
 pub struct TestBroker {
     nats: Nats,
@@ -277,14 +276,13 @@ pub struct TestBroker {
 }
 
 impl TestBroker {
-    /// Starts one.
     pub async fn start() -> anyhow::Result<Self> {
         let mut broker = Self::stopped()?;
         broker.up().await?;
         Ok(broker)
     }
 
-    /// One that does not run yet, with its address known.
+    /// One that is not started yet but has its address.
     pub fn stopped() -> anyhow::Result<Self> {
         let folder = TemporaryFolder::new()?;
         let place = Place::open(folder.path())?;
@@ -305,7 +303,7 @@ impl TestBroker {
         })
     }
 
-    /// Starts it and waits until it works.
+    /// Starts it and waits until it is ready.
     pub async fn up(&mut self) -> anyhow::Result<()> {
         self.process = Some(Process::start(&self.nats.program())?);
         let deadline = Instant::now() + READY_TIMEOUT;
@@ -320,7 +318,7 @@ impl TestBroker {
         Ok(())
     }
 
-    /// kill -9.
+    /// SIGKILL.
     pub async fn kill(&mut self) -> anyhow::Result<()> {
         match self.process.take() {
             Some(mut process) => process.kill().await,
@@ -328,14 +326,14 @@ impl TestBroker {
         }
     }
 
-    /// Takes away everything it has stored. It must not run.
+    /// Deletes everything it has stored. It must not run.
     pub fn wipe(&mut self) -> anyhow::Result<()> {
         anyhow::ensure!(self.process.is_none(), "kill the broker before wiping it");
         fs::remove_dir_all(&self.nats.data)?;
         Ok(fs::create_dir_all(&self.nats.data)?)
     }
 
-    /// How many messages a durable consumer has not delivered yet, and how many it has delivered without an ack.
+    /// The messages of a durable consumer that are not delivered yet, and those that are delivered and not acknowledged.
     pub async fn lag(&self, consumer: &str) -> Option<(u64, u64)> {
         let monitor = Http::new(format!("http://127.0.0.1:{}", self.nats.monitor_port));
         let answer = monitor
@@ -355,18 +353,16 @@ impl TestBroker {
         ))
     }
 
-    /// Where clients connect.
     pub fn url(&self) -> String {
         self.nats.url()
     }
 
-    /// The passwords of its users.
     pub fn secrets(&self) -> &Secrets {
         &self.nats.secrets
     }
 }
 
-/// One of our own programs, as cargo has built it, for a test that runs more of them than a stack has.
+/// One of our own programs as built by cargo, for a test that runs more of them than a stack has.
 pub fn service_program(name: &str, log: PathBuf) -> anyhow::Result<Program> {
     Ok(Program {
         name: name.to_owned(),
@@ -379,20 +375,19 @@ pub fn service_program(name: &str, log: PathBuf) -> anyhow::Result<Program> {
     })
 }
 
-/// A whole stack of a test's own, with real processes.
+/// A whole stack of one test, with real processes.
 pub struct TestStack {
-    /// The stack.
     pub system: System,
     _folder: TemporaryFolder,
 }
 
 impl TestStack {
-    /// Starts everything. Our own programs are taken from where cargo has built them.
+    /// Starts everything, with our own programs as built by cargo.
     pub async fn start() -> anyhow::Result<Self> {
         Self::start_with(Vec::new()).await
     }
 
-    /// Starts everything, with more environment for our own programs.
+    /// Starts everything, with additional environment of our own programs.
     pub async fn start_with(environment: Vec<(String, String)>) -> anyhow::Result<Self> {
         Self::start_in(&own_programs()?, environment).await
     }
@@ -407,7 +402,7 @@ impl TestStack {
         Ok(stack)
     }
 
-    /// One of which nothing runs yet, for a test that changes something first.
+    /// Starts nothing yet, for a test that changes something first.
     pub async fn prepare(environment: Vec<(String, String)>) -> anyhow::Result<Self> {
         Self::prepare_in(&own_programs()?, environment).await
     }
@@ -431,7 +426,7 @@ impl TestStack {
         })
     }
 
-    /// Starts everything with a proxy on every way between the parts.
+    /// Starts everything with a proxy on every connection between the parts.
     pub async fn start_behind_proxies(
         binaries: &Path,
         environment: Vec<(String, String)>,

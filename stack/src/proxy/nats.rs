@@ -1,10 +1,10 @@
-//! Enough of NATS' protocol to lose a single PubAck, ack or delivery.
+//! Parses the NATS protocol as far as needed to lose a single PubAck, ack or delivery.
 
 use bytes::{Bytes, BytesMut};
 
 use super::{Armory, Cut, Direction, Meter, Passed};
 
-/// Takes whole messages from `from`.
+/// Takes complete messages from `from`.
 pub(super) fn pass(
     direction: Direction,
     from: &mut BytesMut,
@@ -29,7 +29,7 @@ pub(super) fn pass(
     Passed::On(passed.freeze())
 }
 
-/// What may be lost, if this is such a message.
+/// The cut that applies to this message, if any.
 fn kind(direction: Direction, message: &[u8]) -> Option<Cut> {
     let (line, payload) = line(message)?;
     let words: Vec<&str> = line.split_ascii_whitespace().collect();
@@ -43,7 +43,7 @@ fn kind(direction: Direction, message: &[u8]) -> Option<Cut> {
             Some(Cut::Delivery)
         }
         (Direction::ToClient, ["MSG", subject, ..]) if subject.starts_with("_INBOX") => {
-            // Answers of the JetStream API name their type.
+            // Responses of the JetStream API contain their type.
             let has = |word: &[u8]| payload.windows(word.len()).any(|found| found == word);
             (has(b"\"stream\":") && has(b"\"seq\":") && !has(b"\"type\":")).then_some(Cut::PubAck)
         }

@@ -1,5 +1,5 @@
-//! Enough of PostgreSQL's protocol to see a commit go by, and what its transaction did before. A statement outside of a
-//! transaction is one of its own: it commits before the server is ready for the next.
+//! Parses the PostgreSQL protocol as far as needed to recognise a commit and the statements before it. A statement
+//! outside a transaction is a transaction: it commits before the server is ready for the next one.
 
 use std::collections::HashMap;
 
@@ -12,22 +12,21 @@ const GSS_REQUEST: u32 = 80_877_104;
 const CANCEL_REQUEST: u32 = 80_877_102;
 const HEAD: usize = 5;
 
-/// One connection.
 #[derive(Default)]
 pub(super) struct Session {
     started: bool,
-    /// Questions about encryption, which are answered with one byte.
+    /// Encryption requests, which are answered with one byte.
     bare_answers: usize,
-    /// Prepared statements by name.
+    /// By name.
     statements: HashMap<String, String>,
-    /// Whether one was begun and not ended.
+    /// Whether a transaction is open.
     in_transaction: bool,
-    /// What the transaction did.
+    /// The statements of the transaction.
     done: String,
 }
 
 impl Session {
-    /// Takes whole messages from `from`.
+    /// Takes complete messages from `from`.
     pub(super) fn pass(
         &mut self,
         direction: Direction,
@@ -74,7 +73,7 @@ impl Session {
             self.bare_answers -= usize::from(!from.is_empty());
             return (!from.is_empty()).then(|| from.split_to(1).freeze());
         }
-        // Before the start, messages have no type.
+        // Startup messages have no type.
         let kind = usize::from(direction == Direction::ToClient || self.started);
         let mut length = from.get(kind..kind + 4)?;
         let end = kind + usize::try_from(length.get_u32()).ok()?;
@@ -92,7 +91,7 @@ impl Session {
         Some(message)
     }
 
-    /// Whether this says that something is committed.
+    /// Whether this message confirms a commit.
     fn tells(&self, message: &[u8]) -> bool {
         match message.first() {
             Some(b'C') => body(message) == b"COMMIT\0",
@@ -101,7 +100,7 @@ impl Session {
         }
     }
 
-    /// Remembers what the client asks for; says whether it ends in a commit.
+    /// Records the client's statement. Returns whether it leads to a commit.
     fn asked(&mut self, message: &[u8]) -> bool {
         let mut words = body(message)
             .split(|byte| *byte == 0)
@@ -137,7 +136,7 @@ impl Session {
                         self.done.clear();
                         self.in_transaction = false;
                     }
-                    // A ping, which does nothing, must not look like what was done before it.
+                    // A ping must not be taken for the statement before it.
                     _ if !self.in_transaction => self.done = statement,
                     _ => self.done.push_str(&statement),
                 }
@@ -197,7 +196,7 @@ mod tests {
                 message(b'Q', b"COMMIT\0"),
             ]
             .concat();
-            // In pieces, as the network has it.
+            // In chunks, as from a network.
             let mut from = BytesMut::new();
             let mut on = 0;
             for piece in asked.chunks(3) {
@@ -254,7 +253,7 @@ mod tests {
             pass(&mut session, Direction::ToServer, &asked),
             Passed::On(_)
         ));
-        // That a statement is complete does not say that it is committed.
+        // A completed statement is not committed yet.
         assert!(
             matches!(pass(&mut session, Direction::ToClient, &answer), Passed::Cut(bytes) if bytes == answer[0])
         );
@@ -268,7 +267,7 @@ mod tests {
             matches!(pass(&mut session, Direction::ToServer, &asked), Passed::Cut(bytes) if bytes == asked[..2].concat())
         );
 
-        // Inside of one it is not, and a ping is none of what was before it.
+        // Inside a transaction it is not, and a ping is not the statement before it.
         armory.arm(
             Cut::CommitRequest {
                 after: "UPDATE outbox",

@@ -14,7 +14,7 @@ use crate::ports::free_port;
 use crate::process::{Process, tail};
 use crate::tools::Tools;
 
-/// Three brokers that are one: a cluster with the shipped configuration and users.
+/// A cluster of three servers with the shipped configuration and users.
 #[derive(Debug)]
 pub struct TestCluster {
     servers: Vec<(Nats, Option<Process>)>,
@@ -22,7 +22,7 @@ pub struct TestCluster {
 }
 
 impl TestCluster {
-    /// Three servers, not running yet, with the passwords of these secrets, on these ports.
+    /// Three servers with these passwords and ports. Starts nothing.
     pub fn prepare(secrets: &Secrets, ports: [u16; 3]) -> anyhow::Result<Self> {
         let folder = TemporaryFolder::new()?;
         let tools = Tools::find()?;
@@ -48,19 +48,17 @@ impl TestCluster {
         })
     }
 
-    /// Where clients find a server.
     pub fn url(&self, number: usize) -> String {
         self.servers[number].0.url()
     }
 
-    /// Starts a server.
     pub fn spawn(&mut self, number: usize) -> anyhow::Result<()> {
         let (nats, process) = &mut self.servers[number];
         *process = Some(Process::start(&nats.program())?);
         Ok(())
     }
 
-    /// kill -9.
+    /// SIGKILL.
     pub async fn kill(&mut self, number: usize) -> anyhow::Result<()> {
         match self.servers[number].1.take() {
             Some(mut process) => process.kill().await,
@@ -68,12 +66,12 @@ impl TestCluster {
         }
     }
 
-    /// Freezes a server (SIGSTOP): to the others it is cut off.
+    /// Freezes a server (SIGSTOP). The others cannot reach it.
     pub fn pause(&self, number: usize) -> anyhow::Result<()> {
         self.signal(number, Signal::STOP)
     }
 
-    /// Lets a frozen server go on (SIGCONT).
+    /// Resumes a frozen server (SIGCONT).
     pub fn resume(&self, number: usize) -> anyhow::Result<()> {
         self.signal(number, Signal::CONT)
     }
@@ -86,7 +84,7 @@ impl TestCluster {
             .signal(signal)
     }
 
-    /// Waits until all servers that run work together.
+    /// Waits until all running servers are ready.
     pub async fn until_ready(&self) -> anyhow::Result<()> {
         let deadline = Instant::now() + READY_TIMEOUT;
         for (nats, _) in self.servers.iter().filter(|(_, process)| process.is_some()) {
@@ -103,12 +101,12 @@ impl TestCluster {
         Ok(())
     }
 
-    /// Which server leads a stream, if one does.
+    /// The server that leads a stream, if any.
     pub async fn leader(&self, stream: &str) -> Option<usize> {
         self.leader_among(stream, &[0, 1, 2]).await
     }
 
-    /// The same, asking only these: one that is frozen does not answer.
+    /// The same, asking only these servers: a frozen one does not answer.
     pub async fn leader_among(&self, stream: &str, numbers: &[usize]) -> Option<usize> {
         for &number in numbers {
             let (nats, process) = &self.servers[number];

@@ -9,12 +9,11 @@ use anyhow::Context as _;
 
 use super::TemporaryFolder;
 
-/// A file system of a few megabytes that can be filled up. Only root can make one.
+/// A file system of a few megabytes that can be filled. Only root can create one.
 #[derive(Debug)]
 pub struct SmallDisk(TemporaryFolder);
 
 impl SmallDisk {
-    /// Makes one.
     pub fn mount(megabytes: u32) -> anyhow::Result<Self> {
         let disk = Self(TemporaryFolder::new()?);
         let size = format!("size={megabytes}m,mode=755");
@@ -24,7 +23,7 @@ impl SmallDisk {
         Ok(disk)
     }
 
-    /// Moves a folder to it and leaves a link in its place.
+    /// Moves a folder to it and leaves a symbolic link in its place.
     pub fn take_in(&self, folder: &Path) -> anyhow::Result<()> {
         let here = self.0.path().join("data");
         run(Command::new("cp").arg("-a").arg(folder).arg(&here))?;
@@ -32,7 +31,7 @@ impl SmallDisk {
         Ok(std::os::unix::fs::symlink(here, folder)?)
     }
 
-    /// Leaves no room.
+    /// Fills it.
     pub fn fill(&self) -> anyhow::Result<()> {
         let mut ballast = fs::File::create(self.ballast())?;
         let block = [0; 4096];
@@ -45,7 +44,7 @@ impl SmallDisk {
         }
     }
 
-    /// Makes room again.
+    /// Frees the space again.
     pub fn free(&self) -> anyhow::Result<()> {
         Ok(fs::remove_file(self.ballast())?)
     }
@@ -57,7 +56,7 @@ impl SmallDisk {
 
 impl Drop for SmallDisk {
     fn drop(&mut self) {
-        // Lazily: whoever used it may still be ending.
+        // Lazily: a process that used it may still be ending.
         let _ = Command::new("umount")
             .arg("--lazy")
             .arg(self.0.path())
