@@ -1,5 +1,5 @@
-//! `just bounty`: takes away one guard after the other and runs the test that is there for it. The test must pass with
-//! the guard and fail without it; one that passes both times is blind. Ends with a table.
+//! `just bounty`: removes one guard after the other and runs the test that covers it. The test must pass with
+//! the guard and fail without it; a test that passes without it proves nothing. Ends with a summary.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use clap::Parser;
 use failpoint::{GUARDS, REMOVED_GUARD};
 use serde_json::Value;
 
-/// Which test catches which missing guard: package and name of the test.
+/// The test that must fail without each guard: guard, package, name.
 const CAUGHT_BY: [(&str, &str, &str); 20] = [
     (
         "place.outbox_row",
@@ -115,7 +115,7 @@ const CAUGHT_BY: [(&str, &str, &str); 20] = [
     ),
 ];
 
-/// Takes away one guard after the other; a test must notice each time.
+/// Removes one guard after the other; a test must fail each time.
 #[derive(Parser)]
 struct Arguments {
     /// Only guards whose name contains this.
@@ -150,12 +150,12 @@ fn main() -> anyhow::Result<ExitCode> {
         );
         ensure!(
             run.passed,
-            "{test} fails although nothing is taken away:\n{}",
+            "{test} fails although no guard is removed:\n{}",
             run.why
         );
     }
 
-    println!("\nThe same with one guard less:");
+    println!("\nThe same with one guard removed:");
     let mut missed = 0;
     for (guard, package, test) in &chosen {
         let run = programs.run(package, test, Some(guard))?;
@@ -173,7 +173,7 @@ fn main() -> anyhow::Result<ExitCode> {
         missed += usize::from(run.passed);
     }
     println!(
-        "\n{} guards taken away, {} caught, {missed} missed.",
+        "\n{} guards removed, {} caught, {missed} missed.",
         chosen.len(),
         chosen.len() - missed
     );
@@ -186,12 +186,12 @@ fn main() -> anyhow::Result<ExitCode> {
 
 struct Run {
     passed: bool,
-    /// What the test says, if it fails.
+    /// The failure message.
     why: String,
     seconds: f32,
 }
 
-/// The tests of each package, built with what `./dev test` builds: the program, and the folder to run it in.
+/// The integration tests of each package, as `./dev test` builds them: the program, and the folder to run it in.
 struct Programs(BTreeMap<String, (PathBuf, PathBuf)>);
 
 impl Programs {
@@ -231,8 +231,8 @@ impl Programs {
         Ok(Self(programs))
     }
 
-    /// Runs one test. Anything but "this one test passed" and "this one test failed" is an error: a test that did not
-    /// run has noticed nothing.
+    /// Runs one test. Anything but one passed or one failed test is an error: a test that did not run proves
+    /// nothing.
     fn run(&self, package: &str, test: &str, removed: Option<&str>) -> anyhow::Result<Run> {
         let begun = Instant::now();
         let (program, folder) = self
@@ -270,7 +270,7 @@ impl Programs {
     }
 }
 
-/// The panic of the test in one line.
+/// The panic message in one line.
 fn why(said: &str) -> String {
     let message: Vec<&str> = said
         .lines()

@@ -1,5 +1,5 @@
-//! `just demo`: twenty orders while payments dies, messages come twice and the broker loses its disk. Tells what happens
-//! while it happens, and ends with what an audit of both databases finds.
+//! `just demo`: twenty orders while payments is killed, messages are duplicated and the broker's disk is wiped. Prints
+//! each event as it happens, and at the end the result of an audit of both databases.
 
 use std::fmt;
 use std::io::{IsTerminal as _, Write as _};
@@ -21,22 +21,22 @@ use uuid::Uuid;
 
 const ORDERS: usize = 20;
 const PRICE: i64 = 100;
-/// Money for this many of them.
+/// There is money for this many of them.
 const AFFORDABLE: i64 = 15;
-/// The messages of the first orders are delivered twice after this many.
+/// After this many orders, messages of the first ones are delivered a second time.
 const REPEAT_AFTER: usize = 8;
 const REPEATED: u64 = 2;
 const KILL_AT: usize = 10;
-/// Much longer than it takes.
+/// Much longer than needed.
 const WITHIN: Duration = Duration::from_secs(60);
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
-/// The broker waits this long before it delivers again what a dead process had taken; 30 s by default.
+/// Short timers: by default the broker redelivers the messages of a dead process after 30 s.
 const TIMERS: [(&str, &str); 2] = [
     ("GOZON_ACK_WAIT_MS", "1000"),
     ("GOZON_ASK_AGAIN_MS", "2000"),
 ];
 
-// One thread: the processes of a stack end when the thread that started them does.
+// One thread: the kernel ends the processes of a stack when the thread that started them ends.
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<ExitCode> {
     let teller = Teller {
@@ -152,7 +152,7 @@ async fn main() -> anyhow::Result<ExitCode> {
     })
 }
 
-/// Alice's orders, as they were last seen.
+/// Alice's orders and their last known status.
 struct Shop {
     http: Http,
     orders: Vec<(String, Value)>,
@@ -212,7 +212,7 @@ impl Shop {
     }
 }
 
-/// Publishes the oldest requests once more, under new ids, so that the broker cannot recognise them.
+/// Publishes the oldest requests again under new message ids, so that the broker does not deduplicate them.
 async fn repeat(broker: &Broker, messages: u64) -> anyhow::Result<()> {
     let stream = broker.jetstream().get_stream("ORDERS").await?;
     let mut sequence = stream.cached_info().state.first_sequence;
@@ -223,7 +223,7 @@ async fn repeat(broker: &Broker, messages: u64) -> anyhow::Result<()> {
             .await
             .context("a message of the stream")?;
         sequence += 1;
-        // The ends of orders are in the same stream.
+        // The stream also contains other events of orders.
         if message.subject.as_str() != "gozon.orders.placed" {
             continue;
         }
@@ -242,7 +242,7 @@ async fn repeat(broker: &Broker, messages: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// How many messages the broker holds.
+/// The number of messages in the streams.
 async fn held(broker: &Broker) -> anyhow::Result<u64> {
     let mut held = 0;
     for name in ["ORDERS", "PAYMENTS"] {
@@ -270,7 +270,7 @@ async fn count(db: &DatabaseConnection, sql: &str) -> anyhow::Result<i64> {
     Ok(row.context("a count is one row")?.try_get_by_index(0)?)
 }
 
-/// What the audit of both databases says, and what Alice has left.
+/// The result of the audit, and Alice's balance.
 struct Verdict {
     report: audit::Report,
     debits: i64,
@@ -353,7 +353,7 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// Tells the story.
+/// Prints what happens.
 struct Teller {
     begun: Instant,
     colours: bool,
@@ -376,7 +376,7 @@ impl Teller {
         self.say(self.in_colour("31", &format!("✗ {}", words.as_ref())));
     }
 
-    /// One mark an order.
+    /// Prints one mark for each order.
     fn orders(&self, shop: &Shop, words: &str) {
         let marks: String = shop
             .orders
@@ -437,7 +437,7 @@ impl Teller {
 
     fn print(&self, line: &str) {
         let mut out = std::io::stdout();
-        // Whoever reads may stop reading; the exit code still tells.
+        // The reader may close the pipe; the exit code still shows the result.
         let _ = writeln!(out, "{line}").and_then(|()| out.flush());
     }
 }

@@ -1,5 +1,5 @@
-//! `just kill-matrix`: at every named place between two steps, the process is killed, made to fail, and frozen, while
-//! orders run. After each, everything must be settled and the books must be right. Ends with a table.
+//! `just kill-matrix`: at every failpoint the process is killed, made to fail, and frozen, while orders are
+//! placed. After each run every order must be final and the audit must find nothing. Ends with a table.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use stack::testing::TestStack;
 use tokio::time::Instant;
 
 const ACTIONS: [&str; 3] = ["kill", "error", "pause"];
-/// As short as makes sense, so that healing does not take longer than a person waits.
+/// Short timers, so that healing is quick.
 const ACK_WAIT: Duration = Duration::from_millis(1000);
 const TIMERS: [(&str, &str); 3] = [
     ("GOZON_ACK_WAIT_MS", "1000"),
@@ -25,7 +25,7 @@ const TIMERS: [(&str, &str); 3] = [
 const WITHIN: Duration = Duration::from_secs(40);
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Kills, fails and freezes every process at every named place.
+/// Kills, fails and freezes every process at every failpoint.
 #[derive(Parser)]
 struct Arguments {
     /// Only failpoints whose name contains this.
@@ -44,7 +44,7 @@ struct Run {
     took: Duration,
 }
 
-// One thread: the processes of a stack end when the thread that started them does.
+// One thread: the kernel ends the processes of a stack when the thread that started them ends.
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<ExitCode> {
     let arguments = Arguments::parse();
@@ -111,7 +111,7 @@ async fn main() -> anyhow::Result<ExitCode> {
     let failed = results.iter().filter(|run| run.result.is_err()).count();
     let took: Duration = results.iter().map(|run| run.took).sum();
     println!(
-        "{} runs, {} orders, {failed} failed, {:.0} s. After each: everything final, books right, nothing dead-lettered.",
+        "{} runs, {} orders, {failed} failed, {:.0} s. After each run: every order final, no dead letter, no finding of the audit.",
         results.len(),
         matrix.orders,
         took.as_secs_f32()
@@ -152,7 +152,7 @@ impl Matrix {
         failpoint: &'static str,
         action: &'static str,
     ) -> anyhow::Result<()> {
-        // The relay looks into its table only for what was left.
+        // The relay polls its table only for rows that were left behind.
         if matches!(failpoint, "relay.before_commit" | "relay.after_commit") {
             self.leave_a_row(service).await?;
         }
@@ -164,7 +164,7 @@ impl Matrix {
             service,
             &[(failpoint::VARIABLE, &format!("{failpoint}={action}"))],
         )?;
-        // The reconciler has something to do only while nobody answers.
+        // The reconciler has work only while payments does not answer.
         let nobody_answers = failpoint.starts_with("reconcile.");
         if nobody_answers {
             system.stop("payments").await?;
@@ -193,7 +193,7 @@ impl Matrix {
                 "not settled within {WITHIN:?}; failpoint reached: {}",
                 reached()
             );
-            // A process that died is started again, one that froze goes on when others have taken over its messages.
+            // A process that died is restarted. One that froze is resumed when others have taken over its messages.
             if system.ended(service).is_some() {
                 system.spawn(service)?;
             } else if system.is_paused(service) {
@@ -212,7 +212,7 @@ impl Matrix {
             reached(),
             "the failpoint was not reached: the run proves nothing"
         );
-        // What comes after the last step (the failpoint behind the last ack) may still be going on.
+        // The step after the last failpoint may still be in progress.
         if self.stack.system.is_paused(service) {
             self.stack.system.resume(service)?;
         }
@@ -223,7 +223,7 @@ impl Matrix {
         self.audit().await
     }
 
-    /// Has a row of the outbox wait that nobody was told of, as after a death right behind the commit.
+    /// Leaves an unpublished outbox row behind, as a crash right after the commit would.
     async fn leave_a_row(&mut self, service: &'static str) -> anyhow::Result<()> {
         self.customer += 1;
         self.orders += 1;
@@ -238,7 +238,10 @@ impl Matrix {
             )
             .await?;
         db.close().await?;
-        ensure!(left.rows_affected() > 0, "the outbox is empty");
+        ensure!(
+            left.rows_affected() > 0,
+            "the outbox is empty, so no row can be left behind"
+        );
         Ok(())
     }
 
@@ -269,8 +272,8 @@ impl Matrix {
     }
 }
 
-/// A customer with money for three of five orders, who never gives up and never sends a key twice for two things.
-/// With `one` only one order, without money.
+/// A customer with money for three of five orders, who retries until everything is answered.
+/// With `one`, only one order and no account.
 async fn shopping(http: &Http, customer: &str, one: bool) -> anyhow::Result<()> {
     let order = async |amount: i64| {
         let placed = until_done(

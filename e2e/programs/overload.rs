@@ -1,8 +1,8 @@
-//! `just overload`: five times as many orders as can be taken, for a while. The system must answer quickly, go on taking
-//! what it can, settle all that it took, and be as quick as before afterwards. Ends with figures, and 1 if it did not.
+//! `just overload`: sends five times the orders that the system can take. It must answer quickly, accept what it
+//! can, settle all it accepted, and reach full speed again afterwards. Prints figures; exit code 1 if it did not.
 //!
-//! On one machine nobody can send five times what a system can take that shares the processors with him: the figures
-//! would tell of the processors. So the way from orders to its database is made slow, and the database is what limits it.
+//! A load generator on the same machine cannot send five times what the system can take: both share the processors.
+//! So the connection between orders and its database is slowed down, and the database becomes the bottleneck.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -25,41 +25,41 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 const CUSTOMERS: usize = 200;
-/// Enough to fill the groups in which orders are stored, so that this is all that can be taken; below every limit.
+/// Enough to fill the batches in which orders are stored, and below every limit: this measures the capacity.
 const WORKERS: usize = 400;
 const MEASURE: Duration = Duration::from_secs(5);
-/// Requests under way at once: twice what the gateway works on, and no more connections than it accepts.
+/// Requests in flight: twice the gateway's limit, and no more connections than it accepts.
 const OPEN_MAX: usize = 1000;
 const COME_AGAIN: Duration = Duration::from_millis(100);
 const TICK: Duration = Duration::from_millis(5);
 const SETTLED_WITHIN: Duration = Duration::from_secs(120);
-/// A client that hears nothing for longer gives up; so nearly everyone must hear something before.
+/// A client that gets no answer for longer gives up, so nearly every request must be answered before.
 const ANSWER_P99_MAX: Duration = Duration::from_secs(3);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
-/// The generator must get this share of its requests out, or the run proves nothing.
+/// The generator must send at least this share of its requests, or the run proves nothing.
 const SENT_SHARE_MIN: f64 = 0.9;
-/// The generator takes its share of the machine, so less may be taken than without it, but not much less.
+/// The generator uses part of the machine, so slightly fewer orders may be accepted than without it.
 const TAKEN_SHARE_MIN: f64 = 0.6;
 const RECOVERED_SHARE_MIN: f64 = 0.7;
 
-/// Sends more orders than can be taken.
+/// Sends more orders than the system can take.
 #[derive(Parser)]
 struct Arguments {
-    /// How many times as many.
+    /// How many times the capacity.
     #[arg(long, default_value_t = 5.0)]
     times: f64,
-    /// For how long.
+    /// Duration in seconds.
     #[arg(long, default_value_t = 20)]
     seconds: u64,
-    /// What a write on the way between orders and its database takes at most, half of it on average.
+    /// The maximum delay of a write between orders and its database; half of it on average.
     #[arg(long, default_value_t = 90)]
     slow_ms: u64,
-    /// Folder with our programs; this one's if absent.
+    /// The folder with the programs; by default that of this one.
     #[arg(long)]
     binaries: Option<PathBuf>,
 }
 
-// One thread: the processes of a stack end when the thread that started them does.
+// One thread: the kernel ends the processes of a stack when the thread that started them ends.
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<ExitCode> {
     let arguments = Arguments::parse();
@@ -69,7 +69,7 @@ async fn main() -> anyhow::Result<ExitCode> {
         .to_owned();
     let mut stack =
         TestStack::prepare_in(arguments.binaries.as_ref().unwrap_or(&own), Vec::new()).await?;
-    // On a thread of its own: the way must not be slower because so many orders are sent.
+    // On its own thread, so that the load does not slow the proxy down.
     let network = Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
@@ -88,7 +88,7 @@ async fn main() -> anyhow::Result<ExitCode> {
 
     let slow = Duration::from_millis(arguments.slow_ms);
     way.slow(slow, 0);
-    // The first orders warm everything up.
+    // The first orders are a warm-up.
     shop.capacity(MEASURE / 2).await?;
     let before = shop.capacity(MEASURE).await?;
     println!(
@@ -114,7 +114,7 @@ async fn main() -> anyhow::Result<ExitCode> {
     );
     println!("other answers        {:?}", storm.others);
 
-    // What was taken in 20 s takes longer to be settled through the same needle's eye, and that is not the question.
+    // Settling what was accepted is not measured, so the bottleneck is removed.
     way.heal();
     let begun = Instant::now();
     let databases = checks::databases(&stack.system).await?;
@@ -218,7 +218,7 @@ impl Shop {
         Ok(())
     }
 
-    /// Orders a second that are taken when each customer waits for the answer before the next one.
+    /// Orders per second in a closed loop: each customer waits for the answer before the next order.
     async fn capacity(&self, time: Duration) -> anyhow::Result<f64> {
         let begun = Instant::now();
         let taken = Cell::new(0_u64);
@@ -229,7 +229,7 @@ impl Shop {
                 number += WORKERS;
                 match answer {
                     Ok((201, _)) => taken.set(taken.get() + 1),
-                    // A group took long, or so many connections at once: what counts is that groups are full.
+                    // A batch took long, or too many connections at once: only full batches matter.
                     Ok((503, problem)) if problem["outcome"].is_null() => {
                         tokio::time::sleep(COME_AGAIN).await
                     }
@@ -249,7 +249,7 @@ impl Shop {
         Ok(rate)
     }
 
-    /// Orders at a rate that does not care for answers, as long as not too many are under way.
+    /// Orders in an open loop at a fixed rate, up to a number in flight.
     async fn storm(&self, rate: f64, time: Duration) -> Storm {
         let storm = RefCell::new(Storm::default());
         let begun = Instant::now();
@@ -289,7 +289,7 @@ impl Shop {
         storm.into_inner()
     }
 
-    /// One order under a key of its own: status, problem if any, and how long the answer took.
+    /// One order under a new key: status, problem if any, and latency.
     async fn order(&self, number: usize) -> (anyhow::Result<(u16, Value)>, Duration) {
         let begun = Instant::now();
         let (key, body) = (

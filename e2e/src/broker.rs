@@ -1,4 +1,4 @@
-//! The operator at the broker: what nobody else may do.
+//! The operator's access to the broker.
 
 use anyhow::Context as _;
 use async_nats::HeaderMap;
@@ -8,7 +8,6 @@ use stack::System;
 use std::future::IntoFuture as _;
 use uuid::Uuid;
 
-/// Connects as the operator.
 pub async fn operator(system: &System) -> anyhow::Result<Broker> {
     let password = system.place().secrets.nats_ops.clone();
     let config = BrokerConfig {
@@ -22,10 +21,10 @@ pub async fn operator(system: &System) -> anyhow::Result<Broker> {
     Ok(broker)
 }
 
-/// Publishes what a stream holds again, from its beginning and at most so many messages, under new message ids. Says how
-/// many there were.
-pub async fn say_again(broker: &Broker, stream: &str, at_most: u64) -> anyhow::Result<u64> {
-    /// Acks that are waited for together.
+/// Publishes the messages of a stream again under new message ids: the oldest ones, at most `at_most`. Returns how
+/// many.
+pub async fn replay(broker: &Broker, stream: &str, at_most: u64) -> anyhow::Result<u64> {
+    /// Acks in flight.
     const TOGETHER: usize = 50;
     let mut stream = broker.jetstream().get_stream(stream).await?;
     let state = stream.info().await?.state.clone();
@@ -38,12 +37,12 @@ pub async fn say_again(broker: &Broker, stream: &str, at_most: u64) -> anyhow::R
     let mut acks: Vec<PublishAckFuture> = Vec::new();
     let mut said = 0;
     for sequence in state.first_sequence..=end {
-        // Old ones go while we read.
+        // Old messages may expire meanwhile.
         let Ok(message) = stream.direct_get(sequence).await else {
             continue;
         };
         let mut headers = HeaderMap::new();
-        // Without what speaks to the broker: some of these messages were stored as batches.
+        // Without headers for the broker: some of these messages were stored as batches.
         for (name, values) in message
             .headers
             .iter()

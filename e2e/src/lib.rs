@@ -23,7 +23,7 @@ pub const SHORT_TIMERS: [(&str, &str); 3] = [
 
 const RETRY_DELAY: Duration = Duration::from_millis(20);
 
-/// Sends a POST with a key of its own again and again, as a client should, while the answer is "away" or none at all.
+/// Sends a POST with a new key, and retries it as a client should: while the answer is 503, or there is none.
 pub async fn until_done(
     http: &Http,
     path: &str,
@@ -33,7 +33,7 @@ pub async fn until_done(
     let key = Uuid::new_v4().to_string();
     let deadline = Instant::now() + within;
     loop {
-        // No answer, or a cut one: the outcome is unknown, and the same key asks.
+        // Without a complete answer the outcome is unknown; a retry with the same key resolves it.
         let answer = http.post(path, Some(&key), body).await;
         match answer {
             Ok(answer) if answer.status == 201 => return Ok(answer),

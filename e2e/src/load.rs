@@ -1,4 +1,4 @@
-//! Customers who order, pay in, repeat what was not answered, and write down everything they see.
+//! Simulated customers: they order, deposit, retry what was not answered, and record every exchange.
 
 use std::cell::{Cell, RefCell};
 use std::path::Path;
@@ -11,7 +11,7 @@ use stack::http::Http;
 use stack::seed::Seed;
 use tokio::time::Instant;
 
-/// Longer than the gateway takes to say that a service is away.
+/// Longer than the gateway's own timeout.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 const IN_FLIGHT_MAX: usize = 64;
 const RETRY_DELAY_MIN: Duration = Duration::from_millis(50);
@@ -20,45 +20,44 @@ const READ_INTERVAL: Duration = Duration::from_millis(50);
 const ORDER_AMOUNT_MAX: u64 = 50;
 const DEPOSIT_AMOUNT_MAX: u64 = 300;
 
-/// What the customers do at least: they go on in the same way until [`Customers::close`].
+/// The minimum load. The customers continue at the same rate until [`Customers::close`].
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
-    /// Customers.
     pub users: u64,
-    /// Orders, each under a key of its own.
+    /// Each has its own key.
     pub orders: u64,
-    /// Deposits, likewise.
+    /// Each has its own key.
     pub deposits: u64,
-    /// Spread over this time.
+    /// The time over which they are spread.
     pub over: Duration,
 }
 
-/// What is seen so far.
+/// Counts so far.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Seen {
-    /// Orders that were begun.
+    /// Orders of which the first request was sent.
     pub orders_begun: u64,
-    /// Deposits that were begun.
+    /// Deposits of which the first request was sent.
     pub deposits_begun: u64,
     /// Orders answered with 2xx.
     pub orders: u64,
     /// Deposits answered with 2xx.
     pub deposits: u64,
-    /// Tries whose outcome was unknown.
+    /// Requests with an unknown outcome.
     pub unknown: u64,
 }
 
-/// The customers. All of them share a front door and a notebook.
+/// The customers. They share one gateway and one record.
 pub struct Customers {
     http: Http,
     begun: Instant,
     notebook: RefCell<Vec<Exchange>>,
     seen: Cell<Seen>,
-    /// Orders that were not final when they were last read.
+    /// Orders that were not final when last read.
     open: RefCell<Vec<String>>,
     ended: RefCell<Vec<String>>,
     closing: Cell<bool>,
-    /// From here on, nothing is tried again.
+    /// Nothing is retried after this.
     give_up_at: Cell<Option<Instant>>,
 }
 
@@ -70,7 +69,7 @@ enum Verdict {
 }
 
 impl Customers {
-    /// Customers who go to this address.
+    /// Customers of the gateway at this address.
     pub fn new(front: &str) -> Self {
         Self {
             http: Http::new(front),
@@ -84,25 +83,25 @@ impl Customers {
         }
     }
 
-    /// What is seen so far.
+    /// Counts so far.
     pub fn seen(&self) -> Seen {
         self.seen.get()
     }
 
-    /// No more than was planned is begun, and from that moment on what is not answered stays so.
+    /// Starts no more than what is planned, and stops retrying at `give_up_at`.
     pub fn close(&self, give_up_at: Instant) {
         self.closing.set(true);
         self.give_up_at.set(Some(give_up_at));
     }
 
-    /// Everything that was seen.
+    /// The record.
     pub fn into_history(self) -> History {
         History {
             exchanges: self.notebook.into_inner(),
         }
     }
 
-    /// Opens the accounts, then orders and pays in until everything is answered.
+    /// Opens the accounts, then orders and deposits until every request is answered.
     pub async fn shop(&self, plan: Plan, mut seed: Seed) {
         stream::iter(0..plan.users)
             .for_each_concurrent(IN_FLIGHT_MAX, |user| {
@@ -137,7 +136,8 @@ impl Customers {
             .await;
     }
 
-    /// One order or deposit: until it is done, sometimes twice at once, sometimes again, sometimes with other content.
+    /// One order or deposit, retried until it is done; sometimes sent twice concurrently, sometimes repeated, sometimes with
+    /// other content.
     async fn wish(&self, number: u32, is_order: bool, users: u64, mut seed: Seed) {
         let mut seen = self.seen.get();
         *(if is_order {
@@ -194,7 +194,7 @@ impl Customers {
         }
     }
 
-    /// Sends a POST under its key until it is done or refused.
+    /// Retries a POST under its key until it is done or rejected.
     async fn insist(
         &self,
         path: &str,
@@ -225,7 +225,7 @@ impl Customers {
         }
     }
 
-    /// Reads orders and balances while the others shop, for ever.
+    /// Reads orders and balances for ever.
     pub async fn watch(&self, users: u64, mut seed: Seed) {
         loop {
             let pick = |list: &RefCell<Vec<String>>, number: u64| {
@@ -266,7 +266,7 @@ impl Customers {
         }
     }
 
-    /// Sends at most so many POSTs that were done once more, under their keys; spread evenly over the history.
+    /// Repeats at most `at_most` POSTs that were done, under their keys, spread evenly over the record.
     pub async fn repeat(&self, at_most: usize) {
         let done: Vec<Exchange> = self
             .notebook
@@ -354,7 +354,7 @@ impl Customers {
     }
 }
 
-/// Writes a history as `gozon audit --history` reads it.
+/// Writes a history in the format of `gozon audit --history`.
 pub fn write(history: &History, path: &Path) -> anyhow::Result<()> {
     let mut text = String::new();
     for exchange in &history.exchanges {
@@ -371,7 +371,7 @@ fn user_id(number: u64) -> String {
 fn verdict(exchange: &Exchange) -> Verdict {
     match exchange.status {
         Some(200..300) => Verdict::Done,
-        // The twin still runs.
+        // The concurrent twin is still in progress.
         Some(409) | None => Verdict::Unknown,
         Some(429) => Verdict::Unknown,
         Some(400..500) => Verdict::Refused,

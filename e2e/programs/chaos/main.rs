@@ -1,4 +1,4 @@
-//! `just chaos --seed N`: breaks everything while customers order, and says whether the promise was kept.
+//! `just chaos --seed N`: injects every kind of fault while customers order, and checks the promise.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -13,39 +13,40 @@ mod report;
 mod run;
 mod settings;
 
-/// Breaks everything while customers order. Exit code 0 only if everything holds and every kind of fault happened.
+/// Injects every kind of fault while customers order. Exit code 0 only if the promise is kept and every kind of fault
+/// happened.
 #[derive(Parser)]
 struct Arguments {
-    /// Decides what happens and when. Timing differs from run to run, the schedule does not.
+    /// Determines the schedule of faults and requests. Exact timing differs from run to run.
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// How long.
+    /// Duration of the load and the faults in seconds.
     #[arg(long, default_value_t = 60)]
     seconds: u64,
-    /// Orders over that time; 28 a second if not said.
+    /// Orders during that time; by default 28 per second.
     #[arg(long)]
     orders: Option<u64>,
-    /// Deposits over that time; 3 a second if not said.
+    /// Deposits during that time; by default 3 per second.
     #[arg(long)]
     deposits: Option<u64>,
     /// Only faults whose name contains this; may be repeated.
     #[arg(long)]
     only: Vec<String>,
-    /// More environment for the services, NAME=VALUE; may be repeated.
+    /// Additional environment of the services, NAME=VALUE; may be repeated.
     #[arg(long, value_name = "NAME=VALUE")]
     env: Vec<String>,
-    /// Folder with the programs; that of this one if not said.
+    /// The folder with the programs; by default that of this one.
     #[arg(long)]
     binaries: Option<PathBuf>,
-    /// Writes report.md, report.json and history.jsonl into this folder.
+    /// Write report.md, report.json and history.jsonl into this folder.
     #[arg(long)]
     report: Option<PathBuf>,
-    /// The report as JSON on the standard output.
+    /// Print the report as JSON.
     #[arg(long)]
     json: bool,
 }
 
-// One thread: the processes of a stack end when the thread that started them does.
+// One thread: the kernel ends the processes of a stack when the thread that started them ends.
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<ExitCode> {
     let arguments = Arguments::parse();
@@ -70,7 +71,7 @@ async fn main() -> anyhow::Result<ExitCode> {
     }
     if let Some(folder) = &arguments.report {
         std::fs::create_dir_all(folder)
-            .with_context(|| format!("{} cannot be made", folder.display()))?;
+            .with_context(|| format!("{} cannot be created", folder.display()))?;
         settings.history = Some(folder.join("history.jsonl"));
     }
     let report = run::run(&settings).await?;

@@ -1,11 +1,11 @@
-//! What goes wrong, and when: as often as the time allows, each kind at least once, in an order that the seed decides.
+//! The faults and their schedule: at a fixed rate, each kind at least once, in an order that the seed determines.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use e2e::broker::{operator, say_again};
+use e2e::broker::{operator, replay};
 use stack::proxy::Cut;
 use stack::seed::Seed;
 use stack::testing::TestStack;
@@ -14,40 +14,40 @@ use tokio::time::Instant;
 
 const START_WITHIN: Duration = Duration::from_secs(60);
 const CUTS_WITHIN: Duration = Duration::from_secs(45);
-/// A relay waits 4 seconds for each, and marks nothing meanwhile: with many in a row no other fault would reach it.
+/// A relay waits 4 seconds for each one and marks nothing meanwhile: during many in a row no other fault would reach it.
 const LOST_PUBACKS: usize = 3;
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
-/// The first fault, so that something is there to be harmed.
+/// Before the first fault, so that there is load.
 const CALM: Duration = Duration::from_secs(2);
-/// What is said again: enough to matter, not so much that nothing else happens.
-const SAID_AGAIN_MAX: u64 = 500;
+/// Messages in a replay: enough to matter, and few enough to leave time for other faults.
+const REPLAYED_MAX: u64 = 500;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Act {
     Kill(&'static str),
     PostgresImmediate,
     Pause(&'static str),
-    /// Everything at once; started again in any order.
+    /// Kills everything at once and restarts it in any order.
     PowerCut,
     Wipe,
-    /// Keeps what [`Act::RollBack`] goes back to.
+    /// Makes the copy that [`Act::RollBack`] restores.
     Copy,
     RollBack,
     DeleteStream,
-    RemakeConsumer,
-    SayAgain,
+    RecreateConsumer,
+    Replay,
     CutAll,
-    /// The ways are held one after the other, and opened in another order.
+    /// Blocks the connections one after the other, and reopens them in another order.
     Swizzle,
     Slow,
     BlackHole(&'static str),
-    /// Armed at the proxies of this service; it fires when the message comes by.
+    /// Armed at the proxies of this service; fires when the message passes.
     Lose(&'static str, &'static str, Cut, usize),
 }
 
 struct Fault {
     name: &'static str,
-    /// How often in a minute; each kind at least once.
+    /// Each kind happens at least once.
     per_minute: f64,
     act: Act,
 }
@@ -83,10 +83,10 @@ const FAULTS: [Fault; 33] = [
     fault("broker wiped", 0.34, Act::Wipe),
     fault("broker rolled back", 0.17, Act::RollBack),
     fault("stream deleted", 0.34, Act::DeleteStream),
-    fault("consumer made again", 0.34, Act::RemakeConsumer),
-    fault("stream said again", 0.5, Act::SayAgain),
+    fault("consumer re-created", 0.34, Act::RecreateConsumer),
+    fault("stream replayed", 0.5, Act::Replay),
     fault("all connections cut", 1.0, Act::CutAll),
-    fault("ways held one by one", 0.5, Act::Swizzle),
+    fault("connections blocked one by one", 0.5, Act::Swizzle),
     fault("slow network", 0.34, Act::Slow),
     fault("black hole to postgres", 0.34, Act::BlackHole("postgres")),
     fault("black hole to nats", 0.34, Act::BlackHole("nats")),
@@ -117,7 +117,7 @@ const FAULTS: [Fault; 33] = [
         "UPDATE outbox o SET published_at",
     ),
     fault(
-        "COMMIT lost on its way",
+        "COMMIT lost before the server",
         1.0,
         Act::Lose(
             "orders",
@@ -155,12 +155,12 @@ const FAULTS: [Fault; 33] = [
     ),
 ];
 
-/// The one who does it.
+/// Injects the faults.
 pub(crate) struct Nemesis {
     stack: TestStack,
     edges: Edges,
     seed: Seed,
-    /// When, as a time since the beginning, and what.
+    /// The time since the start, and the index of the fault.
     schedule: Vec<(Duration, usize)>,
     fired: BTreeMap<&'static str, u64>,
     copied: bool,
@@ -192,7 +192,7 @@ impl Nemesis {
             FAULTS.each_ref().map(|fault| fault.name).join(", ")
         );
         seed.shuffle(&mut deck);
-        // A roll-back needs something older to go back to.
+        // A rollback needs an earlier copy.
         deck.sort_by_key(|index| u8::from(FAULTS[*index].act == Act::RollBack));
         if let Some(first) = deck
             .iter()
@@ -235,12 +235,12 @@ impl Nemesis {
         &self.unexpected_ends
     }
 
-    /// How often each kind really happened.
+    /// How often each kind of fault happened.
     pub(crate) fn fired(&self) -> BTreeMap<&'static str, u64> {
         self.fired.clone()
     }
 
-    /// Does it all. `words`: how many are done, a space, what is being done.
+    /// Runs the schedule. `words`: the number of faults done, a space, the current fault.
     pub(crate) async fn run(
         &mut self,
         begun: Instant,
@@ -267,7 +267,7 @@ impl Nemesis {
             }
         }
         *words.borrow_mut() = format!("{} waiting for the last cuts", schedule.len());
-        // What is armed fires when its message comes by, and some come only while customers do.
+        // An armed cut fires when its message passes, and some messages exist only under load.
         let deadline = Instant::now() + CUTS_WITHIN;
         while self.edges.all().any(|proxy| proxy.waiting() > 0) && Instant::now() < deadline {
             tokio::time::sleep(RETRY_INTERVAL).await;
@@ -295,7 +295,7 @@ impl Nemesis {
             }
             Act::Pause(name) => {
                 system.pause(name)?;
-                // Longer than the broker waits for an ack.
+                // Longer than the broker's ack wait.
                 tokio::time::sleep(Duration::from_millis(1500 + self.seed.below(1500))).await;
                 self.stack.system.resume(name)
             }
@@ -307,7 +307,7 @@ impl Nemesis {
                 }
                 self.seed.shuffle(&mut names);
                 for name in names {
-                    // Not waiting: each must bear that the others are not there.
+                    // Without waiting: each part must tolerate that the others are not running.
                     self.until_spawned(name).await?;
                 }
                 for name in names {
@@ -339,7 +339,7 @@ impl Nemesis {
                 })
                 .await
             }
-            Act::RemakeConsumer => {
+            Act::RecreateConsumer => {
                 let (stream, consumer) = self.one_of([
                     ("ORDERS", "payments-order-placed"),
                     ("PAYMENTS", "orders-payment-settled"),
@@ -352,10 +352,10 @@ impl Nemesis {
                 })
                 .await
             }
-            Act::SayAgain => {
+            Act::Replay => {
                 let stream = self.one_of(["ORDERS", "PAYMENTS"]);
                 self.at_the_broker(async |ops| {
-                    say_again(ops, stream, SAID_AGAIN_MAX).await?;
+                    replay(ops, stream, REPLAYED_MAX).await?;
                     Ok(())
                 })
                 .await
@@ -405,7 +405,7 @@ impl Nemesis {
         }
     }
 
-    /// Cuts are counted where they are made.
+    /// Adds the cuts that the proxies counted.
     fn count_cuts(&mut self) {
         for fault in &FAULTS {
             if let Act::Lose(service, part, cut, _) = fault.act
@@ -416,7 +416,7 @@ impl Nemesis {
         }
     }
 
-    /// Nothing ends by itself.
+    /// No process may end by itself.
     async fn look_for_ends(&mut self) -> anyhow::Result<()> {
         for name in NAMES {
             if let Some(status) = self.stack.system.ended(name) {
@@ -436,8 +436,8 @@ impl Nemesis {
         let deadline = Instant::now() + START_WITHIN;
         let ops = tokio::time::timeout(START_WITHIN, operator(&self.stack.system))
             .await
-            .context("the broker is away")??;
-        // A service may just be making again what was deleted a moment ago.
+            .context("the broker cannot be reached")??;
+        // A service may be re-creating what was just deleted.
         loop {
             match work(&ops).await {
                 Ok(()) => return Ok(()),
@@ -447,8 +447,8 @@ impl Nemesis {
         }
     }
 
-    /// Starts a part and waits until it is ready. PostgreSQL may need several tries while children of the killed one are
-    /// still going.
+    /// Starts a part and waits until it is ready. PostgreSQL may need several attempts while children of the killed one
+    /// are still ending.
     async fn start(&mut self, name: &'static str) -> anyhow::Result<()> {
         let deadline = Instant::now() + START_WITHIN;
         loop {

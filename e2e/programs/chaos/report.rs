@@ -1,4 +1,4 @@
-//! What a chaos run found, for people and for scripts.
+//! The result of a chaos run, as text and as JSON.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,26 +12,24 @@ use serde::Serialize;
 
 use crate::settings::{SETTLE_WITHIN, Settings};
 
-/// What happened and whether the promise was kept.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Report {
-    /// Says the same again.
+    /// The command that repeats the run.
     pub(crate) command: String,
-    /// Of the source.
+    /// The commit of the source.
     pub(crate) commit: String,
-    /// Decides what happens.
     pub(crate) seed: u64,
-    /// How long it took, all in all.
+    /// Total duration.
     pub(crate) seconds: f64,
-    /// Orders that customers wanted, and that were answered with 2xx.
+    /// Orders begun, and answered with 2xx.
     pub(crate) orders: [u64; 2],
-    /// Deposits, likewise.
+    /// Deposits begun, and answered with 2xx.
     pub(crate) deposits: [u64; 2],
-    /// Requests, all in all.
+    /// All requests.
     pub(crate) exchanges: u64,
     /// Requests by status; `none` for no answer.
     pub(crate) answers: BTreeMap<String, u64>,
-    /// Requests whose outcome was unknown to the client, and that were sent again.
+    /// Requests with an unknown outcome, which were retried.
     pub(crate) unknown: u64,
     /// How often each kind of fault happened.
     pub(crate) faults: BTreeMap<String, u64>,
@@ -39,11 +37,11 @@ pub(crate) struct Report {
     pub(crate) by_status: BTreeMap<String, u64>,
     /// From the last fault until every order was final.
     pub(crate) settled_after_seconds: Option<f64>,
-    /// What the audit named, by kind.
+    /// Findings of the audit by kind.
     pub(crate) findings: BTreeMap<String, u64>,
-    /// The first of them.
+    /// The first findings.
     pub(crate) first_findings: Vec<String>,
-    /// Why the promise was not kept, or the run proves nothing. Empty: it holds.
+    /// Why the promise was broken, or the run proves nothing. Empty if it was kept.
     pub(crate) failures: Vec<String>,
 }
 
@@ -157,7 +155,7 @@ impl Report {
         }
     }
 
-    /// Whether the promise was kept, and everything happened that should.
+    /// Whether the promise was kept and every kind of fault happened.
     pub(crate) fn holds(&self) -> bool {
         self.failures.is_empty()
     }

@@ -1,5 +1,5 @@
-//! The chaos run: a stack of its own behind proxies, customers, and everything that can go wrong in an order that a seed
-//! decides; then peace, and the question whether the promise was kept.
+//! The chaos run: a stack behind proxies, customers, and faults in an order that a seed determines; then no more
+//! faults, and the check of the promise.
 
 use std::cell::RefCell;
 use std::io::{IsTerminal as _, Write as _};
@@ -17,13 +17,13 @@ use crate::nemesis::Nemesis;
 use crate::report::Report;
 use crate::settings::{SETTLE_WITHIN, Settings};
 
-/// What was ordered when nothing broke any more must be final within this.
+/// Orders placed after the last fault must be final within this.
 const CALM_SETTLE_WITHIN: Duration = Duration::from_secs(10);
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 const TELL_INTERVAL: Duration = Duration::from_secs(10);
 const USERS: u64 = 100;
 
-/// Runs it. Call it on a runtime of one thread: processes end when the thread that started them does.
+/// Needs a runtime with one thread: the kernel ends processes when the thread that started them ends.
 pub(crate) async fn run(settings: &Settings) -> anyhow::Result<Report> {
     let mut seed = Seed::new(settings.seed);
     let mut environment: Vec<(String, String)> = SHORT_TIMERS
@@ -82,7 +82,7 @@ pub(crate) async fn run(settings: &Settings) -> anyhow::Result<Report> {
         };
         let harm = async {
             let harmed = nemesis.run(begun, &words).await;
-            // Whoever is not answered a minute after the last fault never will be.
+            // A request that is not answered a minute after the last fault never will be.
             customers.close(Instant::now() + SETTLE_WITHIN);
             harmed.map(|()| Instant::now())
         };
@@ -90,7 +90,7 @@ pub(crate) async fn run(settings: &Settings) -> anyhow::Result<Report> {
         let last_fault = last_fault?;
         *words.borrow_mut() = format!("{faults} waiting until everything is final");
         let databases = checks::databases(nemesis.system()).await?;
-        // What was ordered when nothing broke any more has not so long.
+        // Orders placed after the last fault have less time.
         let deadline = (last_fault + SETTLE_WITHIN).max(last_customer + CALM_SETTLE_WITHIN);
         let settled = checks::until_settled(&databases, deadline).await?;
         let settled_after = settled.then(|| last_fault.elapsed());
@@ -126,10 +126,10 @@ pub(crate) async fn run(settings: &Settings) -> anyhow::Result<Report> {
     ))
 }
 
-/// On a terminal one line that changes; elsewhere a line now and then.
+/// On a terminal one line that is overwritten; elsewhere a line now and then.
 fn show(line: &str, last: &mut String) {
     let mut out = std::io::stderr();
-    // Whoever does not listen misses nothing.
+    // Progress is not important: errors are ignored.
     let _ = match out.is_terminal() {
         true => write!(out, "\r{line:<width$}", width = last.len()),
         false => writeln!(out, "{line}"),

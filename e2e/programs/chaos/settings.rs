@@ -1,4 +1,4 @@
-//! What a chaos run does.
+//! The settings of a chaos run.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -6,29 +6,26 @@ use std::time::Duration;
 /// After the last fault everything must be final within this.
 pub(crate) const SETTLE_WITHIN: Duration = Duration::from_secs(60);
 
-/// What to do.
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
-    /// Decides everything that is decided here.
+    /// Determines the schedule of faults and requests.
     pub(crate) seed: u64,
-    /// How long customers come and things break.
+    /// Duration of the load and the faults.
     pub(crate) seconds: u64,
-    /// Orders over that time.
     pub(crate) orders: u64,
-    /// Deposits over that time.
     pub(crate) deposits: u64,
-    /// Folder with the programs.
+    /// The folder with the programs.
     pub(crate) binaries: PathBuf,
-    /// More environment for the services.
+    /// Additional environment of the services.
     pub(crate) environment: Vec<(String, String)>,
-    /// Where the history goes.
+    /// The file for the history.
     pub(crate) history: Option<PathBuf>,
-    /// Only these faults, by name; all if there are none.
+    /// Only faults whose name contains one of these; all if empty.
     pub(crate) only: Vec<String>,
 }
 
 impl Settings {
-    /// The usual load for so many seconds.
+    /// The default load.
     pub(crate) fn new(seed: u64, seconds: u64, binaries: PathBuf) -> Self {
         Self {
             seed,

@@ -1,5 +1,5 @@
-//! `just upgrade-test OLD`: builds an older commit, puts load on it, and replaces its processes one by one by the ones built
-//! here. Nothing may be lost, doubled, stuck or set aside, and every client must get the answers that it was promised.
+//! `just upgrade-test OLD`: builds an older commit, puts load on it, and replaces its processes one by one by this version.
+//! At the end every order must be final, without a dead letter and without a finding of the audit.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;

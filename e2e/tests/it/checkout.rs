@@ -8,7 +8,7 @@ use crate::shop::Shop;
 async fn a_customer_orders_until_the_money_is_gone() {
     let shop = Shop::open().await;
 
-    // Alice opens an account and puts 1,000 into it.
+    // Alice opens an account and deposits 1,000.
     let opened = shop
         .http
         .post(
@@ -38,7 +38,7 @@ async fn a_customer_orders_until_the_money_is_gone() {
         (201, &json!(1000))
     );
 
-    // She orders a lamp. The order is there at once, and paid a moment later.
+    // She orders a lamp. The order exists at once and is paid a moment later.
     let lamp = json!({ "user_id": "alice", "amount": 700, "description": "A lamp" });
     let placed = shop
         .http
@@ -62,7 +62,7 @@ async fn a_customer_orders_until_the_money_is_gone() {
     );
     assert_eq!(shop.balance("alice").await, 300);
 
-    // Her phone lost the answer and sends everything again: the same answers, and nothing is done twice.
+    // Her phone lost the answers and repeats all requests: it gets the same answers, and nothing is done twice.
     let again = shop
         .http
         .post("/v1/orders", Some("lamp"), &lamp)
@@ -90,7 +90,7 @@ async fn a_customer_orders_until_the_money_is_gone() {
         (Some("true"), &paid_in.body)
     );
 
-    // A second lamp is too dear by now; a stranger has no account at all.
+    // She cannot afford a second lamp; another user has no account.
     assert_eq!(
         shop.order("alice", 700).await,
         (
@@ -108,7 +108,7 @@ async fn a_customer_orders_until_the_money_is_gone() {
     );
     assert_eq!(shop.balance("alice").await, 0);
 
-    // The shop sees it all, newest first.
+    // The list of orders shows all of them, newest first.
     let list = shop
         .http
         .get("/v1/orders?user_id=alice")

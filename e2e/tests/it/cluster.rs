@@ -1,4 +1,4 @@
-//! Three brokers that are one, killed one after the other and all at once.
+//! A cluster of three brokers, killed one after the other and all at once.
 
 use async_nats::jetstream::message::PublishMessage;
 use futures_util::StreamExt as _;
@@ -49,7 +49,7 @@ async fn f28_a_broker_cluster_loses_its_leader_then_two_then_all_three_servers()
                 cluster.kill(*number).await.unwrap();
             }
             if killed == 1 {
-                // Two of three go on by themselves.
+                // Two of three continue without help.
                 eventually("another server leads", SOON, async || {
                     cluster.leader("ORDERS").await
                 })
@@ -67,8 +67,8 @@ async fn f28_a_broker_cluster_loses_its_leader_then_two_then_all_three_servers()
     assert_eq!(shop.assert_settled(orders).await, 100);
 }
 
-/// The leader is cut off (frozen), another one takes over and is killed, and the first comes back with what it knew: the
-/// schedule under which a cluster has been seen to lose what it had acknowledged.
+/// The leader is frozen, another server takes over and is killed, and the first one resumes with its old state. In this
+/// schedule, clusters have been observed to lose acknowledged messages.
 #[tokio::test]
 async fn f29_a_frozen_cluster_leader_returns_while_its_successor_is_killed() {
     let (mut shop, mut cluster) = shop_with_a_cluster().await;
@@ -95,9 +95,9 @@ async fn f29_a_frozen_cluster_leader_returns_while_its_successor_is_killed() {
     assert_eq!(shop.assert_settled(2 * CLIENTS * ORDERS_EACH).await, 100);
 }
 
-/// Two send the same message at once, as a relay does whose PubAck is late: while the first is being stored, the leader answers
-/// the second that it is in process. A single server never says so. A relay takes it for a refusal: the row waits, is sent
-/// again, and is known by then. It is stored once.
+/// Two clients send the same message at once, as a relay does whose PubAck is late. While the first is being stored, the
+/// leader rejects the second as "in process"; a single server never does. A relay treats that as a failure, sends the row
+/// again, and then it is a duplicate. It is stored once.
 #[tokio::test]
 async fn f18_a_duplicate_sent_while_the_first_is_being_stored_is_stored_once() {
     const IN_PROCESS: u64 = 10158;
@@ -118,7 +118,7 @@ async fn f18_a_duplicate_sent_while_the_first_is_being_stored_is_stored_once() {
     ops.until_connected().await;
     let send = async |id: &str| {
         let message = PublishMessage::build().message_id(id).payload("{}".into());
-        // Nobody reads this subject.
+        // This subject has no reader.
         ops.jetstream()
             .send_publish("gozon.orders.probe", message)
             .await
@@ -141,7 +141,7 @@ async fn f18_a_duplicate_sent_while_the_first_is_being_stored_is_stored_once() {
             Err(error) => {
                 let words = format!("{:?} {:?}", error, std::error::Error::source(&error));
                 assert!(words.contains(&IN_PROCESS.to_string()), "{words}");
-                // Sent again, it is known.
+                // Sent again, it is a duplicate.
                 assert!(send(&id).await.await.unwrap().duplicate);
                 true
             }

@@ -1,4 +1,4 @@
-//! The demonstration keeps what it promises.
+//! The demo ends as it says.
 
 use std::process::Command;
 

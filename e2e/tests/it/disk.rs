@@ -1,4 +1,4 @@
-//! No room on the disk: nothing is accepted that is not stored, and all goes on when there is room again.
+//! A full or failing disk: nothing is accepted without being stored, and everything continues when there is space again.
 
 use std::fs::File;
 use std::io::Write as _;
@@ -12,7 +12,7 @@ use stack::testing::{SmallDisk, TestStack, eventually};
 use crate::faults::{CLIENTS, ORDERS_EACH, shop_while, with_customers};
 use crate::shop::{SOON, Shop};
 
-/// Where a machine does not allow a test, it passes; `recipes/test.sh` says so at the end.
+/// A test that the machine does not allow passes; `recipes/test.sh` reports it at the end.
 fn not_tested(why: &str) {
     let mut list = File::options()
         .create(true)
@@ -22,7 +22,7 @@ fn not_tested(why: &str) {
     writeln!(list, "{why}").unwrap();
 }
 
-/// A shop one part of which keeps its data on a small disk. Nobody but root can make one; then the test says so.
+/// A shop with the data of one part on a small disk. Needs root; otherwise the test reports that it did not run.
 async fn shop_on_a_small_disk(part: &str, megabytes: u32) -> Option<(Shop, SmallDisk)> {
     let mut stack = TestStack::prepare(Vec::new()).await.unwrap();
     let disk = match SmallDisk::mount(megabytes) {
@@ -62,7 +62,7 @@ async fn f12_nothing_is_lost_when_the_disk_of_the_database_is_full() {
             (503, Some("application/problem+json"))
         );
         disk.free().unwrap();
-        // It may have given up: whoever runs it starts it again.
+        // It may have given up, so restart it, as its supervisor would.
         if shop.stack.system.ended("postgres").is_some() {
             eventually("it is there again", SOON, async || {
                 shop.stack.system.start("postgres").await.ok()
@@ -71,7 +71,7 @@ async fn f12_nothing_is_lost_when_the_disk_of_the_database_is_full() {
         }
     })
     .await;
-    // Some of the others may have been accepted too; they are too dear for anyone.
+    // Others may have been accepted too; there is no money for them.
     let placed = shop.placed().await;
     assert!(placed >= CLIENTS * ORDERS_EACH, "{placed}");
     assert_eq!(shop.assert_settled(placed).await, 100);
@@ -90,7 +90,7 @@ async fn f26_nothing_is_lost_when_the_disk_of_the_broker_is_full() {
         })
         .await;
         disk.free().unwrap();
-        // The server switches its streams off for good: whoever runs it starts it again.
+        // The server disables its streams until it is restarted, as its supervisor would.
         shop.stack.system.stop("nats").await.unwrap();
         shop.stack.system.start("nats").await.unwrap();
     })
@@ -98,12 +98,12 @@ async fn f26_nothing_is_lost_when_the_disk_of_the_broker_is_full() {
     assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);
 }
 
-/// The disk says that it could not write (F13): PostgreSQL does not go on as if nothing had happened, and neither do we.
+/// fsync fails (F13): PostgreSQL does not continue as if nothing had happened, and neither do the services.
 #[tokio::test]
 async fn f13_nothing_is_lost_when_fsync_of_the_database_fails() {
     let mut shop = with_customers(Shop::open().await).await;
     let postgres = shop.stack.system.pid("postgres").unwrap();
-    // New sessions of the server, which write its log when they commit, are told that the disk has failed.
+    // fsync fails in new sessions of the server, which flush the WAL when they commit.
     let failing = [
         "-f",
         "-qq",
@@ -127,11 +127,11 @@ async fn f13_nothing_is_lost_when_fsync_of_the_database_fails() {
             return;
         };
         let failed = eventually("it fails", SOON, async || {
-            // Whoever may not watch others' processes ends at once.
+            // Without permission to trace other processes, strace ends at once.
             if strace.try_wait().ok().flatten().is_some() {
                 return Some(false);
             }
-            // New ones get the time to commit. The customers may have done with ordering: more is written to the log.
+            // Give new sessions time to commit. The customers may be finished, so write more WAL.
             let ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
                          WHERE datname IN ('orders', 'payments') AND backend_start < clock_timestamp() - interval '1 second'";
             let write = async {
@@ -142,7 +142,7 @@ async fn f13_nothing_is_lost_when_fsync_of_the_database_fails() {
                 }
                 anyhow::Ok(())
             };
-            // It may be failing right now.
+            // It may fail at this moment.
             let _ = tokio::time::timeout(Duration::from_secs(1), write).await;
             std::fs::read_to_string(&log).is_ok_and(|log| log.contains("PANIC")).then_some(true)
         })
@@ -150,12 +150,12 @@ async fn f13_nothing_is_lost_when_fsync_of_the_database_fails() {
         if !failed {
             not_tested("F13: strace may not watch PostgreSQL");
         }
-        // Ended politely, it lets go of what it watches.
+        // On SIGTERM, strace detaches.
         if let Some(pid) = strace.id().and_then(|id| rustix::process::Pid::from_raw(i32::try_from(id).ok()?)) {
             rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         }
         strace.wait().await.unwrap();
-        // PostgreSQL starts again by itself, or gives up, now or soon: then whoever runs it does.
+        // PostgreSQL restarts by itself, or gives up now or soon; then restart it, as its supervisor would.
         eventually("it is there again", SOON, async || {
             if shop.stack.system.ended("postgres").is_some() {
                 shop.stack.system.start("postgres").await.ok()?;

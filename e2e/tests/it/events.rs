@@ -1,4 +1,4 @@
-//! Live status: what a browser hears of orders, through any gateway, whatever breaks in between.
+//! Live status: the order events that a browser receives, through any gateway, with faults in between.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use crate::shop::{SOON, Shop};
 
-/// A browser's EventSource, as far as it matters here.
+/// A minimal EventSource.
 struct Listener {
     stream: Opened,
     text: String,
@@ -61,7 +61,7 @@ impl Listener {
             ready: VecDeque::new(),
             last_event_id: last_event_id.map(str::to_owned),
         };
-        // The first words of the server: from here on it listens for us.
+        // The first line of the server: from now on it delivers events.
         assert!(
             timeout(SOON, listener.read()).await.unwrap(),
             "{path} ends at once"
@@ -69,7 +69,7 @@ impl Listener {
         listener
     }
 
-    /// Reads on; says false if the stream has ended.
+    /// Reads more; returns false if the stream has ended.
     async fn read(&mut self) -> bool {
         let Some(bytes) = self.stream.next().await else {
             return false;
@@ -115,7 +115,7 @@ impl Listener {
             .expect("the stream goes on")
     }
 
-    /// Everything that comes until this order is final.
+    /// All events until this order is final.
     async fn until_final(&mut self, order_id: &str) -> Vec<Heard> {
         let mut heard = Vec::new();
         loop {
@@ -131,7 +131,7 @@ impl Listener {
     }
 }
 
-/// One more gateway in front of the same services.
+/// Another gateway in front of the same services.
 struct Gateway {
     http: Http,
     process: Process,
@@ -223,7 +223,7 @@ async fn a_client_that_keeps_reconnecting_across_two_gateways_misses_no_event() 
                 Listener::open(door, "/v1/orders/events", listener.last_event_id.as_deref()).await;
             reconnects += 1;
         }
-        // What is still on its way would be too much.
+        // Events still in flight would be too many.
         while let Ok(Some(event)) = timeout(Duration::from_millis(500), listener.next()).await {
             heard.push(event);
         }
@@ -284,7 +284,7 @@ async fn an_event_stream_delivers_only_what_was_subscribed() {
             .any(|event| event.order() == (paid.clone(), "NEW".to_owned()))
     );
 
-    // One order: first as it is, then as it changes.
+    // One order: first its current status, then each change.
     let mut one = Listener::open(&shop.http, &format!("/v1/orders/{paid}/events"), None).await;
     assert_eq!(
         one.soon().await.order(),
@@ -299,7 +299,7 @@ async fn an_event_stream_delivers_only_what_was_subscribed() {
     );
     assert!(heard.iter().all(|event| event.order().0 == another));
 
-    // Whoever is away while nothing of its own happens goes on after what it knows, also by a parameter.
+    // A client that reconnects after a time without its own events continues after its last event, also with a parameter.
     let id = of_bob.last_event_id.clone().unwrap();
     let mut resumed = Listener::open(
         &shop.http,
@@ -340,7 +340,7 @@ async fn an_event_stream_delivers_only_what_was_subscribed() {
             "{path}"
         );
     }
-    // What no server of ours has sent: read afresh.
+    // An id that no gateway has sent: the client must reload.
     for foreign in [
         "abc",
         "7.-",
@@ -364,7 +364,7 @@ async fn event_streams_send_a_reset_after_the_broker_lost_everything() {
     let old_id = listener.last_event_id.clone().unwrap();
 
     shop.stack.system.kill("nats").await.unwrap();
-    // Everything else goes on, and whoever connects meanwhile waits.
+    // Everything else continues, and a client that connects meanwhile waits.
     assert_eq!(
         shop.http
             .get(&format!("/v1/orders/{before}"))
@@ -381,7 +381,7 @@ async fn event_streams_send_a_reset_after_the_broker_lost_everything() {
     for listener in [&mut listener, &mut waiting] {
         assert_eq!(listener.soon().await.kind, "reset");
     }
-    // Reading afresh: the order that was placed meanwhile is there, and ends.
+    // After reloading: the order that was placed meanwhile exists and becomes final.
     let read = shop
         .http
         .get(&format!("/v1/orders/{meanwhile}?wait=30"))
@@ -391,7 +391,7 @@ async fn event_streams_send_a_reset_after_the_broker_lost_everything() {
     assert_eq!(read["status"], "FINISHED");
     let after = place(&shop.http, "alice").await;
     let heard = listener.until_final(&after).await;
-    // Requests for orders that ended before are asked for again after such a loss; nobody is told that they are NEW.
+    // After such a loss, events of final orders are published again; no client is told that they are NEW.
     assert!(
         heard.iter().all(|event| event.order().0 != before),
         "{heard:?}"
@@ -419,12 +419,12 @@ async fn replayed_events_change_no_status() {
         ids.push(id);
     }
     let operator = shop.operator().await;
-    shop.say_everything_again(&operator, "ORDERS", 12).await;
-    // A gateway that was not there at the time knows it too.
+    shop.replay_everything(&operator, "ORDERS", 12).await;
+    // A gateway that was started later knows it too.
     shop.stack.system.kill("gateway").await.unwrap();
     shop.stack.system.start("gateway").await.unwrap();
     until_following(&shop.http).await;
-    shop.say_everything_again(&operator, "ORDERS", 24).await;
+    shop.replay_everything(&operator, "ORDERS", 24).await;
     let last = place(&shop.http, "alice").await;
 
     let mut again = Listener::open(&shop.http, "/v1/orders/events", Some(&beginning)).await;
@@ -448,7 +448,7 @@ async fn a_slow_event_client_is_disconnected_and_delays_no_other() {
     const IN_BATCH: usize = 1000;
     let shop = Shop::open().await;
     let gateway = Gateway::start(&shop, &[("GOZON_EVENT_STREAMS_MAX", "2")]).await;
-    // It asks and then reads nothing.
+    // It sends the request and reads nothing.
     let socket = TcpSocket::new_v4().unwrap();
     socket.set_recv_buffer_size(4096).unwrap();
     let address = gateway
@@ -470,7 +470,7 @@ async fn a_slow_event_client_is_disconnected_and_delays_no_other() {
         (503, &json!("overloaded"))
     );
 
-    // More than all buffers on the way hold. Nobody but gateways reads these.
+    // More than all buffers in between can hold. Only gateways read these events.
     let operator = shop.operator().await;
     let publishing = async {
         for batch in 0..BATCHES {
@@ -517,7 +517,7 @@ async fn a_slow_event_client_is_disconnected_and_delays_no_other() {
         }
     };
     tokio::join!(publishing, listening);
-    // The slow one's place is free again.
+    // The slow client no longer counts towards the limit.
     eventually("the slow one is cut off", SOON, async || {
         gateway
             .http

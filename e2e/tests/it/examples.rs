@@ -1,4 +1,4 @@
-//! The examples of the API's document work, executed from top to bottom as somebody does who tries it out.
+//! The examples of the OpenAPI document work when executed from top to bottom.
 
 use std::collections::BTreeMap;
 
@@ -8,10 +8,10 @@ use stack::http::Answer;
 
 use crate::shop::Shop;
 
-/// Operations for which a fresh installation has nothing that they could be tried on.
+/// Operations that need data which a new installation does not have.
 const WITHOUT_EXAMPLES: [&str; 1] = ["replayDeadLetter"];
 
-/// A document with its references followed.
+/// A document with its references resolved.
 struct Document(Value);
 
 impl Document {
@@ -38,10 +38,10 @@ impl Document {
 async fn the_examples_work_when_executed_in_order() {
     let shop = Shop::open().await;
     let document = Document(shop.http.get("/openapi.json").await.unwrap().json());
-    // What answers said that later requests need: by operation and parameter.
+    // Values from answers that later requests need, by operation and parameter.
     let mut links: BTreeMap<(String, String), String> = BTreeMap::new();
     let mut executed = Vec::new();
-    // In a path, what makes something comes before what shows it.
+    // For the same path, create before read.
     let paths = document.0["paths"].as_object().unwrap();
     let operations = paths
         .iter()

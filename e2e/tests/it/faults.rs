@@ -1,4 +1,4 @@
-//! Everything is killed at some time, and nothing is lost, doubled or left hanging.
+//! Faults under load: nothing may be lost, doubled or stuck.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use crate::shop::{SOON, Shop, fault_takes, until_done};
 pub(crate) const CLIENTS: usize = 8;
 pub(crate) const ORDERS_EACH: usize = 15;
 
-/// Orders from several clients at once. `when` runs when a third of them is accepted.
+/// Orders from several concurrent clients. `when` runs when a third of them is accepted.
 pub(crate) async fn shop_while(shop: &mut Shop, when: impl AsyncFnOnce(&mut Shop)) {
     let total = CLIENTS * ORDERS_EACH;
     let (http, accepted) = (shop.http.clone(), AtomicUsize::new(0));
@@ -37,7 +37,7 @@ pub(crate) async fn shop_while(shop: &mut Shop, when: impl AsyncFnOnce(&mut Shop
     tokio::join!(clients, fault);
 }
 
-/// Four customers with money for 25 orders each, where 30 are placed for each.
+/// Four customers, each with money for 25 of 30 orders.
 async fn shop_with_customers() -> Shop {
     with_customers(Shop::open().await).await
 }
@@ -53,7 +53,7 @@ async fn killed_under_load(name: &str) {
     let mut shop = shop_with_customers().await;
     shop_while(&mut shop, async |shop| {
         shop.stack.system.kill(name).await.unwrap();
-        // PostgreSQL may need a second try while children of the killed one are still going.
+        // PostgreSQL may need a second attempt while children of the killed one are still ending.
         eventually("it is there again", SOON, async || {
             shop.stack.system.start(name).await.ok()
         })
@@ -97,7 +97,7 @@ async fn f09_the_database_is_killed_under_load() {
 
 #[tokio::test]
 async fn f24_the_broker_is_wiped_under_load() {
-    // Every message and every consumer is gone, acknowledged or not. Nobody does anything about it.
+    // Every message and every consumer is gone, acknowledged or not. Nobody intervenes.
     let mut shop = shop_with_customers().await;
     shop_while(&mut shop, async |shop| {
         shop.stack.system.kill("nats").await.unwrap();
@@ -120,7 +120,7 @@ async fn f24_the_broker_is_wiped_under_load() {
 
 #[tokio::test]
 async fn f24_the_broker_is_wiped_while_every_answer_is_in_flight() {
-    // The worst moment: money is debited, and no answer has arrived.
+    // The worst moment: the money is debited and no answer has arrived.
     let mut shop = shop_with_customers().await;
     shop.stack.system.stop("payments").await.unwrap();
     for number in 0..20 {
@@ -163,7 +163,7 @@ async fn f24_the_broker_is_wiped_while_every_answer_is_in_flight() {
     );
 }
 
-/// The broker comes back with its data as it was a while ago: it has lost what it acknowledged since (F25).
+/// The broker restarts with an older copy of its data: it has lost what it acknowledged since (F25).
 #[tokio::test]
 async fn f25_the_broker_is_restored_from_an_older_copy() {
     let mut shop = shop_with_customers().await;
@@ -186,7 +186,7 @@ async fn f25_the_broker_is_restored_from_an_older_copy() {
     shop.assert_settled(1 + CLIENTS * ORDERS_EACH).await;
 }
 
-/// The broker freezes for longer than anybody waits for its answers (F27).
+/// The broker freezes for longer than any client waits for it (F27).
 #[tokio::test]
 async fn f27_the_broker_is_frozen_for_six_seconds() {
     let mut shop = shop_with_customers().await;
@@ -199,7 +199,7 @@ async fn f27_the_broker_is_frozen_for_six_seconds() {
     assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);
 }
 
-/// Each service freezes for longer than the broker waits for an ack, and wakes up in the middle of its work (F6, F35).
+/// Each service freezes for longer than the broker's ack wait, and resumes in the middle of its work (F6, F35).
 #[tokio::test]
 async fn f35_each_service_is_frozen_for_two_seconds() {
     let mut shop = shop_with_customers().await;
@@ -214,7 +214,7 @@ async fn f35_each_service_is_frozen_for_two_seconds() {
     assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);
 }
 
-/// PostgreSQL ends every connection, again and again (F10).
+/// PostgreSQL terminates every connection, several times (F10).
 #[tokio::test]
 async fn f10_all_database_connections_are_terminated_repeatedly() {
     let mut shop = shop_with_customers().await;
@@ -243,7 +243,7 @@ async fn f30_the_streams_are_deleted_under_load() {
     assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);
 }
 
-/// Everything that can be pruned is, and then the whole history is said again, twice: nothing changes (F31, I1).
+/// Everything that can be pruned is pruned, and then the whole history is replayed twice: nothing changes (F31, I1).
 #[tokio::test]
 async fn f31_everything_is_pruned_and_both_streams_are_replayed_twice() {
     let mut shop = shop_with_customers().await;
@@ -265,7 +265,7 @@ async fn f31_everything_is_pruned_and_both_streams_are_replayed_twice() {
     for _ in 0..2 {
         for stream in ["ORDERS", "PAYMENTS"] {
             said += shop
-                .say_everything_again(&ops, stream, CLIENTS * ORDERS_EACH)
+                .replay_everything(&ops, stream, CLIENTS * ORDERS_EACH)
                 .await;
         }
     }
@@ -282,7 +282,7 @@ async fn f31_everything_is_pruned_and_both_streams_are_replayed_twice() {
     assert!(shop.nothing_was_enqueued(&orders).await && shop.nothing_was_enqueued(&payments).await);
 }
 
-/// Outbox and inbox do not grow with the orders; what decides stays.
+/// Outbox and inbox do not grow with the number of orders; decisions are kept.
 #[tokio::test]
 async fn outbox_and_inbox_are_pruned_and_decisions_are_kept() {
     let mut shop = with_customers(Shop::open_with(&[("GOZON_KEEP_SECONDS", "1")]).await).await;
@@ -303,10 +303,10 @@ async fn outbox_and_inbox_are_pruned_and_decisions_are_kept() {
     assert_eq!(shop.debits(&payments).await, 100);
 }
 
-/// The same while orders keep coming: at no time is there more than what the last seconds have made.
+/// The same under load: at any time there are only rows of the last seconds.
 #[tokio::test]
 async fn outbox_and_inbox_stay_bounded_under_load() {
-    /// Twelve times as long as rows are kept.
+    /// Twelve times the retention.
     const LOAD: Duration = Duration::from_secs(12);
     let shop = with_customers(Shop::open_with(&[("GOZON_KEEP_SECONDS", "1")]).await).await;
     let begun = Instant::now();
@@ -322,7 +322,7 @@ async fn outbox_and_inbox_stay_bounded_under_load() {
             placed.fetch_add(1, Ordering::Relaxed);
         }
     }));
-    // Per table: the most rows that were there at once.
+    // The maximum number of rows per table.
     let tables = [
         "orders.outbox",
         "orders.inbox",
@@ -351,7 +351,7 @@ async fn outbox_and_inbox_stay_bounded_under_load() {
     }
     let placed = placed.into_inner();
     shop.assert_settled(placed).await;
-    // Each order makes two rows in the outbox of orders, and one in each of the others.
+    // Each order adds two rows to the outbox of orders, and one to each of the others.
     for (most, made) in most.into_iter().zip([2 * placed, placed, placed, placed]) {
         assert!(
             looks > 10 && most > 0 && most < made as i64 / 2,
@@ -371,7 +371,7 @@ async fn count(db: &DatabaseConnection, table: &str) -> i64 {
         .unwrap()
 }
 
-/// Services are replaced one after the other, politely, while orders run (F44).
+/// Services are restarted gracefully, one after the other, under load (F44).
 #[tokio::test]
 async fn f44_services_are_restarted_one_after_the_other_under_load() {
     let mut shop = shop_with_customers().await;
@@ -414,7 +414,7 @@ async fn f05_an_unavailable_service_is_named_and_the_other_one_keeps_working() {
             "Payments Service temporarily unavailable."
         );
     }
-    // Orders are taken while nobody can decide them.
+    // Orders are accepted while payments is down.
     let placed = shop
         .http
         .post(
@@ -454,7 +454,7 @@ async fn parts_may_start_in_any_order() {
     for name in NAMES {
         shop.stack.system.kill(name).await.unwrap();
     }
-    // Doors first, foundations last: the opposite of what would be comfortable.
+    // Gateway first, database last: the opposite of the usual order.
     for name in ["gateway", "payments", "orders"] {
         shop.stack.system.spawn(name).unwrap();
         let http = Http::new(shop.stack.system.address(name));
@@ -485,7 +485,7 @@ async fn parts_may_start_in_any_order() {
     assert_eq!(shop.assert_settled(4).await, 3);
 }
 
-/// The stream has room for a few messages only, and nobody reads it: most requests are evicted before payments comes back.
+/// The stream has space for a few messages, and payments is down: most requests are evicted before they are read.
 #[tokio::test]
 async fn f18_a_full_stream_evicts_requests_and_every_order_still_ends() {
     let shop = Shop::open_with(&[
@@ -516,7 +516,7 @@ async fn f18_a_full_stream_evicts_requests_and_every_order_still_ends() {
     assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);
 }
 
-/// No order is refused while the broker is away, and all of them end when it is back.
+/// No order is rejected while the broker is down, and all of them become final afterwards.
 #[tokio::test]
 async fn f23_the_broker_is_unavailable_for_ten_seconds() {
     let mut shop = shop_with_customers().await;
@@ -539,7 +539,7 @@ async fn f23_the_broker_is_unavailable_for_ten_seconds() {
     assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH + 1).await, 100);
 }
 
-/// The database of payments alone is away: nothing counts as poison, however often it is tried.
+/// Only the database of payments is down: no message counts as poison, however often it is retried.
 #[tokio::test]
 async fn f39_the_database_of_payments_is_unavailable_for_ten_seconds() {
     let mut shop = shop_with_customers().await;

@@ -1,4 +1,4 @@
-//! The edges of idempotency keys, through the front door.
+//! Edge cases of idempotency keys, through the gateway.
 
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -19,7 +19,7 @@ async fn an_idempotency_key_is_per_user_and_bound_only_by_success() {
     let shop = Shop::open().await;
     let order = json!({ "user_id": "alice", "amount": 10 });
 
-    // What was refused has bound nothing: put right, it goes through under the same key.
+    // A rejected request binds nothing: corrected, it is accepted under the same key.
     let refused = post(
         &shop,
         "/v1/accounts/alice/deposits",
@@ -68,7 +68,7 @@ async fn an_idempotency_key_is_per_user_and_bound_only_by_success() {
     let placed = post(&shop, "/v1/orders", "lamp", &order).await;
     assert_eq!((placed.status, replayed(&placed)), (201, false));
 
-    // Bare or quoted, it is the same key; spaces of the body's JSON and the order of its fields are not its content.
+    // Bare or quoted, it is the same key. White space and field order of the JSON body do not matter.
     let headers = [
         ("content-type", "application/json"),
         ("idempotency-key", r#""lamp""#),
@@ -86,7 +86,7 @@ async fn an_idempotency_key_is_per_user_and_bound_only_by_success() {
     );
     assert_eq!(again.header("location"), placed.header("location"));
 
-    // The same key for another kind of request, or of another user, is another intent.
+    // The same key for another kind of request, or from another user, is another request.
     let other_kind = post(
         &shop,
         "/v1/accounts/alice/deposits",
@@ -105,7 +105,7 @@ async fn an_idempotency_key_is_per_user_and_bound_only_by_success() {
     assert_eq!((other_user.status, replayed(&other_user)), (201, false));
     assert_ne!(other_user.json()["id"], placed.json()["id"]);
 
-    // Other content is refused, and the first answer stays.
+    // Other content is rejected, and the first answer is kept.
     for (path, key, body) in [
         (
             "/v1/orders",
@@ -142,7 +142,7 @@ async fn an_idempotency_key_is_per_user_and_bound_only_by_success() {
         (409, &json!("account_already_exists"))
     );
 
-    // The first answers come back byte for byte, whatever has happened since.
+    // The first answers are returned byte for byte, whatever has happened since.
     let finished = shop
         .http
         .get(&format!("{}?wait=30", placed.header("location").unwrap()))

@@ -1,4 +1,4 @@
-//! What the services show of themselves at `GET /metrics`.
+//! The metrics at `GET /metrics`.
 
 use serde_json::json;
 use stack::http::Http;
@@ -24,7 +24,7 @@ impl Page {
         Self(answer.text())
     }
 
-    /// The value of the line that begins so.
+    /// The value of the line with this prefix.
     fn value(&self, series: &str) -> Option<f64> {
         self.0
             .lines()

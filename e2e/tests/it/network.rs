@@ -1,4 +1,4 @@
-//! The network between the parts does not behave, and the answers that matter are lost.
+//! A faulty network between the parts, and lost answers.
 
 use std::time::{Duration, Instant};
 
@@ -12,9 +12,9 @@ use stack::{Edges, NAMES};
 
 use crate::shop::{SOON, Shop, fault_takes};
 
-/// A dead connection is noticed and replaced within this, also on a busy machine.
+/// A dead connection is detected and replaced within this, also on a busy machine.
 const NOTICED_WITHIN: Duration = Duration::from_secs(40);
-/// The gateway's limit for an answer, and some more.
+/// The gateway's timeout with some margin.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(10);
 
 async fn shop_behind_proxies() -> (Shop, Edges) {
@@ -29,7 +29,7 @@ async fn shop_behind_proxies() -> (Shop, Edges) {
     (Shop::on(stack), edges)
 }
 
-/// One order while this is lost so many times; it must have been lost.
+/// Places one order while `cut` loses messages; it must have fired `times` times.
 async fn order_while_lost(
     shop: &Shop,
     edges: &Edges,
@@ -45,12 +45,12 @@ async fn order_while_lost(
         ("FINISHED".to_owned(), None),
         "{service}, {cut:?}"
     );
-    // An ack, or what a relay notes, may come after the end of the order.
+    // An ack, or a relay's update, may come after the order is final.
     let fired = async || (way.fired(cut) == times as u64).then_some(());
     eventually(&format!("{cut:?} at {service} was lost"), SOON, fired).await;
 }
 
-/// COMMIT reached the server, or did not; the client sees the same: a connection that is gone (F8).
+/// COMMIT reached the server or not; the client sees a closed connection in both cases (F8).
 #[tokio::test]
 async fn f08_a_commit_whose_outcome_is_unknown_happens_exactly_once() {
     let (shop, edges) = shop_behind_proxies().await;
@@ -94,7 +94,7 @@ async fn f08_a_commit_whose_outcome_is_unknown_happens_exactly_once() {
     }
 }
 
-/// The same while every further try fails too: the client is told that nobody knows, and its key finds out (I9).
+/// The same while every retry fails too: the client is told that the outcome is unknown, and a retry resolves it (I9).
 #[tokio::test]
 async fn f08_an_unknown_outcome_is_reported_and_a_retry_under_its_key_resolves_it() {
     let (shop, edges) = shop_behind_proxies().await;
@@ -171,7 +171,7 @@ async fn f36_a_lost_puback_ack_or_delivery_only_causes_delay() {
     );
 }
 
-/// Connections lead into nothing, and nobody is told (F48).
+/// Connections are black-holed: nothing is forwarded, nothing is closed (F48).
 #[tokio::test]
 async fn f48_black_holed_connections_are_detected_and_replaced() {
     let (shop, edges) = shop_behind_proxies().await;
@@ -183,7 +183,7 @@ async fn f48_black_holed_connections_are_detected_and_replaced() {
         ("orders", "nats"),
         ("payments", "nats"),
     ] {
-        // Something went over each of them, and something is waiting on each of them.
+        // Each of them was used, and data is waiting on each of them.
         assert_eq!(shop.order("alice", 10).await.0, "FINISHED");
         edges.between(service, part).black_hole();
         edges.between(service, part).heal();
@@ -208,7 +208,7 @@ async fn f48_black_holed_connections_are_detected_and_replaced() {
     assert!(shop.assert_settled(orders).await >= orders);
 }
 
-/// While the way to a database leads into nothing, requests are answered, and the other service goes on (F48).
+/// While the connection to a database is black-holed, requests are answered, and the other service keeps working (F48).
 #[tokio::test]
 async fn f48_no_request_hangs_while_a_connection_is_black_holed() {
     let (shop, edges) = shop_behind_proxies().await;
@@ -252,7 +252,7 @@ async fn f48_no_request_hangs_while_a_connection_is_black_holed() {
         .await
         .unwrap();
     }
-    // The broker is not needed for taking an order.
+    // Placing an order does not need the broker.
     edges.to("nats").for_each(stack::proxy::Proxy::black_hole);
     let placed = shop
         .http
@@ -279,7 +279,7 @@ async fn f48_no_request_hangs_while_a_connection_is_black_holed() {
     .await;
 }
 
-/// Every way is slow: late, in single bytes, 10 kB/s (F47).
+/// Every connection is slow: delayed, in single bytes, 10 kB/s (F47).
 #[tokio::test]
 async fn f47_a_slow_network_only_causes_delay() {
     let (shop, edges) = shop_behind_proxies().await;
@@ -310,7 +310,7 @@ async fn f47_a_slow_network_only_causes_delay() {
     );
 }
 
-/// All ways are held one after the other, then all connections are cut, and the ways are opened in another order (F49).
+/// All connections are blocked one after the other, then cut, and reopened in another order (F49).
 #[tokio::test]
 async fn f49_connections_are_blocked_one_by_one_and_reopened_in_another_order() {
     let (shop, edges) = shop_behind_proxies().await;
@@ -339,7 +339,7 @@ async fn f49_connections_are_blocked_one_by_one_and_reopened_in_another_order() 
     assert_eq!(shop.balance("alice").await, 600);
 }
 
-/// A power cut: everything is killed at once in the middle of it, and comes back in any order (F52).
+/// A power cut: everything is killed at once under load, and restarted in any order (F52).
 #[tokio::test]
 async fn f52_all_processes_are_killed_at_once() {
     let (mut shop, _edges) = shop_behind_proxies().await;
@@ -360,7 +360,7 @@ async fn f52_all_processes_are_killed_at_once() {
                 shop.stack.system.spawn(name).unwrap();
             }
             for name in names {
-                // PostgreSQL may need a second try while children of the killed one are still going.
+                // PostgreSQL may need a second attempt while children of the killed one are still ending.
                 eventually("it is there again", SOON, async || {
                     if shop.stack.system.pid(name).is_none() {
                         shop.stack.system.spawn(name).unwrap();

@@ -1,8 +1,8 @@
-//! What operators do to a running shop, and what too many customers do.
+//! Restored backups, and overload.
 
 use std::time::Duration;
 
-use e2e::broker::say_again;
+use e2e::broker::replay;
 use futures_util::future::join_all;
 use ops::audit::{self, Databases, Kind};
 use sea_orm::ConnectionTrait as _;
@@ -17,7 +17,7 @@ const AT_ONCE: audit::Options = audit::Options {
     late_after: Duration::from_secs(3600),
 };
 
-/// Three orders, a copy of one database, four more orders, and the copy in place of the database.
+/// Places three orders, copies one database, places four more orders, and restores the copy.
 async fn shop_with_a_restored_database(name: &'static str) -> Shop {
     let mut shop = Shop::open().await;
     shop.customer("alice", 100).await;
@@ -61,8 +61,8 @@ async fn findings(shop: &Shop) -> Vec<Kind> {
     report.findings.iter().map(|finding| finding.kind).collect()
 }
 
-/// The database of payments is restored to an earlier time (F14): the audit names what it has forgotten, and saying the
-/// orders again debits exactly that.
+/// The database of payments is restored from a backup (F14): the audit names what is missing, and replaying the
+/// orders debits exactly that.
 #[tokio::test]
 async fn f14_payments_restored_from_a_backup_is_reported_and_healed_by_replaying_the_orders() {
     let shop = shop_with_a_restored_database("payments").await;
@@ -73,7 +73,7 @@ async fn f14_payments_restored_from_a_backup_is_reported_and_healed_by_replaying
         "as it was when the copy was made"
     );
     let ops = shop.operator().await;
-    say_again(&ops, "ORDERS", u64::MAX).await.unwrap();
+    replay(&ops, "ORDERS", u64::MAX).await.unwrap();
     eventually("the four are debited again", SOON, async || {
         (shop.balance("alice").await == 30).then_some(())
     })
@@ -82,15 +82,15 @@ async fn f14_payments_restored_from_a_backup_is_reported_and_healed_by_replaying
     assert_eq!(findings(&shop).await, []);
 }
 
-/// The database of orders is restored to an earlier time (F14): the audit names debits for orders that it does not know,
-/// and their answers are kept for a person, never applied.
+/// The database of orders is restored from a backup (F14): the audit names debits for unknown orders,
+/// and their answers become dead letters.
 #[tokio::test]
 async fn f14_orders_restored_from_a_backup_is_reported_and_nothing_is_debited_twice() {
     let shop = shop_with_a_restored_database("orders").await;
     assert_eq!(findings(&shop).await, [Kind::Unexpected; 4]);
     let ops = shop.operator().await;
-    say_again(&ops, "PAYMENTS", u64::MAX).await.unwrap();
-    say_again(&ops, "ORDERS", u64::MAX).await.unwrap();
+    replay(&ops, "PAYMENTS", u64::MAX).await.unwrap();
+    replay(&ops, "ORDERS", u64::MAX).await.unwrap();
     eventually("all is taken", SOON, async || {
         shop.nothing_is_delivered(&ops).await.then_some(())
     })
@@ -109,8 +109,8 @@ async fn f14_orders_restored_from_a_backup_is_reported_and_nothing_is_debited_tw
     );
 }
 
-/// Far more requests at once than can be worked on (F50): each is answered, what is refused says when to come again, and
-/// all of it is done once when it comes again.
+/// Far more concurrent requests than the limit (F50): each is answered, a rejection contains Retry-After, and
+/// all of them are done once when retried.
 #[tokio::test]
 async fn f50_too_many_orders_at_once_are_rejected_with_retry_after_and_done_once() {
     const MANY: usize = 1500;

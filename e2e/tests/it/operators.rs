@@ -1,4 +1,4 @@
-//! What an operator sees of the flow through the gateway, and what he can do about messages that were not applied.
+//! The operator's API: the backlog, and dead letters.
 
 use async_nats::HeaderMap;
 use bytes::Bytes;
@@ -70,7 +70,7 @@ async fn an_operator_sees_the_backlog_and_replays_a_dead_letter() {
     );
     assert_eq!(flow["unavailable"], json!([]));
 
-    // An answer that came before its order (a database that was restored, say), and one that nobody can read.
+    // An answer for an unknown order (as after a restored database), and a malformed one.
     let unknown = Uuid::now_v7();
     let answer = json!({ "order_id": unknown, "user_id": "alice", "amount": 7, "outcome": "declined", "reason": "no_account" });
     publish(
@@ -148,7 +148,7 @@ async fn an_operator_sees_the_backlog_and_replays_a_dead_letter() {
         (&quarantined["id"], &Value::Null)
     );
 
-    // Refused as before: it says why, and goes on waiting.
+    // Rejected as before: it says why, and the dead letter stays.
     for (letter, outcome) in [(poison, "poison"), (quarantined, "quarantine")] {
         let path = format!(
             "/v1/ops/dead-letters/{}/replay",
@@ -174,8 +174,8 @@ async fn an_operator_sees_the_backlog_and_replays_a_dead_letter() {
         "{again:?}"
     );
 
-    // The order is there now: a dry run says what would happen and does nothing, a replay does it, once. Its request was
-    // published just now, or else it would be asked for.
+    // The order exists now: a dry run shows what would happen, a replay does it once. Its request was
+    // published just now, so that it is not asked for again.
     let orders = shop.database("orders").await;
     let event = Uuid::now_v7();
     let restored = format!(
@@ -272,7 +272,7 @@ async fn an_operator_sees_the_backlog_and_replays_a_dead_letter() {
         );
     }
 
-    // One service away: the other is shown.
+    // One service down: the other one is shown.
     shop.stack.system.stop("payments").await.unwrap();
     let flow = shop.http.get("/v1/ops/flow").await.unwrap();
     assert_eq!(

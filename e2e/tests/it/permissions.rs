@@ -1,4 +1,4 @@
-//! Nobody can do more than its work needs: NATS users and PostgreSQL roles.
+//! NATS users and PostgreSQL roles have no more permissions than they need.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use sea_orm::{ConnectOptions as DbOptions, ConnectionTrait as _, Database};
 use stack::testing::TestStack;
 use tokio::sync::mpsc;
 
-/// A connection that hears of every refusal.
+/// A connection that reports every permission violation.
 struct User {
     client: Client,
     refusals: mpsc::UnboundedReceiver<String>,
@@ -25,7 +25,7 @@ impl User {
             .request_timeout(Some(Duration::from_secs(3)))
             .event_callback(move |event| {
                 if let async_nats::Event::ServerError(error) = event {
-                    // Nobody listens any more once the test is over.
+                    // The receiver is gone when the test is over.
                     let _ = sender.send(error.to_string());
                 }
                 std::future::ready(())
@@ -36,7 +36,7 @@ impl User {
         Self { client, refusals }
     }
 
-    /// Whether publishing is refused. The server answers in order, so what it says before the next pong is about this.
+    /// Whether publishing is denied. The server answers in order, so a violation arrives before the next pong.
     async fn may_not_publish(&mut self, subject: &str) {
         self.client
             .publish(subject.to_owned(), "{}".into())

@@ -1,4 +1,4 @@
-//! A shop with customers: the front door as clients use it, and the books as an auditor reads them.
+//! A running system with customers: requests as clients send them, and checks in both databases.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use stack::http::{Answer, Http};
 use stack::testing::{TestStack, eventually};
 use uuid::Uuid;
 
-/// Long enough for a busy machine; a test that needs it is failing.
+/// Long enough for a busy machine.
 pub(crate) const SOON: Duration = Duration::from_secs(60);
 
 pub(crate) struct Shop {
@@ -24,7 +24,7 @@ impl Shop {
         Self::open_with(&[]).await
     }
 
-    /// With more environment for the services.
+    /// With additional environment of the services.
     pub(crate) async fn open_with(environment: &[(&str, &str)]) -> Self {
         let environment = environment
             .iter()
@@ -33,13 +33,13 @@ impl Shop {
         Self::on(TestStack::start_with(environment).await.unwrap())
     }
 
-    /// On a stack that runs already.
+    /// On a running stack.
     pub(crate) fn on(stack: TestStack) -> Self {
         let http = Http::new(stack.system.address("gateway"));
         Self { stack, http }
     }
 
-    /// Retries until it is done, as a client should: with the same key.
+    /// Retries with the same key until it is done, as a client should.
     pub(crate) async fn until_done(&self, path: &str, body: &Value) -> Answer {
         until_done(&self.http, path, body).await
     }
@@ -56,7 +56,7 @@ impl Shop {
         }
     }
 
-    /// Orders, waits for the end, and says how it ended.
+    /// Places an order, waits until it is final, and returns status and reason.
     pub(crate) async fn order(&self, user: &str, amount: i64) -> (String, Option<String>) {
         let placed = self
             .until_done("/v1/orders", &json!({ "user_id": user, "amount": amount }))
@@ -95,24 +95,20 @@ impl Shop {
         e2e::broker::operator(&self.stack.system).await.unwrap()
     }
 
-    /// Publishes what a stream holds, from its beginning, under new message ids: at least so many messages.
-    pub(crate) async fn say_everything_again(
+    /// Publishes all messages of a stream again under new message ids; there must be at least `at_least`.
+    pub(crate) async fn replay_everything(
         &self,
         broker: &Broker,
         stream: &str,
         at_least: usize,
     ) -> usize {
-        let said = usize::try_from(
-            e2e::broker::say_again(broker, stream, u64::MAX)
-                .await
-                .unwrap(),
-        )
-        .unwrap();
+        let said =
+            usize::try_from(e2e::broker::replay(broker, stream, u64::MAX).await.unwrap()).unwrap();
         assert!(said >= at_least, "{said} messages in {stream}");
         said
     }
 
-    /// Whether both services have taken everything that the broker has.
+    /// Whether both services have acknowledged everything in the streams.
     pub(crate) async fn nothing_is_delivered(&self, broker: &Broker) -> bool {
         for (consumer, stream) in [
             ("payments-order-placed", "ORDERS"),
@@ -131,7 +127,7 @@ impl Shop {
         true
     }
 
-    /// Everything that decides, byte for byte.
+    /// All rows that are kept for ever, byte for byte.
     pub(crate) async fn books(
         &self,
         orders: &DatabaseConnection,
@@ -166,7 +162,7 @@ impl Shop {
             .is_empty()
     }
 
-    /// Whether the broker would not take something.
+    /// Whether the broker rejected a message.
     pub(crate) async fn something_was_refused(&self, db: &DatabaseConnection) -> bool {
         !rows(
             db,
@@ -188,8 +184,8 @@ impl Shop {
             .len()
     }
 
-    /// Every order is final, FINISHED if and only if it was debited exactly once its own amount from its own user, and
-    /// every balance is what the transfers make it (I1 to I4, I7). Says how many orders finished.
+    /// Every order is final, FINISHED if and only if its amount was debited exactly once from its user, and
+    /// every balance is the sum of the transfers (I1 to I4, I7). Returns the number of FINISHED orders.
     pub(crate) async fn assert_settled(&self, orders: usize) -> usize {
         let (orders_db, payments_db) = (
             self.database("orders").await,
@@ -263,12 +259,12 @@ async fn rows(db: &DatabaseConnection, sql: &str) -> Vec<QueryResult> {
         .unwrap()
 }
 
-/// Sends a POST with a key of its own again and again, until it is done.
+/// Sends a POST with a new key and retries it until it is done.
 pub(crate) async fn until_done(http: &Http, path: &str, body: &Value) -> Answer {
     e2e::until_done(http, path, body, SOON).await.unwrap()
 }
 
-/// The fault itself takes time; nothing is waited for.
+/// The duration of a fault, not a wait for a condition.
 pub(crate) async fn fault_takes(time: Duration) {
     tokio::time::sleep(time).await;
 }

@@ -1,4 +1,4 @@
-//! The way of an order, as its timeline tells it.
+//! The timeline of an order.
 
 use sea_orm::ConnectionTrait as _;
 use serde_json::{Value, json};
@@ -50,7 +50,7 @@ async fn a_timeline_shows_every_step_and_every_ignored_duplicate() {
         "orders published",
     ];
     let mut told = steps(&timeline);
-    // A message may be taken while its publisher still marks it, so these two can change places.
+    // A message may be received before its publisher has marked it, so these two can change places.
     let sorted = |mut steps: Vec<String>| {
         steps.sort();
         steps
@@ -94,10 +94,10 @@ async fn a_timeline_shows_every_step_and_every_ignored_duplicate() {
         step("taken", "payments")["stream_sequence"]
     );
 
-    // Everything is said a second time.
+    // Everything is replayed.
     let ops = shop.operator().await;
-    shop.say_everything_again(&ops, "ORDERS", 2).await;
-    shop.say_everything_again(&ops, "PAYMENTS", 1).await;
+    shop.replay_everything(&ops, "ORDERS", 2).await;
+    shop.replay_everything(&ops, "PAYMENTS", 1).await;
     let timeline = whole(13).await;
     let repeated = timeline["steps"]
         .as_array()
