@@ -37,6 +37,7 @@ const STEP_WITHIN: Duration = Duration::from_secs(60);
 const SETTLED_WITHIN: Duration = Duration::from_secs(60);
 /// Requests of all versions that are repeated at the end, under their keys.
 const REPEATED: usize = 300;
+const FAILURES_SHOWN: usize = 20;
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// The broker's configuration of this version.
 const NATS_CONFIGURATION: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../nats/single.conf");
@@ -70,8 +71,17 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let target = binaries.parent().context("a target folder has profiles")?;
     let old = Old::build(&arguments.old, &target.join("upgrade"))?;
 
-    let mut seed = Seed::new(arguments.seed);
     let mut upgrade = Upgrade::start(&old).await?;
+    let result = test(&mut upgrade, &old, binaries, arguments.seed).await;
+    if result.is_err() {
+        let logs = upgrade.keep_logs(&target.join("upgrade/logs"))?;
+        eprintln!("Logs: {}", logs.display());
+    }
+    result
+}
+
+async fn test(upgrade: &mut Upgrade, old: &Old, binaries: &Path, seed: u64) -> anyhow::Result<()> {
+    let mut seed = Seed::new(seed);
     let databases = checks::databases(upgrade.system()).await?;
     let customers = Customers::new(&upgrade.system().address("gateway"));
     let steps = Steps {
@@ -82,7 +92,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let (shop_seed, watch_seed) = (seed.branch(), seed.branch());
     let work = async {
         let replacing = async {
-            let replaced = steps.replace_all(&mut upgrade, &old, binaries).await;
+            let replaced = steps.replace_all(upgrade, old, binaries).await;
             customers.close(Instant::now() + SETTLED_WITHIN);
             replaced
         };
@@ -135,8 +145,11 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         history.exchanges.len(),
         seen.unknown
     );
-    for failure in &failures {
+    for failure in failures.iter().take(FAILURES_SHOWN) {
         println!("  {failure}");
+    }
+    if failures.len() > FAILURES_SHOWN {
+        println!("  and {} more", failures.len() - FAILURES_SHOWN);
     }
     ensure!(
         failures.is_empty(),

@@ -1,6 +1,6 @@
 //! A system of two versions: two replicas each of orders and payments behind one gateway, replaced one by one.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::ensure;
@@ -64,6 +64,16 @@ impl Upgrade {
 
     pub(crate) fn system(&self) -> &System {
         &self.stack.system
+    }
+
+    /// Copies the logs to a folder, before they are deleted with the stack.
+    pub(crate) fn keep_logs(&self, folder: &Path) -> anyhow::Result<PathBuf> {
+        std::fs::create_dir_all(folder)?;
+        for entry in std::fs::read_dir(self.system().place().folder().join("logs"))? {
+            let entry = entry?;
+            std::fs::copy(entry.path(), folder.join(entry.file_name()))?;
+        }
+        Ok(folder.canonicalize()?)
     }
 
     /// What is started from now on is the version in this folder.
