@@ -8,7 +8,7 @@ use axum::http::{HeaderName, HeaderValue, Method, Uri, header};
 use tower_http::cors::CorsLayer;
 
 use service_kit::http::REQUEST_ID;
-use service_kit::idempotency::{IDEMPOTENCY_KEY, IDEMPOTENCY_REPLAYED};
+use service_kit::input::key::{IDEMPOTENCY_KEY, IDEMPOTENCY_REPLAYED};
 
 /// Browsers ask again after this long.
 const PREFLIGHT_MAX_AGE: Duration = Duration::from_secs(600);

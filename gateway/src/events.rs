@@ -14,7 +14,7 @@ use serde_json::Value;
 use service_kit::Problem;
 use service_kit::body::{self, Fields};
 use service_kit::metrics::refused;
-use service_kit::problem::ProblemDocument;
+use service_kit::problem::{Code, ProblemDocument};
 use shared_contracts::{OrderId, UserId};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc};
 use tokio::time::{Instant, timeout};
@@ -65,17 +65,11 @@ impl Events {
 
     fn open(&self) -> Result<(Live, OwnedSemaphorePermit), Problem> {
         let Some(live) = self.live.clone() else {
-            let detail = "This gateway was started without NATS_PASSWORD, so it has no live events. Poll instead.";
-            return Err(Problem::new(
-                StatusCode::SERVICE_UNAVAILABLE,
-                "no_live_events",
-                detail,
-            ));
+            return Err(Code::NoLiveEvents.into());
         };
         let place = self.places.clone().try_acquire_owned().map_err(|_| {
             refused(EVENT_STREAMS);
-            let detail = "Too many clients follow events already. Try again soon.";
-            Problem::overloaded(detail)
+            Problem::new(Code::Overloaded).because("Too many clients already follow events.")
         })?;
         Ok((live, place))
     }
@@ -174,11 +168,7 @@ async fn follow_order(
     let after = resume_after(&mut parameters, &headers);
     parameters.finish()?;
     let Ok(order_id) = id.parse::<OrderId>() else {
-        return Err(Problem::new(
-            StatusCode::NOT_FOUND,
-            "order_not_found",
-            "There is no order with this id.",
-        ));
+        return Err(Code::OrderNotFound.into());
     };
     let (live, place) = events.open()?;
     // Listening comes before looking: then no change is between the two.

@@ -5,7 +5,6 @@ use std::time::Duration;
 use anyhow::Context as _;
 use axum::body::Body;
 use axum::extract::Request;
-use axum::http::request::Parts;
 use axum::http::response;
 use axum::http::uri::{Authority, PathAndQuery, Scheme};
 use axum::http::{HeaderMap, HeaderName, Method, Response, StatusCode, Uri, header};
@@ -22,8 +21,9 @@ use tracing::warn;
 
 use service_kit::Problem;
 use service_kit::body;
-use service_kit::http::{REQUEST_ID, unless_it_panics};
-use service_kit::idempotency::{IDEMPOTENCY_KEY, IDEMPOTENCY_REPLAYED, IdempotencyKey};
+use service_kit::http::REQUEST_ID;
+use service_kit::input::key::{self, IDEMPOTENCY_KEY, IDEMPOTENCY_REPLAYED};
+use service_kit::problem::Code;
 use service_kit::server::DRAIN_TIMEOUT;
 
 use crate::limits::{Limits, wait_asked_for};
@@ -71,11 +71,11 @@ pub(crate) enum Service {
 }
 
 impl Service {
-    fn unavailable(self) -> &'static str {
-        match self {
+    pub(crate) fn unavailable(self) -> Problem {
+        Problem::new(Code::ServiceUnavailable).because(match self {
             Self::Orders => "Orders Service temporarily unavailable.",
             Self::Payments => "Payments Service temporarily unavailable.",
-        }
+        })
     }
 }
 
@@ -114,32 +114,21 @@ impl Forwarder {
         Self { shutdown, ..self }
     }
 
-    /// Forwards a request and hands back the answer, whatever it is.
-    pub(crate) async fn forward(
-        self,
-        service: Service,
-        request: Request,
-    ) -> axum::response::Response {
-        let (mut parts, body) = request.into_parts();
-        let key = match key_of(&mut parts) {
-            Ok(key) => key,
-            Err(problem) => return problem.into_response(),
-        };
-        let answered = async {
-            self.answer(service, parts, body, key.as_ref())
-                .await
-                .into_response()
-        };
-        unless_it_panics(key.as_ref(), answered).await
+    /// Forwards a request and returns the response, whatever it is.
+    pub(crate) async fn forward(self, service: Service, request: Request) -> Response<Body> {
+        self.try_forward(service, request).await.into_response()
     }
 
-    async fn answer(
+    async fn try_forward(
         &self,
         service: Service,
-        parts: Parts,
-        body: Body,
-        key: Option<&IdempotencyKey>,
+        request: Request,
     ) -> Result<Response<Body>, Problem> {
+        let (parts, body) = request.into_parts();
+        if parts.method == Method::POST {
+            // A malformed key is rejected here, without a request to the service.
+            key::find(&parts.headers)?;
+        }
         // A GET has nothing to say in a body.
         let body = if parts.method == Method::POST {
             body::read(body).await?
@@ -184,12 +173,12 @@ impl Forwarder {
         };
         match failed {
             Failed::NotReached(error) => {
-                warn!(service = ?service, error, "A service is not reached");
-                Err(Problem::unavailable(service.unavailable()))
+                warn!(service = ?service, error, "A service could not be reached");
+                Err(service.unavailable())
             }
             Failed::Midway(error) => {
-                warn!(service = ?service, error, "A service did not answer to the end");
-                Err(Problem::in_doubt(service.unavailable(), key))
+                warn!(service = ?service, error, "A service did not complete its response");
+                Err(service.unavailable().outcome_unknown())
             }
         }
     }
@@ -254,7 +243,7 @@ impl Forwarder {
     ) -> Result<serde_json::Value, Problem> {
         let path = path
             .parse::<PathAndQuery>()
-            .map_err(|_| Problem::unavailable(service.unavailable()))?;
+            .map_err(|_| service.unavailable())?;
         let mut request = axum::http::Request::new(Full::default());
         *request.uri_mut() = self.uri(service, Some(path));
         *request.headers_mut() = trace;
@@ -282,7 +271,7 @@ impl Forwarder {
         };
         read.await.map_err(|error| {
             warn!(service = ?service, error, "A service did not say what it knows");
-            Problem::unavailable(service.unavailable())
+            service.unavailable()
         })
     }
 
@@ -333,24 +322,6 @@ impl From<hyper_util::client::legacy::Error> for Failed {
             Self::Midway(words)
         }
     }
-}
-
-/// The key of a POST: one of our own where the client sent none, so that there is one to ask again with if the outcome
-/// stays unknown.
-fn key_of(parts: &mut Parts) -> Result<Option<IdempotencyKey>, Problem> {
-    if parts.method != Method::POST {
-        return Ok(None);
-    }
-    let found = IdempotencyKey::find(&parts.headers)?;
-    if found.is_some() {
-        return Ok(found);
-    }
-    let minted = IdempotencyKey::mint();
-    parts.headers.insert(
-        IDEMPOTENCY_KEY,
-        minted.as_str().parse().expect("a UUID is a header value"),
-    );
-    Ok(Some(minted))
 }
 
 fn authority(url: &Uri) -> anyhow::Result<Authority> {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderName, Method, StatusCode, Uri};
+use axum::http::{HeaderMap, HeaderName, Method, Uri};
 use axum::middleware::Next;
 use axum::response::Response;
 use governor::clock::{Clock as _, DefaultClock};
@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use service_kit::Problem;
 use service_kit::metrics::refused;
+use service_kit::problem::Code;
 use service_kit::server::Peer;
 use shared_contracts::UserId;
 
@@ -162,8 +163,7 @@ pub(crate) async fn admit(
     };
     let Ok(_place) = places.try_acquire() else {
         refused("requests");
-        let detail = "More requests came than can be worked on. Nothing was done; send it again, with the same key if it had one.";
-        return Err(Problem::overloaded(detail));
+        return Err(Code::Overloaded.into());
     };
     Ok(next.run(request).await)
 }
@@ -183,9 +183,10 @@ where
         let seconds = u32::try_from(wait.as_millis().div_ceil(1000))
             .unwrap_or(u32::MAX)
             .max(1);
-        let detail =
-            format!("Too many requests {whose}. Nothing was done; send it again in {seconds} s.");
-        Problem::new(StatusCode::TOO_MANY_REQUESTS, "rate_limited", detail).retry_after(seconds)
+        let cause = format!("Too many requests came {whose}, so this one was not executed.");
+        Problem::new(Code::RateLimited)
+            .because(cause)
+            .retry_after(seconds)
     })
 }
 

@@ -7,6 +7,7 @@ use axum::response::{IntoResponse as _, Response};
 use serde_json::{Value, json};
 
 use service_kit::Problem;
+use service_kit::problem::Code;
 
 use crate::forward::{Forwarder, Service, trace_of};
 
@@ -17,7 +18,7 @@ pub(crate) async fn timeline(
     request: Request,
 ) -> Result<Response, Problem> {
     // What is no id is nobody's order, and must not end up in a path.
-    let id: uuid::Uuid = id.parse().map_err(|_| not_found())?;
+    let id: uuid::Uuid = id.parse().map_err(|_| Problem::new(Code::OrderNotFound))?;
     let of_payments = format!("/v1/payments/{id}/timeline");
     let trace = trace_of(request.headers());
     let (orders, payments) = tokio::join!(
@@ -31,20 +32,11 @@ pub(crate) async fn timeline(
         .await
         .ok();
     let whole = whole.and_then(|bytes| serde_json::from_slice::<Value>(&bytes).ok());
-    let mut whole =
-        whole.ok_or_else(|| Problem::unavailable("Orders Service temporarily unavailable."))?;
+    let mut whole = whole.ok_or_else(|| Service::Orders.unavailable())?;
     if let Ok(half) = payments {
         merge(&mut whole, half);
     }
     Ok(Json(whole).into_response())
-}
-
-fn not_found() -> Problem {
-    Problem::new(
-        StatusCode::NOT_FOUND,
-        "order_not_found",
-        "There is no order with this id.",
-    )
 }
 
 /// Puts the steps of both in the order of time. Of one time, those of orders come first, as they do in the flow.

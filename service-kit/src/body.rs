@@ -6,7 +6,7 @@ use std::time::Duration;
 use axum::body::{Body, HttpBody as _};
 use axum::extract::{FromRequest, FromRequestParts, Query, Request};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, header};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
@@ -14,8 +14,10 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
-use crate::http::{BODY_BYTES_MAX, foreign};
-use crate::problem::{FieldError, Problem};
+use crate::problem::{Code, FieldError, Problem};
+
+/// Largest request body.
+pub const BODY_BYTES_MAX: usize = 16 * 1024;
 
 /// A body must be complete within this time. 16 KiB take less on any line.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -26,30 +28,21 @@ pub async fn read(body: Body) -> Result<Bytes, Problem> {
 }
 
 async fn read_within(time: Duration, body: Body) -> Result<Bytes, Problem> {
+    let too_large = || {
+        let cause = format!("The body is larger than {BODY_BYTES_MAX} bytes.");
+        Problem::new(Code::BodyTooLarge).because(cause)
+    };
     // Known before a byte of it has come.
     if body.size_hint().lower() > BODY_BYTES_MAX as u64 {
-        return Err(foreign(StatusCode::PAYLOAD_TOO_LARGE));
+        return Err(too_large());
     }
     match tokio::time::timeout(time, Limited::new(body, BODY_BYTES_MAX).collect()).await {
         Ok(Ok(body)) => Ok(body.to_bytes()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => {
-            Err(foreign(StatusCode::PAYLOAD_TOO_LARGE))
-        }
-        Ok(Err(_)) => {
-            let detail = "The body ended before it was complete, or is not framed as HTTP asks. Send it again.";
-            Err(Problem::new(
-                StatusCode::BAD_REQUEST,
-                "unreadable_body",
-                detail,
-            ))
-        }
+        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
+        Ok(Err(_)) => Err(Problem::new(Code::UnreadableBody)),
         Err(_) => {
-            let detail = format!("The body was not complete within {time:?}. Send it again.");
-            Err(Problem::new(
-                StatusCode::REQUEST_TIMEOUT,
-                "request_timeout",
-                detail,
-            ))
+            let cause = format!("The body was not complete within {time:?}.");
+            Err(Problem::new(Code::RequestTimeout).because(cause))
         }
     }
 }
@@ -75,8 +68,7 @@ impl Fields {
     /// Reads a body. Text that is no JSON is a 400, JSON that is no object a 422.
     pub fn parse(body: &[u8]) -> Result<Self, Problem> {
         let malformed = |error| {
-            let detail = format!("The body is not JSON: {error}. Send one JSON object.");
-            Problem::new(StatusCode::BAD_REQUEST, "malformed_json", detail)
+            Problem::new(Code::MalformedJson).because(format!("The body is not JSON: {error}."))
         };
         let whole: &RawValue = serde_json::from_slice(body).map_err(malformed)?;
         if !whole.get().starts_with('{') {
@@ -262,7 +254,7 @@ impl<S: Send + Sync> FromRequestParts<S> for NoParameters {
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
         let query = Query::<Vec<(String, String)>>::try_from_uri(&parts.uri)
-            .map_err(|_| foreign(StatusCode::BAD_REQUEST))?;
+            .map_err(|_| Problem::new(Code::BadRequest))?;
         Fields::from_query(&query).finish().map(|()| Self)
     }
 }
@@ -272,11 +264,7 @@ impl<S: Send + Sync> FromRequest<S> for Fields {
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
         if !is_plain_json(request.headers()) {
-            return Err(Problem::new(
-                StatusCode::UNSUPPORTED_MEDIA_TYPE,
-                "unsupported_media_type",
-                "Send the body as JSON in UTF-8, not compressed, with the header Content-Type: application/json.",
-            ));
+            return Err(Problem::new(Code::UnsupportedMediaType));
         }
         Self::parse(&read(request.into_body()).await?)
     }
@@ -349,11 +337,13 @@ impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {
 
 #[cfg(test)]
 mod tests {
+    use axum::http::StatusCode;
+
     use super::*;
 
     fn pointers(problem: Problem) -> Vec<String> {
         problem
-            .into_document("id")
+            .into_document("id", None)
             .errors
             .into_iter()
             .map(|error| error.pointer)
@@ -435,10 +425,13 @@ mod tests {
                 fields.required("amount", |value| integer(value, "must be an integer")),
                 None
             );
-            let document = fields.finish().unwrap_err().into_document("id");
+            let document = fields.finish().unwrap_err().into_document("id", None);
             assert_eq!(
                 (document.status, document.detail.as_str()),
-                (422, "/amount must be an integer."),
+                (
+                    422,
+                    "/amount must be an integer. Correct the parts that errors names, and send the request again."
+                ),
                 "{number}"
             );
             let alone = Fields::parse(number.as_bytes()).unwrap_err();
@@ -461,7 +454,7 @@ mod tests {
             fields.required("user_id", |value| text(value).map(str::to_owned)),
             None
         );
-        let document = fields.finish().unwrap_err().into_document("id");
+        let document = fields.finish().unwrap_err().into_document("id", None);
         let errors: Vec<_> = document
             .errors
             .iter()
@@ -483,7 +476,7 @@ mod tests {
     #[test]
     fn a_field_or_parameter_without_a_name_is_not_mistaken_for_the_body() {
         let told = |fields: Fields| {
-            let document = fields.finish().unwrap_err().into_document("id");
+            let document = fields.finish().unwrap_err().into_document("id", None);
             (document.errors[0].pointer.clone(), document.detail)
         };
         let field = told(Fields::parse(br#"{"": 1}"#).unwrap());
@@ -491,7 +484,7 @@ mod tests {
             field,
             (
                 "/".to_owned(),
-                "The field \"\" is not known here.".to_owned()
+                "The field \"\" is not known here. Correct the parts that errors names, and send the request again.".to_owned()
             )
         );
         let twice = told(Fields::parse(br#"{"": 1, "": 2}"#).unwrap());
@@ -501,18 +494,21 @@ mod tests {
             parameter,
             (
                 String::new(),
-                "The parameter \"\" is not known here.".to_owned()
+                "The parameter \"\" is not known here. Correct the parts that errors names, and send the request again.".to_owned()
             )
         );
         let parameter = told(Fields::from_query(&[("/".to_owned(), "1".to_owned())]));
         assert_eq!(
             parameter,
-            ("/".to_owned(), "/ is not known here.".to_owned())
+            ("/".to_owned(), "/ is not known here. Correct the parts that errors names, and send the request again.".to_owned())
         );
-        let body = Fields::parse(b"[]").unwrap_err().into_document("id");
+        let body = Fields::parse(b"[]").unwrap_err().into_document("id", None);
         assert_eq!(
             (body.errors[0].pointer.as_str(), body.detail.as_str()),
-            ("", "The body must be a JSON object.")
+            (
+                "",
+                "The body must be a JSON object. Correct the parts that errors names, and send the request again."
+            )
         );
     }
 
@@ -563,7 +559,10 @@ mod tests {
             let refused = read_within(Duration::from_millis(10), body)
                 .await
                 .unwrap_err();
-            (refused.status().as_u16(), refused.into_document("id").code)
+            (
+                refused.status().as_u16(),
+                refused.into_document("id", None).code,
+            )
         };
         let chunks = |chunk: Result<Bytes, std::io::Error>, times| {
             Body::from_stream(futures_util::stream::iter((0..times).map(
@@ -573,7 +572,7 @@ mod tests {
                 },
             )))
         };
-        let too_large = (413, "body_too_large".to_owned());
+        let too_large = (413, Code::BodyTooLarge);
         assert_eq!(
             code(Body::from(vec![b' '; BODY_BYTES_MAX + 1])).await,
             too_large
@@ -588,10 +587,10 @@ mod tests {
             "no length announced"
         );
         let cut_off = chunks(Err(std::io::ErrorKind::UnexpectedEof.into()), 1);
-        assert_eq!(code(cut_off).await, (400, "unreadable_body".to_owned()));
+        assert_eq!(code(cut_off).await, (400, Code::UnreadableBody));
         let silent =
             Body::from_stream(futures_util::stream::pending::<Result<Bytes, std::io::Error>>());
-        assert_eq!(code(silent).await, (408, "request_timeout".to_owned()));
+        assert_eq!(code(silent).await, (408, Code::RequestTimeout));
     }
 
     #[test]

@@ -7,6 +7,7 @@ pub mod health;
 pub mod healthcheck;
 pub mod http;
 pub mod idempotency;
+pub mod input;
 pub mod metrics;
 pub mod openapi;
 pub mod problem;

@@ -11,7 +11,6 @@ use service_kit::problem::ProblemDocument;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::error::problem;
 use crate::entity;
 use crate::error::Error;
 use crate::order::{self, Settled};
@@ -45,12 +44,10 @@ pub(super) async fn flow(
     _: NoParameters,
 ) -> Result<Json<FlowBody>, Problem> {
     let read = || desk::flow(&state.db, &state.broker, &topology::ORDERS_PAYMENT_SETTLED);
-    let flow = db::read(read)
-        .await
-        .map_err(|error| problem(error.into(), None))?;
+    let flow = db::read(read).await.map_err(Error::from)?;
     let new = db::read(|| entity::order::new(&state.db))
         .await
-        .map_err(|error| problem(error.into(), None))?;
+        .map_err(Error::from)?;
     Ok(Json(FlowBody {
         flow,
         new_orders: new.number,
@@ -84,7 +81,7 @@ pub(super) async fn dead_letters(
     parameters.finish()?;
     let (before, limit) = (before.flatten(), limit.unwrap_or(body::LIMIT_DEFAULT));
     let page = db::read(|| desk::dead_letters(&state.db, before, limit as u64)).await;
-    Ok(Json(page.map_err(|error| problem(error.into(), None))?))
+    Ok(Json(page.map_err(Error::from)?))
 }
 
 /// Apply a message again
@@ -115,9 +112,7 @@ pub(super) async fn replay(
     let mut parameters = Fields::from_query(&query);
     let dry_run = parameters.optional("dry_run", false, body::switch);
     parameters.finish()?;
-    let id: Uuid = id
-        .parse()
-        .map_err(|_| problem(Error::DeadLetterNotFound, None))?;
+    let id: Uuid = id.parse().map_err(|_| Error::DeadLetterNotFound)?;
     let dry_run = dry_run.unwrap_or_default();
     let replayed = desk::replay(
         &state.db,
@@ -129,8 +124,8 @@ pub(super) async fn replay(
     )
     .await;
     let (replay, effect) = replayed
-        .map_err(|error| problem(error.into(), None))?
-        .ok_or_else(|| problem(Error::DeadLetterNotFound, None))?;
+        .map_err(Error::from)?
+        .ok_or(Error::DeadLetterNotFound)?;
     if let Some(effect) = effect {
         (state.committed)(effect);
     }

@@ -16,11 +16,11 @@ use uuid::Uuid;
 use messaging::db;
 use service_kit::Problem;
 use service_kit::body::{self, Fields, NoParameters};
-use service_kit::idempotency::{IdempotencyKey, created};
+use service_kit::idempotency::IdempotencyKey;
+use service_kit::input::key::created;
 use service_kit::problem::ProblemDocument;
 use shared_contracts::{Amount, EventId, InvalidAmount, OrderId, UserId};
 
-use super::error::problem;
 use crate::entity::order::{Filter, Model, Status};
 use crate::error::Error;
 use crate::order::{self, NewOrder};
@@ -172,11 +172,7 @@ pub(super) async fn create_order(
             .get("traceparent")
             .and_then(|value| traceparent(value.to_str().ok()?)),
     };
-    let placed = state
-        .intake
-        .place(new)
-        .await
-        .map_err(|error| problem(error, Some(&key)))?;
+    let placed = state.intake.place(new).await?;
 
     // As it was when it was placed: the first answer, byte for byte.
     let location = format!("/v1/orders/{}", placed.order.id);
@@ -222,16 +218,10 @@ pub(super) async fn get_order(
     let mut parameters = Fields::from_query(&query);
     let wait = parameters.optional("wait", 0, |value| body::number(value, 0..=WAIT_SECONDS_MAX));
     parameters.finish()?;
-    let id: OrderId = id
-        .parse()
-        .map_err(|_| problem(Error::OrderNotFound, None))?;
+    let id: OrderId = id.parse().map_err(|_| Error::OrderNotFound)?;
 
     let waiter = state.waiting.register(id.as_uuid());
-    let find = async || {
-        order::find(&state.db, id)
-            .await
-            .map_err(|error| problem(error, None))
-    };
+    let find = async || order::find(&state.db, id).await;
     let order = find().await?;
     let seconds = wait.unwrap_or_default();
     if order.status != Status::New || seconds == 0 {
@@ -280,9 +270,7 @@ pub(super) async fn list_orders(
         before: before.flatten(),
     };
     let limit = limit.unwrap_or(body::LIMIT_DEFAULT);
-    let (orders, more) = order::list(&state.db, filter, limit)
-        .await
-        .map_err(|error| problem(error, None))?;
+    let (orders, more) = order::list(&state.db, filter, limit).await?;
     let next_cursor = orders
         .last()
         .filter(|_| more)

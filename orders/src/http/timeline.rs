@@ -8,7 +8,6 @@ use service_kit::body::NoParameters;
 use service_kit::problem::ProblemDocument;
 use shared_contracts::OrderId;
 
-use super::error::problem;
 use crate::error::Error;
 use crate::timeline;
 
@@ -35,12 +34,6 @@ pub(super) async fn get_timeline(
     Path(id): Path<String>,
     _: NoParameters,
 ) -> Result<Json<Timeline>, Problem> {
-    let id: OrderId = id
-        .parse()
-        .map_err(|_| problem(Error::OrderNotFound, None))?;
-    Ok(Json(
-        timeline::of_order(&state.db, id)
-            .await
-            .map_err(|error| problem(error, None))?,
-    ))
+    let id: OrderId = id.parse().map_err(|_| Error::OrderNotFound)?;
+    Ok(Json(timeline::of_order(&state.db, id).await?))
 }

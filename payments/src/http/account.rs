@@ -10,11 +10,11 @@ use utoipa::ToSchema;
 use messaging::db;
 use service_kit::Problem;
 use service_kit::body::{self, Fields, NoParameters};
-use service_kit::idempotency::{IdempotencyKey, created};
+use service_kit::idempotency::IdempotencyKey;
+use service_kit::input::key::created;
 use service_kit::problem::ProblemDocument;
 use shared_contracts::UserId;
 
-use super::error::problem;
 use crate::account::{self, NewAccount};
 use crate::error::Error;
 
@@ -90,9 +90,7 @@ pub(super) async fn create_account(
         idempotency_key: key.as_str().to_owned(),
         created_at: db::now(),
     };
-    let (opened, delivery) = account::open(&state.db, &new)
-        .await
-        .map_err(|error| problem(error, Some(&key)))?;
+    let (opened, delivery) = account::open(&state.db, &new).await?;
     // As it was when it was opened: the first answer, byte for byte.
     let body = AccountBody {
         user_id: opened.user_id,
@@ -123,9 +121,7 @@ pub(super) async fn get_account(
     _: NoParameters,
 ) -> Result<Json<AccountBody>, Problem> {
     let user_id = path_user_id(user_id)?;
-    let found = account::find(&state.db, &user_id)
-        .await
-        .map_err(|error| problem(error, None))?;
+    let found = account::find(&state.db, &user_id).await?;
     Ok(Json(AccountBody {
         user_id: found.user_id,
         balance: found.balance,
@@ -139,6 +135,6 @@ fn user_id(value: &serde_json::Value) -> Result<UserId, String> {
 }
 
 /// What is no user id names no account.
-pub(super) fn path_user_id(text: String) -> Result<UserId, Problem> {
-    UserId::parse(text).map_err(|_| problem(Error::AccountNotFound, None))
+pub(super) fn path_user_id(text: String) -> Result<UserId, Error> {
+    UserId::parse(text).map_err(|_| Error::AccountNotFound)
 }

@@ -10,12 +10,12 @@ use uuid::Uuid;
 use messaging::db;
 use service_kit::Problem;
 use service_kit::body::{self, Fields, NoParameters};
-use service_kit::idempotency::{IdempotencyKey, created};
+use service_kit::idempotency::IdempotencyKey;
+use service_kit::input::key::created;
 use service_kit::problem::ProblemDocument;
 use shared_contracts::{Amount, InvalidAmount};
 
 use super::account::path_user_id;
-use super::error::problem;
 use crate::account::{self, NewDeposit};
 
 /// Money that was added to an account.
@@ -94,9 +94,7 @@ pub(super) async fn create_deposit(
         idempotency_key: key.as_str().to_owned(),
         created_at: db::now(),
     };
-    let (deposit, delivery) = account::top_up(&state.db, &new)
-        .await
-        .map_err(|error| problem(error, Some(&key)))?;
+    let (deposit, delivery) = account::top_up(&state.db, &new).await?;
     let body = DepositBody {
         transfer_id: deposit.id,
         user_id: deposit.user_id,

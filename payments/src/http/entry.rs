@@ -12,7 +12,6 @@ use service_kit::body::{self, Fields};
 use service_kit::problem::ProblemDocument;
 
 use super::account::path_user_id;
-use super::error::problem;
 use crate::account;
 use crate::entity::transfer::{KIND_DEPOSIT, Model};
 
@@ -103,7 +102,7 @@ pub(super) async fn list_entries(
     let user_id = path_user_id(user_id)?;
     let limit = limit.unwrap_or(body::LIMIT_DEFAULT);
     let statement = account::statement(&state.db, &user_id, before.flatten(), limit);
-    let (entries, more) = statement.await.map_err(|error| problem(error, None))?;
+    let (entries, more) = statement.await?;
     let next_cursor = entries
         .last()
         .filter(|_| more)

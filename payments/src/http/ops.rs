@@ -9,7 +9,6 @@ use service_kit::body::{self, Fields, NoParameters};
 use service_kit::problem::ProblemDocument;
 use uuid::Uuid;
 
-use super::error::problem;
 use crate::charge::{self, Charged};
 use crate::error::Error;
 
@@ -30,9 +29,7 @@ pub(super) async fn flow(
     _: NoParameters,
 ) -> Result<Json<Flow>, Problem> {
     let read = || desk::flow(&state.db, &state.broker, &topology::PAYMENTS_ORDER_PLACED);
-    let flow = db::read(read)
-        .await
-        .map_err(|error| problem(error.into(), None))?;
+    let flow = db::read(read).await.map_err(Error::from)?;
     Ok(Json(flow))
 }
 
@@ -62,7 +59,7 @@ pub(super) async fn dead_letters(
     parameters.finish()?;
     let (before, limit) = (before.flatten(), limit.unwrap_or(body::LIMIT_DEFAULT));
     let page = db::read(|| desk::dead_letters(&state.db, before, limit as u64)).await;
-    Ok(Json(page.map_err(|error| problem(error.into(), None))?))
+    Ok(Json(page.map_err(Error::from)?))
 }
 
 /// Apply a message again
@@ -93,9 +90,7 @@ pub(super) async fn replay(
     let mut parameters = Fields::from_query(&query);
     let dry_run = parameters.optional("dry_run", false, body::switch);
     parameters.finish()?;
-    let id: Uuid = id
-        .parse()
-        .map_err(|_| problem(Error::DeadLetterNotFound, None))?;
+    let id: Uuid = id.parse().map_err(|_| Error::DeadLetterNotFound)?;
     let dry_run = dry_run.unwrap_or_default();
     let replayed = desk::replay(
         &state.db,
@@ -107,8 +102,8 @@ pub(super) async fn replay(
     )
     .await;
     let (replay, effect) = replayed
-        .map_err(|error| problem(error.into(), None))?
-        .ok_or_else(|| problem(Error::DeadLetterNotFound, None))?;
+        .map_err(Error::from)?
+        .ok_or(Error::DeadLetterNotFound)?;
     if let Some(effect) = effect {
         (state.committed)(effect);
     }

@@ -8,7 +8,6 @@ use service_kit::body::NoParameters;
 use service_kit::problem::ProblemDocument;
 use shared_contracts::OrderId;
 
-use super::error::problem;
 use crate::error::Error;
 use crate::timeline;
 
@@ -33,11 +32,7 @@ pub(super) async fn get_timeline(
     Path(order_id): Path<String>,
     _: NoParameters,
 ) -> Result<Json<Timeline>, Problem> {
-    let order_id: OrderId = order_id
-        .parse()
-        .map_err(|_| problem(Error::OrderNotFound, None))?;
+    let order_id: OrderId = order_id.parse().map_err(|_| Error::OrderNotFound)?;
     let timeline = timeline::of_order(&state.db, order_id).await;
-    Ok(Json(
-        timeline.map_err(|error| problem(Error::Database(error), None))?,
-    ))
+    Ok(Json(timeline.map_err(Error::from)?))
 }

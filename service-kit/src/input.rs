@@ -1,0 +1,3 @@
+//! Extractors: what a request carries, checked before a handler sees it.
+
+pub mod key;

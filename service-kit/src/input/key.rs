@@ -1,0 +1,50 @@
+//! The `Idempotency-Key` header.
+
+use axum::Json;
+use axum::extract::FromRequestParts;
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use axum::response::{IntoResponse as _, Response};
+use serde::Serialize;
+
+use crate::idempotency::{Execution, IdempotencyKey};
+use crate::problem::{Code, Problem};
+
+pub const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+/// `true` on a response that was given before.
+pub const IDEMPOTENCY_REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
+
+/// The key in the headers of a request, if there is one.
+pub fn find(headers: &HeaderMap) -> Result<Option<IdempotencyKey>, Problem> {
+    let mut values = headers.get_all(IDEMPOTENCY_KEY).iter();
+    match (values.next(), values.next()) {
+        (None, _) => Ok(None),
+        (Some(value), None) => value
+            .to_str()
+            .ok()
+            .and_then(IdempotencyKey::parse)
+            .map(Some)
+            .ok_or_else(|| Problem::new(Code::IdempotencyKeyMalformed)),
+        (Some(_), Some(_)) => Err(Problem::new(Code::IdempotencyKeyMalformed)),
+    }
+}
+
+/// The outermost layer ([`crate::http::edge`]) has added a key to a POST without one, so that a problem can name it.
+impl<S: Send + Sync> FromRequestParts<S> for IdempotencyKey {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+        Ok(find(&parts.headers)?.unwrap_or_else(Self::mint))
+    }
+}
+
+/// 201 with `body`, marked if it repeats an earlier response.
+pub fn created(execution: Execution, body: impl Serialize) -> Response {
+    let mut response = (StatusCode::CREATED, Json(body)).into_response();
+    if execution == Execution::Replayed {
+        response
+            .headers_mut()
+            .insert(IDEMPOTENCY_REPLAYED, HeaderValue::from_static("true"));
+    }
+    response
+}
