@@ -5,10 +5,11 @@ use std::fmt;
 use std::str::FromStr;
 
 use async_nats::HeaderMap;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use shared_contracts::{
     DeclineReason, Event, OrderCancelled, OrderFinished, OrderId, OrderPlaced, UserId, header,
+    timestamp,
 };
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -65,24 +66,29 @@ pub(crate) fn position(sequence: u64, headers: Option<&HeaderMap>) -> Position {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[schema(as = OrderChange, example = json!({"order_id": "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11", "user_id": "alice", "amount": 1299, "status": "FINISHED", "reason": null, "at": "2026-11-21T10:00:00.123456Z"}))]
 pub(crate) struct Change {
-    /// Which order.
     #[schema(value_type = Uuid)]
     pub(crate) order_id: OrderId,
-    /// Whose.
-    #[schema(value_type = String)]
     pub(crate) user_id: UserId,
     /// Minor units.
     pub(crate) amount: i64,
-    /// NEW, FINISHED or CANCELLED.
-    #[schema(value_type = String)]
-    pub(crate) status: &'static str,
-    /// Why it was cancelled.
-    #[schema(required = true, value_type = Option<String>)]
+    pub(crate) status: Status,
+    /// Why it was cancelled; null if it was not.
+    #[schema(required = true)]
     pub(crate) reason: Option<DeclineReason>,
     /// Since when.
-    #[serde(with = "time::serde::rfc3339")]
+    #[serde(serialize_with = "timestamp::serialize")]
     #[schema(value_type = String, format = DateTime)]
     pub(crate) at: OffsetDateTime,
+}
+
+/// Described in the document of orders.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "UPPERCASE")]
+#[schema(as = OrderStatus)]
+pub(crate) enum Status {
+    New,
+    Finished,
+    Cancelled,
 }
 
 impl Change {
@@ -107,7 +113,7 @@ impl Change {
                 order_id,
                 user_id,
                 amount: amount.minor_units(),
-                status: "NEW",
+                status: Status::New,
                 reason: None,
                 at,
             });
@@ -122,7 +128,7 @@ impl Change {
                 order_id,
                 user_id,
                 amount: amount.minor_units(),
-                status: "FINISHED",
+                status: Status::Finished,
                 reason: None,
                 at,
             });
@@ -139,7 +145,7 @@ impl Change {
                 order_id,
                 user_id,
                 amount,
-                status: "CANCELLED",
+                status: Status::Cancelled,
                 reason: Some(reason),
                 at,
             });
@@ -154,16 +160,14 @@ impl Change {
             order_id: text("id")?.parse().ok()?,
             user_id: UserId::parse(text("user_id")?).ok()?,
             amount: order.get("amount")?.as_i64()?,
-            status: ["NEW", "FINISHED", "CANCELLED"]
-                .into_iter()
-                .find(|status| text("status") == Some(status))?,
+            status: Status::deserialize(order.get("status")?).ok()?,
             reason: text("reason").and_then(DeclineReason::parse),
             at: OffsetDateTime::parse(text("updated_at")?, &Rfc3339).ok()?,
         })
     }
 
     pub(crate) fn is_final(&self) -> bool {
-        self.status != "NEW"
+        self.status != Status::New
     }
 }
 
@@ -242,14 +246,17 @@ mod tests {
             Change::read(Some(&headers), body, stored_at).map(|change| change.status)
         };
         let at = "2026-11-21T10:00:00Z";
-        assert_eq!(read(headers(OrderPlaced::TYPE, at, None)), Some("NEW"));
+        assert_eq!(
+            read(headers(OrderPlaced::TYPE, at, None)),
+            Some(Status::New)
+        );
         assert_eq!(
             read(headers(OrderFinished::TYPE, at, None)),
-            Some("FINISHED")
+            Some(Status::Finished)
         );
         assert_eq!(
             read(headers(OrderCancelled::TYPE, at, None)),
-            Some("CANCELLED")
+            Some(Status::Cancelled)
         );
         assert_eq!(
             read(headers(OrderPlaced::TYPE, at, Some("1"))),
@@ -263,7 +270,7 @@ mod tests {
         );
         assert_eq!(
             read(headers(OrderFinished::TYPE, "2026-11-21T08:00:00Z", None)),
-            Some("FINISHED")
+            Some(Status::Finished)
         );
         assert_eq!(read(headers("gozon.order.placed.v2", at, None)), None);
         assert_eq!(

@@ -4,21 +4,23 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::{Path, Query, State};
+use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::sse::{Event, Sse};
 use axum::response::{IntoResponse as _, Response};
 use futures_util::stream;
 use http_body_util::BodyExt as _;
+use serde::Deserialize;
 use serde_json::Value;
 use service_kit::Problem;
-use service_kit::body::{self, Fields};
+use service_kit::input::ValidatedQuery;
 use service_kit::metrics::refused;
 use service_kit::problem::{Code, ProblemDocument};
 use shared_contracts::{OrderId, UserId};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
+use utoipa::{IntoParams, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -75,15 +77,60 @@ impl Events {
     }
 }
 
+/// The data of an event is described for readers of the document; the document can only call the stream a text.
+#[derive(OpenApi)]
+#[openapi(components(schemas(Change)))]
+struct Document;
+
+fn example() -> &'static str {
+    "id: 7.01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11\nevent: order\ndata: {\"order_id\":\"01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11\",\
+     \"user_id\":\"alice\",\"amount\":700,\"status\":\"FINISHED\",\"reason\":null,\"at\":\"2026-11-21T10:00:00.123456Z\"}\n\n"
+}
+
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+struct FollowOrdersQuery {
+    /// Only this user's; without it, all users'
+    #[param(inline, nullable = false)]
+    user_id: Option<UserId>,
+    /// As the header Last-Event-ID, for clients that cannot set it; the header counts more
+    #[param(value_type = Option<String>, nullable = false)]
+    last_event_id: Option<LastEventId>,
+}
+
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+struct FollowOrderQuery {
+    /// As the header Last-Event-ID, for clients that cannot set it; the header counts more
+    #[param(value_type = Option<String>, nullable = false)]
+    last_event_id: Option<LastEventId>,
+}
+
+/// Empty before the first event, as browsers have it.
+#[derive(Deserialize)]
+#[serde(try_from = "String")]
+struct LastEventId(Option<Position>);
+
+impl TryFrom<String> for LastEventId {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        match text.as_str() {
+            "" => Ok(Self(None)),
+            id => id.parse().map(|position| Self(Some(position))),
+        }
+    }
+}
+
 pub(crate) fn api() -> OpenApiRouter<Events> {
-    OpenApiRouter::new()
+    OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(follow_orders))
         .routes(routes!(follow_order))
 }
 
 /// Follow orders as they change
 ///
-/// Server-sent events. `order`: an order is now NEW, FINISHED or CANCELLED. `reset`: events may be missing; read the orders
+/// Server-sent events. `order`, with an OrderChange as its data: an order is now NEW, FINISHED or CANCELLED. `reset`: events may be missing; read the orders
 /// afresh, it goes on from here. Ids are opaque; send the last one as Last-Event-ID, to this gateway or another, to go on
 /// after it (browsers do so by themselves). Comments keep the connection alive. A status never goes backwards here, but an
 /// event may tell of a time before the list that you have read: what you know as final is final.
@@ -93,36 +140,24 @@ pub(crate) fn api() -> OpenApiRouter<Events> {
     operation_id = "followOrders",
     tag = "orders",
     params(
-        ("user_id" = Option<String>, Query, description = "Only this user's; without it, all users'"),
-        ("Last-Event-ID" = Option<String>, Header, description = "Go on after this event"),
-        ("last_event_id" = Option<String>, Query, description = "The same, for clients that cannot set the header; the header counts more"),
+        FollowOrdersQuery,
+        ("Last-Event-ID" = Option<String>, Header, description = "Go on after this event", nullable = false),
     ),
     responses(
-        (status = 200, description = "Events, until one side closes the connection", body = Change, content_type = "text/event-stream"),
+        (status = 200, description = "Events, until one side closes the connection", body = String, content_type = "text/event-stream", example = example),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 503, description = "Too many follow already, or live events are switched off", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 async fn follow_orders(
     State(events): State<Events>,
-    Query(query): Query<Vec<(String, String)>>,
+    ValidatedQuery(query): ValidatedQuery<FollowOrdersQuery>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let mut parameters = Fields::from_query(&query);
-    let user_id = parameters.optional("user_id", None, |value| {
-        UserId::parse(body::text(value)?)
-            .map(Some)
-            .map_err(|error| error.to_string())
-    });
-    let after = resume_after(&mut parameters, &headers);
-    parameters.finish()?;
     let (live, place) = events.open()?;
     let (news, head) = live.subscribe();
-    let filter = match user_id.flatten() {
-        Some(user_id) => Filter::User(user_id),
-        None => Filter::All,
-    };
-    let after = after.flatten().unwrap_or(After::Now);
+    let filter = query.user_id.map_or(Filter::All, Filter::User);
+    let after = resume_after(query.last_event_id, &headers).unwrap_or(After::Now);
     Ok(respond(
         Session {
             live,
@@ -148,11 +183,11 @@ async fn follow_orders(
     tag = "orders",
     params(
         ("id" = Uuid, Path, description = "Which order"),
-        ("Last-Event-ID" = Option<String>, Header, description = "Go on after this event"),
-        ("last_event_id" = Option<String>, Query, description = "The same, for clients that cannot set the header; the header counts more"),
+        FollowOrderQuery,
+        ("Last-Event-ID" = Option<String>, Header, description = "Go on after this event", nullable = false),
     ),
     responses(
-        (status = 200, description = "Events, until one side closes the connection", body = Change, content_type = "text/event-stream"),
+        (status = 200, description = "Events, until one side closes the connection", body = String, content_type = "text/event-stream", example = example),
         (status = 404, description = "There is no such order", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 503, description = "Too many follow already, or live events are switched off", body = ProblemDocument, content_type = "application/problem+json"),
@@ -161,12 +196,9 @@ async fn follow_orders(
 async fn follow_order(
     State(events): State<Events>,
     Path(id): Path<String>,
-    Query(query): Query<Vec<(String, String)>>,
+    ValidatedQuery(query): ValidatedQuery<FollowOrderQuery>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let mut parameters = Fields::from_query(&query);
-    let after = resume_after(&mut parameters, &headers);
-    parameters.finish()?;
     let Ok(order_id) = id.parse::<OrderId>() else {
         return Err(Code::OrderNotFound.into());
     };
@@ -178,7 +210,7 @@ async fn follow_order(
         Ok(found) => found,
         Err(refusal) => return Ok(refusal),
     };
-    let after = match (after.flatten(), &opening) {
+    let after = match (resume_after(query.last_event_id, &headers), &opening) {
         (Some(after), _) => after,
         (None, Some(_)) => After::Now,
         (None, None) => After::Unknown,
@@ -208,24 +240,20 @@ enum After {
     Unknown,
 }
 
-/// What a browser sends by itself is newer than what stands in the URL.
-fn resume_after(parameters: &mut Fields, headers: &HeaderMap) -> Option<Option<After>> {
-    let in_query = parameters.optional("last_event_id", None, |value| match body::text(value)? {
-        "" => Ok(None),
-        id => Ok(Some(After::Event(id.parse().map_err(str::to_owned)?))),
-    });
-    let in_header = headers
+/// The header counts more than the parameter: a browser sends the header by itself, so it is newer than the URL.
+fn resume_after(parameter: Option<LastEventId>, headers: &HeaderMap) -> Option<After> {
+    let header = headers
         .get(LAST_EVENT_ID)
         .map(HeaderValue::to_str)
         .filter(|value| !matches!(value, Ok("")));
-    match in_header {
-        // Of another server, perhaps. A browser that is refused gives up for ever.
-        Some(id) => Some(Some(
+    match header {
+        // An id that is not ours is not refused: a browser would give up for good.
+        Some(id) => Some(
             id.ok()
                 .and_then(|id| id.parse().ok())
                 .map_or(After::Unknown, After::Event),
-        )),
-        None => in_query,
+        ),
+        None => parameter.and_then(|LastEventId(position)| position.map(After::Event)),
     }
 }
 

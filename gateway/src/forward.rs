@@ -20,8 +20,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use service_kit::Problem;
-use service_kit::body;
 use service_kit::http::REQUEST_ID;
+use service_kit::input;
 use service_kit::input::key::{self, IDEMPOTENCY_KEY, IDEMPOTENCY_REPLAYED};
 use service_kit::problem::Code;
 use service_kit::server::DRAIN_TIMEOUT;
@@ -131,7 +131,7 @@ impl Forwarder {
         }
         // A GET has nothing to say in a body.
         let body = if parts.method == Method::POST {
-            body::read(body).await?
+            input::read(body).await?
         } else {
             Bytes::new()
         };

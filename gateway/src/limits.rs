@@ -190,15 +190,11 @@ where
     })
 }
 
-/// A parameter of a URL, as the services read it.
-pub(crate) fn parameter(uri: &Uri, name: &str) -> Option<String> {
-    let mut pairs = uri
-        .query()?
-        .split('&')
-        .filter_map(|pair| pair.split_once('='));
-    pairs
-        .find(|(found, _)| decoded(found) == name)
-        .map(|(_, value)| decoded(value))
+/// The first parameter with this name.
+fn parameter(uri: &Uri, name: &str) -> Option<String> {
+    form_urlencoded::parse(uri.query()?.as_bytes())
+        .find(|(found, _)| found == name)
+        .map(|(_, value)| value.into_owned())
 }
 
 fn decoded(text: &str) -> String {

@@ -9,6 +9,7 @@ use axum::response::{IntoResponse as _, Response};
 use http_body_util::BodyExt as _;
 use serde::Serialize;
 use serde_json::Value;
+use service_kit::input::{PageLimit, PageQuery, ValidatedQuery};
 use service_kit::problem::ProblemDocument;
 use utoipa::ToSchema;
 use utoipa::openapi::Ref;
@@ -20,7 +21,6 @@ use utoipa_axum::routes;
 
 use crate::forward::{Forwarder, Service};
 
-const LIMIT_DEFAULT: usize = 20;
 const SERVICES: [(Service, &str); 2] =
     [(Service::Orders, "orders"), (Service::Payments, "payments")];
 
@@ -91,21 +91,6 @@ fn dead_letters_of_both() -> Array {
         .build()
 }
 
-/// What applying a message again did, or would do.
-#[derive(Serialize, ToSchema)]
-#[schema(as = ReplayResult)]
-struct ReplayBody {
-    /// Which dead letter.
-    #[schema(value_type = Uuid)]
-    id: String,
-    /// Whether all was rolled back.
-    dry_run: bool,
-    /// `applied`, `nothing_to_do` (it was applied meanwhile), `poison` or `quarantine` (it is refused as before).
-    outcome: String,
-    /// What happened, in words.
-    detail: String,
-}
-
 /// How the flow goes
 ///
 /// What waits in each service, for how long, and what its consumer has not done yet.
@@ -147,24 +132,22 @@ async fn flow(State(forwarder): State<Forwarder>, request: Parts) -> Response {
     path = "/v1/ops/dead-letters",
     operation_id = "listDeadLetters",
     tag = "operators",
-    params(
-        ("limit" = Option<u64>, Query, description = "At most so many; 20 if absent", minimum = 1, maximum = 100),
-        ("cursor" = Option<String>, Query, description = "next_cursor of the page before", pattern = "^[0-9a-f]{32}$", nullable = false),
-    ),
+    params(PageQuery),
     responses(
         (status = 200, description = "A page", body = DeadLettersBody),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
-async fn dead_letters(State(forwarder): State<Forwarder>, request: Parts) -> Response {
+async fn dead_letters(
+    State(forwarder): State<Forwarder>,
+    ValidatedQuery(query): ValidatedQuery<PageQuery>,
+    request: Parts,
+) -> Response {
     let both = match ask_both(&forwarder, &request).await {
         Ok(both) => both,
         Err(refusal) => return refusal,
     };
-    // Checked by the services already.
-    let limit = crate::limits::parameter(&request.uri, "limit")
-        .and_then(|limit| limit.parse().ok())
-        .unwrap_or(LIMIT_DEFAULT);
+    let limit = PageLimit::or_default(query.limit);
     Json(merge(both, limit)).into_response()
 }
 
@@ -212,7 +195,7 @@ fn merge(both: Both, limit: usize) -> DeadLettersBody {
         ("dry_run" = Option<bool>, Query, description = "Only say what would happen"),
     ),
     responses(
-        (status = 200, description = "What happened, or would happen", body = ReplayBody),
+        (status = 200, description = "What happened, or would happen", body = ref("#/components/schemas/Replay")),
         (status = 404, description = "There is no such dead letter", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
     )

@@ -1,7 +1,6 @@
 //! What every binary of the system needs and that knows no domain word: logging, shutdown, health, configuration
 //! pieces, and an HTTP edge that answers every error as a problem document (RFC 9457).
 
-pub mod body;
 pub mod config;
 pub mod health;
 pub mod healthcheck;

@@ -101,9 +101,8 @@ impl Problem {
     /// The request was understood, but parts of it are not acceptable.
     pub fn validation(errors: Vec<FieldError>) -> Self {
         let cause = match errors.as_slice() {
-            // A part without a name is named in words.
-            [one] if one.detail.starts_with("the ") => capitalised(format!("{}.", one.detail)),
-            [one] => format!("{} {}.", one.pointer, one.detail),
+            [one] if one.pointer.is_empty() => capitalised(format!("{}.", one.detail)),
+            [one] => format!("{}: {}.", one.pointer, one.detail),
             several => format!("{} parts of the request are not acceptable.", several.len()),
         };
         Self {

@@ -186,8 +186,11 @@ mod tests {
     use tokio::io::AsyncWriteExt as _;
 
     use super::*;
-    use crate::body::Fields;
+    use crate::input::ValidatedJson;
     use crate::problem::CONTENT_TYPE;
+
+    #[derive(serde::Deserialize)]
+    struct Empty {}
 
     struct Server {
         address: std::net::SocketAddr,
@@ -202,7 +205,7 @@ mod tests {
             let shutdown = CancellationToken::new();
             let router = Router::new()
                 .route("/hello", get(async || "hello"))
-                .route("/echo", post(async |fields: Fields| fields.finish()));
+                .route("/echo", post(async |_: ValidatedJson<Empty>| "ok"));
             let serving = tokio::spawn(serve_within(
                 limits,
                 listener,

@@ -1,14 +1,14 @@
 //! The operator's view of this service.
 
 use axum::Json;
-use axum::extract::{Path, Query, State};
+use axum::extract::{Path, State};
 use messaging::desk::{self, DeadLetters, Flow, Replay};
 use messaging::{db, topology};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use service_kit::Problem;
-use service_kit::body::{self, Fields, NoParameters};
+use service_kit::input::{Cursor, NoParameters, PageLimit, PageQuery, ValidatedQuery};
 use service_kit::problem::ProblemDocument;
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
 use crate::entity;
@@ -25,6 +25,14 @@ pub(super) struct FlowBody {
     new_orders: i64,
     /// How long the oldest of them has waited.
     new_oldest_seconds: f64,
+}
+
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(super) struct ReplayQuery {
+    /// Only say what would happen
+    #[param(nullable = false)]
+    dry_run: Option<bool>,
 }
 
 /// How the flow goes
@@ -62,8 +70,7 @@ pub(super) async fn flow(
     operation_id = "listDeadLetters",
     tag = "operators",
     params(
-        ("limit" = Option<u64>, Query, description = "At most so many; 20 if absent", minimum = 1, maximum = 100),
-        ("cursor" = Option<String>, Query, description = "next_cursor of the page before", pattern = "^[0-9a-f]{32}$", nullable = false),
+        PageQuery,
     ),
     responses(
         (status = 200, description = "A page", body = DeadLetters),
@@ -73,13 +80,10 @@ pub(super) async fn flow(
 )]
 pub(super) async fn dead_letters(
     State(state): State<super::State>,
-    Query(query): Query<Vec<(String, String)>>,
+    ValidatedQuery(query): ValidatedQuery<PageQuery>,
 ) -> Result<Json<DeadLetters>, Problem> {
-    let mut parameters = Fields::from_query(&query);
-    let limit = parameters.optional("limit", body::LIMIT_DEFAULT, body::limit);
-    let before = parameters.optional("cursor", None, body::cursor);
-    parameters.finish()?;
-    let (before, limit) = (before.flatten(), limit.unwrap_or(body::LIMIT_DEFAULT));
+    let before = query.cursor.map(Cursor::id);
+    let limit = PageLimit::or_default(query.limit);
     let page = db::read(|| desk::dead_letters(&state.db, before, limit as u64)).await;
     Ok(Json(page.map_err(Error::from)?))
 }
@@ -95,7 +99,7 @@ pub(super) async fn dead_letters(
     tag = "operators",
     params(
         ("id" = Uuid, Path, description = "Which dead letter"),
-        ("dry_run" = Option<bool>, Query, description = "Only say what would happen"),
+        ReplayQuery,
     ),
     responses(
         (status = 200, description = "What happened, or would happen", body = Replay),
@@ -107,13 +111,10 @@ pub(super) async fn dead_letters(
 pub(super) async fn replay(
     State(state): State<super::State>,
     Path(id): Path<String>,
-    Query(query): Query<Vec<(String, String)>>,
+    ValidatedQuery(query): ValidatedQuery<ReplayQuery>,
 ) -> Result<Json<Replay>, Problem> {
-    let mut parameters = Fields::from_query(&query);
-    let dry_run = parameters.optional("dry_run", false, body::switch);
-    parameters.finish()?;
     let id: Uuid = id.parse().map_err(|_| Error::DeadLetterNotFound)?;
-    let dry_run = dry_run.unwrap_or_default();
+    let dry_run = query.dry_run.unwrap_or_default();
     let replayed = desk::replay(
         &state.db,
         &topology::ORDERS_PAYMENT_SETTLED,

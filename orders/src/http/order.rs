@@ -3,30 +3,29 @@
 use std::time::Duration;
 
 use axum::Json;
-use axum::extract::{Path, Query, State};
+use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::Response;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use time::OffsetDateTime;
 use tokio::time::timeout;
-use utoipa::ToSchema;
+use utoipa::openapi::{ObjectBuilder, RefOr, Schema, Type};
+use utoipa::{IntoParams, PartialSchema, ToSchema};
 use uuid::Uuid;
 
 use messaging::db;
 use service_kit::Problem;
-use service_kit::body::{self, Fields, NoParameters};
 use service_kit::idempotency::IdempotencyKey;
 use service_kit::input::key::created;
+use service_kit::input::{Cursor, NoParameters, Number, PageLimit, ValidatedJson, ValidatedQuery};
 use service_kit::problem::ProblemDocument;
-use shared_contracts::{Amount, EventId, InvalidAmount, OrderId, UserId};
+use shared_contracts::{Amount, DeclineReason, EventId, OrderId, UserId};
 
 use crate::entity::order::{Filter, Model, Status};
 use crate::error::Error;
 use crate::order::{self, NewOrder};
 
 const DESCRIPTION_CHARACTERS_MAX: usize = 500;
-const WAIT_SECONDS_MAX: u64 = 30;
 
 /// An order.
 #[derive(Serialize, ToSchema)]
@@ -38,20 +37,20 @@ pub(super) struct OrderBody {
     amount: i64,
     description: String,
     status: OrderStatus,
-    /// Why it was cancelled.
-    #[schema(required = true)]
+    /// Why it was cancelled; null if it was not.
+    #[schema(required = true, value_type = Option<DeclineReason>)]
     reason: Option<String>,
-    #[serde(with = "time::serde::rfc3339")]
+    #[serde(serialize_with = "shared_contracts::timestamp::serialize")]
     #[schema(value_type = String, format = DateTime)]
     created_at: OffsetDateTime,
-    #[serde(with = "time::serde::rfc3339")]
+    #[serde(serialize_with = "shared_contracts::timestamp::serialize")]
     #[schema(value_type = String, format = DateTime)]
     updated_at: OffsetDateTime,
 }
 
 /// NEW until the payment is decided; then FINISHED (debited, once) or CANCELLED (not debited, and never will be), for
 /// ever.
-#[derive(Clone, Copy, Serialize, ToSchema)]
+#[derive(Clone, Copy, Deserialize, Serialize, ToSchema)]
 #[serde(rename_all = "UPPERCASE")]
 pub(super) enum OrderStatus {
     New,
@@ -65,6 +64,16 @@ impl From<Status> for OrderStatus {
             Status::New => Self::New,
             Status::Finished => Self::Finished,
             Status::Cancelled => Self::Cancelled,
+        }
+    }
+}
+
+impl From<OrderStatus> for Status {
+    fn from(status: OrderStatus) -> Self {
+        match status {
+            OrderStatus::New => Self::New,
+            OrderStatus::Finished => Self::Finished,
+            OrderStatus::Cancelled => Self::Cancelled,
         }
     }
 }
@@ -88,23 +97,76 @@ impl From<Model> for OrderBody {
 #[derive(Deserialize, ToSchema)]
 #[schema(as = NewOrder, example = json!({"user_id": "alice", "amount": 700, "description": "A lamp"}))]
 #[serde(deny_unknown_fields)]
-#[expect(
-    dead_code,
-    reason = "describes the body for OpenAPI; Fields reads it and names everything that is wrong"
-)]
 pub(super) struct NewOrderBody {
     /// Who pays.
-    #[schema(
-        pattern = r"^(\.?[A-Za-z0-9_-]|\.\.[A-Za-z0-9._-])[A-Za-z0-9._-]*$",
-        max_length = 64
-    )]
-    user_id: String,
+    user_id: UserId,
     /// Minor units.
-    #[schema(minimum = 1, maximum = 1000000000000_i64)]
-    amount: i64,
+    amount: Amount,
     /// For people. Empty if absent.
-    #[schema(max_length = 500, required = false, pattern = r"^[^\u0000]*$")]
-    description: String,
+    #[schema(nullable = false)]
+    description: Option<OrderDescription>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(try_from = "String")]
+struct OrderDescription(String);
+
+impl TryFrom<String> for OrderDescription {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        if text.chars().count() > DESCRIPTION_CHARACTERS_MAX {
+            return Err(format!(
+                "must have at most {DESCRIPTION_CHARACTERS_MAX} characters"
+            ));
+        }
+        // PostgreSQL cannot store it.
+        if text.contains('\0') {
+            return Err("must not contain the NUL character".to_owned());
+        }
+        Ok(Self(text))
+    }
+}
+
+impl PartialSchema for OrderDescription {
+    fn schema() -> RefOr<Schema> {
+        ObjectBuilder::new()
+            .schema_type(Type::String)
+            .max_length(Some(DESCRIPTION_CHARACTERS_MAX))
+            .pattern(Some(r"^[^\u0000]*$"))
+            .into()
+    }
+}
+
+impl ToSchema for OrderDescription {}
+
+type WaitSeconds = Number<0, 30>;
+
+/// How long to wait for an order.
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(super) struct Wait {
+    /// Wait up to this many seconds for it to become final
+    #[param(inline, nullable = false)]
+    wait: Option<WaitSeconds>,
+}
+
+/// Which orders, and how many of them.
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(super) struct OrdersQuery {
+    /// Only this user's; without it, all users'
+    #[param(inline, nullable = false, example = "alice")]
+    user_id: Option<UserId>,
+    /// Only in this status
+    #[param(nullable = false)]
+    status: Option<OrderStatus>,
+    /// At most this many entries
+    #[param(inline, nullable = false)]
+    limit: Option<PageLimit>,
+    /// The next_cursor of the page before
+    #[param(inline, nullable = false)]
+    cursor: Option<Cursor>,
 }
 
 /// Some orders, newest first.
@@ -126,7 +188,7 @@ pub(super) struct OrderListBody {
     path = "/v1/orders",
     operation_id = "createOrder",
     tag = "orders",
-    params(("Idempotency-Key" = Option<String>, Header, description = "Names this request: sent again with the same key, it is done once. One is made if there is none", min_length = 1, max_length = 255, pattern = r"^[!#-~]([ -~]*[!-~])?$", nullable = false, example = "lamp")),
+    params(IdempotencyKey),
     request_body = NewOrderBody,
     responses(
         (status = 201, description = "Placed, now or earlier with this key", body = OrderBody,
@@ -148,24 +210,14 @@ pub(super) async fn create_order(
     _: NoParameters,
     key: IdempotencyKey,
     headers: HeaderMap,
-    mut fields: Fields,
+    ValidatedJson(order): ValidatedJson<NewOrderBody>,
 ) -> Result<Response, Problem> {
-    let user_id = fields.required("user_id", user_id);
-    let amount = fields.required("amount", |value| {
-        let rule = InvalidAmount.to_string();
-        Amount::new(body::integer(value, &rule)?).map_err(|_| rule)
-    });
-    let description = fields.optional("description", String::new(), description);
-    fields.finish()?;
-    let (Some(user_id), Some(amount), Some(description)) = (user_id, amount, description) else {
-        return Err(Problem::validation(Vec::new()));
-    };
     let new = NewOrder {
         id: OrderId::mint(),
         placed_event_id: EventId::mint(),
-        user_id,
-        amount,
-        description,
+        user_id: order.user_id,
+        amount: order.amount,
+        description: order.description.unwrap_or_default().0,
         idempotency_key: key.as_str().to_owned(),
         created_at: db::now(),
         traceparent: headers
@@ -201,7 +253,7 @@ pub(super) async fn create_order(
     tag = "orders",
     params(
         ("id" = Uuid, Path, description = "Which order"),
-        ("wait" = Option<u64>, Query, description = "Wait up to this many seconds for it to become final", minimum = 0, maximum = 30),
+        Wait,
     ),
     responses(
         (status = 200, description = "The order", body = OrderBody),
@@ -213,17 +265,14 @@ pub(super) async fn create_order(
 pub(super) async fn get_order(
     State(state): State<super::State>,
     Path(id): Path<String>,
-    Query(query): Query<Vec<(String, String)>>,
+    ValidatedQuery(Wait { wait }): ValidatedQuery<Wait>,
 ) -> Result<Json<OrderBody>, Problem> {
-    let mut parameters = Fields::from_query(&query);
-    let wait = parameters.optional("wait", 0, |value| body::number(value, 0..=WAIT_SECONDS_MAX));
-    parameters.finish()?;
     let id: OrderId = id.parse().map_err(|_| Error::OrderNotFound)?;
 
     let waiter = state.waiting.register(id.as_uuid());
     let find = async || order::find(&state.db, id).await;
     let order = find().await?;
-    let seconds = wait.unwrap_or_default();
+    let seconds = wait.map_or(0, Number::get);
     if order.status != Status::New || seconds == 0 {
         return Ok(Json(order.into()));
     }
@@ -242,12 +291,7 @@ pub(super) async fn get_order(
     path = "/v1/orders",
     operation_id = "listOrders",
     tag = "orders",
-    params(
-        ("user_id" = Option<String>, Query, description = "Only this user's; without it, all users'", pattern = r"^(\.?[A-Za-z0-9_-]|\.\.[A-Za-z0-9._-])[A-Za-z0-9._-]*$", max_length = 64, nullable = false, example = "alice"),
-        ("status" = Option<OrderStatus>, Query, description = "Only in this status"),
-        ("limit" = Option<u64>, Query, description = "At most so many; 20 if absent", minimum = 1, maximum = 100),
-        ("cursor" = Option<String>, Query, description = "next_cursor of the page before", pattern = "^[0-9a-f]{32}$", nullable = false),
-    ),
+    params(OrdersQuery),
     responses(
         (status = 200, description = "A page", body = OrderListBody),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
@@ -256,20 +300,14 @@ pub(super) async fn get_order(
 )]
 pub(super) async fn list_orders(
     State(state): State<super::State>,
-    Query(query): Query<Vec<(String, String)>>,
+    ValidatedQuery(query): ValidatedQuery<OrdersQuery>,
 ) -> Result<Json<OrderListBody>, Problem> {
-    let mut parameters = Fields::from_query(&query);
-    let user_id = parameters.optional("user_id", None, |value| user_id(value).map(Some));
-    let status = parameters.optional("status", None, |value| status(value).map(Some));
-    let limit = parameters.optional("limit", body::LIMIT_DEFAULT, body::limit);
-    let before = parameters.optional("cursor", None, body::cursor);
-    parameters.finish()?;
     let filter = Filter {
-        user_id: user_id.flatten().map(|user_id| user_id.to_string()),
-        status: status.flatten(),
-        before: before.flatten(),
+        user_id: query.user_id.map(String::from),
+        status: query.status.map(Status::from),
+        before: query.cursor.map(Cursor::id),
     };
-    let limit = limit.unwrap_or(body::LIMIT_DEFAULT);
+    let limit = PageLimit::or_default(query.limit);
     let (orders, more) = order::list(&state.db, filter, limit).await?;
     let next_cursor = orders
         .last()
@@ -288,33 +326,6 @@ fn traceparent(text: &str) -> Option<String> {
         .bytes()
         .all(|byte| byte == b'-' || byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
     (hex && lengths == [2, 32, 16, 2]).then(|| text.to_owned())
-}
-
-fn user_id(value: &Value) -> Result<UserId, String> {
-    UserId::parse(body::text(value)?).map_err(|error| error.to_string())
-}
-
-fn description(value: &Value) -> Result<String, String> {
-    let text = body::text(value)?;
-    if text.chars().count() > DESCRIPTION_CHARACTERS_MAX {
-        return Err(format!(
-            "must have at most {DESCRIPTION_CHARACTERS_MAX} characters"
-        ));
-    }
-    // PostgreSQL cannot store it.
-    if text.contains('\0') {
-        return Err("must not contain the NUL character".to_owned());
-    }
-    Ok(text.to_owned())
-}
-
-fn status(value: &Value) -> Result<Status, String> {
-    match body::text(value)? {
-        "NEW" => Ok(Status::New),
-        "FINISHED" => Ok(Status::Finished),
-        "CANCELLED" => Ok(Status::Cancelled),
-        _ => Err("must be NEW, FINISHED or CANCELLED".to_owned()),
-    }
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use axum::Json;
 use axum::extract::{Path, State};
 use messaging::timeline::Timeline;
 use service_kit::Problem;
-use service_kit::body::NoParameters;
+use service_kit::input::NoParameters;
 use service_kit::problem::ProblemDocument;
 use shared_contracts::OrderId;
 

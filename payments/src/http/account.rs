@@ -6,14 +6,15 @@ use axum::response::Response;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use utoipa::ToSchema;
+use utoipa::openapi::{KnownFormat, ObjectBuilder, SchemaFormat, Type};
 
 use messaging::db;
 use service_kit::Problem;
-use service_kit::body::{self, Fields, NoParameters};
 use service_kit::idempotency::IdempotencyKey;
 use service_kit::input::key::created;
+use service_kit::input::{NoParameters, ValidatedJson};
 use service_kit::problem::ProblemDocument;
-use shared_contracts::UserId;
+use shared_contracts::{BALANCE_MAX, UserId};
 
 use crate::account::{self, NewAccount};
 use crate::error::Error;
@@ -24,30 +25,31 @@ use crate::error::Error;
 pub(super) struct AccountBody {
     user_id: String,
     /// Minor units.
-    #[schema(minimum = 0, maximum = 9000000000000000_i64)]
+    #[schema(schema_with = balance)]
     balance: i64,
     /// ISO 4217.
     currency: String,
-    #[serde(with = "time::serde::rfc3339")]
+    #[serde(serialize_with = "shared_contracts::timestamp::serialize")]
     #[schema(value_type = String, format = DateTime)]
     created_at: OffsetDateTime,
+}
+
+fn balance() -> ObjectBuilder {
+    ObjectBuilder::new()
+        .schema_type(Type::Integer)
+        .format(Some(SchemaFormat::KnownFormat(KnownFormat::Int64)))
+        .description(Some("Minor units."))
+        .minimum(Some(0))
+        .maximum(Some(BALANCE_MAX))
 }
 
 /// An account to open.
 #[derive(Deserialize, ToSchema)]
 #[schema(as = NewAccount, example = json!({"user_id": "alice"}))]
 #[serde(deny_unknown_fields)]
-#[expect(
-    dead_code,
-    reason = "describes the body for OpenAPI; Fields reads it and names everything that is wrong"
-)]
 pub(super) struct NewAccountBody {
     /// The shop's name for the customer.
-    #[schema(
-        pattern = r"^(\.?[A-Za-z0-9_-]|\.\.[A-Za-z0-9._-])[A-Za-z0-9._-]*$",
-        max_length = 64
-    )]
-    user_id: String,
+    user_id: UserId,
 }
 
 /// Open an account
@@ -59,7 +61,7 @@ pub(super) struct NewAccountBody {
     path = "/v1/accounts",
     operation_id = "createAccount",
     tag = "accounts",
-    params(("Idempotency-Key" = Option<String>, Header, description = "Names this request: sent again with the same key, it is done once. One is made if there is none", min_length = 1, max_length = 255, pattern = r"^[!#-~]([ -~]*[!-~])?$", nullable = false, example = "account")),
+    params(IdempotencyKey),
     request_body = NewAccountBody,
     responses(
         (status = 201, description = "Opened, now or earlier with this key", body = AccountBody,
@@ -78,13 +80,8 @@ pub(super) async fn create_account(
     State(state): State<super::State>,
     _: NoParameters,
     key: IdempotencyKey,
-    mut fields: Fields,
+    ValidatedJson(NewAccountBody { user_id }): ValidatedJson<NewAccountBody>,
 ) -> Result<Response, Problem> {
-    let user_id = fields.required("user_id", user_id);
-    fields.finish()?;
-    let Some(user_id) = user_id else {
-        return Err(Problem::validation(Vec::new()));
-    };
     let new = NewAccount {
         user_id,
         idempotency_key: key.as_str().to_owned(),
@@ -130,11 +127,7 @@ pub(super) async fn get_account(
     }))
 }
 
-fn user_id(value: &serde_json::Value) -> Result<UserId, String> {
-    UserId::parse(body::text(value)?).map_err(|error| error.to_string())
-}
-
-/// What is no user id names no account.
+/// A text that is not a user id names no account.
 pub(super) fn path_user_id(text: String) -> Result<UserId, Error> {
     UserId::parse(text).map_err(|_| Error::AccountNotFound)
 }

@@ -9,11 +9,11 @@ use uuid::Uuid;
 
 use messaging::db;
 use service_kit::Problem;
-use service_kit::body::{self, Fields, NoParameters};
 use service_kit::idempotency::IdempotencyKey;
 use service_kit::input::key::created;
+use service_kit::input::{NoParameters, ValidatedJson};
 use service_kit::problem::ProblemDocument;
-use shared_contracts::{Amount, InvalidAmount};
+use shared_contracts::Amount;
 
 use super::account::path_user_id;
 use crate::account::{self, NewDeposit};
@@ -28,7 +28,7 @@ pub(super) struct DepositBody {
     amount: i64,
     /// Balance right after this deposit, in minor units.
     balance: i64,
-    #[serde(with = "time::serde::rfc3339")]
+    #[serde(serialize_with = "shared_contracts::timestamp::serialize")]
     #[schema(value_type = String, format = DateTime)]
     created_at: OffsetDateTime,
 }
@@ -37,14 +37,9 @@ pub(super) struct DepositBody {
 #[derive(Deserialize, ToSchema)]
 #[schema(as = NewDeposit, example = json!({"amount": 1000}))]
 #[serde(deny_unknown_fields)]
-#[expect(
-    dead_code,
-    reason = "describes the body for OpenAPI; Fields reads it and names everything that is wrong"
-)]
 pub(super) struct NewDepositBody {
     /// Minor units.
-    #[schema(minimum = 1, maximum = 1000000000000_i64)]
-    amount: i64,
+    amount: Amount,
 }
 
 /// Add money to an account
@@ -57,7 +52,7 @@ pub(super) struct NewDepositBody {
     tag = "accounts",
     params(
         ("user_id" = String, Path, description = "Whose account", example = "alice"),
-        ("Idempotency-Key" = Option<String>, Header, description = "Names this request: sent again with the same key, it is done once. One is made if there is none", min_length = 1, max_length = 255, pattern = r"^[!#-~]([ -~]*[!-~])?$", nullable = false, example = "salary"),
+        IdempotencyKey,
     ),
     request_body = NewDepositBody,
     responses(
@@ -76,16 +71,8 @@ pub(super) async fn create_deposit(
     Path(user_id): Path<String>,
     _: NoParameters,
     key: IdempotencyKey,
-    mut fields: Fields,
+    ValidatedJson(NewDepositBody { amount }): ValidatedJson<NewDepositBody>,
 ) -> Result<Response, Problem> {
-    let amount = fields.required("amount", |value| {
-        let rule = InvalidAmount.to_string();
-        Amount::new(body::integer(value, &rule)?).map_err(|_| rule)
-    });
-    fields.finish()?;
-    let Some(amount) = amount else {
-        return Err(Problem::validation(Vec::new()));
-    };
     let user_id = path_user_id(user_id)?;
     let new = NewDeposit {
         id: Uuid::now_v7(),

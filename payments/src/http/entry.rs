@@ -1,14 +1,15 @@
 //! Statements.
 
 use axum::Json;
-use axum::extract::{Path, Query, State};
-use serde::Serialize;
+use axum::extract::{Path, State};
+use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
-use utoipa::ToSchema;
+use utoipa::openapi::{ObjectBuilder, RefOr, Schema, Type};
+use utoipa::{IntoParams, PartialSchema, ToSchema};
 use uuid::Uuid;
 
 use service_kit::Problem;
-use service_kit::body::{self, Fields};
+use service_kit::input::{PageLimit, ValidatedQuery};
 use service_kit::problem::ProblemDocument;
 
 use super::account::path_user_id;
@@ -17,7 +18,7 @@ use crate::entity::transfer::{KIND_DEPOSIT, Model};
 
 /// A movement of money on an account.
 #[derive(Serialize, ToSchema)]
-#[schema(as = Entry, example = json!({"transfer_id": "01a1fc85-da13-77eb-b00a-cbf551d324a8", "entry_no": 2, "kind": "payment", "amount": -700, "balance_after": 300, "order_id": "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11", "created_at": "2026-11-21T10:00:02.5Z"}))]
+#[schema(as = Entry, example = json!({"transfer_id": "01a1fc85-da13-77eb-b00a-cbf551d324a8", "entry_no": 2, "kind": "payment", "amount": -700, "balance_after": 300, "order_id": "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11", "created_at": "2026-11-21T10:00:02.500000Z"}))]
 pub(super) struct EntryBody {
     transfer_id: Uuid,
     /// Its place in the statement, counted from 1.
@@ -27,10 +28,10 @@ pub(super) struct EntryBody {
     amount: i64,
     /// The balance after it.
     balance_after: i64,
-    /// The order that it paid.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// The order that it paid; null for a deposit.
+    #[schema(required = true)]
     order_id: Option<Uuid>,
-    #[serde(with = "time::serde::rfc3339")]
+    #[serde(serialize_with = "shared_contracts::timestamp::serialize")]
     #[schema(value_type = String, format = DateTime)]
     created_at: OffsetDateTime,
 }
@@ -70,6 +71,45 @@ pub(super) struct StatementBody {
     next_cursor: Option<String>,
 }
 
+/// Which entries, and how many of them.
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(super) struct EntriesQuery {
+    /// At most this many entries
+    #[param(inline, nullable = false)]
+    limit: Option<PageLimit>,
+    /// The next_cursor of the page before
+    #[param(inline, nullable = false)]
+    cursor: Option<EntryCursor>,
+}
+
+/// The number of the last entry of a page.
+#[derive(Deserialize)]
+#[serde(try_from = "String")]
+struct EntryCursor(i64);
+
+impl TryFrom<String> for EntryCursor {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        match text.parse() {
+            Ok(entry_no @ 1..) => Ok(Self(entry_no)),
+            _ => Err("must be the next_cursor of a page"),
+        }
+    }
+}
+
+impl PartialSchema for EntryCursor {
+    fn schema() -> RefOr<Schema> {
+        ObjectBuilder::new()
+            .schema_type(Type::String)
+            .pattern(Some("^[1-9][0-9]{0,17}$"))
+            .into()
+    }
+}
+
+impl ToSchema for EntryCursor {}
+
 /// A statement, newest first
 ///
 /// Every movement of money with the balance after it: each is the one before, plus the amount.
@@ -80,8 +120,7 @@ pub(super) struct StatementBody {
     tag = "accounts",
     params(
         ("user_id" = String, Path, description = "Whose account", example = "alice"),
-        ("limit" = Option<u64>, Query, description = "At most so many; 20 if absent", minimum = 1, maximum = 100),
-        ("cursor" = Option<String>, Query, description = "next_cursor of the page before", pattern = "^[1-9][0-9]{0,17}$", nullable = false),
+        EntriesQuery,
     ),
     responses(
         (status = 200, description = "A page", body = StatementBody),
@@ -93,16 +132,12 @@ pub(super) struct StatementBody {
 pub(super) async fn list_entries(
     State(state): State<super::State>,
     Path(user_id): Path<String>,
-    Query(query): Query<Vec<(String, String)>>,
+    ValidatedQuery(query): ValidatedQuery<EntriesQuery>,
 ) -> Result<Json<StatementBody>, Problem> {
-    let mut parameters = Fields::from_query(&query);
-    let limit = parameters.optional("limit", body::LIMIT_DEFAULT, body::limit);
-    let before = parameters.optional("cursor", None, |value| cursor(value).map(Some));
-    parameters.finish()?;
     let user_id = path_user_id(user_id)?;
-    let limit = limit.unwrap_or(body::LIMIT_DEFAULT);
-    let statement = account::statement(&state.db, &user_id, before.flatten(), limit);
-    let (entries, more) = statement.await?;
+    let limit = PageLimit::or_default(query.limit);
+    let before = query.cursor.map(|EntryCursor(entry_no)| entry_no);
+    let (entries, more) = account::statement(&state.db, &user_id, before, limit).await?;
     let next_cursor = entries
         .last()
         .filter(|_| more)
@@ -111,13 +146,4 @@ pub(super) async fn list_entries(
         items: entries.into_iter().map(EntryBody::from).collect(),
         next_cursor,
     }))
-}
-
-fn cursor(value: &serde_json::Value) -> Result<i64, String> {
-    let rule = "must be the next_cursor of a page";
-    body::text(value)?
-        .parse()
-        .ok()
-        .filter(|entry_no| *entry_no > 0)
-        .ok_or_else(|| rule.to_owned())
 }

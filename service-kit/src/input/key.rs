@@ -6,6 +6,9 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse as _, Response};
 use serde::Serialize;
+use utoipa::IntoParams;
+use utoipa::openapi::path::{Parameter, ParameterBuilder, ParameterIn};
+use utoipa::openapi::{ObjectBuilder, Required, Type};
 
 use crate::idempotency::{Execution, IdempotencyKey};
 use crate::problem::{Code, Problem};
@@ -35,6 +38,26 @@ impl<S: Send + Sync> FromRequestParts<S> for IdempotencyKey {
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
         Ok(find(&parts.headers)?.unwrap_or_else(Self::mint))
+    }
+}
+
+impl IntoParams for IdempotencyKey {
+    fn into_params(_: impl Fn() -> Option<ParameterIn>) -> Vec<Parameter> {
+        let key = ObjectBuilder::new()
+            .schema_type(Type::String)
+            .min_length(Some(1))
+            .max_length(Some(Self::LENGTH_MAX))
+            .pattern(Some("^[!#-~]([ -~]*[!-~])?$"));
+        let parameter = ParameterBuilder::new()
+            .name("Idempotency-Key")
+            .parameter_in(ParameterIn::Header)
+            .required(Required::False)
+            .description(Some(
+                "Names this request: sent again with the same key, it is executed once. Minted if absent",
+            ))
+            .schema(Some(key))
+            .example(Some("lamp".into()));
+        vec![parameter.build()]
     }
 }
 
