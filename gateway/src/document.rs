@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 use service_kit::openapi::complete;
 use utoipa::openapi::{InfoBuilder, LicenseBuilder, OpenApi, Server};
 
-use crate::{events, ops};
+use crate::{events, ops, problems};
 
 /// The services' documents, kept beside them and checked against their code by their tests. Compiled in, so that the
 /// gateway shows the API whether or not the services are up.
@@ -45,6 +45,7 @@ pub fn all() -> OpenApi {
     all.merge(forwarded(ORDERS));
     all.merge(events::api().into_openapi());
     all.merge(ops::api().into_openapi());
+    all.merge(problems::api().into_openapi());
     all.info = InfoBuilder::new()
         .title("Gozon")
         .version(env!("CARGO_PKG_VERSION"))

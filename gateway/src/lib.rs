@@ -23,6 +23,7 @@ mod limits;
 mod live;
 mod ops;
 mod page;
+mod problems;
 mod timeline;
 
 pub use broker::BrokerArgs;

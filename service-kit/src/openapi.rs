@@ -1,5 +1,5 @@
-//! What every operation has in common in an OpenAPI document: the errors that any request can meet, an example for each,
-//! and the headers of every answer. Handlers document only what is their own.
+//! What all operations of an OpenAPI document have in common: errors that any request can get, an example of each, and
+//! headers of every response. Handlers document only what is specific to them.
 
 use utoipa::openapi::header::HeaderBuilder;
 use utoipa::openapi::path::Operation;
@@ -15,7 +15,7 @@ const REQUEST_ID_EXAMPLE: &str = "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11";
 /// Adds to every operation the errors that any request can meet. `limited` adds 429. `codes` are the service's own, for
 /// examples: the first one with the status of a response is its example.
 pub fn complete(document: &mut OpenApi, limited: bool, codes: &[Code]) {
-    // There is no login yet.
+    // Redocly wants it said that there is no login.
     document.security.get_or_insert_with(Vec::new);
     let mut used = Vec::new();
     for item in document.paths.paths.values_mut() {
@@ -61,8 +61,8 @@ pub fn complete(document: &mut OpenApi, limited: bool, codes: &[Code]) {
 }
 
 const COMMON: [(u16, &str, &str); 9] = [
-    (400, "BadRequest", "The request is not understood"),
-    (408, "RequestTimeout", "The body did not come in time"),
+    (400, "BadRequest", "The request cannot be read"),
+    (408, "RequestTimeout", "The body was not complete in time"),
     (413, "BodyTooLarge", "The body is too large"),
     (414, "UrlTooLong", "Path and query are too long"),
     (
@@ -73,22 +73,22 @@ const COMMON: [(u16, &str, &str); 9] = [
     (
         429,
         "TooManyRequests",
-        "Too many requests from this address or for this user; try again after the time given",
+        "Too many requests from this address or for this user; send it again after Retry-After",
     ),
     (
         431,
         "HeadersTooLarge",
-        "The headers are too large or too many",
+        "The headers are too large or too many; without a body",
     ),
-    (500, "InternalError", "Something is wrong on our side"),
+    (500, "InternalError", "Something went wrong on our side"),
     (
         503,
         "Unavailable",
-        "Away or overloaded; try again, with the same key",
+        "Temporarily unavailable or overloaded; send it again with the same key",
     ),
 ];
 
-/// Headers and examples of the answers that an operation describes itself.
+/// Adds headers and examples to the responses that an operation describes itself.
 fn furnish(operation: &mut Operation, codes: &[Code]) {
     for (status, response) in &mut operation.responses.responses {
         if let (RefOr::T(response), Ok(status)) = (response, status.parse()) {
@@ -111,13 +111,13 @@ fn furnish_response(status: u16, response: &mut Response, codes: &[Code], has_bo
     header(
         "X-Request-Id",
         Type::String,
-        "Names the request in logs; taken over from the request if it had one",
+        "Identifies the request in logs; an acceptable one of the request is kept",
     );
     if matches!(status, 429 | 503) {
         header(
             "Retry-After",
             Type::Integer,
-            "Seconds after which trying again makes sense",
+            "Send the request again after this many seconds",
         );
     }
     if let Some(RefOr::T(content)) = response.content.get_mut(CONTENT_TYPE) {

@@ -202,7 +202,7 @@ pub(super) struct OrderListBody {
         (status = 413, description = "The body is too large", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 415, description = "The body is not application/json", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 422, description = "A field is not acceptable, or the key was used for another request", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, description = "Away; try again with the same key", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Temporarily unavailable; send it again with the same key", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn create_order(
@@ -259,7 +259,7 @@ pub(super) async fn create_order(
         (status = 200, description = "The order", body = OrderBody),
         (status = 404, description = "There is no such order", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Temporarily unavailable; send it again", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn get_order(
@@ -295,7 +295,7 @@ pub(super) async fn get_order(
     responses(
         (status = 200, description = "A page", body = OrderListBody),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Temporarily unavailable; send it again", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn list_orders(

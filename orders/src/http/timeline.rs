@@ -26,7 +26,7 @@ use crate::timeline;
         (status = 200, description = "The steps; `missing` names a service that did not answer", body = Timeline),
         (status = 404, description = "There is no such order", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Temporarily unavailable; send it again", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn get_timeline(

@@ -73,7 +73,7 @@ pub(super) struct NewAccountBody {
         (status = 413, description = "The body is too large", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 415, description = "The body is not application/json", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 422, description = "A field is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, description = "Away; try again with the same key", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Temporarily unavailable; send it again with the same key", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn create_account(
@@ -109,7 +109,7 @@ pub(super) async fn create_account(
         (status = 200, description = "The account", body = AccountBody),
         (status = 404, description = "The user has no account", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Temporarily unavailable; send it again", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn get_account(

@@ -63,7 +63,7 @@ pub(super) struct NewDepositBody {
         (status = 413, description = "The body is too large", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 415, description = "The body is not application/json", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 422, description = "A field is not acceptable, the balance would exceed its limit, or the key was used for another request", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, description = "Away; try again with the same key", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Temporarily unavailable; send it again with the same key", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn create_deposit(

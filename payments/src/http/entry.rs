@@ -126,7 +126,7 @@ impl ToSchema for EntryCursor {}
         (status = 200, description = "A page", body = StatementBody),
         (status = 404, description = "The user has no account", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Temporarily unavailable; send it again", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn list_entries(

@@ -31,7 +31,7 @@ pub(super) struct ReplayQuery {
     responses(
         (status = 200, description = "What waits, and for how long", body = Flow),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Temporarily unavailable; send it again", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn flow(
@@ -55,7 +55,7 @@ pub(super) async fn flow(
     responses(
         (status = 200, description = "A page", body = DeadLetters),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Temporarily unavailable; send it again", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn dead_letters(
@@ -85,7 +85,7 @@ pub(super) async fn dead_letters(
         (status = 200, description = "What happened, or would happen", body = Replay),
         (status = 404, description = "There is no such dead letter", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Temporarily unavailable; send it again", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn replay(

@@ -24,7 +24,7 @@ use crate::timeline;
         (status = 200, description = "This half of the timeline", body = Timeline),
         (status = 404, description = "This is no order id", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Temporarily unavailable; send it again", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn get_timeline(

@@ -8,9 +8,10 @@ macro_rules! codes {
     ($($code:ident $text:literal $status:ident $title:literal: $cause:literal $advice:literal,)*) => {
         /// The kind of problem, for programs.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
+        #[serde(rename_all = "snake_case")]
         #[schema(as = ProblemCode)]
         pub enum Code {
-            $(#[serde(rename = $text)] $code,)*
+            $($code,)*
         }
 
         impl Code {
