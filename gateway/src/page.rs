@@ -3,9 +3,10 @@
 //! Serving them is by hand, and short: `ServeDir` over embedded files would take its ETag from their size and age instead
 //! of their content, and crates that embed and compress files bring a build step and cache rules of their own.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::io::Write as _;
-use std::sync::{Arc, LazyLock};
+use std::sync::LazyLock;
 
 use axum::Router;
 use axum::extract::Path;
@@ -43,22 +44,25 @@ struct Asset {
     gzip: Bytes,
 }
 
-type Assets = HashMap<String, Asset>;
+/// Read and compressed once, when the routes are made.
+static ASSETS: LazyLock<HashMap<String, Asset>> = LazyLock::new(|| {
+    let named = |path: Cow<'static, str>| {
+        let asset = Asset::new(content_type(&path)?, Files::get(&path)?);
+        Some((path.into_owned(), asset))
+    };
+    Files::iter().filter_map(named).collect()
+});
 
 pub(crate) fn routes() -> Router {
-    // Compressed once for each process, however many gateways a test starts in it.
-    static ASSETS: LazyLock<Arc<Assets>> = LazyLock::new(|| Arc::new(load()));
-    let (index, asset) = (ASSETS.clone(), ASSETS.clone());
+    LazyLock::force(&ASSETS);
     Router::new()
         .route(
             "/",
-            get(async move |headers: HeaderMap| respond(&index, "index.html", &headers)),
+            get(async |headers: HeaderMap| respond("index.html", &headers)),
         )
         .route(
             "/assets/{*path}",
-            get(async move |Path(path): Path<String>, headers: HeaderMap| {
-                respond(&asset, &path, &headers)
-            }),
+            get(async |Path(path): Path<String>, headers: HeaderMap| respond(&path, &headers)),
         )
         .layer(set(
             header::CONTENT_SECURITY_POLICY,
@@ -69,14 +73,6 @@ pub(crate) fn routes() -> Router {
 
 fn set(name: HeaderName, value: HeaderValue) -> SetResponseHeaderLayer<HeaderValue> {
     SetResponseHeaderLayer::overriding(name, value)
-}
-
-fn load() -> Assets {
-    let named = |path: std::borrow::Cow<'static, str>| {
-        let asset = Asset::new(content_type(&path)?, Files::get(&path)?);
-        Some((path.into_owned(), asset))
-    };
-    Files::iter().filter_map(named).collect()
 }
 
 /// A file of another kind is not part of the page, although it lies in its folder.
@@ -112,8 +108,8 @@ impl Asset {
     }
 }
 
-fn respond(assets: &Assets, path: &str, request: &HeaderMap) -> Response {
-    let Some(asset) = assets.get(path) else {
+fn respond(path: &str, request: &HeaderMap) -> Response {
+    let Some(asset) = ASSETS.get(path) else {
         return StatusCode::NOT_FOUND.into_response();
     };
     let headers = [
