@@ -60,9 +60,6 @@ pub fn all() -> OpenApi {
     finished(all)
 }
 
-/// The data of server-sent events: no operation names it, since its response is a text.
-const KEPT: [&str; 1] = ["OrderChange"];
-
 fn forget_what_nothing_names(document: &mut OpenApi) {
     let items = document.paths.paths.values();
     let operations = items.flat_map(|item| [&item.get, &item.post]).flatten();
@@ -80,10 +77,9 @@ fn forget_what_nothing_names(document: &mut OpenApi) {
             return;
         };
         let before = components.schemas.len();
-        components.schemas.retain(|name, _| {
-            KEPT.contains(&name.as_str())
-                || text.contains(&format!("\"#/components/schemas/{name}\""))
-        });
+        components
+            .schemas
+            .retain(|name, _| text.contains(&format!("\"#/components/schemas/{name}\"")));
         if components.schemas.len() == before {
             return;
         }

@@ -77,7 +77,7 @@ impl Events {
     }
 }
 
-/// The data of an event is described for readers of the document; the document can only call the stream a text.
+/// OpenAPI 3.1 can only call a stream of events a text; `x-event-data` names the schema of their data.
 #[derive(OpenApi)]
 #[openapi(components(schemas(Change)))]
 struct Document;
@@ -139,6 +139,7 @@ pub(crate) fn api() -> OpenApiRouter<Events> {
     path = "/v1/orders/events",
     operation_id = "followOrders",
     tag = "orders",
+    extensions(("x-event-data" = json!({"$ref": "#/components/schemas/OrderChange"}))),
     params(
         FollowOrdersQuery,
         ("Last-Event-ID" = Option<String>, Header, description = "Go on after this event", nullable = false),
@@ -181,6 +182,7 @@ async fn follow_orders(
     path = "/v1/orders/{id}/events",
     operation_id = "followOrder",
     tag = "orders",
+    extensions(("x-event-data" = json!({"$ref": "#/components/schemas/OrderChange"}))),
     params(
         ("id" = Uuid, Path, description = "Which order"),
         FollowOrderQuery,
