@@ -1,4 +1,4 @@
-//! A change of an order's status, as a message of the stream ORDERS tells it, and the place where it stands there.
+//! A change of an order's status, read from a message of the stream ORDERS, and its position there.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -16,15 +16,15 @@ use time::format_description::well_known::Rfc3339;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-/// A request that is stored so much later than its fact was made is no news: somebody publishes old events again.
+/// An OrderPlaced that is stored this long after it was made is an old event that is published again, not a change.
 const NEWS_AGE_MAX: time::Duration = time::Duration::hours(1);
 
-/// A place in the stream, with the event that stands there: sequences start again when a stream is made anew, so a number
-/// alone says nothing. As text `<stream sequence>.<event id>`.
+/// A position in the stream, with the event there: sequences start again when a stream is recreated, so a number alone is
+/// ambiguous. As text `<stream sequence>.<event id>`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Position {
     pub(crate) sequence: u64,
-    /// Absent where no event can be named: the stream is empty.
+    /// Absent if there is no event: the stream is empty.
     pub(crate) event_id: Option<Uuid>,
 }
 
@@ -54,7 +54,6 @@ impl FromStr for Position {
     }
 }
 
-/// Where a message stands.
 pub(crate) fn position(sequence: u64, headers: Option<&HeaderMap>) -> Position {
     Position {
         sequence,
@@ -62,7 +61,7 @@ pub(crate) fn position(sequence: u64, headers: Option<&HeaderMap>) -> Position {
     }
 }
 
-/// The status of an order, and since when.
+/// The status of an order since a time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[schema(as = OrderChange, example = json!({"order_id": "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11", "user_id": "alice", "amount": 1299, "status": "FINISHED", "reason": null, "at": "2026-11-21T10:00:00.123456Z"}))]
 pub(crate) struct Change {
@@ -75,13 +74,12 @@ pub(crate) struct Change {
     /// Why it was cancelled; null if it was not.
     #[schema(required = true)]
     pub(crate) reason: Option<DeclineReason>,
-    /// Since when.
     #[serde(serialize_with = "timestamp::serialize")]
     #[schema(value_type = String, format = DateTime)]
     pub(crate) at: OffsetDateTime,
 }
 
-/// Described in the document of orders.
+/// NEW until the payment is decided; then FINISHED (debited once) or CANCELLED (never debited), for ever.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "UPPERCASE")]
 #[schema(as = OrderStatus)]
@@ -92,7 +90,7 @@ pub(crate) enum Status {
 }
 
 impl Change {
-    /// What a message tells, if it tells a change: no repetition of a request, and nothing that is not understood.
+    /// The change in a message, if there is one: re-asks and unknown types are not changes.
     pub(crate) fn read(
         headers: Option<&HeaderMap>,
         payload: &[u8],
@@ -153,7 +151,7 @@ impl Change {
         None
     }
 
-    /// An order as its service describes it.
+    /// An order as its service returns it.
     pub(crate) fn of_order(order: &Value) -> Option<Self> {
         let text = |name: &str| order.get(name)?.as_str();
         Some(Self {
@@ -175,8 +173,8 @@ fn text_header<'a>(headers: Option<&'a HeaderMap>, name: &str) -> Option<&'a str
     Some(headers?.get(name)?.as_str())
 }
 
-/// Which orders ended, and where in the stream: what is told about an order after its end is a repetition, and would make
-/// its status go backwards.
+/// Which orders are final, and since which position: a later event about such an order is a repetition, and would make its
+/// status go backwards.
 #[derive(Debug, Default)]
 pub(crate) struct Ended {
     at: HashMap<Uuid, u64>,
@@ -184,17 +182,17 @@ pub(crate) struct Ended {
 }
 
 impl Ended {
-    /// Orders remembered, about 60 bytes each. Far more than a replay may reach back.
+    /// Orders that are remembered, about 60 bytes each. Far more than a replay can reach back.
     const MAX: usize = 100_000;
 
-    /// Whether the order had ended before this place.
+    /// Whether the order was final before this position.
     pub(crate) fn before(&self, order_id: OrderId, sequence: u64) -> bool {
         self.at
             .get(&order_id.as_uuid())
             .is_some_and(|end| *end < sequence)
     }
 
-    /// Notes the first end of an order.
+    /// Records the first end of an order.
     pub(crate) fn note(&mut self, order_id: OrderId, sequence: u64) {
         if self.at.contains_key(&order_id.as_uuid()) {
             return;
@@ -208,7 +206,7 @@ impl Ended {
         }
     }
 
-    /// The stream was made anew: everything known ended before all that comes.
+    /// The stream was recreated: every known order was final before its first event.
     pub(crate) fn all_before_everything(&mut self) {
         self.at.values_mut().for_each(|end| *end = 0);
     }

@@ -1,4 +1,4 @@
-//! The OpenAPI document of the whole API, merged from those of the services and what the gateway answers itself.
+//! The OpenAPI document of the whole API: the documents of the services, merged with the gateway's own operations.
 
 use std::sync::LazyLock;
 
@@ -7,13 +7,13 @@ use utoipa::openapi::{InfoBuilder, LicenseBuilder, OpenApi, Server};
 
 use crate::{events, ops, problems};
 
-/// The services' documents, kept beside them and checked against their code by their tests. Compiled in, so that the
-/// gateway shows the API whether or not the services are up.
+/// Each service keeps its document in its folder, and a test compares it with the code. Compiled in, so that the gateway
+/// serves the documents while the services are down.
 const ORDERS: &str = include_str!("../../orders/openapi.json");
 const PAYMENTS: &str = include_str!("../../payments/openapi.json");
 
-/// What a service's document says, without the paths that are not the gateway's: what it puts together from both services
-/// it describes itself, and half a timeline it does not serve.
+/// A service's document without the paths that the gateway does not forward: it has operator paths of its own, and it
+/// serves no half of a timeline.
 fn forwarded(text: &str) -> OpenApi {
     let mut document: OpenApi = serde_json::from_str(text)
         .expect("the documents in this repository are OpenAPI; a test reads them");
@@ -32,7 +32,7 @@ pub(crate) fn payments() -> OpenApi {
     finished(forwarded(PAYMENTS))
 }
 
-/// Adds what the gateway may answer to anything, and takes out what belonged to paths that are not served here.
+/// Adds the errors that the gateway may return for any operation, and removes components that no path refers to.
 fn finished(mut document: OpenApi) -> OpenApi {
     complete(&mut document, true, &[]);
     forget_what_nothing_names(&mut document);
@@ -86,7 +86,6 @@ fn forget_what_nothing_names(document: &mut OpenApi) {
     }
 }
 
-/// The same as YAML.
 pub(crate) fn yaml() -> &'static str {
     static YAML: LazyLock<String> = LazyLock::new(|| {
         all()

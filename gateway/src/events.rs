@@ -27,30 +27,30 @@ use utoipa_axum::routes;
 use crate::change::{Change, Position};
 use crate::forward::{Forwarder, Service, trace_of};
 use crate::limits::EVENT_STREAMS;
-use crate::live::{Live, News, REPLAY_MAX, Told};
+use crate::live::{Live, News, REPLAY_MAX, StoredChange};
 
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
-/// Proxies close what is silent; this keeps them from it, and tells the client how far it is.
+/// Keeps proxies from closing a silent connection, and tells the client its position.
 const HEARTBEAT: Duration = Duration::from_secs(15);
-/// Events on their way to one client.
+/// Events that are buffered for one client.
 const OUTGOING: usize = 64;
-/// A client that takes nothing for this long is cut off. It resumes where it was.
+/// A client that reads nothing for this long is disconnected. It can resume.
 const SLOW_CLIENT_TIMEOUT: Duration = Duration::from_secs(20);
-/// Browsers connect again after this long.
+/// How long browsers wait before they reconnect.
 const RECONNECT_AFTER: Duration = Duration::from_secs(1);
 const BROKER_RETRY_DELAY: Duration = Duration::from_millis(250);
 
-/// What handlers need.
+/// State of the handlers.
 #[derive(Clone)]
 pub(crate) struct Events {
     live: Option<Live>,
     forwarder: Forwarder,
-    places: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
     shutdown: CancellationToken,
 }
 
 impl Events {
-    /// `live` is absent where no broker is configured.
+    /// `live` is absent if no broker is configured.
     pub(crate) fn new(
         live: Option<Live>,
         forwarder: Forwarder,
@@ -60,7 +60,7 @@ impl Events {
         Self {
             live,
             forwarder,
-            places: Arc::new(Semaphore::new(streams_max)),
+            permits: Arc::new(Semaphore::new(streams_max)),
             shutdown,
         }
     }
@@ -69,11 +69,11 @@ impl Events {
         let Some(live) = self.live.clone() else {
             return Err(Code::NoLiveEvents.into());
         };
-        let place = self.places.clone().try_acquire_owned().map_err(|_| {
+        let permit = self.permits.clone().try_acquire_owned().map_err(|_| {
             refused(EVENT_STREAMS);
             Problem::new(Code::Overloaded).because("Too many clients already follow events.")
         })?;
-        Ok((live, place))
+        Ok((live, permit))
     }
 }
 
@@ -106,7 +106,7 @@ struct FollowOrderQuery {
     last_event_id: Option<LastEventId>,
 }
 
-/// Empty before the first event, as browsers have it.
+/// Empty before the first event: a browser's EventSource starts with an empty id.
 #[derive(Deserialize)]
 #[serde(try_from = "String")]
 struct LastEventId(Option<Position>);
@@ -130,10 +130,11 @@ pub(crate) fn api() -> OpenApiRouter<Events> {
 
 /// Follow orders as they change
 ///
-/// Server-sent events. `order`, with an OrderChange as its data: an order is now NEW, FINISHED or CANCELLED. `reset`: events may be missing; read the orders
-/// afresh, it goes on from here. Ids are opaque; send the last one as Last-Event-ID, to this gateway or another, to go on
-/// after it (browsers do so by themselves). Comments keep the connection alive. A status never goes backwards here, but an
-/// event may tell of a time before the list that you have read: what you know as final is final.
+/// Server-sent events. `order`, with an OrderChange as its data: an order is now NEW, FINISHED or CANCELLED. `reset`:
+/// events may be missing, so read the orders again; the stream continues from here. Ids are opaque: send the last one as
+/// Last-Event-ID, to this gateway or another, to resume after it (browsers do so by themselves). Comments keep the
+/// connection alive. The status of an order never goes backwards in the stream, but an event may be older than a list that
+/// you have read: a final status stays final.
 #[utoipa::path(
     get,
     path = "/v1/orders/events",
@@ -155,7 +156,7 @@ async fn follow_orders(
     ValidatedQuery(query): ValidatedQuery<FollowOrdersQuery>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let (live, place) = events.open()?;
+    let (live, permit) = events.open()?;
     let (news, head) = live.subscribe();
     let filter = query.user_id.map_or(Filter::All, Filter::User);
     let after = resume_after(query.last_event_id, &headers).unwrap_or(After::Now);
@@ -167,7 +168,7 @@ async fn follow_orders(
             filter,
             opening: None,
             ended: false,
-            place,
+            permit,
         },
         after,
         events.shutdown,
@@ -176,7 +177,7 @@ async fn follow_orders(
 
 /// Follow one order
 ///
-/// As all orders are followed. Unless it resumes, it begins with the order as it is, or with `reset` if that cannot be said.
+/// As for all orders. Unless it resumes, the stream begins with the order as it is now, or with `reset` if that is unknown.
 #[utoipa::path(
     get,
     path = "/v1/orders/{id}/events",
@@ -204,8 +205,8 @@ async fn follow_order(
     let Ok(order_id) = id.parse::<OrderId>() else {
         return Err(Code::OrderNotFound.into());
     };
-    let (live, place) = events.open()?;
-    // Listening comes before looking: then no change is between the two.
+    let (live, permit) = events.open()?;
+    // Subscribing before reading: no change can be missed between the two.
     let (news, head) = live.subscribe();
     let found = order_as_it_is(&events.forwarder, order_id, &headers).await;
     let opening = match found {
@@ -226,19 +227,19 @@ async fn follow_order(
             filter: Filter::Order(order_id),
             opening,
             ended: false,
-            place,
+            permit,
         },
         after,
         events.shutdown,
     ))
 }
 
-/// Where to begin.
+/// Where the stream begins.
 #[derive(Clone, Copy, Debug)]
 enum After {
     Now,
     Event(Position),
-    /// After something that nobody knows.
+    /// After an event that is not known.
     Unknown,
 }
 
@@ -259,7 +260,7 @@ fn resume_after(parameter: Option<LastEventId>, headers: &HeaderMap) -> Option<A
     }
 }
 
-/// The order as its service knows it, `None` if the service is away, or an answer that ends the matter.
+/// The order from its service, `None` if the service is unavailable, or the 404 to return.
 async fn order_as_it_is(
     forwarder: &Forwarder,
     id: OrderId,
@@ -303,7 +304,7 @@ fn respond(session: Session, after: After, shutdown: CancellationToken) -> Respo
             .poll_recv(cx)
             .map(|event: Option<Event>| event.map(Ok::<_, Infallible>))
     });
-    // nginx would otherwise keep events back.
+    // nginx would buffer the events otherwise.
     ([("x-accel-buffering", "no")], Sse::new(frames)).into_response()
 }
 
@@ -330,19 +331,19 @@ struct Session {
     head: Option<Position>,
     filter: Filter,
     opening: Option<Change>,
-    /// The one order that is followed has ended: what still comes is older.
+    /// The one order that is followed is final: later events about it are repetitions.
     ended: bool,
-    /// Given back when the session ends.
+    /// Released when the session ends.
     #[expect(dead_code, reason = "held, not read")]
-    place: OwnedSemaphorePermit,
+    permit: OwnedSemaphorePermit,
 }
 
-/// The client is gone, or too slow.
+/// The client disconnected, or is too slow.
 struct CutOff;
 
 impl Session {
     async fn run(mut self, after: After, to: &mpsc::Sender<Event>) {
-        // Whoever was cut off comes back and resumes.
+        // A client that was disconnected reconnects and resumes.
         let _: Result<(), CutOff> = self.tell(after, to).await;
     }
 
@@ -357,7 +358,7 @@ impl Session {
         match after {
             After::Now => {}
             After::Unknown => self.reset(here, to).await?,
-            After::Event(place) => here = self.catch_up(place, to).await?,
+            After::Event(position) => here = self.catch_up(position, to).await?,
         }
         if let Some(opening) = self.opening.take() {
             self.ended = opening.is_final();
@@ -372,7 +373,7 @@ impl Session {
         loop {
             tokio::select! {
                 news = self.news.recv() => match news {
-                    // Told already, while catching up.
+                    // Sent already, while catching up.
                     Ok(News::Change(told)) if here.is_some_and(|here| told.position.sequence <= here.sequence) => {}
                     Ok(News::Change(told)) => {
                         here = Some(told.position);
@@ -382,7 +383,7 @@ impl Session {
                         here = Some(position);
                         self.reset(here, to).await?;
                     }
-                    // The ring went on without this client.
+                    // The ring has overwritten events that this client has not read.
                     Err(_) => return Err(CutOff),
                 },
                 _ = heartbeat.tick() => {
@@ -393,7 +394,7 @@ impl Session {
         }
     }
 
-    /// Reads what the client has missed from the stream itself, until the live events join on.
+    /// Reads missed events from the stream, until they reach the live events.
     async fn catch_up(
         &mut self,
         after: Position,
@@ -402,7 +403,7 @@ impl Session {
         let mut here = after;
         let mut heartbeat = tokio::time::interval_at(Instant::now() + HEARTBEAT, HEARTBEAT);
         loop {
-            // Anew for each page, so that the ring need not hold what comes during the whole of a long replay.
+            // For each page, so that the ring need not hold all events of a long replay.
             (self.news, self.head) = self.live.subscribe();
             let page = match self.head {
                 Some(head) if head == here => return Ok(Some(here)),
@@ -423,7 +424,7 @@ impl Session {
                     if joined {
                         return Ok(Some(here));
                     }
-                    // A copy of the stream that lags behind.
+                    // A replica of the stream that lags.
                     if stuck {
                         tokio::time::sleep(BROKER_RETRY_DELAY).await;
                     }
@@ -432,7 +433,7 @@ impl Session {
                     self.reset(self.head, to).await?;
                     return Ok(self.head);
                 }
-                // The broker is away; the client waits with us.
+                // The broker is unavailable: the client stays connected and waits.
                 Err(_) => tokio::select! {
                     _ = heartbeat.tick() => send(to, with_id(Event::default().comment("heartbeat"), Some(here))).await?,
                     () = tokio::time::sleep(BROKER_RETRY_DELAY) => {}
@@ -441,7 +442,7 @@ impl Session {
         }
     }
 
-    async fn show(&mut self, told: &Told, to: &mpsc::Sender<Event>) -> Result<(), CutOff> {
+    async fn show(&mut self, told: &StoredChange, to: &mpsc::Sender<Event>) -> Result<(), CutOff> {
         if !self.filter.wants(&told.change) || self.ended {
             return Ok(());
         }

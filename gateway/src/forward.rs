@@ -1,4 +1,4 @@
-//! Forwards a request to the service that it is for, and answers for a service that is away.
+//! Forwards requests to the services, and answers for a service that is unavailable.
 
 use std::time::Duration;
 
@@ -29,18 +29,18 @@ use service_kit::server::DRAIN_TIMEOUT;
 use crate::limits::{Limits, wait_asked_for};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// While their database is away, services try for 5 seconds, and the last try may take 3 more to be given up: this leaves
-/// them time to say so. A client of something slower is better told now that the outcome is unknown.
+/// While its database is unavailable, a service retries for 5 s, and the last attempt may take 3 s more: this leaves it
+/// time to report that. After this time the client is told that the outcome is unknown.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
-/// After a shutdown begins, a service gets this long for an answer: less than [`DRAIN_TIMEOUT`], so that the client is told.
+/// Time for a service's response after a shutdown begins: less than [`DRAIN_TIMEOUT`], so that the client still gets one.
 const LAST_ANSWER_TIMEOUT: Duration = Duration::from_secs(4);
 const _: () = assert!(LAST_ANSWER_TIMEOUT.as_secs() < DRAIN_TIMEOUT.as_secs());
-/// Shorter than a server of ours keeps an idle connection, so that no request meets a closing one.
+/// Shorter than our servers keep idle connections, so that no request is sent on a connection that is being closed.
 const IDLE_CONNECTION_TIMEOUT: Duration = Duration::from_secs(20);
-/// The largest answer is a page of 100 orders, a few kilobytes each.
+/// The largest response is a page of 100 orders of a few kilobytes each.
 const ANSWER_BYTES_MAX: usize = 1024 * 1024;
 
-/// Nothing else is handed on: no cookie, no credential, no header that a proxy in front might have trusted.
+/// Nothing else is forwarded: no cookie, no credential, no header that a proxy in front might have trusted.
 const REQUEST_HEADERS: [HeaderName; 8] = [
     header::ACCEPT,
     header::CONTENT_ENCODING,
@@ -63,7 +63,6 @@ const ANSWER_HEADERS: [HeaderName; 7] = [
     IDEMPOTENCY_REPLAYED,
 ];
 
-/// Which service a request is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Service {
     Orders,
@@ -81,7 +80,7 @@ impl Service {
 
 type Outgoing = axum::http::Request<Full<Bytes>>;
 
-/// Connections to the services, cheap to clone.
+/// Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Forwarder {
     client: Client<HttpConnector, Full<Bytes>>,
@@ -109,7 +108,7 @@ impl Forwarder {
         })
     }
 
-    /// The same, which answers while it still can once `shutdown` begins.
+    /// Once `shutdown` begins, requests that wait for a service are answered in time for the drain.
     pub(crate) fn until(self, shutdown: CancellationToken) -> Self {
         Self { shutdown, ..self }
     }
@@ -129,7 +128,7 @@ impl Forwarder {
             // A malformed key is rejected here, without a request to the service.
             key::find(&parts.headers)?;
         }
-        // A GET has nothing to say in a body.
+        // The body of a GET has no meaning.
         let body = if parts.method == Method::POST {
             input::read(body).await?
         } else {
@@ -143,7 +142,7 @@ impl Forwarder {
                 .expect("a path of a URI")
         });
         let mut outgoing = axum::http::Request::new(Full::new(body));
-        // The answer to a HEAD is that to a GET, and our server leaves its body out: so its length is right.
+        // A HEAD is forwarded as a GET: hyper leaves out the body, and Content-Length is right.
         *outgoing.method_mut() = if parts.method == Method::HEAD {
             Method::GET
         } else {
@@ -159,7 +158,7 @@ impl Forwarder {
 
         let answered = tokio::select! {
             answered = self.exchange(outgoing, ANSWER_TIMEOUT + wait) => answered,
-            // Whoever waits is told how it is now.
+            // During a shutdown a waiting client gets the order as it is now.
             answered = self.last_exchange(at_once) => answered,
         };
         let failed = match answered {
@@ -183,7 +182,7 @@ impl Forwarder {
         }
     }
 
-    /// Sends a request, and takes the whole answer within this time.
+    /// Sends a request and reads the whole response, within this time.
     async fn exchange(
         &self,
         request: Outgoing,
@@ -211,7 +210,7 @@ impl Forwarder {
             .unwrap_or_else(|_| Err(Failed::Midway(format!("no answer within {within:?}"))))
     }
 
-    /// When a shutdown begins: what there is to say instead of what is waited for. Never before.
+    /// Once a shutdown begins: sends `instead`, or fails after [`LAST_ANSWER_TIMEOUT`]. Pending until then.
     async fn last_exchange(
         &self,
         instead: Option<Outgoing>,
@@ -228,13 +227,13 @@ impl Forwarder {
         }
     }
 
-    /// When a shutdown has begun, and it is time to say something to whoever still waits.
+    /// Returns when a shutdown has begun and clients that still wait must be answered.
     async fn last_moment(&self) {
         self.shutdown.cancelled().await;
         tokio::time::sleep(LAST_ANSWER_TIMEOUT).await;
     }
 
-    /// What a service answers to a GET, if that is a success. `trace` are the headers of [`trace_of`].
+    /// The body of a successful GET. `trace` are the headers of [`trace_of`].
     pub(crate) async fn read(
         &self,
         service: Service,
@@ -270,12 +269,11 @@ impl Forwarder {
             }
         };
         read.await.map_err(|error| {
-            warn!(service = ?service, error, "A service did not say what it knows");
+            warn!(service = ?service, error, "A service could not be read");
             service.unavailable()
         })
     }
 
-    /// Whether a service says that it is ready.
     pub(crate) async fn probe(self, service: Service) -> Result<(), String> {
         let mut request = axum::http::Request::new(Full::default());
         *request.uri_mut() = self.uri(service, Some(PathAndQuery::from_static("/readyz")));
@@ -306,9 +304,10 @@ impl Forwarder {
     }
 }
 
-/// How an exchange failed: whether the service can have begun to work on it.
 enum Failed {
+    /// The service did not get the request.
     NotReached(String),
+    /// The service may have executed the request.
     Midway(String),
 }
 
@@ -334,7 +333,7 @@ fn authority(url: &Uri) -> anyhow::Result<Authority> {
         .with_context(|| format!("{url} names no host"))
 }
 
-/// What ties the requests that one request leads to together, in logs and traces.
+/// The headers that connect the requests caused by one request in logs and traces.
 pub(crate) fn trace_of(headers: &HeaderMap) -> HeaderMap {
     only(&[REQUEST_ID, TRACEPARENT, TRACESTATE], headers)
 }

@@ -1,4 +1,4 @@
-//! The routes: what is forwarded where, and where the API and the page are shown.
+//! The routes: what is forwarded to which service, and where the documents and the page are.
 
 use axum::Router;
 use axum::extract::{Request, State};
@@ -17,7 +17,7 @@ use crate::page;
 use crate::problems;
 use crate::timeline;
 
-/// `probes` are the routes for machines: health, metrics.
+/// `probes` are the routes for monitoring: health and metrics.
 pub(crate) fn router(
     forwarder: Forwarder,
     events: Events,

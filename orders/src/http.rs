@@ -67,7 +67,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
     document
 }
 
-/// `probes` are the routes for machines: health, metrics.
+/// `probes` are the routes for monitoring: health and metrics.
 pub(crate) fn router(state: State, probes: Router) -> Router {
     let (api, _) = api().split_for_parts();
     let router = api

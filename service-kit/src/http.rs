@@ -125,6 +125,7 @@ fn idempotency_key(request: &mut Request) -> Option<IdempotencyKey> {
         request.headers_mut().insert(IDEMPOTENCY_KEY, value);
         minted
     });
+    request.extensions_mut().insert(key.clone());
     Some(key)
 }
 

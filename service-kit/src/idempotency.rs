@@ -1,4 +1,6 @@
 //! The client's name for one request, so that a retry is not executed again. Free of HTTP: use cases import it.
+//!
+//! Parsing is by hand: the IETF draft wants the key quoted, most clients send it bare, and no crate reads both.
 
 const LENGTH_MAX: usize = 255;
 

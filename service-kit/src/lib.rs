@@ -1,5 +1,6 @@
-//! What every binary of the system needs and that knows no domain word: logging, shutdown, health, configuration
-//! pieces, and an HTTP edge that answers every error as a problem document (RFC 9457).
+//! What every binary of the system needs: logging, shutdown, health, metrics, settings, and an HTTP server that answers
+//! every error with a problem document (RFC 9457). It knows no rule of the shop; only the list of problem codes, which is
+//! one for the whole API, names its nouns.
 
 pub mod config;
 pub mod health;

@@ -1,5 +1,6 @@
 //! What all operations of an OpenAPI document have in common: errors that any request can get, an example of each, and
-//! headers of every response. Handlers document only what is specific to them.
+//! headers of every response. Handlers document only what is specific to them. By hand, since utoipa describes one
+//! operation at a time.
 
 use utoipa::openapi::header::HeaderBuilder;
 use utoipa::openapi::path::Operation;

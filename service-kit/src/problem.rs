@@ -60,16 +60,12 @@ pub struct ProblemDocument {
     /// Include it when you report a problem.
     pub request_id: String,
     /// Every part of the request that is not acceptable.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    #[schema(required = false)]
     pub errors: Vec<FieldError>,
-    /// Present if it is not known whether the request was executed. Send it again with `idempotency_key`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(nullable = false)]
+    /// Null unless it is not known whether the request was executed. Send it again with `idempotency_key`.
+    #[schema(required = true)]
     pub outcome: Option<Outcome>,
-    /// The key to send the request again with.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(nullable = false)]
+    /// The key to send the request again with; null unless the outcome is unknown.
+    #[schema(required = true)]
     pub idempotency_key: Option<String>,
 }
 

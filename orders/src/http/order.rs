@@ -1,4 +1,4 @@
-//! Orders.
+//! Placing and reading orders.
 
 use std::time::Duration;
 
@@ -48,8 +48,7 @@ pub(super) struct OrderBody {
     updated_at: OffsetDateTime,
 }
 
-/// NEW until the payment is decided; then FINISHED (debited, once) or CANCELLED (not debited, and never will be), for
-/// ever.
+/// NEW until the payment is decided; then FINISHED (debited once) or CANCELLED (never debited), for ever.
 #[derive(Clone, Copy, Deserialize, Serialize, ToSchema)]
 #[serde(rename_all = "UPPERCASE")]
 pub(super) enum OrderStatus {
@@ -102,7 +101,7 @@ pub(super) struct NewOrderBody {
     user_id: UserId,
     /// Minor units.
     amount: Amount,
-    /// For people. Empty if absent.
+    /// Free text. Empty if absent.
     #[schema(nullable = false)]
     description: Option<OrderDescription>,
 }
@@ -146,7 +145,7 @@ type WaitSeconds = Number<0, 30>;
 #[derive(Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub(super) struct Wait {
-    /// Wait up to this many seconds for it to become final
+    /// Seconds to wait until the order is final
     #[param(inline, nullable = false)]
     wait: Option<WaitSeconds>,
 }
@@ -155,10 +154,10 @@ pub(super) struct Wait {
 #[derive(Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub(super) struct OrdersQuery {
-    /// Only this user's; without it, all users'
+    /// Only orders of this user; of all users if absent
     #[param(inline, nullable = false, example = "alice")]
     user_id: Option<UserId>,
-    /// Only in this status
+    /// Only orders in this status
     #[param(nullable = false)]
     status: Option<OrderStatus>,
     /// At most this many entries
@@ -169,20 +168,20 @@ pub(super) struct OrdersQuery {
     cursor: Option<Cursor>,
 }
 
-/// Some orders, newest first.
+/// A page of orders, newest first.
 #[derive(Serialize, ToSchema)]
 #[schema(as = OrderList)]
 pub(super) struct OrderListBody {
     items: Vec<OrderBody>,
-    /// Ask with it for the next page; null on the last one.
+    /// The cursor of the next page; null on the last one.
     #[schema(required = true)]
     next_cursor: Option<String>,
 }
 
 /// Place an order
 ///
-/// It is stored at once and paid soon after: watch its status, or ask for it with `wait`. Sent again with the same
-/// Idempotency-Key, it answers the same again and orders nothing.
+/// The order is stored at once and paid soon after: follow its status, or read it with `wait`. The same request with the
+/// same Idempotency-Key gets the same response and places no second order.
 #[utoipa::path(
     post,
     path = "/v1/orders",
@@ -191,14 +190,14 @@ pub(super) struct OrderListBody {
     params(IdempotencyKey),
     request_body = NewOrderBody,
     responses(
-        (status = 201, description = "Placed, now or earlier with this key", body = OrderBody,
-         headers(("Location" = String, description = "Path of the order"), ("Idempotency-Replayed" = bool, description = "true if it had been placed earlier")),
+        (status = 201, description = "Placed, now or by an earlier request with this key", body = OrderBody,
+         headers(("Location" = String, description = "Path of the order"), ("Idempotency-Replayed" = bool, description = "true if an earlier request placed it")),
          links(
              ("getOrder" = (operation_id = "getOrder", parameters(("id" = "$response.body#/id")))),
              ("getTimeline" = (operation_id = "getTimeline", parameters(("id" = "$response.body#/id")))),
          )),
         (status = 400, description = "The body is not JSON, or the key is malformed", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 409, description = "A request with this key is still being stored; try again with the same key", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 409, description = "A request with this key is still being stored; send it again with the same key", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 413, description = "The body is too large", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 415, description = "The body is not application/json", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 422, description = "A field is not acceptable, or the key was used for another request", body = ProblemDocument, content_type = "application/problem+json"),
@@ -226,7 +225,7 @@ pub(super) async fn create_order(
     };
     let placed = state.intake.place(new).await?;
 
-    // As it was when it was placed: the first answer, byte for byte.
+    // The order as it was placed: a replay gets the first response, byte for byte.
     let location = format!("/v1/orders/{}", placed.order.id);
     let updated_at = placed.order.created_at;
     let body = OrderBody {
@@ -245,14 +244,14 @@ pub(super) async fn create_order(
 
 /// An order
 ///
-/// With `wait` it answers when the order is final or the seconds are over, whichever comes first.
+/// With `wait` the response comes when the order is final or the time is over, whichever is first.
 #[utoipa::path(
     get,
     path = "/v1/orders/{id}",
     operation_id = "getOrder",
     tag = "orders",
     params(
-        ("id" = Uuid, Path, description = "Which order"),
+        ("id" = Uuid, Path, description = "Id of the order"),
         Wait,
     ),
     responses(
@@ -276,7 +275,7 @@ pub(super) async fn get_order(
     if order.status != Status::New || seconds == 0 {
         return Ok(Json(order.into()));
     }
-    // Woken, timed out or stopping: what the database says is what is answered.
+    // Woken, timed out or stopping: the database is read again in each case.
     let _ = timeout(
         Duration::from_secs(seconds),
         state.shutdown.run_until_cancelled(waiter.woken()),
@@ -319,7 +318,7 @@ pub(super) async fn list_orders(
     }))
 }
 
-/// W3C trace context, version 00: 55 characters of lower-case hex and dashes. Anything else is not handed on.
+/// W3C trace context, version 00: 55 characters of lower-case hex and dashes. Anything else is dropped.
 fn traceparent(text: &str) -> Option<String> {
     let lengths: Vec<usize> = text.split('-').map(str::len).collect();
     let hex = text

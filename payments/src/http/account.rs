@@ -1,4 +1,4 @@
-//! Accounts.
+//! Opening and reading accounts.
 
 use axum::Json;
 use axum::extract::{Path, State};
@@ -54,8 +54,7 @@ pub(super) struct NewAccountBody {
 
 /// Open an account
 ///
-/// With balance 0. A user has one account at most. Sent again with the same Idempotency-Key, it answers the same
-/// again.
+/// The balance is 0. A user has at most one account. The same request with the same Idempotency-Key gets the same response.
 #[utoipa::path(
     post,
     path = "/v1/accounts",
@@ -64,8 +63,8 @@ pub(super) struct NewAccountBody {
     params(IdempotencyKey),
     request_body = NewAccountBody,
     responses(
-        (status = 201, description = "Opened, now or earlier with this key", body = AccountBody,
-         headers(("Idempotency-Replayed" = bool, description = "true if it had been opened earlier")),
+        (status = 201, description = "Opened, now or by an earlier request with this key", body = AccountBody,
+         headers(("Idempotency-Replayed" = bool, description = "true if an earlier request opened it")),
          links(("getAccount" = (operation_id = "getAccount", parameters(("user_id" = "$response.body#/user_id")))),
                ("createDeposit" = (operation_id = "createDeposit", parameters(("user_id" = "$response.body#/user_id")))))),
         (status = 400, description = "The body is not JSON, or the key is malformed", body = ProblemDocument, content_type = "application/problem+json"),
@@ -88,7 +87,7 @@ pub(super) async fn create_account(
         created_at: db::now(),
     };
     let (opened, delivery) = account::open(&state.db, &new).await?;
-    // As it was when it was opened: the first answer, byte for byte.
+    // The account as it was opened: a replay gets the first response, byte for byte.
     let body = AccountBody {
         user_id: opened.user_id,
         balance: 0,
@@ -104,7 +103,7 @@ pub(super) async fn create_account(
     path = "/v1/accounts/{user_id}",
     operation_id = "getAccount",
     tag = "accounts",
-    params(("user_id" = String, Path, description = "Whose account", example = "alice")),
+    params(("user_id" = String, Path, description = "Owner of the account", example = "alice")),
     responses(
         (status = 200, description = "The account", body = AccountBody),
         (status = 404, description = "The user has no account", body = ProblemDocument, content_type = "application/problem+json"),

@@ -1,4 +1,4 @@
-//! Deposits.
+//! Adding money.
 
 use axum::extract::{Path, State};
 use axum::response::Response;
@@ -44,20 +44,20 @@ pub(super) struct NewDepositBody {
 
 /// Add money to an account
 ///
-/// Sent again with the same Idempotency-Key, it answers the same again and adds nothing.
+/// The same request with the same Idempotency-Key gets the same response and adds nothing.
 #[utoipa::path(
     post,
     path = "/v1/accounts/{user_id}/deposits",
     operation_id = "createDeposit",
     tag = "accounts",
     params(
-        ("user_id" = String, Path, description = "Whose account", example = "alice"),
+        ("user_id" = String, Path, description = "Owner of the account", example = "alice"),
         IdempotencyKey,
     ),
     request_body = NewDepositBody,
     responses(
-        (status = 201, description = "Added, now or earlier with this key", body = DepositBody,
-         headers(("Idempotency-Replayed" = bool, description = "true if it had been added earlier"))),
+        (status = 201, description = "Added, now or by an earlier request with this key", body = DepositBody,
+         headers(("Idempotency-Replayed" = bool, description = "true if an earlier request added it"))),
         (status = 400, description = "The body is not JSON, or the key is malformed", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 404, description = "The user has no account", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 413, description = "The body is too large", body = ProblemDocument, content_type = "application/problem+json"),

@@ -21,14 +21,13 @@ use crate::entity::transfer::{KIND_DEPOSIT, Model};
 #[schema(as = Entry, example = json!({"transfer_id": "01a1fc85-da13-77eb-b00a-cbf551d324a8", "entry_no": 2, "kind": "payment", "amount": -700, "balance_after": 300, "order_id": "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11", "created_at": "2026-11-21T10:00:02.500000Z"}))]
 pub(super) struct EntryBody {
     transfer_id: Uuid,
-    /// Its place in the statement, counted from 1.
+    /// Number in the statement, counted from 1.
     entry_no: i64,
     kind: EntryKind,
-    /// Minor units; what was paid is negative.
+    /// Minor units; negative for a payment.
     amount: i64,
-    /// The balance after it.
     balance_after: i64,
-    /// The order that it paid; null for a deposit.
+    /// The order of a payment; null for a deposit.
     #[schema(required = true)]
     order_id: Option<Uuid>,
     #[serde(serialize_with = "shared_contracts::timestamp::serialize")]
@@ -61,12 +60,12 @@ impl From<Model> for EntryBody {
     }
 }
 
-/// Some entries, newest first.
+/// A page of entries, newest first.
 #[derive(Serialize, ToSchema)]
 #[schema(as = Statement)]
 pub(super) struct StatementBody {
     items: Vec<EntryBody>,
-    /// Ask with it for the next page; null on the last one.
+    /// The cursor of the next page; null on the last one.
     #[schema(required = true)]
     next_cursor: Option<String>,
 }
@@ -112,14 +111,14 @@ impl ToSchema for EntryCursor {}
 
 /// A statement, newest first
 ///
-/// Every movement of money with the balance after it: each is the one before, plus the amount.
+/// Every movement of money with the balance after it: the previous balance plus the amount.
 #[utoipa::path(
     get,
     path = "/v1/accounts/{user_id}/entries",
     operation_id = "listEntries",
     tag = "accounts",
     params(
-        ("user_id" = String, Path, description = "Whose account", example = "alice"),
+        ("user_id" = String, Path, description = "Owner of the account", example = "alice"),
         EntriesQuery,
     ),
     responses(

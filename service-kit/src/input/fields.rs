@@ -1,7 +1,8 @@
 //! Reads fields into a struct and finds everything that is wrong with them.
 //!
 //! Plain serde stops at the first error. Here the struct is deserialized again without the field that was wrong, until
-//! no other wrong field is found: a valid input takes one pass, an invalid one a pass more for each wrong field.
+//! no other wrong field is found: a valid input takes one pass, an invalid one a pass more for each wrong field. By hand:
+//! crates for validation check values only after serde has accepted all their types.
 
 use std::fmt::{self, Display};
 

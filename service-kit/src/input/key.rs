@@ -32,12 +32,15 @@ pub fn find(headers: &HeaderMap) -> Result<Option<IdempotencyKey>, Problem> {
     }
 }
 
-/// The outermost layer ([`crate::http::edge`]) has added a key to a POST without one, so that a problem can name it.
+/// The outermost layer ([`crate::http::edge`]) has found the key already, or minted one.
 impl<S: Send + Sync> FromRequestParts<S> for IdempotencyKey {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
-        Ok(find(&parts.headers)?.unwrap_or_else(Self::mint))
+        match parts.extensions.get::<Self>() {
+            Some(key) => Ok(key.clone()),
+            None => Ok(find(&parts.headers)?.unwrap_or_else(Self::mint)),
+        }
     }
 }
 
