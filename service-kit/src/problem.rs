@@ -33,10 +33,10 @@ pub struct Problem {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
 pub struct FieldError {
     /// JSON pointer into the body, or the name of a parameter or header.
-    #[schema(example = "/amount")]
+    #[schema(example = "/user_id")]
     pub pointer: String,
     /// What it must be.
-    #[schema(example = "must be an integer from 1 to 1000000000000, in minor units")]
+    #[schema(example = "is missing")]
     pub detail: String,
 }
 
