@@ -1,29 +1,30 @@
-//! A change of an order's status, as a message of the stream ORDERS tells it, and the place where it stands there.
+//! A change of an order's status, read from a message of the stream ORDERS, and its position there.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::str::FromStr;
 
 use async_nats::HeaderMap;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use shared_contracts::{
     DeclineReason, Event, OrderCancelled, OrderFinished, OrderId, OrderPlaced, UserId, header,
+    timestamp,
 };
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-/// A request that is stored so much later than its fact was made is no news: somebody publishes old events again.
+/// An OrderPlaced that is stored this long after it was made is an old event that is published again, not a change.
 const NEWS_AGE_MAX: time::Duration = time::Duration::hours(1);
 
-/// A place in the stream, with the event that stands there: sequences start again when a stream is made anew, so a number
-/// alone says nothing. As text `<stream sequence>.<event id>`.
+/// A position in the stream, with the event there: sequences start again when a stream is recreated, so a number alone is
+/// ambiguous. As text `<stream sequence>.<event id>`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Position {
     pub(crate) sequence: u64,
-    /// Absent where no event can be named: the stream is empty.
+    /// Absent if there is no event: the stream is empty.
     pub(crate) event_id: Option<Uuid>,
 }
 
@@ -53,7 +54,6 @@ impl FromStr for Position {
     }
 }
 
-/// Where a message stands.
 pub(crate) fn position(sequence: u64, headers: Option<&HeaderMap>) -> Position {
     Position {
         sequence,
@@ -61,32 +61,36 @@ pub(crate) fn position(sequence: u64, headers: Option<&HeaderMap>) -> Position {
     }
 }
 
-/// The status of an order, and since when.
+/// The status of an order since a time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[schema(as = OrderChange, example = json!({"order_id": "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11", "user_id": "alice", "amount": 1299, "status": "FINISHED", "reason": null, "at": "2026-11-21T10:00:00.123456Z"}))]
 pub(crate) struct Change {
-    /// Which order.
     #[schema(value_type = Uuid)]
     pub(crate) order_id: OrderId,
-    /// Whose.
-    #[schema(value_type = String)]
     pub(crate) user_id: UserId,
     /// Minor units.
     pub(crate) amount: i64,
-    /// NEW, FINISHED or CANCELLED.
-    #[schema(value_type = String)]
-    pub(crate) status: &'static str,
-    /// Why it was cancelled.
-    #[schema(required = true, value_type = Option<String>)]
+    pub(crate) status: Status,
+    /// Why it was cancelled; null if it was not.
+    #[schema(required = true)]
     pub(crate) reason: Option<DeclineReason>,
-    /// Since when.
-    #[serde(with = "time::serde::rfc3339")]
+    #[serde(serialize_with = "timestamp::serialize")]
     #[schema(value_type = String, format = DateTime)]
     pub(crate) at: OffsetDateTime,
 }
 
+/// NEW until the payment is decided; then FINISHED (debited once) or CANCELLED (never debited), for ever.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "UPPERCASE")]
+#[schema(as = OrderStatus)]
+pub(crate) enum Status {
+    New,
+    Finished,
+    Cancelled,
+}
+
 impl Change {
-    /// What a message tells, if it tells a change: no repetition of a request, and nothing that is not understood.
+    /// The change in a message, if there is one: re-asks and unknown types are not changes.
     pub(crate) fn read(
         headers: Option<&HeaderMap>,
         payload: &[u8],
@@ -107,7 +111,7 @@ impl Change {
                 order_id,
                 user_id,
                 amount: amount.minor_units(),
-                status: "NEW",
+                status: Status::New,
                 reason: None,
                 at,
             });
@@ -122,7 +126,7 @@ impl Change {
                 order_id,
                 user_id,
                 amount: amount.minor_units(),
-                status: "FINISHED",
+                status: Status::Finished,
                 reason: None,
                 at,
             });
@@ -139,7 +143,7 @@ impl Change {
                 order_id,
                 user_id,
                 amount,
-                status: "CANCELLED",
+                status: Status::Cancelled,
                 reason: Some(reason),
                 at,
             });
@@ -147,23 +151,21 @@ impl Change {
         None
     }
 
-    /// An order as its service describes it.
+    /// An order as its service returns it.
     pub(crate) fn of_order(order: &Value) -> Option<Self> {
         let text = |name: &str| order.get(name)?.as_str();
         Some(Self {
             order_id: text("id")?.parse().ok()?,
             user_id: UserId::parse(text("user_id")?).ok()?,
             amount: order.get("amount")?.as_i64()?,
-            status: ["NEW", "FINISHED", "CANCELLED"]
-                .into_iter()
-                .find(|status| text("status") == Some(status))?,
+            status: Status::deserialize(order.get("status")?).ok()?,
             reason: text("reason").and_then(DeclineReason::parse),
             at: OffsetDateTime::parse(text("updated_at")?, &Rfc3339).ok()?,
         })
     }
 
     pub(crate) fn is_final(&self) -> bool {
-        self.status != "NEW"
+        self.status != Status::New
     }
 }
 
@@ -171,8 +173,8 @@ fn text_header<'a>(headers: Option<&'a HeaderMap>, name: &str) -> Option<&'a str
     Some(headers?.get(name)?.as_str())
 }
 
-/// Which orders ended, and where in the stream: what is told about an order after its end is a repetition, and would make
-/// its status go backwards.
+/// Which orders are final, and since which position: a later event about such an order is a repetition, and would make its
+/// status go backwards.
 #[derive(Debug, Default)]
 pub(crate) struct Ended {
     at: HashMap<Uuid, u64>,
@@ -180,17 +182,17 @@ pub(crate) struct Ended {
 }
 
 impl Ended {
-    /// Orders remembered, about 60 bytes each. Far more than a replay may reach back.
+    /// Orders that are remembered, about 60 bytes each. Far more than a replay can reach back.
     const MAX: usize = 100_000;
 
-    /// Whether the order had ended before this place.
+    /// Whether the order was final before this position.
     pub(crate) fn before(&self, order_id: OrderId, sequence: u64) -> bool {
         self.at
             .get(&order_id.as_uuid())
             .is_some_and(|end| *end < sequence)
     }
 
-    /// Notes the first end of an order.
+    /// Records the first end of an order.
     pub(crate) fn note(&mut self, order_id: OrderId, sequence: u64) {
         if self.at.contains_key(&order_id.as_uuid()) {
             return;
@@ -204,7 +206,7 @@ impl Ended {
         }
     }
 
-    /// The stream was made anew: everything known ended before all that comes.
+    /// The stream was recreated: every known order was final before its first event.
     pub(crate) fn all_before_everything(&mut self) {
         self.at.values_mut().for_each(|end| *end = 0);
     }
@@ -242,14 +244,17 @@ mod tests {
             Change::read(Some(&headers), body, stored_at).map(|change| change.status)
         };
         let at = "2026-11-21T10:00:00Z";
-        assert_eq!(read(headers(OrderPlaced::TYPE, at, None)), Some("NEW"));
+        assert_eq!(
+            read(headers(OrderPlaced::TYPE, at, None)),
+            Some(Status::New)
+        );
         assert_eq!(
             read(headers(OrderFinished::TYPE, at, None)),
-            Some("FINISHED")
+            Some(Status::Finished)
         );
         assert_eq!(
             read(headers(OrderCancelled::TYPE, at, None)),
-            Some("CANCELLED")
+            Some(Status::Cancelled)
         );
         assert_eq!(
             read(headers(OrderPlaced::TYPE, at, Some("1"))),
@@ -263,7 +268,7 @@ mod tests {
         );
         assert_eq!(
             read(headers(OrderFinished::TYPE, "2026-11-21T08:00:00Z", None)),
-            Some("FINISHED")
+            Some(Status::Finished)
         );
         assert_eq!(read(headers("gozon.order.placed.v2", at, None)), None);
         assert_eq!(

@@ -1,4 +1,4 @@
-//! Everything the process can be told.
+//! Settings: flags and environment variables.
 
 use std::net::SocketAddr;
 
@@ -9,7 +9,7 @@ use crate::broker::BrokerArgs;
 use crate::cors::Origin;
 use crate::limits::LimitArgs;
 
-/// The one address that clients need: forwards to orders and payments, shows the API.
+/// The one address that clients need: forwards to orders and payments, serves the page and the API's documents.
 #[derive(Clone, Debug, clap::Parser)]
 #[command(name = "gateway", version)]
 pub struct Config {
@@ -19,14 +19,14 @@ pub struct Config {
     /// Allows an address that other machines can reach, although there is no login.
     #[arg(long, env = "GOZON_LISTEN_UNPROTECTED", default_value_t = false)]
     pub listen_unprotected: bool,
-    /// Where the orders service is.
+    /// URL of the orders service.
     #[arg(
         long,
         env = "GOZON_ORDERS_URL",
         default_value = "http://127.0.0.1:8081"
     )]
     pub orders_url: Uri,
-    /// Where the payments service is.
+    /// URL of the payments service.
     #[arg(
         long,
         env = "GOZON_PAYMENTS_URL",
@@ -36,18 +36,18 @@ pub struct Config {
     #[command(flatten)]
     pub limits: LimitArgs,
     /// Origins of web pages on other hosts that may use the API, separated by commas, each exactly as a browser sends it
-    /// (`https://shop.example`). Without it, only pages of this gateway may.
+    /// (`https://shop.example`). If absent, only pages of this gateway may.
     #[arg(long, env = "GOZON_CORS_ORIGINS", value_delimiter = ',')]
     pub cors_origins: Vec<Origin>,
     #[command(flatten)]
     pub broker: BrokerArgs,
-    /// Clients that follow events at once; one more is told to come again.
+    /// Clients that may follow events at once; one more is rejected.
     #[arg(long, env = "GOZON_EVENT_STREAMS_MAX", default_value_t = 1024)]
     pub event_streams_max: usize,
-    /// How log lines look.
+    /// Format of log lines.
     #[arg(long, env = "GOZON_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
-    /// What is logged: a level, or a list such as `info,gateway=debug`.
+    /// Log filter: a level, or a list such as `info,gateway=debug`.
     #[arg(long, env = "RUST_LOG", default_value = "info")]
     pub log_filter: String,
 }

@@ -1,4 +1,5 @@
-//! Which web pages of other hosts may use the API: none, or an exact list.
+//! Which web pages of other hosts may use the API: none, or an exact list. [`CorsLayer`] does the work; only the check
+//! of a configured origin is by hand, since the layer accepts any text and would silently never match a wrong one.
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -8,12 +9,12 @@ use axum::http::{HeaderName, HeaderValue, Method, Uri, header};
 use tower_http::cors::CorsLayer;
 
 use service_kit::http::REQUEST_ID;
-use service_kit::idempotency::{IDEMPOTENCY_KEY, IDEMPOTENCY_REPLAYED};
+use service_kit::input::key::{IDEMPOTENCY_KEY, IDEMPOTENCY_REPLAYED};
 
-/// Browsers ask again after this long.
+/// How long browsers cache the answer to a preflight request.
 const PREFLIGHT_MAX_AGE: Duration = Duration::from_secs(600);
 
-/// Where a web page comes from: scheme, host and port, as a browser sends it.
+/// Scheme, host and port of a web page, as a browser sends them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Origin(HeaderValue);
 
@@ -44,7 +45,7 @@ impl FromStr for Origin {
     }
 }
 
-/// Lets pages from `origins`, and no others, read the answers of `router`.
+/// Allows pages from `origins`, and no others, to read the responses of `router`.
 pub(crate) fn allow(origins: &[Origin], router: Router) -> Router {
     if origins.is_empty() {
         return router;

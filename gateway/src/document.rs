@@ -1,19 +1,19 @@
-//! The OpenAPI document of the whole API, merged from those of the services and what the gateway answers itself.
+//! The OpenAPI document of the whole API: the documents of the services, merged with the gateway's own operations.
 
 use std::sync::LazyLock;
 
 use service_kit::openapi::complete;
 use utoipa::openapi::{InfoBuilder, LicenseBuilder, OpenApi, Server};
 
-use crate::{events, ops};
+use crate::{events, ops, problems};
 
-/// The services' documents, kept beside them and checked against their code by their tests. Compiled in, so that the
-/// gateway shows the API whether or not the services are up.
+/// Each service keeps its document in its folder, and a test compares it with the code. Compiled in, so that the gateway
+/// serves the documents while the services are down.
 const ORDERS: &str = include_str!("../../orders/openapi.json");
 const PAYMENTS: &str = include_str!("../../payments/openapi.json");
 
-/// What a service's document says, without the paths that are not the gateway's: what it puts together from both services
-/// it describes itself, and half a timeline it does not serve.
+/// A service's document without the paths that the gateway does not forward: it has operator paths of its own, and it
+/// serves no half of a timeline.
 fn forwarded(text: &str) -> OpenApi {
     let mut document: OpenApi = serde_json::from_str(text)
         .expect("the documents in this repository are OpenAPI; a test reads them");
@@ -32,7 +32,7 @@ pub(crate) fn payments() -> OpenApi {
     finished(forwarded(PAYMENTS))
 }
 
-/// Adds what the gateway may answer to anything, and takes out what belonged to paths that are not served here.
+/// Adds the errors that the gateway may return for any operation, and removes components that no path refers to.
 fn finished(mut document: OpenApi) -> OpenApi {
     complete(&mut document, true, &[]);
     forget_what_nothing_names(&mut document);
@@ -45,6 +45,7 @@ pub fn all() -> OpenApi {
     all.merge(forwarded(ORDERS));
     all.merge(events::api().into_openapi());
     all.merge(ops::api().into_openapi());
+    all.merge(problems::api().into_openapi());
     all.info = InfoBuilder::new()
         .title("Gozon")
         .version(env!("CARGO_PKG_VERSION"))
@@ -52,7 +53,7 @@ pub fn all() -> OpenApi {
         .description(Some(
             "Orders that are paid exactly once, whatever crashes. Amounts are integers of minor units. Every error is a problem \
              document (RFC 9457). Send an Idempotency-Key with every POST: repeated with the same key, it is done once.\n\n\
-             Try it from top to bottom: the examples open an account, put money into it, and order something.",
+             To try it, open an account, put money into it, and place an order: the examples do so for alice.",
         ))
         .build();
     all.servers = Some(vec![Server::new("/")]);
@@ -85,7 +86,6 @@ fn forget_what_nothing_names(document: &mut OpenApi) {
     }
 }
 
-/// The same as YAML.
 pub(crate) fn yaml() -> &'static str {
     static YAML: LazyLock<String> = LazyLock::new(|| {
         all()

@@ -4,51 +4,53 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::{Path, Query, State};
+use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::sse::{Event, Sse};
 use axum::response::{IntoResponse as _, Response};
 use futures_util::stream;
 use http_body_util::BodyExt as _;
+use serde::Deserialize;
 use serde_json::Value;
 use service_kit::Problem;
-use service_kit::body::{self, Fields};
+use service_kit::input::ValidatedQuery;
 use service_kit::metrics::refused;
-use service_kit::problem::ProblemDocument;
+use service_kit::problem::{Code, ProblemDocument};
 use shared_contracts::{OrderId, UserId};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
+use utoipa::{IntoParams, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::change::{Change, Position};
 use crate::forward::{Forwarder, Service, trace_of};
 use crate::limits::EVENT_STREAMS;
-use crate::live::{Live, News, REPLAY_MAX, Told};
+use crate::live::{Live, News, REPLAY_MAX, StoredChange};
 
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
-/// Proxies close what is silent; this keeps them from it, and tells the client how far it is.
+/// Keeps proxies from closing a silent connection, and tells the client its position.
 const HEARTBEAT: Duration = Duration::from_secs(15);
-/// Events on their way to one client.
+/// Events that are buffered for one client.
 const OUTGOING: usize = 64;
-/// A client that takes nothing for this long is cut off. It resumes where it was.
+/// A client that reads nothing for this long is disconnected. It can resume.
 const SLOW_CLIENT_TIMEOUT: Duration = Duration::from_secs(20);
-/// Browsers connect again after this long.
+/// How long browsers wait before they reconnect.
 const RECONNECT_AFTER: Duration = Duration::from_secs(1);
 const BROKER_RETRY_DELAY: Duration = Duration::from_millis(250);
 
-/// What handlers need.
+/// State of the handlers.
 #[derive(Clone)]
 pub(crate) struct Events {
     live: Option<Live>,
     forwarder: Forwarder,
-    places: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
     shutdown: CancellationToken,
 }
 
 impl Events {
-    /// `live` is absent where no broker is configured.
+    /// `live` is absent if no broker is configured.
     pub(crate) fn new(
         live: Option<Live>,
         forwarder: Forwarder,
@@ -58,77 +60,106 @@ impl Events {
         Self {
             live,
             forwarder,
-            places: Arc::new(Semaphore::new(streams_max)),
+            permits: Arc::new(Semaphore::new(streams_max)),
             shutdown,
         }
     }
 
     fn open(&self) -> Result<(Live, OwnedSemaphorePermit), Problem> {
         let Some(live) = self.live.clone() else {
-            let detail = "This gateway was started without NATS_PASSWORD, so it has no live events. Poll instead.";
-            return Err(Problem::new(
-                StatusCode::SERVICE_UNAVAILABLE,
-                "no_live_events",
-                detail,
-            ));
+            return Err(Code::NoLiveEvents.into());
         };
-        let place = self.places.clone().try_acquire_owned().map_err(|_| {
+        let permit = self.permits.clone().try_acquire_owned().map_err(|_| {
             refused(EVENT_STREAMS);
-            let detail = "Too many clients follow events already. Try again soon.";
-            Problem::overloaded(detail)
+            Problem::new(Code::Overloaded).because("Too many clients already follow events.")
         })?;
-        Ok((live, place))
+        Ok((live, permit))
+    }
+}
+
+/// OpenAPI 3.1 can only call a stream of events a text; `x-event-data` names the schema of their data.
+#[derive(OpenApi)]
+#[openapi(components(schemas(Change)))]
+struct Document;
+
+fn example() -> &'static str {
+    "id: 7.01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11\nevent: order\ndata: {\"order_id\":\"01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11\",\
+     \"user_id\":\"alice\",\"amount\":700,\"status\":\"FINISHED\",\"reason\":null,\"at\":\"2026-11-21T10:00:00.123456Z\"}\n\n"
+}
+
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+struct FollowOrdersQuery {
+    /// Only this user's; without it, all users'
+    #[param(inline, nullable = false)]
+    user_id: Option<UserId>,
+    /// As the header Last-Event-ID, for clients that cannot set it; the header counts more
+    #[param(value_type = Option<String>, nullable = false)]
+    last_event_id: Option<LastEventId>,
+}
+
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+struct FollowOrderQuery {
+    /// As the header Last-Event-ID, for clients that cannot set it; the header counts more
+    #[param(value_type = Option<String>, nullable = false)]
+    last_event_id: Option<LastEventId>,
+}
+
+/// Empty before the first event: a browser's EventSource starts with an empty id.
+#[derive(Deserialize)]
+#[serde(try_from = "String")]
+struct LastEventId(Option<Position>);
+
+impl TryFrom<String> for LastEventId {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        match text.as_str() {
+            "" => Ok(Self(None)),
+            id => id.parse().map(|position| Self(Some(position))),
+        }
     }
 }
 
 pub(crate) fn api() -> OpenApiRouter<Events> {
-    OpenApiRouter::new()
+    OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(follow_orders))
         .routes(routes!(follow_order))
 }
 
 /// Follow orders as they change
 ///
-/// Server-sent events. `order`: an order is now NEW, FINISHED or CANCELLED. `reset`: events may be missing; read the orders
-/// afresh, it goes on from here. Ids are opaque; send the last one as Last-Event-ID, to this gateway or another, to go on
-/// after it (browsers do so by themselves). Comments keep the connection alive. A status never goes backwards here, but an
-/// event may tell of a time before the list that you have read: what you know as final is final.
+/// Server-sent events. `order`, with an OrderChange as its data: an order is now NEW, FINISHED or CANCELLED. `reset`:
+/// events may be missing, so read the orders again; the stream continues from here. Ids are opaque: send the last one as
+/// Last-Event-ID, to this gateway or another, to resume after it (browsers do so by themselves). Comments keep the
+/// connection alive. The status of an order never goes backwards in the stream, but an event may be older than a list that
+/// you have read: a final status stays final.
 #[utoipa::path(
     get,
     path = "/v1/orders/events",
     operation_id = "followOrders",
     tag = "orders",
+    extensions(("x-event-data" = json!({"$ref": "#/components/schemas/OrderChange"}))),
     params(
-        ("user_id" = Option<String>, Query, description = "Only this user's; without it, all users'"),
-        ("Last-Event-ID" = Option<String>, Header, description = "Go on after this event"),
-        ("last_event_id" = Option<String>, Query, description = "The same, for clients that cannot set the header; the header counts more"),
+        FollowOrdersQuery,
+        ("Last-Event-ID" = Option<String>, Header, description = "Go on after this event", nullable = false),
     ),
     responses(
-        (status = 200, description = "Events, until one side closes the connection", body = Change, content_type = "text/event-stream"),
+        (status = 200, description = "Events, until one side closes the connection", body = String, content_type = "text/event-stream", example = example),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 503, description = "Too many follow already, or live events are switched off", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 async fn follow_orders(
     State(events): State<Events>,
-    Query(query): Query<Vec<(String, String)>>,
+    ValidatedQuery(query): ValidatedQuery<FollowOrdersQuery>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let mut parameters = Fields::from_query(&query);
-    let user_id = parameters.optional("user_id", None, |value| {
-        UserId::parse(body::text(value)?)
-            .map(Some)
-            .map_err(|error| error.to_string())
-    });
-    let after = resume_after(&mut parameters, &headers);
-    parameters.finish()?;
-    let (live, place) = events.open()?;
+    let (live, permit) = events.open()?;
     let (news, head) = live.subscribe();
-    let filter = match user_id.flatten() {
-        Some(user_id) => Filter::User(user_id),
-        None => Filter::All,
-    };
-    let after = after.flatten().unwrap_or(After::Now);
+    let filter = query.user_id.map_or(Filter::All, Filter::User);
+    let after = resume_after(query.last_event_id, &headers).unwrap_or(After::Now);
     Ok(respond(
         Session {
             live,
@@ -137,7 +168,7 @@ async fn follow_orders(
             filter,
             opening: None,
             ended: false,
-            place,
+            permit,
         },
         after,
         events.shutdown,
@@ -146,19 +177,20 @@ async fn follow_orders(
 
 /// Follow one order
 ///
-/// As all orders are followed. Unless it resumes, it begins with the order as it is, or with `reset` if that cannot be said.
+/// As for all orders. Unless it resumes, the stream begins with the order as it is now, or with `reset` if that is unknown.
 #[utoipa::path(
     get,
     path = "/v1/orders/{id}/events",
     operation_id = "followOrder",
     tag = "orders",
+    extensions(("x-event-data" = json!({"$ref": "#/components/schemas/OrderChange"}))),
     params(
         ("id" = Uuid, Path, description = "Which order"),
-        ("Last-Event-ID" = Option<String>, Header, description = "Go on after this event"),
-        ("last_event_id" = Option<String>, Query, description = "The same, for clients that cannot set the header; the header counts more"),
+        FollowOrderQuery,
+        ("Last-Event-ID" = Option<String>, Header, description = "Go on after this event", nullable = false),
     ),
     responses(
-        (status = 200, description = "Events, until one side closes the connection", body = Change, content_type = "text/event-stream"),
+        (status = 200, description = "Events, until one side closes the connection", body = String, content_type = "text/event-stream", example = example),
         (status = 404, description = "There is no such order", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 503, description = "Too many follow already, or live events are switched off", body = ProblemDocument, content_type = "application/problem+json"),
@@ -167,28 +199,21 @@ async fn follow_orders(
 async fn follow_order(
     State(events): State<Events>,
     Path(id): Path<String>,
-    Query(query): Query<Vec<(String, String)>>,
+    ValidatedQuery(query): ValidatedQuery<FollowOrderQuery>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let mut parameters = Fields::from_query(&query);
-    let after = resume_after(&mut parameters, &headers);
-    parameters.finish()?;
     let Ok(order_id) = id.parse::<OrderId>() else {
-        return Err(Problem::new(
-            StatusCode::NOT_FOUND,
-            "order_not_found",
-            "There is no order with this id.",
-        ));
+        return Err(Code::OrderNotFound.into());
     };
-    let (live, place) = events.open()?;
-    // Listening comes before looking: then no change is between the two.
+    let (live, permit) = events.open()?;
+    // Subscribing before reading: no change can be missed between the two.
     let (news, head) = live.subscribe();
     let found = order_as_it_is(&events.forwarder, order_id, &headers).await;
     let opening = match found {
         Ok(found) => found,
         Err(refusal) => return Ok(refusal),
     };
-    let after = match (after.flatten(), &opening) {
+    let after = match (resume_after(query.last_event_id, &headers), &opening) {
         (Some(after), _) => after,
         (None, Some(_)) => After::Now,
         (None, None) => After::Unknown,
@@ -202,44 +227,40 @@ async fn follow_order(
             filter: Filter::Order(order_id),
             opening,
             ended: false,
-            place,
+            permit,
         },
         after,
         events.shutdown,
     ))
 }
 
-/// Where to begin.
+/// Where the stream begins.
 #[derive(Clone, Copy, Debug)]
 enum After {
     Now,
     Event(Position),
-    /// After something that nobody knows.
+    /// After an event that is not known.
     Unknown,
 }
 
-/// What a browser sends by itself is newer than what stands in the URL.
-fn resume_after(parameters: &mut Fields, headers: &HeaderMap) -> Option<Option<After>> {
-    let in_query = parameters.optional("last_event_id", None, |value| match body::text(value)? {
-        "" => Ok(None),
-        id => Ok(Some(After::Event(id.parse().map_err(str::to_owned)?))),
-    });
-    let in_header = headers
+/// The header counts more than the parameter: a browser sends the header by itself, so it is newer than the URL.
+fn resume_after(parameter: Option<LastEventId>, headers: &HeaderMap) -> Option<After> {
+    let header = headers
         .get(LAST_EVENT_ID)
         .map(HeaderValue::to_str)
         .filter(|value| !matches!(value, Ok("")));
-    match in_header {
-        // Of another server, perhaps. A browser that is refused gives up for ever.
-        Some(id) => Some(Some(
+    match header {
+        // An id that is not ours is not refused: a browser would give up for good.
+        Some(id) => Some(
             id.ok()
                 .and_then(|id| id.parse().ok())
                 .map_or(After::Unknown, After::Event),
-        )),
-        None => in_query,
+        ),
+        None => parameter.and_then(|LastEventId(position)| position.map(After::Event)),
     }
 }
 
-/// The order as its service knows it, `None` if the service is away, or an answer that ends the matter.
+/// The order from its service, `None` if the service is unavailable, or the 404 to return.
 async fn order_as_it_is(
     forwarder: &Forwarder,
     id: OrderId,
@@ -283,7 +304,7 @@ fn respond(session: Session, after: After, shutdown: CancellationToken) -> Respo
             .poll_recv(cx)
             .map(|event: Option<Event>| event.map(Ok::<_, Infallible>))
     });
-    // nginx would otherwise keep events back.
+    // nginx would buffer the events otherwise.
     ([("x-accel-buffering", "no")], Sse::new(frames)).into_response()
 }
 
@@ -310,19 +331,19 @@ struct Session {
     head: Option<Position>,
     filter: Filter,
     opening: Option<Change>,
-    /// The one order that is followed has ended: what still comes is older.
+    /// The one order that is followed is final: later events about it are repetitions.
     ended: bool,
-    /// Given back when the session ends.
+    /// Released when the session ends.
     #[expect(dead_code, reason = "held, not read")]
-    place: OwnedSemaphorePermit,
+    permit: OwnedSemaphorePermit,
 }
 
-/// The client is gone, or too slow.
+/// The client disconnected, or is too slow.
 struct CutOff;
 
 impl Session {
     async fn run(mut self, after: After, to: &mpsc::Sender<Event>) {
-        // Whoever was cut off comes back and resumes.
+        // A client that was disconnected reconnects and resumes.
         let _: Result<(), CutOff> = self.tell(after, to).await;
     }
 
@@ -337,7 +358,7 @@ impl Session {
         match after {
             After::Now => {}
             After::Unknown => self.reset(here, to).await?,
-            After::Event(place) => here = self.catch_up(place, to).await?,
+            After::Event(position) => here = self.catch_up(position, to).await?,
         }
         if let Some(opening) = self.opening.take() {
             self.ended = opening.is_final();
@@ -352,7 +373,7 @@ impl Session {
         loop {
             tokio::select! {
                 news = self.news.recv() => match news {
-                    // Told already, while catching up.
+                    // Sent already, while catching up.
                     Ok(News::Change(told)) if here.is_some_and(|here| told.position.sequence <= here.sequence) => {}
                     Ok(News::Change(told)) => {
                         here = Some(told.position);
@@ -362,7 +383,7 @@ impl Session {
                         here = Some(position);
                         self.reset(here, to).await?;
                     }
-                    // The ring went on without this client.
+                    // The ring has overwritten events that this client has not read.
                     Err(_) => return Err(CutOff),
                 },
                 _ = heartbeat.tick() => {
@@ -373,7 +394,7 @@ impl Session {
         }
     }
 
-    /// Reads what the client has missed from the stream itself, until the live events join on.
+    /// Reads missed events from the stream, until they reach the live events.
     async fn catch_up(
         &mut self,
         after: Position,
@@ -382,7 +403,7 @@ impl Session {
         let mut here = after;
         let mut heartbeat = tokio::time::interval_at(Instant::now() + HEARTBEAT, HEARTBEAT);
         loop {
-            // Anew for each page, so that the ring need not hold what comes during the whole of a long replay.
+            // For each page, so that the ring need not hold all events of a long replay.
             (self.news, self.head) = self.live.subscribe();
             let page = match self.head {
                 Some(head) if head == here => return Ok(Some(here)),
@@ -403,7 +424,7 @@ impl Session {
                     if joined {
                         return Ok(Some(here));
                     }
-                    // A copy of the stream that lags behind.
+                    // A replica of the stream that lags.
                     if stuck {
                         tokio::time::sleep(BROKER_RETRY_DELAY).await;
                     }
@@ -412,7 +433,7 @@ impl Session {
                     self.reset(self.head, to).await?;
                     return Ok(self.head);
                 }
-                // The broker is away; the client waits with us.
+                // The broker is unavailable: the client stays connected and waits.
                 Err(_) => tokio::select! {
                     _ = heartbeat.tick() => send(to, with_id(Event::default().comment("heartbeat"), Some(here))).await?,
                     () = tokio::time::sleep(BROKER_RETRY_DELAY) => {}
@@ -421,7 +442,7 @@ impl Session {
         }
     }
 
-    async fn show(&mut self, told: &Told, to: &mpsc::Sender<Event>) -> Result<(), CutOff> {
+    async fn show(&mut self, told: &StoredChange, to: &mpsc::Sender<Event>) -> Result<(), CutOff> {
         if !self.filter.wants(&told.change) || self.ended {
             return Ok(());
         }

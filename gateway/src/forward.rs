@@ -1,11 +1,10 @@
-//! Forwards a request to the service that it is for, and answers for a service that is away.
+//! Forwards requests to the services, and answers for a service that is unavailable.
 
 use std::time::Duration;
 
 use anyhow::Context as _;
 use axum::body::Body;
 use axum::extract::Request;
-use axum::http::request::Parts;
 use axum::http::response;
 use axum::http::uri::{Authority, PathAndQuery, Scheme};
 use axum::http::{HeaderMap, HeaderName, Method, Response, StatusCode, Uri, header};
@@ -21,26 +20,27 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use service_kit::Problem;
-use service_kit::body;
-use service_kit::http::{REQUEST_ID, unless_it_panics};
-use service_kit::idempotency::{IDEMPOTENCY_KEY, IDEMPOTENCY_REPLAYED, IdempotencyKey};
+use service_kit::http::REQUEST_ID;
+use service_kit::input;
+use service_kit::input::key::{self, IDEMPOTENCY_KEY, IDEMPOTENCY_REPLAYED};
+use service_kit::problem::Code;
 use service_kit::server::DRAIN_TIMEOUT;
 
 use crate::limits::{Limits, wait_asked_for};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// While their database is away, services try for 5 seconds, and the last try may take 3 more to be given up: this leaves
-/// them time to say so. A client of something slower is better told now that the outcome is unknown.
+/// While its database is unavailable, a service retries for 5 s, and the last attempt may take 3 s more: this leaves it
+/// time to report that. After this time the client is told that the outcome is unknown.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
-/// After a shutdown begins, a service gets this long for an answer: less than [`DRAIN_TIMEOUT`], so that the client is told.
+/// Time for a service's response after a shutdown begins: less than [`DRAIN_TIMEOUT`], so that the client still gets one.
 const LAST_ANSWER_TIMEOUT: Duration = Duration::from_secs(4);
 const _: () = assert!(LAST_ANSWER_TIMEOUT.as_secs() < DRAIN_TIMEOUT.as_secs());
-/// Shorter than a server of ours keeps an idle connection, so that no request meets a closing one.
+/// Shorter than our servers keep idle connections, so that no request is sent on a connection that is being closed.
 const IDLE_CONNECTION_TIMEOUT: Duration = Duration::from_secs(20);
-/// The largest answer is a page of 100 orders, a few kilobytes each.
+/// The largest response is a page of 100 orders of a few kilobytes each.
 const ANSWER_BYTES_MAX: usize = 1024 * 1024;
 
-/// Nothing else is handed on: no cookie, no credential, no header that a proxy in front might have trusted.
+/// Nothing else is forwarded: no cookie, no credential, no header that a proxy in front might have trusted.
 const REQUEST_HEADERS: [HeaderName; 8] = [
     header::ACCEPT,
     header::CONTENT_ENCODING,
@@ -63,7 +63,6 @@ const ANSWER_HEADERS: [HeaderName; 7] = [
     IDEMPOTENCY_REPLAYED,
 ];
 
-/// Which service a request is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Service {
     Orders,
@@ -71,17 +70,17 @@ pub(crate) enum Service {
 }
 
 impl Service {
-    fn unavailable(self) -> &'static str {
-        match self {
+    pub(crate) fn unavailable(self) -> Problem {
+        Problem::new(Code::ServiceUnavailable).because(match self {
             Self::Orders => "Orders Service temporarily unavailable.",
             Self::Payments => "Payments Service temporarily unavailable.",
-        }
+        })
     }
 }
 
 type Outgoing = axum::http::Request<Full<Bytes>>;
 
-/// Connections to the services, cheap to clone.
+/// Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Forwarder {
     client: Client<HttpConnector, Full<Bytes>>,
@@ -109,40 +108,29 @@ impl Forwarder {
         })
     }
 
-    /// The same, which answers while it still can once `shutdown` begins.
+    /// Once `shutdown` begins, requests that wait for a service are answered in time for the drain.
     pub(crate) fn until(self, shutdown: CancellationToken) -> Self {
         Self { shutdown, ..self }
     }
 
-    /// Forwards a request and hands back the answer, whatever it is.
-    pub(crate) async fn forward(
-        self,
-        service: Service,
-        request: Request,
-    ) -> axum::response::Response {
-        let (mut parts, body) = request.into_parts();
-        let key = match key_of(&mut parts) {
-            Ok(key) => key,
-            Err(problem) => return problem.into_response(),
-        };
-        let answered = async {
-            self.answer(service, parts, body, key.as_ref())
-                .await
-                .into_response()
-        };
-        unless_it_panics(key.as_ref(), answered).await
+    /// Forwards a request and returns the response, whatever it is.
+    pub(crate) async fn forward(self, service: Service, request: Request) -> Response<Body> {
+        self.try_forward(service, request).await.into_response()
     }
 
-    async fn answer(
+    async fn try_forward(
         &self,
         service: Service,
-        parts: Parts,
-        body: Body,
-        key: Option<&IdempotencyKey>,
+        request: Request,
     ) -> Result<Response<Body>, Problem> {
-        // A GET has nothing to say in a body.
+        let (parts, body) = request.into_parts();
+        if parts.method == Method::POST {
+            // A malformed key is rejected here, without a request to the service.
+            key::find(&parts.headers)?;
+        }
+        // The body of a GET has no meaning.
         let body = if parts.method == Method::POST {
-            body::read(body).await?
+            input::read(body).await?
         } else {
             Bytes::new()
         };
@@ -154,7 +142,7 @@ impl Forwarder {
                 .expect("a path of a URI")
         });
         let mut outgoing = axum::http::Request::new(Full::new(body));
-        // The answer to a HEAD is that to a GET, and our server leaves its body out: so its length is right.
+        // A HEAD is forwarded as a GET: hyper leaves out the body, and Content-Length is right.
         *outgoing.method_mut() = if parts.method == Method::HEAD {
             Method::GET
         } else {
@@ -170,7 +158,7 @@ impl Forwarder {
 
         let answered = tokio::select! {
             answered = self.exchange(outgoing, ANSWER_TIMEOUT + wait) => answered,
-            // Whoever waits is told how it is now.
+            // During a shutdown a waiting client gets the order as it is now.
             answered = self.last_exchange(at_once) => answered,
         };
         let failed = match answered {
@@ -184,17 +172,17 @@ impl Forwarder {
         };
         match failed {
             Failed::NotReached(error) => {
-                warn!(service = ?service, error, "A service is not reached");
-                Err(Problem::unavailable(service.unavailable()))
+                warn!(service = ?service, error, "A service could not be reached");
+                Err(service.unavailable())
             }
             Failed::Midway(error) => {
-                warn!(service = ?service, error, "A service did not answer to the end");
-                Err(Problem::in_doubt(service.unavailable(), key))
+                warn!(service = ?service, error, "A service did not complete its response");
+                Err(service.unavailable().outcome_unknown())
             }
         }
     }
 
-    /// Sends a request, and takes the whole answer within this time.
+    /// Sends a request and reads the whole response, within this time.
     async fn exchange(
         &self,
         request: Outgoing,
@@ -222,7 +210,7 @@ impl Forwarder {
             .unwrap_or_else(|_| Err(Failed::Midway(format!("no answer within {within:?}"))))
     }
 
-    /// When a shutdown begins: what there is to say instead of what is waited for. Never before.
+    /// Once a shutdown begins: sends `instead`, or fails after [`LAST_ANSWER_TIMEOUT`]. Pending until then.
     async fn last_exchange(
         &self,
         instead: Option<Outgoing>,
@@ -239,13 +227,13 @@ impl Forwarder {
         }
     }
 
-    /// When a shutdown has begun, and it is time to say something to whoever still waits.
+    /// Returns when a shutdown has begun and clients that still wait must be answered.
     async fn last_moment(&self) {
         self.shutdown.cancelled().await;
         tokio::time::sleep(LAST_ANSWER_TIMEOUT).await;
     }
 
-    /// What a service answers to a GET, if that is a success. `trace` are the headers of [`trace_of`].
+    /// The body of a successful GET. `trace` are the headers of [`trace_of`].
     pub(crate) async fn read(
         &self,
         service: Service,
@@ -254,7 +242,7 @@ impl Forwarder {
     ) -> Result<serde_json::Value, Problem> {
         let path = path
             .parse::<PathAndQuery>()
-            .map_err(|_| Problem::unavailable(service.unavailable()))?;
+            .map_err(|_| service.unavailable())?;
         let mut request = axum::http::Request::new(Full::default());
         *request.uri_mut() = self.uri(service, Some(path));
         *request.headers_mut() = trace;
@@ -281,12 +269,11 @@ impl Forwarder {
             }
         };
         read.await.map_err(|error| {
-            warn!(service = ?service, error, "A service did not say what it knows");
-            Problem::unavailable(service.unavailable())
+            warn!(service = ?service, error, "A service could not be read");
+            service.unavailable()
         })
     }
 
-    /// Whether a service says that it is ready.
     pub(crate) async fn probe(self, service: Service) -> Result<(), String> {
         let mut request = axum::http::Request::new(Full::default());
         *request.uri_mut() = self.uri(service, Some(PathAndQuery::from_static("/readyz")));
@@ -317,9 +304,10 @@ impl Forwarder {
     }
 }
 
-/// How an exchange failed: whether the service can have begun to work on it.
 enum Failed {
+    /// The service did not get the request.
     NotReached(String),
+    /// The service may have executed the request.
     Midway(String),
 }
 
@@ -335,24 +323,6 @@ impl From<hyper_util::client::legacy::Error> for Failed {
     }
 }
 
-/// The key of a POST: one of our own where the client sent none, so that there is one to ask again with if the outcome
-/// stays unknown.
-fn key_of(parts: &mut Parts) -> Result<Option<IdempotencyKey>, Problem> {
-    if parts.method != Method::POST {
-        return Ok(None);
-    }
-    let found = IdempotencyKey::find(&parts.headers)?;
-    if found.is_some() {
-        return Ok(found);
-    }
-    let minted = IdempotencyKey::mint();
-    parts.headers.insert(
-        IDEMPOTENCY_KEY,
-        minted.as_str().parse().expect("a UUID is a header value"),
-    );
-    Ok(Some(minted))
-}
-
 fn authority(url: &Uri) -> anyhow::Result<Authority> {
     anyhow::ensure!(
         url.scheme() == Some(&Scheme::HTTP) && url.path() == "/" && url.query().is_none(),
@@ -363,7 +333,7 @@ fn authority(url: &Uri) -> anyhow::Result<Authority> {
         .with_context(|| format!("{url} names no host"))
 }
 
-/// What ties the requests that one request leads to together, in logs and traces.
+/// The headers that connect the requests caused by one request in logs and traces.
 pub(crate) fn trace_of(headers: &HeaderMap) -> HeaderMap {
     only(&[REQUEST_ID, TRACEPARENT, TRACESTATE], headers)
 }

@@ -1,4 +1,4 @@
-//! The routes: what is forwarded where, and where the API and the page are shown.
+//! The routes: what is forwarded to which service, and where the documents and the page are.
 
 use axum::Router;
 use axum::extract::{Request, State};
@@ -14,9 +14,10 @@ use crate::forward::{Forwarder, Service};
 use crate::limits::{self, Limits};
 use crate::ops;
 use crate::page;
+use crate::problems;
 use crate::timeline;
 
-/// `probes` are the routes for machines: health, metrics.
+/// `probes` are the routes for monitoring: health and metrics.
 pub(crate) fn router(
     forwarder: Forwarder,
     events: Events,
@@ -56,6 +57,7 @@ pub(crate) fn router(
         .with_state(forwarder.clone())
         .merge(ops::api().with_state(forwarder).split_for_parts().0)
         .merge(events::api().with_state(events).split_for_parts().0)
+        .merge(problems::api().split_for_parts().0)
         .route_layer(from_fn_with_state(limits, limits::admit))
         .merge(probes)
         .merge(swagger)

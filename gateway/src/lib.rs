@@ -1,6 +1,6 @@
-//! The gateway: the one address that clients need. It forwards what it knows to orders and payments ([`forward`]), tells
-//! browsers how orders change ([`live`], [`events`]), and shows the page ([`page`]) and the API ([`http`]). It has no
-//! database and decides nothing.
+//! The gateway: the one address that clients need. It forwards requests to orders and payments ([`forward`]), streams
+//! changes of orders to browsers ([`live`], [`events`]), and serves the page ([`page`]) and the API's documents ([`http`]).
+//! It has no database and decides nothing.
 
 use std::net::SocketAddr;
 
@@ -23,6 +23,7 @@ mod limits;
 mod live;
 mod ops;
 mod page;
+mod problems;
 mod timeline;
 
 pub use broker::BrokerArgs;
@@ -48,7 +49,7 @@ pub struct App {
 }
 
 impl App {
-    /// Opens the port. The services behind it are not waited for: they may come later.
+    /// Opens the port. The services behind it may start later.
     pub async fn build(config: Config) -> anyhow::Result<Self> {
         let listener =
             service_kit::config::listen(config.listen, config.listen_unprotected).await?;
@@ -66,12 +67,10 @@ impl App {
         })
     }
 
-    /// Where it listens.
     pub fn address(&self) -> std::io::Result<SocketAddr> {
         self.listener.local_addr()
     }
 
-    /// Runs until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         info!(address = %self.listener.local_addr()?, "gateway listens");
         let metrics =
@@ -104,7 +103,7 @@ impl App {
         served
     }
 
-    /// Ready as soon as it runs: it answers for a service that is away, so nobody's health depends on another's.
+    /// No check is required: the gateway answers for a service that is unavailable, so its health depends on no other's.
     fn health(&self) -> Health {
         let (orders, payments) = (self.forwarder.clone(), self.forwarder.clone());
         let live = self.live.clone();

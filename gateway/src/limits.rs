@@ -1,5 +1,5 @@
-//! How much may come in. What is too much is refused at once, with the time after which to try again, so that the rest
-//! goes through: by client address, by user, and by what is being worked on at all.
+//! Limits by client address, by user, and for all requests in progress. A request above a limit is rejected at once, with
+//! the time after which to send it again.
 
 use std::net::IpAddr;
 use std::num::NonZeroU32;
@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderName, Method, StatusCode, Uri};
+use axum::http::{HeaderMap, HeaderName, Method, Uri};
 use axum::middleware::Next;
 use axum::response::Response;
 use governor::clock::{Clock as _, DefaultClock};
@@ -19,40 +19,40 @@ use tokio_util::sync::CancellationToken;
 
 use service_kit::Problem;
 use service_kit::metrics::refused;
+use service_kit::problem::Code;
 use service_kit::server::Peer;
 use shared_contracts::UserId;
 
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-/// As for `?wait=` of an order.
+/// The maximum of `?wait=` of an order.
 const WAIT_SECONDS_MAX: u64 = 30;
-/// Addresses and users that have sent nothing for a while are forgotten this often.
+/// How often the state of inactive addresses and users is removed.
 const FORGET_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Why the gateway turns requests away, as its metrics name it.
+/// Reasons for rejecting requests, as labels of metrics.
 pub(crate) const REASONS: [&str; 4] = ["requests", "ip_rate", "user_rate", EVENT_STREAMS];
 pub(crate) const EVENT_STREAMS: &str = "event_streams";
 
-/// What may come in at once, and from one client.
 #[derive(Clone, Debug, clap::Args)]
 pub struct LimitArgs {
-    /// Requests that are worked on at once; one more is told to come again. Fewer than the services can queue.
+    /// Requests that may be in progress at once; one more is rejected. Fewer than the services can queue.
     #[arg(long, env = "GOZON_REQUESTS_MAX", default_value_t = 512)]
     pub requests_max: usize,
-    /// Requests that wait for an order (`?wait=`) at once, beside the others.
+    /// Requests that may wait for an order (`?wait=`) at once, in addition to the others.
     #[arg(long, env = "GOZON_WAITS_MAX", default_value_t = 1024)]
     pub waits_max: usize,
-    /// Requests a second from one address, in bursts of as many. Without it there is no such limit.
+    /// Requests a second from one address, in bursts of as many. No limit if absent.
     #[arg(long, env = "GOZON_RATE_PER_IP")]
     pub rate_per_ip: Option<NonZeroU32>,
-    /// Requests a second for one user, in bursts of as many. Without it there is no such limit.
+    /// Requests a second for one user, in bursts of as many. No limit if absent.
     #[arg(long, env = "GOZON_RATE_PER_USER")]
     pub rate_per_user: Option<NonZeroU32>,
-    /// Addresses of proxies, separated by commas, whose header X-Forwarded-For is believed. Nobody else's is.
+    /// Addresses of proxies, separated by commas, whose header X-Forwarded-For is trusted. It is ignored from all others.
     #[arg(long, env = "GOZON_TRUSTED_PROXIES", value_delimiter = ',')]
     pub trusted_proxies: Vec<IpAddr>,
 }
 
-/// The limits, cheap to clone.
+/// Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Limits(Arc<Inner>);
 
@@ -79,7 +79,7 @@ impl Limits {
         }))
     }
 
-    /// Forgets who has sent nothing for a while, until `shutdown`.
+    /// Removes the state of inactive addresses and users, until `shutdown`.
     pub(crate) async fn run(&self, shutdown: CancellationToken) {
         while shutdown
             .run_until_cancelled(tokio::time::sleep(FORGET_INTERVAL))
@@ -97,7 +97,7 @@ impl Limits {
         }
     }
 
-    /// Counts a request for whichever user it is about.
+    /// Counts a request for the user whom it concerns.
     pub(crate) fn admit_user(
         &self,
         method: &Method,
@@ -118,7 +118,7 @@ impl Limits {
         if !trusted(&peer) {
             return peer;
         }
-        // Each proxy appends whom it was called by, so only what stands behind the last stranger is known to be true.
+        // Each proxy appends the address of its caller, so only addresses after the last untrusted one are certain.
         let named: Vec<&str> = headers
             .get_all(FORWARDED_FOR)
             .iter()
@@ -139,7 +139,6 @@ impl Limits {
     }
 }
 
-/// Lets a request in, or refuses it.
 pub(crate) async fn admit(
     State(limits): State<Limits>,
     request: Request,
@@ -162,8 +161,7 @@ pub(crate) async fn admit(
     };
     let Ok(_place) = places.try_acquire() else {
         refused("requests");
-        let detail = "More requests came than can be worked on. Nothing was done; send it again, with the same key if it had one.";
-        return Err(Problem::overloaded(detail));
+        return Err(Code::Overloaded.into());
     };
     Ok(next.run(request).await)
 }
@@ -183,28 +181,25 @@ where
         let seconds = u32::try_from(wait.as_millis().div_ceil(1000))
             .unwrap_or(u32::MAX)
             .max(1);
-        let detail =
-            format!("Too many requests {whose}. Nothing was done; send it again in {seconds} s.");
-        Problem::new(StatusCode::TOO_MANY_REQUESTS, "rate_limited", detail).retry_after(seconds)
+        let cause = format!("Too many requests came {whose}, so this one was not executed.");
+        Problem::new(Code::RateLimited)
+            .because(cause)
+            .retry_after(seconds)
     })
 }
 
-/// A parameter of a URL, as the services read it.
-pub(crate) fn parameter(uri: &Uri, name: &str) -> Option<String> {
-    let mut pairs = uri
-        .query()?
-        .split('&')
-        .filter_map(|pair| pair.split_once('='));
-    pairs
-        .find(|(found, _)| decoded(found) == name)
-        .map(|(_, value)| decoded(value))
+/// The first parameter with this name.
+fn parameter(uri: &Uri, name: &str) -> Option<String> {
+    form_urlencoded::parse(uri.query()?.as_bytes())
+        .find(|(found, _)| found == name)
+        .map(|(_, value)| value.into_owned())
 }
 
 fn decoded(text: &str) -> String {
     percent_decode_str(text).decode_utf8_lossy().into_owned()
 }
 
-/// How long a request asks to wait. Nothing but an order can be waited for, whatever else is asked.
+/// How long a request asks to wait. Only a single order can be waited for.
 pub(crate) fn wait_asked_for(method: &Method, uri: &Uri) -> Duration {
     let one_order = uri
         .path()
@@ -219,8 +214,8 @@ pub(crate) fn wait_asked_for(method: &Method, uri: &Uri) -> Duration {
     Duration::from_secs(seconds.min(WAIT_SECONDS_MAX))
 }
 
-/// Whose account or orders a request is about, from where the service behind will read it: elsewhere, somebody else could
-/// be named.
+/// The user of a request, read from where the service reads it: elsewhere a client could name another user to bypass
+/// the limit.
 fn user_of(method: &Method, uri: &Uri, body: &[u8]) -> Option<UserId> {
     #[derive(Deserialize)]
     struct Whose {

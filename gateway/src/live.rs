@@ -1,7 +1,7 @@
-//! Follows the order events of the broker, once per process, and hands them to everyone who listens.
+//! Follows the order events of the broker, once per process, and broadcasts them to all listeners.
 //!
-//! Listeners share one bounded ring (a broadcast channel): a slow one misses its turn and is cut off, and holds up neither
-//! the others nor the following. Where a listener resumes, it reads from the stream itself, on any gateway.
+//! Listeners share one bounded ring (a broadcast channel): a slow one is disconnected and delays neither the others nor the
+//! broadcast. A listener that resumes reads from the stream itself, on any gateway.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
@@ -26,41 +26,40 @@ use crate::broker::{ANSWER_TIMEOUT, Broker};
 use crate::change::{Change, Ended, Position, position};
 
 const SUBJECTS: &str = "gozon.orders.>";
-/// Events in the shared ring, below 1 KiB each: some seconds of full load.
+/// Events in the shared ring, below 1 KiB each: a few seconds of full load.
 const RING: usize = 8192;
-/// A listener that missed more than so many events reads its orders afresh, which is cheaper for everybody.
+/// A listener that missed more events than this is reset: reading its orders again is cheaper.
 pub(crate) const REPLAY_MAX: u64 = 20_000;
 /// Messages in one read.
 const READ_MAX: u64 = 500;
-/// Reads at once. After a restart everybody comes back together.
+/// Concurrent reads. After a restart all clients reconnect at once.
 const READS_MAX: usize = 16;
 const PULL_EXPIRES: Duration = Duration::from_secs(10);
-/// Without heartbeats a stream that vanished would look like a quiet one, for ever.
+/// Without heartbeats a deleted stream would look like a quiet one.
 const HEARTBEAT: Duration = Duration::from_secs(2);
 const MISSING_HEARTBEATS_MAX: u32 = 2;
-/// How often the stream is looked at: one that was made anew or rolled back may deliver nothing for long.
+/// How often the stream is checked: a recreated or rolled-back one may deliver nothing for long.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
-/// The broker removes the consumer of a gateway that is gone after this long.
+/// The broker removes the consumer of a gateway that has ended after this time.
 const CONSUMER_INACTIVE_MAX: Duration = Duration::from_secs(30);
 const RETRY_DELAY: Duration = Duration::from_millis(250);
 
-/// What listeners are told.
 #[derive(Clone, Debug)]
 pub(crate) enum News {
-    Change(Arc<Told>),
-    /// The stream is not the one that it was. Read afresh; it goes on from here.
+    Change(Arc<StoredChange>),
+    /// The stream was recreated or rolled back. Listeners read their orders again and continue from here.
     Reset(Position),
 }
 
-/// A change at its place in the stream.
+/// A change and its position in the stream.
 #[derive(Debug)]
-pub(crate) struct Told {
+pub(crate) struct StoredChange {
     pub(crate) position: Position,
     pub(crate) change: Change,
     pub(crate) json: String,
 }
 
-impl Told {
+impl StoredChange {
     fn new(position: Position, change: Change) -> Self {
         let json = serde_json::to_string(&change).expect("a change is plain data");
         Self {
@@ -71,7 +70,7 @@ impl Told {
     }
 }
 
-/// Follows and tells, cheap to clone.
+/// Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Live(Arc<Inner>);
 
@@ -83,14 +82,14 @@ struct Inner {
     health: RwLock<Result<(), String>>,
 }
 
-/// Told and noted under one lock, so that who subscribes knows exactly what comes next.
+/// Updated under the same lock as events are sent, so that a subscriber knows exactly which event comes next.
 #[derive(Default)]
 struct State {
     head: Option<Head>,
     ended: Ended,
 }
 
-/// How far this process has followed, and which stream.
+/// The last event that this process has read, and when its stream was created.
 #[derive(Clone, Copy, Debug)]
 struct Head {
     position: Position,
@@ -110,7 +109,7 @@ impl Live {
         }))
     }
 
-    /// From here on: what comes after the head, which is absent until the broker was reached once.
+    /// Receives the events after the returned head, which is absent until the broker was reached once.
     pub(crate) fn subscribe(&self) -> (broadcast::Receiver<News>, Option<Position>) {
         let state = self.state();
         (
@@ -119,7 +118,7 @@ impl Live {
         )
     }
 
-    /// How far a listener who has taken everything is.
+    /// The position of a listener that has received everything.
     pub(crate) fn head_if_taken(&self, news: &broadcast::Receiver<News>) -> Option<Position> {
         let state = self.state();
         state
@@ -128,7 +127,6 @@ impl Live {
             .map(|head| head.position)
     }
 
-    /// How it goes.
     pub(crate) fn health(&self) -> Result<(), String> {
         self.0
             .health
@@ -137,7 +135,7 @@ impl Live {
             .clone()
     }
 
-    /// Follows until `shutdown`, whatever the broker does.
+    /// Follows until `shutdown`; retries after every failure.
     pub(crate) async fn run(&self, shutdown: CancellationToken) {
         let following = async {
             loop {
@@ -170,7 +168,7 @@ impl Live {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Follows as long as nothing is doubtful; says what became so.
+    /// Follows until an event may have been missed; the error says why.
     async fn follow(&self) -> anyhow::Result<()> {
         let connection_number = self.0.broker.connection_number();
         let mut stream = self
@@ -217,7 +215,7 @@ impl Live {
         }
     }
 
-    /// Where to go on: at the head, if it is still there; else at the end of the stream, and everybody reads afresh.
+    /// Where to resume: at the head, if the stream still has it; else at its end, after resetting all listeners.
     async fn settle(&self, stream: &Stream) -> anyhow::Result<Position> {
         let info = stream.cached_info();
         let known = self.state().head;
@@ -267,16 +265,15 @@ impl Live {
             position: here,
             made_at: info.created,
         });
-        // Nobody may listen.
+        // There may be no listener.
         let _ = self.0.news.send(News::Reset(here));
         Ok(here)
     }
 
-    /// A consumer of this process: in memory, without acks, gone with the process. What it does not deliver in order is
-    /// noticed, and it is made again.
+    /// An ephemeral consumer: in memory, without acks. A gap in its deliveries is noticed, and it is created again.
     async fn pull(&self, stream: &Stream, after: Position) -> anyhow::Result<pull::Stream> {
         let config = pull::Config {
-            // A name of its own in the subject of the request: that is what the permissions can see.
+            // The permissions allow only names with this prefix, which are part of the request's subject.
             name: Some(format!("gateway-{}", Uuid::new_v4().simple())),
             filter_subject: SUBJECTS.to_owned(),
             deliver_policy: DeliverPolicy::ByStartSequence {
@@ -319,33 +316,33 @@ impl Live {
         if change.is_final() {
             state.ended.note(change.order_id, here.sequence);
         }
-        // Nobody may listen.
+        // There may be no listener.
         let _ = self
             .0
             .news
-            .send(News::Change(Arc::new(Told::new(here, change))));
+            .send(News::Change(Arc::new(StoredChange::new(here, change))));
         Ok(())
     }
 
-    /// What came after a place, up to a page of it, and how far that reaches. `None`: the place is not there (any more).
+    /// A page of changes after a position, and the position of its end. `None`: the stream does not have the position.
     pub(crate) async fn page_after(
         &self,
-        place: Position,
-    ) -> anyhow::Result<Option<(Vec<Told>, Position)>> {
+        after: Position,
+    ) -> anyhow::Result<Option<(Vec<StoredChange>, Position)>> {
         let _turn = self.0.reads.acquire().await.context("the gateway stops")?;
-        // The place itself is read too: what stands there must be what stood there.
-        let messages = self.read(place.sequence.max(1), READ_MAX).await?;
+        // The message at the position is read too: it must still be the same event.
+        let messages = self.read(after.sequence.max(1), READ_MAX).await?;
         let mut messages = messages.into_iter();
         let found = messages
             .next()
             .map(|message| position(message.sequence, Some(&message.headers)));
-        if place.event_id.is_none() || found != Some(place) {
+        if after.event_id.is_none() || found != Some(after) {
             return Ok(None);
         }
-        let (mut page, mut reached) = (Vec::new(), place);
+        let (mut page, mut reached) = (Vec::new(), after);
         for message in messages {
             reached = position(message.sequence, Some(&message.headers));
-            page.extend(change_of(&message).map(|change| Told::new(reached, change)));
+            page.extend(change_of(&message).map(|change| StoredChange::new(reached, change)));
         }
         let state = self.state();
         page.retain(|told| {
@@ -384,7 +381,7 @@ impl Live {
                 .context("the broker is away")?;
             match answer.status {
                 None => messages.push(jetstream::message::StreamMessage::try_from(answer)?),
-                // The end of the batch, or nothing is there.
+                // The end of the batch, or no message.
                 Some(status) if status.as_u16() == 204 || status == StatusCode::NOT_FOUND => {
                     return Ok(messages);
                 }

@@ -1,4 +1,4 @@
-//! The operator's view of both services at once. A service that is away is named, and the rest is shown.
+//! Operator paths over both services. A service that is unavailable is named, and the other one is shown.
 
 use axum::Json;
 use axum::body::Body;
@@ -9,6 +9,7 @@ use axum::response::{IntoResponse as _, Response};
 use http_body_util::BodyExt as _;
 use serde::Serialize;
 use serde_json::Value;
+use service_kit::input::{PageLimit, PageQuery, ValidatedQuery};
 use service_kit::problem::ProblemDocument;
 use utoipa::ToSchema;
 use utoipa::openapi::Ref;
@@ -20,7 +21,6 @@ use utoipa_axum::routes;
 
 use crate::forward::{Forwarder, Service};
 
-const LIMIT_DEFAULT: usize = 20;
 const SERVICES: [(Service, &str); 2] =
     [(Service::Orders, "orders"), (Service::Payments, "payments")];
 
@@ -31,7 +31,7 @@ pub(crate) fn api() -> OpenApiRouter<Forwarder> {
         .routes(routes!(replay))
 }
 
-/// How the flow of both services goes.
+/// The state of both services.
 #[derive(Serialize, ToSchema)]
 #[schema(as = WholeFlow)]
 struct FlowBody {
@@ -39,28 +39,28 @@ struct FlowBody {
     orders: Option<Value>,
     #[schema(required = true, schema_with = flow_of_payments)]
     payments: Option<Value>,
-    /// Services that are away.
+    /// Services that are unavailable.
     unavailable: Vec<&'static str>,
 }
 
-/// Messages that were not applied, of both services, newest first.
+/// Dead letters of both services, newest first.
 #[derive(Serialize, ToSchema)]
 #[schema(as = AllDeadLetters)]
 struct DeadLettersBody {
     #[schema(schema_with = dead_letters_of_both)]
     items: Vec<Value>,
-    /// Ask with it for the next page; null on the last one.
+    /// The cursor of the next page; null on the last one.
     #[schema(required = true)]
     next_cursor: Option<String>,
-    /// Services that are away: theirs are missing here.
+    /// Services that are unavailable: their dead letters are missing.
     unavailable: Vec<&'static str>,
 }
 
-// The schemas of the services' own documents, to which the gateway adds what it knows.
+// Schemas that refer to those of the services' documents.
 
 fn or_null(name: &str, whose: &str) -> Schema {
     OneOfBuilder::new()
-        .description(Some(format!("As {whose} says; null if it is away.")))
+        .description(Some(format!("From {whose}; null if it is unavailable.")))
         .item(Ref::from_schema_name(name))
         .item(ObjectBuilder::new().schema_type(Type::Null))
         .into()
@@ -82,7 +82,7 @@ fn dead_letters_of_both() -> Array {
         .property("service", service)
         .required("service");
     ArrayBuilder::new()
-        .description(Some("Newest first, each with the service whose it is."))
+        .description(Some("Newest first, each with the service that owns it."))
         .items(
             AllOfBuilder::new()
                 .item(Ref::from_schema_name("DeadLetter"))
@@ -91,31 +91,16 @@ fn dead_letters_of_both() -> Array {
         .build()
 }
 
-/// What applying a message again did, or would do.
-#[derive(Serialize, ToSchema)]
-#[schema(as = ReplayResult)]
-struct ReplayBody {
-    /// Which dead letter.
-    #[schema(value_type = Uuid)]
-    id: String,
-    /// Whether all was rolled back.
-    dry_run: bool,
-    /// `applied`, `nothing_to_do` (it was applied meanwhile), `poison` or `quarantine` (it is refused as before).
-    outcome: String,
-    /// What happened, in words.
-    detail: String,
-}
-
-/// How the flow goes
+/// State of the flow
 ///
-/// What waits in each service, for how long, and what its consumer has not done yet.
+/// What waits in each service, for how long, and what its consumer has not processed yet.
 #[utoipa::path(
     get,
     path = "/v1/ops/flow",
     operation_id = "getFlow",
     tag = "operators",
     responses(
-        (status = 200, description = "Both services, or the one that is there", body = FlowBody),
+        (status = 200, description = "Both services, or the one that is available", body = FlowBody),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
@@ -141,34 +126,32 @@ async fn flow(State(forwarder): State<Forwarder>, request: Parts) -> Response {
     .into_response()
 }
 
-/// Messages that were not applied, newest first
+/// Dead letters, newest first
 #[utoipa::path(
     get,
     path = "/v1/ops/dead-letters",
     operation_id = "listDeadLetters",
     tag = "operators",
-    params(
-        ("limit" = Option<u64>, Query, description = "At most so many; 20 if absent", minimum = 1, maximum = 100),
-        ("cursor" = Option<String>, Query, description = "next_cursor of the page before", pattern = "^[0-9a-f]{32}$", nullable = false),
-    ),
+    params(PageQuery),
     responses(
         (status = 200, description = "A page", body = DeadLettersBody),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
-async fn dead_letters(State(forwarder): State<Forwarder>, request: Parts) -> Response {
+async fn dead_letters(
+    State(forwarder): State<Forwarder>,
+    ValidatedQuery(query): ValidatedQuery<PageQuery>,
+    request: Parts,
+) -> Response {
     let both = match ask_both(&forwarder, &request).await {
         Ok(both) => both,
         Err(refusal) => return refusal,
     };
-    // Checked by the services already.
-    let limit = crate::limits::parameter(&request.uri, "limit")
-        .and_then(|limit| limit.parse().ok())
-        .unwrap_or(LIMIT_DEFAULT);
+    let limit = PageLimit::or_default(query.limit);
     Json(merge(both, limit)).into_response()
 }
 
-/// Ids are made in time order, so each page of both is the newest of the two pages.
+/// Ids sort by time, so the newest entries of both pages are the page of both.
 fn merge(both: Both, limit: usize) -> DeadLettersBody {
     let mut more = false;
     let mut items: Vec<Value> = Vec::new();
@@ -198,21 +181,22 @@ fn merge(both: Both, limit: usize) -> DeadLettersBody {
     }
 }
 
-/// Apply a message again
+/// Replay a dead letter
 ///
-/// In the service whose it is, through the same handler, in one transaction. What was applied meanwhile changes nothing;
-/// what is refused again goes on waiting. With `dry_run` all is rolled back, and the answer says what would happen.
+/// Runs in the service that owns the message, through the same handler, in one transaction. A message that was applied
+/// meanwhile changes nothing; one that is refused again keeps waiting. With `dry_run` the transaction is rolled back, and
+/// the response says what would happen.
 #[utoipa::path(
     post,
     path = "/v1/ops/dead-letters/{id}/replay",
     operation_id = "replayDeadLetter",
     tag = "operators",
     params(
-        ("id" = Uuid, Path, description = "Which dead letter"),
-        ("dry_run" = Option<bool>, Query, description = "Only say what would happen"),
+        ("id" = Uuid, Path, description = "Id of the dead letter"),
+        ("dry_run" = Option<bool>, Query, description = "Roll back, and say what would happen"),
     ),
     responses(
-        (status = 200, description = "What happened, or would happen", body = ReplayBody),
+        (status = 200, description = "What happened, or would happen", body = ref("#/components/schemas/Replay")),
         (status = 404, description = "There is no such dead letter", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
     )
@@ -228,18 +212,17 @@ async fn replay(State(forwarder): State<Forwarder>, request: Parts) -> Response 
             _ => return answer,
         }
     }
-    // It may be in the one that is away.
+    // The service that is unavailable may own it.
     away.or(missing)
         .unwrap_or_else(|| StatusCode::NOT_FOUND.into_response())
 }
 
-/// What the services answered.
 struct Both {
     found: Vec<(&'static str, Value)>,
     unavailable: Vec<&'static str>,
 }
 
-/// Asks both services the same. An answer that is neither success nor absence ends it, as does the absence of both.
+/// Sends the same request to both services. Any response but 200 and 503 is returned as it is, and so is a 503 of both.
 async fn ask_both(forwarder: &Forwarder, request: &Parts) -> Result<Both, Response> {
     let [orders, payments] =
         SERVICES.map(|(service, _)| forwarder.clone().forward(service, again(request)));
@@ -274,7 +257,7 @@ async fn ask_both(forwarder: &Forwarder, request: &Parts) -> Result<Both, Respon
     }
 }
 
-/// The same request once more; none of these has a body.
+/// A copy of the request; none of these has a body.
 fn again(request: &Parts) -> Request {
     let mut copy = Request::new(Body::empty());
     *copy.method_mut() = request.method.clone();

@@ -1,104 +1,136 @@
-//! The web page: the files of `gateway/web`, in the binary. A debug build reads them from the source folder instead, so
-//! that a change shows without building.
+//! The web page: the files of `gateway/web`, in the binary.
+//!
+//! Serving them is by hand, and short: `ServeDir` over embedded files would take its ETag from their size and age instead
+//! of their content, and crates that embed and compress files bring a build step and cache rules of their own.
 
+use std::borrow::Cow;
+use std::collections::HashMap;
 use std::io::Write as _;
+use std::sync::LazyLock;
 
 use axum::Router;
-use axum::body::Body;
 use axum::extract::Path;
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
+use bytes::Bytes;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use rust_embed::{Embed, EmbeddedFile};
+use tower_http::set_header::SetResponseHeaderLayer;
 
-/// The page asks nobody but this gateway, and runs no script but ours: what an order's description holds stays text.
+/// The page talks to this gateway only, and runs no script but its own: an order's description stays text.
 const CONTENT_SECURITY_POLICY: HeaderValue = HeaderValue::from_static(
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; base-uri 'none'; \
      form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
 );
-/// Kept, but asked about each time: a new gateway is a new page.
-const CACHE_CONTROL: HeaderValue = HeaderValue::from_static("no-cache");
 const REFERRER_POLICY: HeaderValue = HeaderValue::from_static("no-referrer");
-/// Bytes of the digest that make an entity tag.
+/// Browsers keep a file and ask each time whether it has changed: a new gateway is a new page.
+const CACHE_CONTROL: HeaderValue = HeaderValue::from_static("no-cache");
+/// Bytes of the digest in an entity tag.
 const TAG_BYTES: usize = 12;
 
+/// A debug build reads the folder at run time, so a change shows after a restart of the gateway, without building.
 #[derive(Embed)]
 #[folder = "web/"]
 struct Files;
 
+/// A file as it is sent.
+struct Asset {
+    content_type: HeaderValue,
+    /// Weak, since the same file is sent plain and compressed.
+    tag: HeaderValue,
+    plain: Bytes,
+    gzip: Bytes,
+}
+
+/// Read and compressed once, when the routes are made.
+static ASSETS: LazyLock<HashMap<String, Asset>> = LazyLock::new(|| {
+    let named = |path: Cow<'static, str>| {
+        let asset = Asset::new(content_type(&path)?, Files::get(&path)?);
+        Some((path.into_owned(), asset))
+    };
+    Files::iter().filter_map(named).collect()
+});
+
 pub(crate) fn routes() -> Router {
+    LazyLock::force(&ASSETS);
     Router::new()
         .route(
             "/",
-            get(async |headers: HeaderMap| file("index.html", &headers)),
+            get(async |headers: HeaderMap| respond("index.html", &headers)),
         )
         .route(
             "/assets/{*path}",
-            get(async |Path(path): Path<String>, headers: HeaderMap| file(&path, &headers)),
+            get(async |Path(path): Path<String>, headers: HeaderMap| respond(&path, &headers)),
         )
+        .layer(set(
+            header::CONTENT_SECURITY_POLICY,
+            CONTENT_SECURITY_POLICY,
+        ))
+        .layer(set(header::REFERRER_POLICY, REFERRER_POLICY))
 }
 
-fn file(path: &str, request: &HeaderMap) -> Response {
-    let found = content_type(path).and_then(|content_type| Some((content_type, Files::get(path)?)));
-    let Some((content_type, file)) = found else {
+fn set(name: HeaderName, value: HeaderValue) -> SetResponseHeaderLayer<HeaderValue> {
+    SetResponseHeaderLayer::overriding(name, value)
+}
+
+/// A file of another kind is not part of the page, although it lies in its folder.
+fn content_type(path: &str) -> Option<HeaderValue> {
+    Some(HeaderValue::from_static(match path.rsplit_once('.')?.1 {
+        "html" => "text/html; charset=utf-8",
+        "js" => "text/javascript; charset=utf-8",
+        "css" => "text/css; charset=utf-8",
+        "svg" => "image/svg+xml",
+        _ => return None,
+    }))
+}
+
+impl Asset {
+    fn new(content_type: HeaderValue, file: EmbeddedFile) -> Self {
+        let digest = file.metadata.sha256_hash();
+        let digits: String = digest[..TAG_BYTES]
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
+        let gzip = encoder
+            .write_all(&file.data)
+            .and_then(|()| encoder.finish())
+            .expect("writing to memory does not fail");
+        Self {
+            content_type,
+            tag: HeaderValue::from_str(&format!("W/\"{digits}\""))
+                .expect("hexadecimal digits are a header value"),
+            plain: file.data.into_owned().into(),
+            gzip: gzip.into(),
+        }
+    }
+}
+
+fn respond(path: &str, request: &HeaderMap) -> Response {
+    let Some(asset) = ASSETS.get(path) else {
         return StatusCode::NOT_FOUND.into_response();
     };
-    let tag = tag(&file);
-    let mut response = if lists(request, &header::IF_NONE_MATCH, &tag) {
-        StatusCode::NOT_MODIFIED.into_response()
+    let headers = [
+        (header::CONTENT_TYPE, asset.content_type.clone()),
+        (header::ETAG, asset.tag.clone()),
+        (header::CACHE_CONTROL, CACHE_CONTROL),
+        (header::VARY, HeaderValue::from_static("accept-encoding")),
+    ];
+    let tag = asset.tag.to_str().unwrap_or_default();
+    if lists(request, &header::IF_NONE_MATCH, tag) {
+        (StatusCode::NOT_MODIFIED, headers).into_response()
+    } else if lists(request, &header::ACCEPT_ENCODING, "gzip") {
+        let encoding = [(header::CONTENT_ENCODING, "gzip")];
+        (headers, encoding, asset.gzip.clone()).into_response()
     } else {
-        whole(file, request)
-    };
-    let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
-    headers.insert(header::CONTENT_SECURITY_POLICY, CONTENT_SECURITY_POLICY);
-    headers.insert(header::REFERRER_POLICY, REFERRER_POLICY);
-    headers.insert(header::CACHE_CONTROL, CACHE_CONTROL);
-    headers.insert(header::VARY, HeaderValue::from_static("accept-encoding"));
-    headers.insert(
-        header::ETAG,
-        HeaderValue::from_str(&tag).expect("hexadecimal digits are a header value"),
-    );
-    response
-}
-
-/// What is of none of these kinds is not part of the page, although it may lie in its folder.
-fn content_type(path: &str) -> Option<&'static str> {
-    match path.rsplit_once('.')?.1 {
-        "html" => Some("text/html; charset=utf-8"),
-        "js" => Some("text/javascript; charset=utf-8"),
-        "css" => Some("text/css; charset=utf-8"),
-        "svg" => Some("image/svg+xml"),
-        _ => None,
+        (headers, asset.plain.clone()).into_response()
     }
 }
 
-/// Weak, because the same file goes out compressed and as it is.
-fn tag(file: &EmbeddedFile) -> String {
-    let digest = file.metadata.sha256_hash();
-    let digits: String = digest[..TAG_BYTES]
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
-    format!("W/\"{digits}\"")
-}
-
-fn whole(file: EmbeddedFile, request: &HeaderMap) -> Response {
-    if !lists(request, &header::ACCEPT_ENCODING, "gzip") {
-        return Body::from(file.data.into_owned()).into_response();
-    }
-    let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
-    let compressed = encoder
-        .write_all(&file.data)
-        .and_then(|()| encoder.finish())
-        .expect("writing to memory does not fail");
-    ([(header::CONTENT_ENCODING, "gzip")], compressed).into_response()
-}
-
-/// Whether a header with a list in it holds `wanted`. What has the quality 0 is not wanted.
-fn lists(request: &HeaderMap, name: &header::HeaderName, wanted: &str) -> bool {
+/// Whether a header that is a list holds `wanted`, with a quality other than 0.
+fn lists(request: &HeaderMap, name: &HeaderName, wanted: &str) -> bool {
     let values = request
         .get_all(name)
         .into_iter()

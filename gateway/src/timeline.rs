@@ -1,4 +1,4 @@
-//! The timeline of an order, put together from the halves of orders and payments.
+//! The timeline of an order, merged from those of orders and payments.
 
 use axum::Json;
 use axum::extract::{Path, Request, State};
@@ -7,17 +7,18 @@ use axum::response::{IntoResponse as _, Response};
 use serde_json::{Value, json};
 
 use service_kit::Problem;
+use service_kit::problem::Code;
 
 use crate::forward::{Forwarder, Service, trace_of};
 
-/// Asks both services. Without payments the timeline is partial and says so; without orders nobody knows the order.
+/// Without payments the timeline is partial and says so; without orders there is none.
 pub(crate) async fn timeline(
     State(forwarder): State<Forwarder>,
     Path(id): Path<String>,
     request: Request,
 ) -> Result<Response, Problem> {
-    // What is no id is nobody's order, and must not end up in a path.
-    let id: uuid::Uuid = id.parse().map_err(|_| not_found())?;
+    // Only a valid id may become part of a path.
+    let id: uuid::Uuid = id.parse().map_err(|_| Problem::new(Code::OrderNotFound))?;
     let of_payments = format!("/v1/payments/{id}/timeline");
     let trace = trace_of(request.headers());
     let (orders, payments) = tokio::join!(
@@ -31,23 +32,14 @@ pub(crate) async fn timeline(
         .await
         .ok();
     let whole = whole.and_then(|bytes| serde_json::from_slice::<Value>(&bytes).ok());
-    let mut whole =
-        whole.ok_or_else(|| Problem::unavailable("Orders Service temporarily unavailable."))?;
+    let mut whole = whole.ok_or_else(|| Service::Orders.unavailable())?;
     if let Ok(half) = payments {
         merge(&mut whole, half);
     }
     Ok(Json(whole).into_response())
 }
 
-fn not_found() -> Problem {
-    Problem::new(
-        StatusCode::NOT_FOUND,
-        "order_not_found",
-        "There is no order with this id.",
-    )
-}
-
-/// Puts the steps of both in the order of time. Of one time, those of orders come first, as they do in the flow.
+/// Sorts the steps by time. At equal times those of orders come first, as in the flow.
 fn merge(whole: &mut Value, mut half: Value) {
     let take = |value: &mut Value| {
         value["steps"]
@@ -63,7 +55,7 @@ fn merge(whole: &mut Value, mut half: Value) {
     whole["missing"] = json!([]);
 }
 
-/// RFC 3339 in UTC; the fraction of a second has as many digits as it needs, so text alone does not sort.
+/// An older replica may write fewer digits of fraction, so the texts alone do not sort.
 fn time(step: &Value) -> (String, String) {
     let text = step["at"]
         .as_str()

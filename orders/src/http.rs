@@ -13,7 +13,8 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use utoipa_swagger_ui::SwaggerUi;
 
-use service_kit::openapi::{Told, complete};
+use service_kit::openapi::complete;
+use service_kit::problem::Code;
 
 use crate::intake::Intake;
 use crate::order as cases;
@@ -44,20 +45,8 @@ pub(crate) struct State {
 )]
 struct Document;
 
-/// What the errors of this service say, for their examples.
-const TOLD: [Told; 3] = [
-    (404, "order_not_found", "There is no order with this id."),
-    (
-        409,
-        "request_in_progress",
-        "Another request with this Idempotency-Key is still being stored. Send it again with the same key.",
-    ),
-    (
-        503,
-        "service_unavailable",
-        "Orders Service temporarily unavailable.",
-    ),
-];
+/// The codes of this service that the document shows as examples.
+const EXAMPLES: [Code; 2] = [Code::OrderNotFound, Code::RequestInProgress];
 
 fn api() -> OpenApiRouter<State> {
     OpenApiRouter::with_openapi(Document::openapi())
@@ -74,11 +63,11 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
     let mut document = api().split_for_parts().1;
     document.info.version = env!("CARGO_PKG_VERSION").to_owned();
     document.servers = Some(vec![Server::new("/")]);
-    complete(&mut document, false, &TOLD);
+    complete(&mut document, false, &EXAMPLES);
     document
 }
 
-/// `probes` are the routes for machines: health, metrics.
+/// `probes` are the routes for monitoring: health and metrics.
 pub(crate) fn router(state: State, probes: Router) -> Router {
     let (api, _) = api().split_for_parts();
     let router = api

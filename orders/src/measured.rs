@@ -5,9 +5,9 @@ use std::time::Duration;
 use messaging::broker::Broker;
 use messaging::measure;
 use messaging::topology::PAYMENTS_ORDER_PLACED;
-use metrics::{counter, describe_counter, describe_histogram, histogram};
+use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use sea_orm::DatabaseConnection;
-use service_kit::metrics::{Gauge, Metrics};
+use service_kit::metrics::Metrics;
 use shared_contracts::DeclineReason;
 
 use crate::entity::order;
@@ -17,6 +17,7 @@ const PLACED: &str = "gozon_orders_placed_total";
 const ENDED: &str = "gozon_orders_ended_total";
 const SECONDS_TO_END: &str = "gozon_order_placed_to_final_duration_seconds";
 const ASKED_AGAIN: &str = "gozon_orders_asked_again_total";
+const OLDEST_NEW_SECONDS: &str = "gozon_oldest_new_order_age_seconds";
 
 /// Begins to count, and looks up in `db` and at the broker what waits.
 pub(crate) fn metrics(db: &DatabaseConnection, broker: &Broker) -> anyhow::Result<Metrics> {
@@ -35,6 +36,10 @@ pub(crate) fn metrics(db: &DatabaseConnection, broker: &Broker) -> anyhow::Resul
         ASKED_AGAIN,
         "Requests for payment that were sent again because the order stayed NEW"
     );
+    describe_gauge!(
+        OLDEST_NEW_SECONDS,
+        "How long the oldest order that is not final has waited"
+    );
     // What never happened is 0, and not absent.
     asked_again(0);
     for outcome in [
@@ -45,14 +50,14 @@ pub(crate) fn metrics(db: &DatabaseConnection, broker: &Broker) -> anyhow::Resul
         counter!(ENDED, "outcome" => outcome).increment(0);
     }
     let (db, broker) = (db.clone(), broker.clone());
-    let metrics = metrics.look(move || {
+    let metrics = metrics.refresh(move || {
         let broker = broker.clone();
         async move {
-            let gauges = measure::look_at_broker(&broker, &PAYMENTS_ORDER_PLACED).await;
-            Ok(gauges.into_iter().map(Gauge::from).collect())
+            set(measure::look_at_broker(&broker, &PAYMENTS_ORDER_PLACED).await);
+            Ok(())
         }
     });
-    Ok(metrics.look(move || {
+    Ok(metrics.refresh(move || {
         let db = db.clone();
         async move {
             let waiting = measure::look(&db)
@@ -61,20 +66,18 @@ pub(crate) fn metrics(db: &DatabaseConnection, broker: &Broker) -> anyhow::Resul
             let oldest = order::oldest_new_seconds(&db)
                 .await
                 .map_err(|error| error.to_string())?;
-            let (name, help) = (
-                "gozon_oldest_new_order_age_seconds",
-                "How long the oldest order that is not final has waited",
-            );
-            let mut gauges: Vec<Gauge> = waiting.into_iter().map(Gauge::from).collect();
-            gauges.push(Gauge {
-                name,
-                help,
-                labels: Vec::new(),
-                value: oldest,
-            });
-            Ok(gauges)
+            set(waiting);
+            gauge!(OLDEST_NEW_SECONDS).set(oldest);
+            Ok(())
         }
     }))
+}
+
+fn set(gauges: Vec<measure::Gauge>) {
+    for (name, help, labels, value) in gauges {
+        describe_gauge!(name, help);
+        gauge!(name, &labels).set(value);
+    }
 }
 
 /// A transaction stored orders, and recognised others.

@@ -12,7 +12,8 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use utoipa_swagger_ui::SwaggerUi;
 
-use service_kit::openapi::{Told, complete};
+use service_kit::openapi::complete;
+use service_kit::problem::Code;
 
 use crate::charge;
 
@@ -44,24 +45,8 @@ pub(crate) struct State {
 )]
 struct Document;
 
-/// What the errors of this service say, for their examples.
-const TOLD: [Told; 3] = [
-    (
-        404,
-        "account_not_found",
-        "This user has no account. Create it with POST /v1/accounts.",
-    ),
-    (
-        409,
-        "account_already_exists",
-        "This user has an account already. GET it, or choose another user_id.",
-    ),
-    (
-        503,
-        "service_unavailable",
-        "Payments Service temporarily unavailable.",
-    ),
-];
+/// The codes of this service that the document shows as examples.
+const EXAMPLES: [Code; 2] = [Code::AccountNotFound, Code::AccountAlreadyExists];
 
 fn api() -> OpenApiRouter<State> {
     OpenApiRouter::with_openapi(Document::openapi())
@@ -80,11 +65,11 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
     let mut document = api().split_for_parts().1;
     document.info.version = env!("CARGO_PKG_VERSION").to_owned();
     document.servers = Some(vec![Server::new("/")]);
-    complete(&mut document, false, &TOLD);
+    complete(&mut document, false, &EXAMPLES);
     document
 }
 
-/// `probes` are the routes for machines: health, metrics.
+/// `probes` are the routes for monitoring: health and metrics.
 pub(crate) fn router(state: State, probes: Router) -> Router {
     let (api, _) = api().split_for_parts();
     let document = openapi();

@@ -3,9 +3,9 @@
 use messaging::broker::Broker;
 use messaging::measure;
 use messaging::topology::ORDERS_PAYMENT_SETTLED;
-use metrics::{counter, describe_counter};
+use metrics::{counter, describe_counter, describe_gauge, gauge};
 use sea_orm::DatabaseConnection;
-use service_kit::metrics::{Gauge, Metrics};
+use service_kit::metrics::Metrics;
 use shared_contracts::DeclineReason;
 
 use crate::charge::Charged;
@@ -35,22 +35,30 @@ pub(crate) fn metrics(db: &DatabaseConnection, broker: &Broker) -> anyhow::Resul
         counter!(DECISIONS, "outcome" => outcome).increment(0);
     }
     let (db, broker) = (db.clone(), broker.clone());
-    let metrics = metrics.look(move || {
+    let metrics = metrics.refresh(move || {
         let broker = broker.clone();
         async move {
-            let gauges = measure::look_at_broker(&broker, &ORDERS_PAYMENT_SETTLED).await;
-            Ok(gauges.into_iter().map(Gauge::from).collect())
+            set(measure::look_at_broker(&broker, &ORDERS_PAYMENT_SETTLED).await);
+            Ok(())
         }
     });
-    Ok(metrics.look(move || {
+    Ok(metrics.refresh(move || {
         let db = db.clone();
         async move {
             let waiting = measure::look(&db)
                 .await
                 .map_err(|error| error.to_string())?;
-            Ok(waiting.into_iter().map(Gauge::from).collect())
+            set(waiting);
+            Ok(())
         }
     }))
+}
+
+fn set(gauges: Vec<measure::Gauge>) {
+    for (name, help, labels, value) in gauges {
+        describe_gauge!(name, help);
+        gauge!(name, &labels).set(value);
+    }
 }
 
 /// A transaction decided orders.

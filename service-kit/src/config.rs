@@ -1,4 +1,4 @@
-//! Pieces of configuration: flags and environment variables of the same meaning in every binary.
+//! Parts of the configuration that mean the same in every binary.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -7,12 +7,12 @@ use std::str::FromStr;
 use anyhow::Context as _;
 use tokio::net::TcpListener;
 
-/// A value that is never shown: passwords, URLs with passwords.
+/// A value that is never printed: a password, or a URL with one.
 #[derive(Clone)]
 pub struct Secret(String);
 
 impl Secret {
-    /// The value itself. Hand it on, never print it.
+    /// The value itself. Never print it.
     pub fn expose(&self) -> &str {
         &self.0
     }
@@ -40,9 +40,9 @@ impl fmt::Debug for Secret {
 
 /// Opens the HTTP port.
 ///
-/// There is no login yet, so everyone who reaches the port is an administrator: an address that others can reach is
-/// refused unless `unprotected` says that something outside (a container's port published on loopback, a proxy that
-/// authenticates) keeps strangers away.
+/// There is no login, so everyone who reaches the port is an administrator: an address that other machines can reach is
+/// refused unless `unprotected` says that something outside protects it (a container's port published on loopback, or an
+/// authenticating proxy).
 pub async fn listen(address: SocketAddr, unprotected: bool) -> anyhow::Result<TcpListener> {
     anyhow::ensure!(
         address.ip().is_loopback() || unprotected,

@@ -1,17 +1,16 @@
-//! `/livez` says that the process runs. `/readyz` says that it can do its work, `?verbose` why or why not.
+//! `/livez` answers 200 while the process runs, `/readyz` while it can do its work. `/readyz?verbose` lists the checks.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{RawQuery, State};
-use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
 use futures_util::future::{BoxFuture, join_all};
 use tokio_util::sync::CancellationToken;
 
-use crate::problem::Problem;
+use crate::problem::{Code, Problem};
 
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -23,12 +22,12 @@ struct Check {
     probe: Probe,
 }
 
-/// What a process looks at to know how it is.
+/// The health checks of a process.
 #[derive(Default)]
 pub struct Health(Vec<Check>);
 
 impl Health {
-    /// Without this the process cannot do its work.
+    /// A check without which the process is not ready.
     #[must_use]
     pub fn required<F>(
         self,
@@ -41,7 +40,7 @@ impl Health {
         self.check(name, true, probe)
     }
 
-    /// Without this it works, but something waits.
+    /// A check whose failure is shown as degraded: the process works, but something waits.
     #[must_use]
     pub fn informative<F>(
         self,
@@ -71,7 +70,7 @@ impl Health {
         self
     }
 
-    /// The two routes. Once `shutdown` is cancelled the process is not ready, so that no new work is sent to it.
+    /// Once `shutdown` is cancelled the process is not ready, so that no new work is sent to it.
     pub fn routes(self, shutdown: CancellationToken) -> Router {
         Router::new()
             .route("/livez", get(async || "ok\n"))
@@ -88,37 +87,29 @@ async fn readyz(
     let results = join_all(health.0.iter().map(async |check| {
         let result = tokio::time::timeout(PROBE_TIMEOUT, (check.probe)())
             .await
-            .unwrap_or_else(|_| Err("no answer".to_owned()));
+            .unwrap_or_else(|_| Err(format!("no answer within {PROBE_TIMEOUT:?}")));
         (check, result)
     }))
     .await;
 
-    let mut ready = !shutdown.is_cancelled();
     let mut lines = String::new();
-    if !ready {
-        lines.push_str("[-] process: stopping\n");
+    let mut failed = Vec::new();
+    if shutdown.is_cancelled() {
+        failed.push("the process is stopping".to_owned());
     }
     for (check, result) in results {
         match result {
             Ok(()) => lines.push_str(&format!("[+] {}: ok\n", check.name)),
-            Err(why) if check.required => {
-                ready = false;
-                lines.push_str(&format!("[-] {}: {why}\n", check.name));
-            }
+            Err(why) if check.required => failed.push(format!("{}: {why}", check.name)),
             Err(why) => lines.push_str(&format!("[~] {}: degraded, {why}\n", check.name)),
         }
     }
-    match (ready, query.as_deref()) {
-        (false, _) => Problem::new(
-            StatusCode::SERVICE_UNAVAILABLE,
-            "not_ready",
-            lines.trim_end(),
-        )
-        .retry_after(1)
-        .into_response(),
-        (true, Some("verbose" | "verbose=" | "verbose=true" | "verbose=1")) => {
-            lines.into_response()
-        }
-        (true, _) => "ok\n".into_response(),
+    if !failed.is_empty() {
+        let cause = format!("The process is not ready ({}).", failed.join("; "));
+        return Problem::new(Code::NotReady).because(cause).into_response();
+    }
+    match query.as_deref() {
+        Some("verbose" | "verbose=" | "verbose=true" | "verbose=1") => lines.into_response(),
+        _ => "ok\n".into_response(),
     }
 }

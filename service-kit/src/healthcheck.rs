@@ -1,26 +1,31 @@
-//! `orders healthcheck`: asks the process that runs with the same settings whether it is ready, and says so with the exit
-//! code. A container knows with it how it is, without a shell or curl in its image.
+//! `orders healthcheck` asks the process that runs with the same settings whether it is ready, and ends with exit code 0 if
+//! it is. A container needs no shell and no curl in its image for its health check.
 
-use std::io::{self, Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
+use bytes::Bytes;
 use clap::{Command, Parser};
+use http_body_util::{BodyExt as _, Empty, Limited};
+use hyper::StatusCode;
+use hyper_util::client::legacy::Client;
+use hyper_util::rt::TokioExecutor;
+use tokio::time::timeout;
 
 const NAME: &str = "healthcheck";
-/// Longer than `/readyz` waits for its probes.
+/// Longer than `/readyz` waits for its checks.
 const TIMEOUT: Duration = Duration::from_secs(3);
-/// The answer is a few lines; whoever else sits on the port may say more.
-const ANSWER_BYTES_MAX: u64 = 16 * 1024;
+/// Another program on the port may answer more than a few lines.
+const ANSWER_BYTES_MAX: usize = 16 * 1024;
 
-/// As [`Parser::parse`]; but the subcommand `healthcheck` ends the process here, with 0 if the other one is ready.
-pub fn parse_or_check<C: Parser>() -> C {
+/// Parses the command line as [`Parser::parse`] does. With the subcommand `healthcheck` the process ends here.
+pub async fn parse_or_check<C: Parser>() -> C {
     let matches = with_subcommand(C::command()).get_matches();
     if matches.subcommand_matches(NAME).is_some() {
         let listen = *matches
             .get_one("listen")
             .expect("every service has --listen, with a default");
-        std::process::exit(match check(listen) {
+        std::process::exit(match check(listen).await {
             Ok(()) => {
                 println!("It is ready.");
                 0
@@ -34,7 +39,7 @@ pub fn parse_or_check<C: Parser>() -> C {
     C::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
 }
 
-/// The check needs the address and nothing else that is required, passwords least of all.
+/// The check needs the address only: settings that the service requires, such as passwords, are optional for it.
 fn with_subcommand(command: Command) -> Command {
     let about = "Asks the process on --listen whether it is ready; exit code 1 if it is not";
     command
@@ -42,22 +47,31 @@ fn with_subcommand(command: Command) -> Command {
         .subcommand(Command::new(NAME).about(about))
 }
 
-/// Whether the process that was told to listen on this address is ready; if not, why.
-pub fn check(listen: SocketAddr) -> Result<(), String> {
-    let address = SocketAddr::new(from_here(listen.ip()), listen.port());
-    let answer = ask(address).map_err(|error| format!("{address} does not answer: {error}"))?;
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
-    match head.split_ascii_whitespace().nth(1) {
-        Some("200") => Ok(()),
-        Some(status) => {
-            Err(detail(body).unwrap_or_else(|| format!("{address} answers with status {status}")))
+/// Whether the process that listens on this address is ready; if not, why.
+async fn check(listen: SocketAddr) -> Result<(), String> {
+    let address = SocketAddr::new(reachable(listen.ip()), listen.port());
+    let uri = format!("http://{address}/readyz")
+        .parse()
+        .expect("an address makes a URI");
+    let client = Client::builder(TokioExecutor::new()).build_http::<Empty<Bytes>>();
+    let exchange = async {
+        let (parts, body) = client.get(uri).await?.into_parts();
+        let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await;
+        let body = body.map_err(anyhow::Error::from_boxed)?.to_bytes();
+        anyhow::Ok((parts.status, body))
+    };
+    match timeout(TIMEOUT, exchange).await {
+        Ok(Ok((StatusCode::OK, _))) => Ok(()),
+        Ok(Ok((status, body))) => {
+            Err(detail(&body).unwrap_or_else(|| format!("{address} answers {status}")))
         }
-        None => Err(format!("what {address} answers is no HTTP")),
+        Ok(Err(error)) => Err(format!("{address} does not answer: {error:#}")),
+        Err(_) => Err(format!("{address} does not answer within {TIMEOUT:?}")),
     }
 }
 
-/// Where a process on the same machine reaches it: "all addresses" is no address to connect to.
-fn from_here(ip: IpAddr) -> IpAddr {
+/// A process that listens on all addresses is reached at the loopback address.
+fn reachable(ip: IpAddr) -> IpAddr {
     match ip {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
         IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
@@ -65,20 +79,9 @@ fn from_here(ip: IpAddr) -> IpAddr {
     }
 }
 
-fn ask(address: SocketAddr) -> io::Result<String> {
-    let mut stream = TcpStream::connect_timeout(&address, TIMEOUT)?;
-    stream.set_read_timeout(Some(TIMEOUT))?;
-    stream.set_write_timeout(Some(TIMEOUT))?;
-    // Version 1.0: the server closes the connection after the answer and does not cut it into chunks.
-    write!(stream, "GET /readyz HTTP/1.0\r\nHost: {address}\r\n\r\n")?;
-    let mut answer = Vec::new();
-    stream.take(ANSWER_BYTES_MAX).read_to_end(&mut answer)?;
-    Ok(String::from_utf8_lossy(&answer).into_owned())
-}
-
-/// What a problem document says.
-fn detail(body: &str) -> Option<String> {
-    let document: serde_json::Value = serde_json::from_str(body).ok()?;
+/// The detail of a problem document.
+fn detail(body: &[u8]) -> Option<String> {
+    let document: serde_json::Value = serde_json::from_slice(body).ok()?;
     Some(document.get("detail")?.as_str()?.to_owned())
 }
 
@@ -88,6 +91,7 @@ mod tests {
     use crate::health::Health;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, Ordering};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     use tokio::net::TcpListener;
     use tokio_util::sync::CancellationToken;
 
@@ -123,14 +127,8 @@ mod tests {
         );
     }
 
-    async fn checked(listen: SocketAddr) -> Result<(), String> {
-        tokio::task::spawn_blocking(move || check(listen))
-            .await
-            .unwrap()
-    }
-
     #[tokio::test]
-    async fn the_check_says_what_the_process_says_of_itself() {
+    async fn the_check_tells_whether_the_process_is_ready_and_why_not() {
         // On all addresses, as in a container.
         let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
         let listen = listener.local_addr().unwrap();
@@ -147,39 +145,41 @@ mod tests {
         let router = crate::http::edge(health.routes(shutdown.clone()));
         let server = tokio::spawn(crate::server::serve(listener, router, shutdown.clone()));
 
-        assert_eq!(checked(listen).await, Ok(()));
+        assert_eq!(check(listen).await, Ok(()));
         good.store(false, Ordering::SeqCst);
-        let why = checked(listen).await.unwrap_err();
+        let why = check(listen).await.unwrap_err();
         assert!(why.contains("database: away"), "{why}");
 
         shutdown.cancel();
         server.await.unwrap().unwrap();
-        let why = checked(listen).await.unwrap_err();
+        let why = check(listen).await.unwrap_err();
         assert!(why.contains("does not answer"), "{why}");
     }
 
-    #[test]
-    fn what_is_no_answer_of_ours_is_not_ready() {
+    #[tokio::test]
+    async fn another_program_on_the_port_is_not_ready() {
         for (answer, why) in [
-            ("", "no HTTP"),
-            ("HTTP/1.1 404 Not Found\r\n\r\nnope", "status 404"),
+            ("", "does not answer"),
+            ("SSH-2.0-OpenSSH_9.2\r\n", "does not answer"),
+            (
+                "HTTP/1.1 404 Not Found\r\ncontent-length: 4\r\n\r\nnope",
+                "answers 404",
+            ),
         ] {
-            let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap();
-            let other = std::thread::spawn(move || {
-                let (mut stream, _) = listener.accept().unwrap();
-                // All of the request: closing on unread bytes would reset the connection.
+            let other = tokio::spawn(async move {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                // The whole request: closing with unread bytes would reset the connection.
                 let mut request = Vec::new();
                 while !request.ends_with(b"\r\n\r\n") {
-                    let mut byte = [0];
-                    stream.read_exact(&mut byte).unwrap();
-                    request.extend(byte);
+                    request.push(stream.read_u8().await.unwrap());
                 }
-                stream.write_all(answer.as_bytes()).unwrap();
+                stream.write_all(answer.as_bytes()).await.unwrap();
             });
-            let said = check(address).unwrap_err();
+            let said = check(address).await.unwrap_err();
             assert!(said.contains(why), "{said}");
-            other.join().unwrap();
+            other.await.unwrap();
         }
     }
 }

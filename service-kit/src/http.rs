@@ -1,54 +1,80 @@
 //! The outermost layer of every HTTP server: request ids, problem documents, panics, access log.
 
-use std::panic::AssertUnwindSafe;
+use std::any::Any;
 use std::time::Instant;
 
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{MatchedPath, Request};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, header};
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse as _, Response};
-use futures_util::FutureExt as _;
+use tower::ServiceBuilder;
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::request_id::{
+    MakeRequestId, PropagateRequestIdLayer, RequestId, SetRequestIdLayer,
+};
+use tower_http::set_header::SetResponseHeaderLayer;
 use tracing::{Instrument as _, debug, error, info, info_span};
 
 use crate::idempotency::IdempotencyKey;
+use crate::input::key::{self, IDEMPOTENCY_KEY};
 use crate::metrics;
-use crate::problem::{self, Problem};
+use crate::problem::{self, Code, Problem};
 
-/// Names a request in logs and problem documents; taken over from the caller if it is reasonable.
+/// Names a request in logs and problem documents. An acceptable one from the caller is kept.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// Largest request body.
-pub const BODY_BYTES_MAX: usize = 16 * 1024;
-/// Largest request line and headers together.
-pub const HEAD_BYTES_MAX: usize = 16 * 1024;
 /// Longest path and query.
 const URL_BYTES_MAX: usize = 4 * 1024;
-/// Asked by machines all the time; counting them tells nothing.
+/// Machines request these all the time: metrics about them would say nothing.
 const PROBES: [&str; 3] = ["/livez", "/readyz", "/metrics"];
 const REQUEST_ID_LENGTH_MAX: usize = 64;
 
-/// Wraps `router` in what every server has.
+/// Wraps `router` in the layers that every server has. Paths and methods that it does not have are answered here.
 pub fn edge(router: Router) -> Router {
-    router
-        .fallback(async || foreign(StatusCode::NOT_FOUND))
-        .method_not_allowed_fallback(async || foreign(StatusCode::METHOD_NOT_ALLOWED))
-        .layer(from_fn(catch))
-        .layer(from_fn(finish))
+    layered(
+        router
+            .fallback(async || Problem::new(Code::NotFound))
+            .method_not_allowed_fallback(async || Problem::new(Code::MethodNotAllowed)),
+    )
 }
 
-/// Gives the request an id and turns whatever error came out, from whichever layer, into a problem document.
-async fn finish(mut request: Request, next: Next) -> Response {
-    let request_id = request_id(request.headers());
-    request.headers_mut().insert(REQUEST_ID, request_id.clone());
+pub(crate) fn layered(router: Router) -> Router {
+    let layers = ServiceBuilder::new()
+        .map_request(without_unacceptable_request_id)
+        .layer(SetRequestIdLayer::new(REQUEST_ID, MintRequestId))
+        .layer(PropagateRequestIdLayer::new(REQUEST_ID))
+        // Browsers must not guess content types, and nobody may keep copies of responses about money.
+        .layer(SetResponseHeaderLayer::overriding(
+            header::X_CONTENT_TYPE_OPTIONS,
+            HeaderValue::from_static("nosniff"),
+        ))
+        .layer(SetResponseHeaderLayer::if_not_present(
+            header::CACHE_CONTROL,
+            HeaderValue::from_static("no-store"),
+        ))
+        .layer(from_fn(answer))
+        .layer(CatchPanicLayer::custom(panicked));
+    router.layer(layers)
+}
+
+/// By hand, since it needs both the request and the response: logs and counts the request, gives a POST an idempotency
+/// key, and turns every error, from whichever layer, into a problem document.
+async fn answer(mut request: Request, next: Next) -> Response {
+    let request_id = request
+        .extensions()
+        .get::<RequestId>()
+        .and_then(|id| id.header_value().to_str().ok())
+        .unwrap_or_default()
+        .to_owned();
+    let key = idempotency_key(&mut request);
     let method = request.method().clone();
     let route = request
         .extensions()
         .get::<MatchedPath>()
         .map_or_else(|| "(none)".to_owned(), |path| path.as_str().to_owned());
-    let id_text = request_id.to_str().unwrap_or_default().to_owned();
     let span =
-        info_span!("request", request.id = id_text, http.method = %method, http.route = route);
+        info_span!("request", request.id = request_id, http.method = %method, http.route = route);
 
     async move {
         let begun = Instant::now();
@@ -56,35 +82,28 @@ async fn finish(mut request: Request, next: Next) -> Response {
             .uri()
             .path_and_query()
             .map_or(0, |url| url.as_str().len());
-        let response = match url_bytes {
-            0..=URL_BYTES_MAX => next.run(request).await,
-            _ => foreign(StatusCode::URI_TOO_LONG).into_response(),
+        let response = if url_bytes > URL_BYTES_MAX {
+            let cause = format!("Path and query are longer than {URL_BYTES_MAX} bytes.");
+            Problem::new(Code::UrlTooLong)
+                .because(cause)
+                .into_response()
+        } else {
+            next.run(request).await
         };
-        let (mut response, told) = as_problem_document(response, &id_text, &method);
-        response.headers_mut().insert(REQUEST_ID, request_id);
-        protect(response.headers_mut(), &route);
+        let (response, written) = as_problem_document(response, &request_id, key.as_ref(), &method);
+        let (status, elapsed) = (response.status().as_u16(), begun.elapsed());
         if !PROBES.contains(&route.as_str()) {
-            metrics::answered(
-                method_label(&method),
-                &route,
-                response.status().as_u16(),
-                begun.elapsed(),
-            );
+            metrics::answered(method_label(&method), &route, status, elapsed);
         }
-        let (status, duration_ms) = (
-            response.status().as_u16(),
-            begun.elapsed().as_millis() as u64,
-        );
-        match told {
-            // Its cause was logged where it was handled, if there is more to say than this.
-            Some(Told { code, sheds: false }) => {
-                info!(
-                    http.status = status,
-                    problem.code = code,
-                    duration_ms,
-                    "Request answered with a problem"
-                );
-            }
+        let duration_ms = elapsed.as_millis() as u64;
+        match written {
+            // Logging every rejected request would add to the load; they are counted.
+            Some(code) if !matches!(code, Code::Overloaded | Code::RateLimited) => info!(
+                http.status = status,
+                problem.code = code.as_str(),
+                duration_ms,
+                "Request answered with a problem"
+            ),
             _ => debug!(http.status = status, duration_ms, "Request answered"),
         }
         response
@@ -93,20 +112,24 @@ async fn finish(mut request: Request, next: Next) -> Response {
     .await
 }
 
-/// Browsers must not guess what an answer is, and nobody keeps copies of what is about money.
-fn protect(headers: &mut HeaderMap, route: &str) {
-    headers.insert(
-        header::X_CONTENT_TYPE_OPTIONS,
-        HeaderValue::from_static("nosniff"),
-    );
-    if route.starts_with("/v1/") {
-        headers
-            .entry(header::CACHE_CONTROL)
-            .or_insert(HeaderValue::from_static("no-store"));
+/// The key of a POST. One is minted for a client that sent none, so that there is a key to retry with if the outcome is
+/// unknown. A malformed key is left for the handler to reject.
+fn idempotency_key(request: &mut Request) -> Option<IdempotencyKey> {
+    if request.method() != Method::POST {
+        return None;
     }
+    let found = key::find(request.headers()).ok()?;
+    let key = found.unwrap_or_else(|| {
+        let minted = IdempotencyKey::mint();
+        let value = HeaderValue::from_str(minted.as_str()).expect("a UUID is a header value");
+        request.headers_mut().insert(IDEMPOTENCY_KEY, value);
+        minted
+    });
+    request.extensions_mut().insert(key.clone());
+    Some(key)
 }
 
-/// A client may invent methods; they are one to us.
+/// Clients may invent methods; each would be a new series.
 fn method_label(method: &Method) -> &str {
     match method.as_str() {
         known @ ("GET" | "HEAD" | "POST" | "PUT" | "PATCH" | "DELETE" | "OPTIONS") => known,
@@ -114,34 +137,38 @@ fn method_label(method: &Method) -> &str {
     }
 }
 
-fn request_id(headers: &HeaderMap) -> HeaderValue {
-    let reasonable = |value: &&HeaderValue| {
+fn without_unacceptable_request_id(mut request: Request) -> Request {
+    let acceptable = |value: &HeaderValue| {
         let bytes = value.as_bytes();
         (1..=REQUEST_ID_LENGTH_MAX).contains(&bytes.len())
             && bytes
                 .iter()
                 .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-'))
     };
-    match headers.get(REQUEST_ID).filter(reasonable) {
-        Some(value) => value.clone(),
-        None => HeaderValue::from_str(&uuid::Uuid::now_v7().to_string())
-            .expect("a UUID is a header value"),
+    if !request.headers().get(REQUEST_ID).is_some_and(acceptable) {
+        request.headers_mut().remove(REQUEST_ID);
+    }
+    request
+}
+
+#[derive(Clone, Copy)]
+struct MintRequestId;
+
+impl MakeRequestId for MintRequestId {
+    fn make_request_id<B>(&mut self, _: &axum::http::Request<B>) -> Option<RequestId> {
+        let id = uuid::Uuid::now_v7().to_string();
+        HeaderValue::from_str(&id).ok().map(RequestId::new)
     }
 }
 
-/// A problem document was written here, with a request id that somebody may come back with. One that is only handed on is in
-/// the log of whoever wrote it.
-struct Told {
-    code: &'static str,
-    /// What is turned away because there is too much of it must not fill the log as well; it is counted.
-    sheds: bool,
-}
-
+/// Writes the document of a problem, and says which code it has. A document that was only forwarded is logged by its
+/// author.
 fn as_problem_document(
     mut response: Response,
     request_id: &str,
+    key: Option<&IdempotencyKey>,
     method: &Method,
-) -> (Response, Option<Told>) {
+) -> (Response, Option<Code>) {
     let status = response.status();
     let problem = match response.extensions_mut().remove::<Problem>() {
         Some(problem) => problem,
@@ -149,13 +176,10 @@ fn as_problem_document(
             return (response, None);
         }
         None if has_problem_document(response.headers()) => return (response, None),
-        None => foreign(status),
+        None => Problem::from_status(status),
     };
-    let told = Told {
-        code: problem.code(),
-        sheds: problem.sheds(),
-    };
-    let document = problem.into_document(request_id);
+    let code = problem.code();
+    let document = problem.into_document(request_id, key.map(IdempotencyKey::as_str));
     let bytes = serde_json::to_vec(&document).expect("a problem document is plain data");
     let headers = response.headers_mut();
     headers.insert(
@@ -169,7 +193,7 @@ fn as_problem_document(
     } else {
         Body::from(bytes)
     };
-    (response, Some(told))
+    (response, Some(code))
 }
 
 fn has_problem_document(headers: &HeaderMap) -> bool {
@@ -180,72 +204,8 @@ fn has_problem_document(headers: &HeaderMap) -> bool {
     })
 }
 
-/// An error from a layer that does not know of problem documents.
-pub(crate) fn foreign(status: StatusCode) -> Problem {
-    match status {
-        StatusCode::NOT_FOUND => Problem::new(
-            status,
-            "not_found",
-            "There is nothing at this path. See /openapi.json.",
-        ),
-        StatusCode::METHOD_NOT_ALLOWED => Problem::new(
-            status,
-            "method_not_allowed",
-            "This path has no such method; the header Allow names those it has.",
-        ),
-        StatusCode::PAYLOAD_TOO_LARGE => Problem::new(
-            status,
-            "body_too_large",
-            format!("The body is larger than {BODY_BYTES_MAX} bytes. Send less."),
-        ),
-        StatusCode::URI_TOO_LONG => Problem::new(
-            status,
-            "url_too_long",
-            format!("Path and query are longer than {URL_BYTES_MAX} bytes. Send less."),
-        ),
-        StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE => {
-            let detail = format!(
-                "The headers are more than 100, or larger than {HEAD_BYTES_MAX} bytes. Send less."
-            );
-            Problem::new(status, "headers_too_large", detail)
-        }
-        StatusCode::BAD_REQUEST => Problem::new(
-            status,
-            "bad_request",
-            "The request is not understood. Compare it with /openapi.json.",
-        ),
-        _ if status.is_server_error() => Problem::new(
-            status,
-            "internal_error",
-            "Something went wrong on our side. Try again.",
-        ),
-        _ => Problem::new(
-            status,
-            "request_refused",
-            status
-                .canonical_reason()
-                .unwrap_or("The request was refused."),
-        ),
-    }
-}
-
-/// The key that a request came with is named if its handler panics. The gateway sends one with every POST.
-async fn catch(request: Request, next: Next) -> Response {
-    let key = (request.method() == Method::POST)
-        .then(|| IdempotencyKey::find(request.headers()).ok().flatten())
-        .flatten();
-    unless_it_panics(key.as_ref(), next.run(request)).await
-}
-
-/// An answer, also if making it panics: then the request may or may not have been done, and its key tells.
-pub async fn unless_it_panics(
-    key: Option<&IdempotencyKey>,
-    answer: impl Future<Output = Response>,
-) -> Response {
-    let panic = match AssertUnwindSafe(answer).catch_unwind().await {
-        Ok(answer) => return answer,
-        Err(panic) => panic,
-    };
+/// A POST may or may not have been executed before its handler panicked.
+fn panicked(panic: Box<dyn Any + Send>) -> Response {
     let words = panic
         .downcast_ref::<&str>()
         .copied()
@@ -254,39 +214,33 @@ pub async fn unless_it_panics(
         panic = words.unwrap_or("(no message)"),
         "A request handler panicked"
     );
-    let problem =
-        |detail| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", detail);
-    match key {
-        Some(key) => {
-            problem("Something went wrong on our side. Try again with the key that is named here.")
-                .outcome_unknown(key.as_str())
-        }
-        None => problem("Something went wrong on our side. Try again."),
-    }
-    .into_response()
+    Problem::new(Code::InternalError)
+        .outcome_unknown()
+        .into_response()
 }
 
 #[cfg(test)]
 mod tests {
+    use axum::http::StatusCode;
     use axum::routing::{any, get, post};
     use http_body_util::BodyExt as _;
     use serde_json::Value;
     use tower::ServiceExt as _;
 
     use super::*;
-    use crate::body::Fields;
+    use crate::input::{BODY_BYTES_MAX, ValidatedJson};
 
-    async fn answer(request: Request) -> (StatusCode, HeaderMap, Value) {
+    #[derive(serde::Deserialize)]
+    struct Empty {}
+
+    async fn answered(request: Request) -> (StatusCode, HeaderMap, Value) {
         let router = Router::new()
             .route(
                 "/panic",
                 any(async || -> StatusCode { panic!("secret innards") }),
             )
             .route("/bare", get(async || StatusCode::IM_A_TEAPOT))
-            .route(
-                "/echo",
-                post(async |fields: Fields| format!("{}", fields.finish().is_ok())),
-            );
+            .route("/echo", post(async |_: ValidatedJson<Empty>| "ok"));
         let response = edge(router).oneshot(request).await.unwrap();
         let (parts, body) = response.into_parts();
         let bytes = body.collect().await.unwrap().to_bytes();
@@ -309,7 +263,7 @@ mod tests {
         let panics = |request: axum::http::request::Builder| {
             request.uri("/panic").body(Body::empty()).unwrap()
         };
-        let (status, _, document) = answer(panics(
+        let (status, _, document) = answered(panics(
             Request::post("/").header("idempotency-key", "\"the key\""),
         ))
         .await;
@@ -320,7 +274,7 @@ mod tests {
             "{document}"
         );
         assert!(!document.to_string().contains("innards"), "{document}");
-        let (_, _, document) = answer(panics(
+        let (_, _, document) = answered(panics(
             Request::get("/").header("idempotency-key", "the key"),
         ))
         .await;
@@ -358,7 +312,7 @@ mod tests {
             ),
         ] {
             let what = format!("{} {}", request.method(), request.uri());
-            let (answered, headers, document) = answer(request).await;
+            let (answered, headers, document) = answered(request).await;
             assert_eq!(answered.as_u16(), status, "{what}");
             assert_eq!(
                 headers[header::CONTENT_TYPE],
@@ -395,12 +349,12 @@ mod tests {
                 .unwrap()
         };
         assert_eq!(
-            answer(with_id("abc-1.2_3")).await.2["request_id"],
+            answered(with_id("abc-1.2_3")).await.2["request_id"],
             "abc-1.2_3"
         );
         for unreasonable in ["a b", "x".repeat(65).as_str(), "", "<script>"] {
             assert_ne!(
-                answer(with_id(unreasonable)).await.2["request_id"],
+                answered(with_id(unreasonable)).await.2["request_id"],
                 unreasonable
             );
         }

@@ -1,12 +1,13 @@
-//! What every binary of the system needs and that knows no domain word: logging, shutdown, health, configuration
-//! pieces, and an HTTP edge that answers every error as a problem document (RFC 9457).
+//! What every binary of the system needs: logging, shutdown, health, metrics, settings, and an HTTP server that answers
+//! every error with a problem document (RFC 9457). It knows no rule of the shop; only the list of problem codes, which is
+//! one for the whole API, names its nouns.
 
-pub mod body;
 pub mod config;
 pub mod health;
 pub mod healthcheck;
 pub mod http;
 pub mod idempotency;
+pub mod input;
 pub mod metrics;
 pub mod openapi;
 pub mod problem;

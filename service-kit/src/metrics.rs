@@ -1,9 +1,9 @@
-//! `GET /metrics` for Prometheus: what was counted while the process ran, and what is looked up when it is asked.
+//! `GET /metrics` for Prometheus.
 //!
-//! Counters and durations go through the facade crate `metrics`, so that libraries count without knowing who reads. Labels
-//! are names from the code (routes, outcomes, consumers), never ids: there are few of them, whatever clients send.
+//! Everything goes through the facade crate `metrics`, so a library counts without knowing who reads. Counters and
+//! histograms are kept while the process runs. Gauges are set by callbacks before each page, see [`Metrics::refresh`].
+//! Label values are names from the code (routes, outcomes, consumers), never ids: clients cannot create series.
 
-use std::fmt::Write as _;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -13,15 +13,17 @@ use axum::http::header;
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
 use futures_util::future::{BoxFuture, join_all};
-use metrics::{counter, describe_counter, describe_histogram, histogram};
+use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+use metrics_util::MetricKindMask;
+use tokio::sync::Mutex;
 use tracing::warn;
 
-/// A look that takes longer is left out of the page.
-const LOOK_TIMEOUT: Duration = Duration::from_secs(2);
-/// Durations wait in memory to be put into their buckets.
+/// The page is served without the gauges of a refresh that takes longer.
+const REFRESH_TIMEOUT: Duration = Duration::from_secs(2);
+/// Recorded durations are kept in memory until they are moved into their buckets.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
-/// Seconds. From a quick answer to one that somebody waits for.
+/// In seconds.
 const BUCKETS: [f64; 16] = [
     0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0,
 ];
@@ -29,56 +31,30 @@ const BUCKETS: [f64; 16] = [
 const HTTP_REQUESTS: &str = "gozon_http_requests_total";
 const HTTP_SECONDS: &str = "gozon_http_request_duration_seconds";
 const HTTP_REFUSED: &str = "gozon_http_refused_total";
+const BUILD_INFO: &str = "gozon_build_info";
 
-/// Something that is looked up when it is asked for: how many wait, how old the oldest is.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Gauge {
-    /// Its name.
-    pub name: &'static str,
-    /// What it is.
-    pub help: &'static str,
-    /// What tells it from others of its name.
-    pub labels: Vec<(&'static str, String)>,
-    /// How much.
-    pub value: f64,
-}
+type Refresh = Box<dyn Fn() -> BoxFuture<'static, Result<(), String>> + Send + Sync>;
 
-impl From<(&'static str, &'static str, Vec<(&'static str, String)>, f64)> for Gauge {
-    fn from(
-        (name, help, labels, value): (&'static str, &'static str, Vec<(&'static str, String)>, f64),
-    ) -> Self {
-        Self {
-            name,
-            help,
-            labels,
-            value,
-        }
-    }
-}
-
-type Look = Box<dyn Fn() -> BoxFuture<'static, Result<Vec<Gauge>, String>> + Send + Sync>;
-
-/// What a process shows of itself.
 pub struct Metrics {
     service: &'static str,
     version: &'static str,
-    looks: Vec<Look>,
+    refreshes: Vec<Refresh>,
 }
 
 impl Metrics {
-    /// Begins to count.
+    /// Installs the recorder of this process.
     pub fn start(service: &'static str, version: &'static str) -> anyhow::Result<Self> {
         recorder()?;
         Ok(Self {
             service,
             version,
-            looks: Vec::new(),
+            refreshes: Vec::new(),
         }
         .refusing(&["connections"]))
     }
 
-    /// Names why this process may refuse requests, so that each is shown from the start: a counter that is absent tells
-    /// nobody whether nothing was refused or nothing is known.
+    /// Registers the reasons for which this process may reject requests, each with 0: with an absent counter nobody
+    /// could tell "nothing was rejected" from "not known".
     #[must_use]
     pub fn refusing(self, reasons: &[&'static str]) -> Self {
         for reason in reasons {
@@ -87,17 +63,18 @@ impl Metrics {
         self
     }
 
-    /// Looks something up each time the page is asked for. If that fails or takes long, its lines are absent.
+    /// Runs `refresh` before each page. It sets gauges with [`metrics::gauge!`] and describes them once at start with
+    /// [`metrics::describe_gauge!`]. A gauge that was not set since the last page is left out of the page: if `refresh`
+    /// fails or times out, no old value is shown as a new one.
     #[must_use]
-    pub fn look<F>(mut self, look: impl Fn() -> F + Send + Sync + 'static) -> Self
+    pub fn refresh<F>(mut self, refresh: impl Fn() -> F + Send + Sync + 'static) -> Self
     where
-        F: Future<Output = Result<Vec<Gauge>, String>> + Send + 'static,
+        F: Future<Output = Result<(), String>> + Send + 'static,
     {
-        self.looks.push(Box::new(move || Box::pin(look())));
+        self.refreshes.push(Box::new(move || Box::pin(refresh())));
         self
     }
 
-    /// The route.
     pub fn routes(self) -> Router {
         Router::new()
             .route("/metrics", get(page))
@@ -105,22 +82,25 @@ impl Metrics {
     }
 }
 
-/// One per process, whatever runs in it.
+/// There is one per process, even if several services run in it (in tests).
 fn recorder() -> anyhow::Result<&'static PrometheusHandle> {
     static RECORDER: OnceLock<Result<PrometheusHandle, BuildError>> = OnceLock::new();
     let recorder = RECORDER.get_or_init(|| {
         let builder = PrometheusBuilder::new()
-            .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &BUCKETS)?;
+            .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &BUCKETS)?
+            // Removes each gauge that was not set since the last page.
+            .idle_timeout(MetricKindMask::GAUGE, Some(Duration::ZERO));
         let handle = builder.install_recorder()?;
         describe_counter!(HTTP_REQUESTS, "HTTP requests answered, by route template");
         describe_histogram!(
             HTTP_SECONDS,
-            "From the head of a request to the head of its answer"
+            "From the head of a request to the head of its response"
         );
         describe_counter!(
             HTTP_REFUSED,
-            "HTTP requests refused to keep the rest going, by reason"
+            "HTTP requests rejected by a limit, by reason. Starts at 0"
         );
+        describe_gauge!(BUILD_INFO, "Service and version of this process");
         Ok(handle)
     });
     recorder
@@ -128,7 +108,7 @@ fn recorder() -> anyhow::Result<&'static PrometheusHandle> {
         .map_err(|error| anyhow::anyhow!("metrics cannot be kept: {error}"))
 }
 
-/// Keeps durations from piling up where nobody asks for the page.
+/// Bounds the memory of recorded durations where nobody reads the page.
 pub(crate) async fn upkeep() {
     loop {
         tokio::time::sleep(UPKEEP_INTERVAL).await;
@@ -138,7 +118,6 @@ pub(crate) async fn upkeep() {
     }
 }
 
-/// A request was answered.
 pub(crate) fn answered(method: &str, route: &str, status: u16, duration: Duration) {
     let labels = [("method", method.to_owned()), ("route", route.to_owned())];
     histogram!(HTTP_SECONDS, &labels).record(duration);
@@ -150,36 +129,30 @@ pub(crate) fn answered(method: &str, route: &str, status: u16, duration: Duratio
     .increment(1);
 }
 
-/// A request was refused to keep the rest going, for a reason that [`Metrics::refusing`] has named.
+/// Counts a request that was rejected by a limit. [`Metrics::refusing`] registers the reason.
 pub fn refused(reason: &'static str) {
     counter!(HTTP_REFUSED, "reason" => reason).increment(1);
 }
 
 async fn page(State(metrics): State<Arc<Metrics>>) -> Response {
-    let mut text = recorder().map(PrometheusHandle::render).unwrap_or_default();
-    let version = vec![
-        ("service", metrics.service.to_owned()),
-        ("version", metrics.version.to_owned()),
-    ];
-    let build = Gauge {
-        name: "gozon_build_info",
-        help: "Which program this is",
-        labels: version,
-        value: 1.0,
-    };
-    let looks = metrics
-        .looks
+    // One page at a time: a second one would find that no gauge was set since the first.
+    static ONE_PAGE: Mutex<()> = Mutex::const_new(());
+    let _guard = ONE_PAGE.lock().await;
+    gauge!(BUILD_INFO, "service" => metrics.service, "version" => metrics.version).set(1.0);
+    let refreshes = metrics
+        .refreshes
         .iter()
-        .map(|look| tokio::time::timeout(LOOK_TIMEOUT, look()));
-    let mut gauges = vec![build];
-    for looked in join_all(looks).await {
-        match looked {
-            Ok(Ok(found)) => gauges.extend(found),
-            Ok(Err(error)) => warn!(error, "Some metrics could not be looked up"),
-            Err(_) => warn!("Some metrics could not be looked up within {LOOK_TIMEOUT:?}"),
+        .map(|refresh| tokio::time::timeout(REFRESH_TIMEOUT, refresh()));
+    for refreshed in join_all(refreshes).await {
+        match refreshed {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => warn!(error, "Some gauges are left out: they could not be read"),
+            Err(_) => {
+                warn!("Some gauges are left out: they were not read within {REFRESH_TIMEOUT:?}");
+            }
         }
     }
-    write_gauges(&mut text, gauges);
+    let text = recorder().map(PrometheusHandle::render).unwrap_or_default();
     (
         [
             (
@@ -193,56 +166,48 @@ async fn page(State(metrics): State<Arc<Metrics>>) -> Response {
         .into_response()
 }
 
-fn write_gauges(text: &mut String, mut gauges: Vec<Gauge>) {
-    gauges.sort_by_key(|gauge| gauge.name);
-    let mut last = "";
-    for Gauge {
-        name,
-        help,
-        labels,
-        value,
-    } in gauges
-    {
-        if name != last {
-            // Writing to a string cannot fail.
-            let _ = write!(text, "# HELP {name} {help}\n# TYPE {name} gauge\n");
-        }
-        last = name;
-        let labels: Vec<String> = labels
-            .iter()
-            .map(|(name, value)| format!("{name}={value:?}"))
-            .collect();
-        let _ = match labels.as_slice() {
-            [] => writeln!(text, "{name} {value}"),
-            labels => writeln!(text, "{name}{{{}}} {value}", labels.join(",")),
-        };
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use axum::extract::Request;
+    use http_body_util::BodyExt as _;
+    use tower::ServiceExt as _;
+
     use super::*;
 
-    #[test]
-    fn gauges_of_one_name_stand_together_under_one_heading() {
-        let gauge = |name, label: &str, value| Gauge {
-            name,
-            help: "h",
-            labels: vec![("kind", label.to_owned())],
-            value,
+    #[tokio::test]
+    async fn a_gauge_that_cannot_be_read_is_left_out_and_comes_back() {
+        static READABLE: AtomicBool = AtomicBool::new(true);
+        let routes = Metrics::start("test", "1")
+            .unwrap()
+            .refresh(async || {
+                if !READABLE.load(Ordering::SeqCst) {
+                    return Err("the database is down".to_owned());
+                }
+                gauge!("test_pending", "kind" => "a").set(0.5);
+                gauge!("test_pending", "kind" => "b").set(2.0);
+                Ok(())
+            })
+            .routes();
+        let page = async || {
+            let request = Request::get("/metrics").body(axum::body::Body::empty());
+            let response = routes.clone().oneshot(request.unwrap()).await.unwrap();
+            let bytes = response.into_body().collect().await.unwrap().to_bytes();
+            String::from_utf8(bytes.to_vec()).unwrap()
         };
-        let mut text = String::new();
-        let without = Gauge {
-            labels: Vec::new(),
-            ..gauge("b", "", 0.5)
-        };
-        write_gauges(
-            &mut text,
-            vec![gauge("c", "x", 1.0), without, gauge("c", "y", 2.0)],
-        );
-        assert_eq!(
-            text,
-            "# HELP b h\n# TYPE b gauge\nb 0.5\n# HELP c h\n# TYPE c gauge\nc{kind=\"x\"} 1\nc{kind=\"y\"} 2\n"
-        );
+        for readable in [true, false, false, true, true] {
+            READABLE.store(readable, Ordering::SeqCst);
+            let page = page().await;
+            for line in [
+                "test_pending{kind=\"a\"} 0.5\n",
+                "test_pending{kind=\"b\"} 2\n",
+            ] {
+                assert_eq!(page.contains(line), readable, "{line}{page}");
+            }
+            assert!(page.contains("gozon_build_info{service=\"test\",version=\"1\"} 1\n"));
+        }
+        let pages = tokio::join!(page(), page());
+        assert!(pages.0.contains("test_pending") && pages.1.contains("test_pending"));
     }
 }

@@ -1,7 +1,7 @@
-//! What every operation has in common in an OpenAPI document: the errors that any request can meet, an example for each,
-//! and the headers of every answer. Handlers document only what is their own.
+//! What all operations of an OpenAPI document have in common: errors that any request can get, an example of each, and
+//! headers of every response. Handlers document only what is specific to them. By hand, since utoipa describes one
+//! operation at a time.
 
-use axum::http::StatusCode;
 use utoipa::openapi::header::HeaderBuilder;
 use utoipa::openapi::path::Operation;
 use utoipa::openapi::schema::{Object, SchemaType};
@@ -9,17 +9,14 @@ use utoipa::openapi::{
     ContentBuilder, Header, OpenApi, Ref, RefOr, Response, ResponseBuilder, Type,
 };
 
-use crate::http::foreign;
-use crate::problem::{CONTENT_TYPE, FieldError, Problem};
-
-/// Which problem an operation tells with a status, for its example: status, code, detail.
-pub type Told = (u16, &'static str, &'static str);
+use crate::problem::{CONTENT_TYPE, Code, FieldError, Problem};
 
 const REQUEST_ID_EXAMPLE: &str = "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11";
 
-/// Adds to every operation what any request can meet. `limited`: also the answer to clients that send too much.
-pub fn complete(document: &mut OpenApi, limited: bool, told: &[Told]) {
-    // There is no login yet.
+/// Adds to every operation the errors that any request can meet. `limited` adds 429. `codes` are the service's own, for
+/// examples: the first one with the status of a response is its example.
+pub fn complete(document: &mut OpenApi, limited: bool, codes: &[Code]) {
+    // Redocly wants it said that there is no login.
     document.security.get_or_insert_with(Vec::new);
     let mut used = Vec::new();
     for item in document.paths.paths.values_mut() {
@@ -45,16 +42,19 @@ pub fn complete(document: &mut OpenApi, limited: bool, told: &[Told]) {
                     used.push((status, name, description));
                 }
             }
-            furnish(operation, told);
+            furnish(operation, codes);
         }
     }
     let components = document.components.get_or_insert_with(Default::default);
     for (status, name, description) in used {
         let mut response = ResponseBuilder::new().description(description).build();
-        response
-            .content
-            .insert(CONTENT_TYPE.to_owned(), RefOr::T(problem_content()));
-        furnish_response(status, &mut response, told);
+        // Headers that are too large are rejected before a handler could write a document.
+        if status != 431 {
+            response
+                .content
+                .insert(CONTENT_TYPE.to_owned(), RefOr::T(problem_content()));
+            furnish_response(status, &mut response, codes, false);
+        }
         components
             .responses
             .insert(name.to_owned(), RefOr::T(response));
@@ -62,8 +62,8 @@ pub fn complete(document: &mut OpenApi, limited: bool, told: &[Told]) {
 }
 
 const COMMON: [(u16, &str, &str); 9] = [
-    (400, "BadRequest", "The request is not understood"),
-    (408, "RequestTimeout", "The body did not come in time"),
+    (400, "BadRequest", "The request cannot be read"),
+    (408, "RequestTimeout", "The body was not complete in time"),
     (413, "BodyTooLarge", "The body is too large"),
     (414, "UrlTooLong", "Path and query are too long"),
     (
@@ -74,31 +74,31 @@ const COMMON: [(u16, &str, &str); 9] = [
     (
         429,
         "TooManyRequests",
-        "Too many requests from this address or for this user; try again after the time given",
+        "Too many requests from this address or for this user; send it again after Retry-After",
     ),
     (
         431,
         "HeadersTooLarge",
-        "The headers are too large or too many",
+        "The headers are too large or too many; without a body",
     ),
-    (500, "InternalError", "Something is wrong on our side"),
+    (500, "InternalError", "Something went wrong on our side"),
     (
         503,
         "Unavailable",
-        "Away or overloaded; try again, with the same key",
+        "Temporarily unavailable or overloaded; send it again with the same key",
     ),
 ];
 
-/// Headers and examples of the answers that an operation describes itself.
-fn furnish(operation: &mut Operation, told: &[Told]) {
+/// Adds headers and examples to the responses that an operation describes itself.
+fn furnish(operation: &mut Operation, codes: &[Code]) {
     for (status, response) in &mut operation.responses.responses {
         if let (RefOr::T(response), Ok(status)) = (response, status.parse()) {
-            furnish_response(status, response, told);
+            furnish_response(status, response, codes, operation.request_body.is_some());
         }
     }
 }
 
-fn furnish_response(status: u16, response: &mut Response, told: &[Told]) {
+fn furnish_response(status: u16, response: &mut Response, codes: &[Code], has_body: bool) {
     let mut header = |name: &str, kind, description: &str| {
         let header = HeaderBuilder::new()
             .schema(Some(Object::with_type(SchemaType::Type(kind))))
@@ -112,17 +112,19 @@ fn furnish_response(status: u16, response: &mut Response, told: &[Told]) {
     header(
         "X-Request-Id",
         Type::String,
-        "Names the request in logs; taken over from the request if it had one",
+        "Identifies the request in logs; an acceptable one of the request is kept",
     );
     if matches!(status, 429 | 503) {
         header(
             "Retry-After",
             Type::Integer,
-            "Seconds after which trying again makes sense",
+            "Send the request again after this many seconds",
         );
     }
     if let Some(RefOr::T(content)) = response.content.get_mut(CONTENT_TYPE) {
-        content.example.get_or_insert_with(|| example(status, told));
+        content
+            .example
+            .get_or_insert_with(|| example(status, codes, has_body));
     }
 }
 
@@ -132,43 +134,42 @@ fn problem_content() -> utoipa::openapi::Content {
         .build()
 }
 
-fn example(status: u16, told: &[Told]) -> serde_json::Value {
-    let code = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    let own = told.iter().find(|(other, _, _)| *other == status);
-    let problem = match (own, status) {
-        (Some((_, name, detail)), _) => Problem::new(code, name, *detail),
-        (None, 400) => Problem::new(
-            code,
-            "malformed_json",
-            "The body is not JSON: EOF while parsing an object at line 1 column 1. Send one JSON object.",
-        ),
-        (None, 408) => Problem::new(
-            code,
-            "request_timeout",
-            "The body was not complete within 10s. Send it again.",
-        ),
-        (None, 415) => {
-            let detail = "Send the body as JSON in UTF-8, not compressed, with the header Content-Type: application/json.";
-            Problem::new(code, "unsupported_media_type", detail)
-        }
-        (None, 422) => {
-            let detail = "must be an integer from 1 to 1000000000000, in minor units".to_owned();
-            Problem::validation(vec![FieldError {
-                pointer: "/amount".to_owned(),
-                detail,
-            }])
-        }
-        (None, 429) => Problem::new(
-            code,
-            "rate_limited",
-            "Too many requests from your address. Nothing was done; send it again in 1 s.",
-        ),
-        (None, 503) => {
-            Problem::unavailable("It is away for a moment. Send it again, with the same key.")
-                .outcome_unknown("lamp")
-        }
-        (None, _) => foreign(code),
+/// An error that every operation has.
+fn unknown(has_body: bool) -> FieldError {
+    let (pointer, detail) = match has_body {
+        true => ("/colour", "unknown field"),
+        false => ("colour", "unknown parameter"),
     };
-    serde_json::to_value(problem.into_document(REQUEST_ID_EXAMPLE))
+    FieldError {
+        pointer: pointer.to_owned(),
+        detail: detail.to_owned(),
+    }
+}
+
+fn example(status: u16, codes: &[Code], has_body: bool) -> serde_json::Value {
+    let general = [
+        Code::MalformedJson,
+        Code::NotFound,
+        Code::RequestTimeout,
+        Code::BodyTooLarge,
+        Code::UrlTooLong,
+        Code::UnsupportedMediaType,
+        Code::ValidationFailed,
+        Code::RateLimited,
+        Code::InternalError,
+        Code::ServiceUnavailable,
+    ];
+    let code = codes
+        .iter()
+        .chain(&general)
+        .find(|code| code.status().as_u16() == status)
+        .copied()
+        .unwrap_or(Code::RequestRefused);
+    let problem = match code {
+        Code::ValidationFailed => Problem::validation(vec![unknown(has_body)]),
+        Code::ServiceUnavailable => Problem::new(code).outcome_unknown(),
+        _ => Problem::new(code),
+    };
+    serde_json::to_value(problem.into_document(REQUEST_ID_EXAMPLE, Some("lamp")))
         .expect("a problem document is plain data")
 }

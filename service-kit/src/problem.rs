@@ -1,37 +1,42 @@
-//! Errors as problem documents (RFC 9457): one shape for every answer that is no success, from every layer.
+//! Errors as problem documents (RFC 9457): one shape for every response that is not a success, from every layer.
+
+use std::borrow::Cow;
 
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use crate::idempotency::IdempotencyKey;
+mod code;
 
-/// Media type of a problem document.
+pub use code::Code;
+
 pub const CONTENT_TYPE: &str = "application/problem+json";
 
-const OVERLOADED: &str = "overloaded";
+const RETRY_AFTER_SECONDS: u32 = 1;
+const UNKNOWN_OUTCOME_ADVICE: &str = "The request may or may not have been executed: send it again with the \
+                                      idempotency_key named here, and it is executed once.";
 
-/// An answer that is no success. As a response it has no body yet: the outermost layer
-/// ([`crate::http::edge`]) knows the request id and writes the document, in one place for all.
+/// A response that is not a success. It has no body yet: the outermost layer ([`crate::http::edge`]) knows the request's
+/// id and its idempotency key, and writes the document.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
+    code: Code,
     status: StatusCode,
-    code: &'static str,
-    detail: String,
+    cause: Cow<'static, str>,
     errors: Vec<FieldError>,
     retry_after_seconds: Option<u32>,
-    unknown_outcome: Option<String>,
+    outcome_unknown: bool,
 }
 
 /// What is wrong with one part of the request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
 pub struct FieldError {
     /// JSON pointer into the body, or the name of a parameter or header.
-    #[schema(example = "/amount")]
+    #[schema(example = "/user_id")]
     pub pointer: String,
     /// What it must be.
-    #[schema(example = "must be an integer from 1 to 1000000000000, in minor units")]
+    #[schema(example = "is missing")]
     pub detail: String,
 }
 
@@ -39,158 +44,138 @@ pub struct FieldError {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[schema(as = Problem)]
 pub struct ProblemDocument {
-    /// Identifies the kind of problem.
+    /// A page about this kind of problem.
     #[serde(rename = "type")]
-    #[schema(example = "/problems/validation_failed")]
+    #[schema(format = "uri-reference", example = "/problems/validation_failed")]
     pub kind: String,
     /// The kind of problem in words.
     #[schema(example = "Validation failed")]
-    pub title: String,
+    pub title: &'static str,
     /// HTTP status.
     #[schema(example = 422)]
     pub status: u16,
-    /// What happened and what to do.
+    /// What is wrong, and what to do.
     pub detail: String,
-    /// The kind of problem for programs.
-    #[schema(example = "validation_failed")]
-    pub code: String,
-    /// Name it when you ask for help.
+    pub code: Code,
+    /// Include it when you report a problem.
     pub request_id: String,
-    /// What is wrong with which part of the request.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    #[schema(required = false)]
+    /// Every part of the request that is not acceptable.
     pub errors: Vec<FieldError>,
-    /// `unknown`: the request may or may not have been done. Send it again with `idempotency_key`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub outcome: Option<&'static str>,
-    /// The key to send it again with.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// Null unless it is not known whether the request was executed. Send it again with `idempotency_key`.
+    #[schema(required = true)]
+    pub outcome: Option<Outcome>,
+    /// The key to send the request again with; null unless the outcome is unknown.
+    #[schema(required = true)]
     pub idempotency_key: Option<String>,
 }
 
+/// `unknown`: the request may or may not have been executed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+#[schema(as = ProblemOutcome)]
+pub enum Outcome {
+    Unknown,
+}
+
 impl Problem {
-    /// `code` is snake_case and stable; `detail` says what happened and what to do.
-    pub fn new(status: StatusCode, code: &'static str, detail: impl Into<String>) -> Self {
-        Self {
-            status,
+    pub fn new(code: Code) -> Self {
+        let retry_after_seconds = matches!(
             code,
-            detail: detail.into(),
+            Code::Overloaded | Code::ServiceUnavailable | Code::NotReady | Code::RequestInProgress
+        )
+        .then_some(RETRY_AFTER_SECONDS);
+        Self {
+            code,
+            status: code.status(),
+            cause: code.cause().into(),
             errors: Vec::new(),
-            retry_after_seconds: None,
-            unknown_outcome: None,
+            retry_after_seconds,
+            outcome_unknown: false,
         }
     }
 
     /// The request was understood, but parts of it are not acceptable.
     pub fn validation(errors: Vec<FieldError>) -> Self {
-        let detail = match errors.as_slice() {
-            // What has no name is named in the detail.
-            [one] if one.detail.starts_with("the ") => capitalised(format!("{}.", one.detail)),
-            [one] => format!("{} {}.", one.pointer, one.detail),
-            several => format!(
-                "{} parts of the request are not acceptable; see errors.",
-                several.len()
-            ),
+        let cause = match errors.as_slice() {
+            [one] if one.pointer.is_empty() => capitalised(format!("{}.", one.detail)),
+            [one] => format!("{}: {}.", one.pointer, one.detail),
+            several => format!("{} parts of the request are not acceptable.", several.len()),
         };
         Self {
             errors,
-            ..Self::new(
-                StatusCode::UNPROCESSABLE_ENTITY,
-                "validation_failed",
-                detail,
-            )
+            ..Self::new(Code::ValidationFailed).because(cause)
         }
     }
 
-    /// A service that is needed is away; nothing was done.
-    pub fn unavailable(detail: impl Into<String>) -> Self {
-        Self::new(
-            StatusCode::SERVICE_UNAVAILABLE,
-            "service_unavailable",
-            detail,
-        )
-        .retry_after(1)
-    }
-
-    /// Turned away because there is too much to do; nothing was done.
-    pub fn overloaded(detail: impl Into<String>) -> Self {
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, OVERLOADED, detail).retry_after(1)
-    }
-
-    /// A bug of ours, or data that nobody expected; nothing was done. The cause belongs into the log, not here.
-    pub fn internal() -> Self {
-        Self::new(
-            StatusCode::INTERNAL_SERVER_ERROR,
-            "internal_error",
-            "Something went wrong on our side. Nothing was done.",
-        )
-    }
-
-    /// A service was lost midway. A request with a key may or may not have been done, and the key tells.
-    pub fn in_doubt(detail: impl Into<String>, key: Option<&IdempotencyKey>) -> Self {
-        let problem = Self::unavailable(detail);
-        match key {
-            Some(key) => problem.outcome_unknown(key.as_str()),
-            None => problem,
+    /// A status from a layer that does not know problem documents.
+    pub fn from_status(status: StatusCode) -> Self {
+        let code = match status {
+            StatusCode::BAD_REQUEST => Code::BadRequest,
+            StatusCode::NOT_FOUND => Code::NotFound,
+            StatusCode::METHOD_NOT_ALLOWED => Code::MethodNotAllowed,
+            StatusCode::PAYLOAD_TOO_LARGE => Code::BodyTooLarge,
+            _ if status.is_server_error() => Code::InternalError,
+            _ => Code::RequestRefused,
+        };
+        Self {
+            status,
+            ..Self::new(code)
         }
     }
 
-    /// Says when trying again makes sense.
+    /// Says exactly what is wrong, in one sentence, in place of the general sentence of the code.
+    #[must_use]
+    pub fn because(mut self, cause: impl Into<Cow<'static, str>>) -> Self {
+        self.cause = cause.into();
+        self
+    }
+
     #[must_use]
     pub fn retry_after(mut self, seconds: u32) -> Self {
         self.retry_after_seconds = Some(seconds);
         self
     }
 
-    /// The request may or may not have been done; sent again with `idempotency_key` it is done once and says so.
+    /// The request may or may not have been executed. If it was a POST, the document names its idempotency key.
     #[must_use]
-    pub fn outcome_unknown(mut self, idempotency_key: impl Into<String>) -> Self {
-        self.unknown_outcome = Some(idempotency_key.into());
+    pub fn outcome_unknown(mut self) -> Self {
+        self.outcome_unknown = true;
         self
     }
 
-    /// The HTTP status.
     pub fn status(&self) -> StatusCode {
         self.status
     }
 
-    /// The kind of problem for programs.
-    pub(crate) fn code(&self) -> &'static str {
+    pub(crate) fn code(&self) -> Code {
         self.code
     }
 
-    /// Whether it turns a request away because there is too much to do, or too much from one client.
-    pub(crate) fn sheds(&self) -> bool {
-        self.code == OVERLOADED || self.status == StatusCode::TOO_MANY_REQUESTS
-    }
-
-    /// When trying again makes sense, if that is known.
-    pub(crate) fn retry_after_seconds(&self) -> Option<u32> {
-        self.retry_after_seconds
-    }
-
-    /// The document, for the request with this id.
-    pub fn into_document(self, request_id: &str) -> ProblemDocument {
+    /// The document for the request with this id. `key` is the idempotency key of the request, if it has one.
+    pub fn into_document(self, request_id: &str, key: Option<&str>) -> ProblemDocument {
+        let key = key.filter(|_| self.outcome_unknown);
+        let advice = match key {
+            Some(_) => UNKNOWN_OUTCOME_ADVICE,
+            None => self.code.advice(),
+        };
         ProblemDocument {
-            kind: format!("/problems/{}", self.code),
-            title: title(self.code),
+            kind: format!("/problems/{}", self.code.as_str()),
+            title: self.code.title(),
             status: self.status.as_u16(),
-            detail: self.detail,
-            code: self.code.to_owned(),
+            detail: format!("{} {advice}", self.cause),
+            code: self.code,
             request_id: request_id.to_owned(),
             errors: self.errors,
-            outcome: self.unknown_outcome.is_some().then_some("unknown"),
-            idempotency_key: self.unknown_outcome,
+            outcome: key.map(|_| Outcome::Unknown),
+            idempotency_key: key.map(str::to_owned),
         }
     }
 }
 
-fn title(code: &str) -> String {
-    capitalised(
-        code.replace('_', " ")
-            .replace("json", "JSON")
-            .replace("url", "URL"),
-    )
+impl From<Code> for Problem {
+    fn from(code: Code) -> Self {
+        Self::new(code)
+    }
 }
 
 fn capitalised(mut words: String) -> String {
@@ -208,7 +193,7 @@ impl IntoResponse for Problem {
                 .headers_mut()
                 .insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
-        // Part of the body is still to come, and nobody will read it.
+        // The rest of the body would still arrive, and nobody reads it.
         if matches!(
             self.status,
             StatusCode::PAYLOAD_TOO_LARGE | StatusCode::REQUEST_TIMEOUT
@@ -219,5 +204,40 @@ impl IntoResponse for Problem {
         }
         response.extensions_mut().insert(self);
         response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_code_says_what_is_wrong_and_what_to_do_in_one_sentence_each() {
+        for code in Code::ALL {
+            let name = serde_json::to_value(code).unwrap();
+            assert_eq!(name, code.as_str());
+            assert!(!code.status().is_success(), "{name}");
+            for sentence in [code.cause(), code.advice()] {
+                assert!(
+                    sentence.starts_with(|first: char| first.is_ascii_uppercase())
+                        && sentence.ends_with('.')
+                        && !sentence.contains(". "),
+                    "{name}: {sentence}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn only_a_request_with_a_key_has_an_unknown_outcome() {
+        let problem = Problem::new(Code::ServiceUnavailable).outcome_unknown();
+        let document = problem.clone().into_document("id", Some("lamp"));
+        assert_eq!(document.outcome, Some(Outcome::Unknown));
+        assert_eq!(document.idempotency_key.as_deref(), Some("lamp"));
+        assert!(document.detail.ends_with(UNKNOWN_OUTCOME_ADVICE));
+        let document = problem.into_document("id", None);
+        assert_eq!((document.outcome, document.idempotency_key), (None, None));
+        let known = Problem::new(Code::Overloaded).into_document("id", Some("lamp"));
+        assert_eq!((known.outcome, known.idempotency_key), (None, None));
     }
 }

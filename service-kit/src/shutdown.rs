@@ -1,4 +1,5 @@
-//! How a process ends: politely on SIGTERM or Ctrl-C, within a bounded time; or with a line that says why it cannot run.
+//! How a process ends: gracefully on SIGTERM or Ctrl-C, within a bounded time; or with one line that says why it cannot
+//! run.
 
 use std::fmt;
 use std::time::Duration;
@@ -7,11 +8,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
-/// After the signal, this long for finishing what was begun. An orchestrator usually kills after 10 s.
+/// Time for the graceful shutdown. An orchestrator usually kills after 10 s.
 const GRACE: Duration = Duration::from_secs(9);
 
-/// A token that the first SIGTERM or SIGINT cancels. A second signal, or a process that does not get done, ends it
-/// at once: that is as safe as kill -9, which is safe.
+/// A token that the first SIGTERM or SIGINT cancels. A second signal, or the end of the grace period, ends the process at
+/// once: that is as safe as kill -9.
 pub fn on_signal() -> std::io::Result<CancellationToken> {
     let token = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate())?;
@@ -22,7 +23,7 @@ pub fn on_signal() -> std::io::Result<CancellationToken> {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-        info!("Stopping: finishing what was begun");
+        info!("Stopping: finishing open work");
         cancelled.cancel();
         tokio::select! {
             _ = terminate.recv() => {}
@@ -34,8 +35,8 @@ pub fn on_signal() -> std::io::Result<CancellationToken> {
     Ok(token)
 }
 
-/// Why a process ends, for `main` to return. Rust shows it as `Debug`, which with anyhow is many lines, and a backtrace where
-/// RUST_BACKTRACE is set; who has mistyped a setting needs the words.
+/// The error that `main` returns. Rust prints its `Debug`, which for anyhow is several lines and a backtrace if
+/// RUST_BACKTRACE is set. This prints the chain of causes in one line.
 pub struct Failure(anyhow::Error);
 
 impl fmt::Debug for Failure {

@@ -9,12 +9,10 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{Layer as _, fmt};
 
-/// How log lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
-    /// For people.
     Text,
-    /// For machines: one JSON object a line.
+    /// One JSON object a line.
     Json,
 }
 
@@ -23,7 +21,7 @@ pub fn init(format: LogFormat, filter: &str) -> anyhow::Result<()> {
     let filter: Targets = filter
         .parse()
         .map_err(|error| anyhow::anyhow!("RUST_LOG is not understood: {error}"))?;
-    // Libraries that narrate: the first logs every reconnect attempt, the others every start.
+    // async_nats logs every reconnect attempt, the others every start.
     let quiet = [
         ("async_nats", Level::ERROR),
         ("sea_orm_migration", Level::WARN),
@@ -41,8 +39,8 @@ pub fn init(format: LogFormat, filter: &str) -> anyhow::Result<()> {
             .with_writer(std::io::stderr)
             .boxed(),
     };
-    // The filter stands before all layers. As the filter of one layer it drops lines now and then: a library that only
-    // asks whether something is enabled (sqlx does, for each statement) leaves its answer behind for the next event.
+    // The filter is global. As the filter of one layer it would sometimes drop lines: a library that only asks whether
+    // something is enabled (sqlx does, for each statement) leaves its answer behind for the next event.
     tracing_subscriber::registry()
         .with(filter)
         .with(layer)

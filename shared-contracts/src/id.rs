@@ -63,7 +63,7 @@ uuid_id! {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[cfg_attr(feature = "schema", schemars(extend("pattern" = r"^(\.?[A-Za-z0-9_-]|\.\.[A-Za-z0-9._-])[A-Za-z0-9._-]*$", "maxLength" = 64)))]
+#[cfg_attr(feature = "schema", schemars(extend("pattern" = UserId::PATTERN, "maxLength" = UserId::LENGTH_MAX)))]
 pub struct UserId(String);
 
 /// The text is no user id.
@@ -74,8 +74,11 @@ pub struct UserId(String);
 pub struct InvalidUserId;
 
 impl UserId {
-    /// Most characters it may have.
+    /// In characters.
     pub const LENGTH_MAX: usize = 64;
+    /// Together with [`UserId::LENGTH_MAX`], the rule for schemas.
+    #[cfg(any(feature = "schema", feature = "openapi"))]
+    const PATTERN: &str = r"^(\.?[A-Za-z0-9_-]|\.\.[A-Za-z0-9._-])[A-Za-z0-9._-]*$";
 
     /// Checks and wraps `text`.
     pub fn parse(text: impl Into<String>) -> Result<Self, InvalidUserId> {
@@ -94,6 +97,20 @@ impl UserId {
         &self.0
     }
 }
+
+#[cfg(feature = "openapi")]
+impl utoipa::PartialSchema for UserId {
+    fn schema() -> utoipa::openapi::RefOr<utoipa::openapi::Schema> {
+        utoipa::openapi::ObjectBuilder::new()
+            .schema_type(utoipa::openapi::Type::String)
+            .max_length(Some(Self::LENGTH_MAX))
+            .pattern(Some(Self::PATTERN))
+            .into()
+    }
+}
+
+#[cfg(feature = "openapi")]
+impl utoipa::ToSchema for UserId {}
 
 impl TryFrom<String> for UserId {
     type Error = InvalidUserId;

@@ -11,12 +11,11 @@
 //! plain JSON. Readers tolerate unknown fields; a change that an old reader would misunderstand gets a new
 //! [`Event::TYPE`].
 
-#![warn(missing_docs)]
-
 mod id;
 mod money;
 mod order;
 mod payment;
+pub mod timestamp;
 
 pub use id::{EventId, InvalidUserId, OrderId, UserId};
 pub use money::{Amount, BALANCE_MAX, InvalidAmount};

@@ -2,14 +2,14 @@
 
 use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use serde::de::{Error, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// Most that an account may hold, in minor units: below 2^53, so that it is exact in JavaScript too.
 pub const BALANCE_MAX: i64 = 9_000_000_000_000_000;
 
 /// What one order costs or one deposit adds, in minor units: 1 to [`Amount::MAX`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(try_from = "i64", into = "i64")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[cfg_attr(feature = "schema", schemars(extend("minimum" = 1, "maximum" = Amount::MAX)))]
 pub struct Amount(i64);
@@ -38,19 +38,47 @@ impl Amount {
     }
 }
 
-impl TryFrom<i64> for Amount {
-    type Error = InvalidAmount;
+/// By hand, so that every error names the rule: a derived one would say "expected i64" for a text.
+impl<'de> Deserialize<'de> for Amount {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct AmountVisitor;
 
-    fn try_from(minor_units: i64) -> Result<Self, Self::Error> {
-        Self::new(minor_units)
+        impl Visitor<'_> for AmountVisitor {
+            type Value = Amount;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "an integer from 1 to {}, in minor units", Amount::MAX)
+            }
+
+            fn visit_i64<E: Error>(self, minor_units: i64) -> Result<Amount, E> {
+                Amount::new(minor_units).map_err(E::custom)
+            }
+
+            fn visit_u64<E: Error>(self, minor_units: u64) -> Result<Amount, E> {
+                self.visit_i64(i64::try_from(minor_units).unwrap_or(i64::MAX))
+            }
+        }
+
+        deserializer.deserialize_i64(AmountVisitor)
     }
 }
 
-impl From<Amount> for i64 {
-    fn from(amount: Amount) -> Self {
-        amount.0
+#[cfg(feature = "openapi")]
+impl utoipa::PartialSchema for Amount {
+    fn schema() -> utoipa::openapi::RefOr<utoipa::openapi::Schema> {
+        utoipa::openapi::ObjectBuilder::new()
+            .schema_type(utoipa::openapi::Type::Integer)
+            .format(Some(utoipa::openapi::SchemaFormat::KnownFormat(
+                utoipa::openapi::KnownFormat::Int64,
+            )))
+            .minimum(Some(1))
+            .maximum(Some(Self::MAX))
+            .into()
     }
 }
+
+#[cfg(feature = "openapi")]
+impl utoipa::ToSchema for Amount {}
 
 impl fmt::Display for Amount {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

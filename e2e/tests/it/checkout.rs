@@ -133,6 +133,7 @@ async fn the_gateway_shows_the_whole_api() {
     assert_eq!(
         paths,
         [
+            "/problems/{code}",
             "/v1/accounts",
             "/v1/accounts/{user_id}",
             "/v1/accounts/{user_id}/deposits",

@@ -8,5 +8,6 @@ mod harness;
 mod limits;
 mod openapi;
 mod page;
+mod problems;
 mod starting;
 mod wire;

@@ -1,32 +1,31 @@
-//! Orders.
+//! Placing and reading orders.
 
 use std::time::Duration;
 
 use axum::Json;
-use axum::extract::{Path, Query, State};
+use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::Response;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use time::OffsetDateTime;
 use tokio::time::timeout;
-use utoipa::ToSchema;
+use utoipa::openapi::{ObjectBuilder, RefOr, Schema, Type};
+use utoipa::{IntoParams, PartialSchema, ToSchema};
 use uuid::Uuid;
 
 use messaging::db;
 use service_kit::Problem;
-use service_kit::body::{self, Fields, NoParameters};
-use service_kit::idempotency::{IdempotencyKey, created};
+use service_kit::idempotency::IdempotencyKey;
+use service_kit::input::key::created;
+use service_kit::input::{Cursor, NoParameters, Number, PageLimit, ValidatedJson, ValidatedQuery};
 use service_kit::problem::ProblemDocument;
-use shared_contracts::{Amount, EventId, InvalidAmount, OrderId, UserId};
+use shared_contracts::{Amount, DeclineReason, EventId, OrderId, UserId};
 
-use super::error::problem;
 use crate::entity::order::{Filter, Model, Status};
 use crate::error::Error;
 use crate::order::{self, NewOrder};
 
 const DESCRIPTION_CHARACTERS_MAX: usize = 500;
-const WAIT_SECONDS_MAX: u64 = 30;
 
 /// An order.
 #[derive(Serialize, ToSchema)]
@@ -38,20 +37,19 @@ pub(super) struct OrderBody {
     amount: i64,
     description: String,
     status: OrderStatus,
-    /// Why it was cancelled.
-    #[schema(required = true)]
+    /// Why it was cancelled; null if it was not.
+    #[schema(required = true, value_type = Option<DeclineReason>)]
     reason: Option<String>,
-    #[serde(with = "time::serde::rfc3339")]
+    #[serde(serialize_with = "shared_contracts::timestamp::serialize")]
     #[schema(value_type = String, format = DateTime)]
     created_at: OffsetDateTime,
-    #[serde(with = "time::serde::rfc3339")]
+    #[serde(serialize_with = "shared_contracts::timestamp::serialize")]
     #[schema(value_type = String, format = DateTime)]
     updated_at: OffsetDateTime,
 }
 
-/// NEW until the payment is decided; then FINISHED (debited, once) or CANCELLED (not debited, and never will be), for
-/// ever.
-#[derive(Clone, Copy, Serialize, ToSchema)]
+/// NEW until the payment is decided; then FINISHED (debited once) or CANCELLED (never debited), for ever.
+#[derive(Clone, Copy, Deserialize, Serialize, ToSchema)]
 #[serde(rename_all = "UPPERCASE")]
 pub(super) enum OrderStatus {
     New,
@@ -65,6 +63,16 @@ impl From<Status> for OrderStatus {
             Status::New => Self::New,
             Status::Finished => Self::Finished,
             Status::Cancelled => Self::Cancelled,
+        }
+    }
+}
+
+impl From<OrderStatus> for Status {
+    fn from(status: OrderStatus) -> Self {
+        match status {
+            OrderStatus::New => Self::New,
+            OrderStatus::Finished => Self::Finished,
+            OrderStatus::Cancelled => Self::Cancelled,
         }
     }
 }
@@ -88,59 +96,112 @@ impl From<Model> for OrderBody {
 #[derive(Deserialize, ToSchema)]
 #[schema(as = NewOrder, example = json!({"user_id": "alice", "amount": 700, "description": "A lamp"}))]
 #[serde(deny_unknown_fields)]
-#[expect(
-    dead_code,
-    reason = "describes the body for OpenAPI; Fields reads it and names everything that is wrong"
-)]
 pub(super) struct NewOrderBody {
     /// Who pays.
-    #[schema(
-        pattern = r"^(\.?[A-Za-z0-9_-]|\.\.[A-Za-z0-9._-])[A-Za-z0-9._-]*$",
-        max_length = 64
-    )]
-    user_id: String,
+    user_id: UserId,
     /// Minor units.
-    #[schema(minimum = 1, maximum = 1000000000000_i64)]
-    amount: i64,
-    /// For people. Empty if absent.
-    #[schema(max_length = 500, required = false, pattern = r"^[^\u0000]*$")]
-    description: String,
+    amount: Amount,
+    /// Free text. Empty if absent.
+    #[schema(nullable = false)]
+    description: Option<OrderDescription>,
 }
 
-/// Some orders, newest first.
+#[derive(Default, Deserialize)]
+#[serde(try_from = "String")]
+struct OrderDescription(String);
+
+impl TryFrom<String> for OrderDescription {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        if text.chars().count() > DESCRIPTION_CHARACTERS_MAX {
+            return Err(format!(
+                "must have at most {DESCRIPTION_CHARACTERS_MAX} characters"
+            ));
+        }
+        // PostgreSQL cannot store it.
+        if text.contains('\0') {
+            return Err("must not contain the NUL character".to_owned());
+        }
+        Ok(Self(text))
+    }
+}
+
+impl PartialSchema for OrderDescription {
+    fn schema() -> RefOr<Schema> {
+        ObjectBuilder::new()
+            .schema_type(Type::String)
+            .max_length(Some(DESCRIPTION_CHARACTERS_MAX))
+            .pattern(Some(r"^[^\u0000]*$"))
+            .into()
+    }
+}
+
+impl ToSchema for OrderDescription {}
+
+type WaitSeconds = Number<0, 30>;
+
+/// How long to wait for an order.
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(super) struct Wait {
+    /// Seconds to wait until the order is final
+    #[param(inline, nullable = false)]
+    wait: Option<WaitSeconds>,
+}
+
+/// Which orders, and how many of them.
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(super) struct OrdersQuery {
+    /// Only orders of this user; of all users if absent
+    #[param(inline, nullable = false, example = "alice")]
+    user_id: Option<UserId>,
+    /// Only orders in this status
+    #[param(nullable = false)]
+    status: Option<OrderStatus>,
+    /// At most this many entries
+    #[param(inline, nullable = false)]
+    limit: Option<PageLimit>,
+    /// The next_cursor of the page before
+    #[param(inline, nullable = false)]
+    cursor: Option<Cursor>,
+}
+
+/// A page of orders, newest first.
 #[derive(Serialize, ToSchema)]
 #[schema(as = OrderList)]
 pub(super) struct OrderListBody {
     items: Vec<OrderBody>,
-    /// Ask with it for the next page; null on the last one.
+    /// The cursor of the next page; null on the last one.
     #[schema(required = true)]
     next_cursor: Option<String>,
 }
 
 /// Place an order
 ///
-/// It is stored at once and paid soon after: watch its status, or ask for it with `wait`. Sent again with the same
-/// Idempotency-Key, it answers the same again and orders nothing.
+/// The order is stored at once and paid soon after: follow its status, or read it with `wait`. The same request with the
+/// same Idempotency-Key gets the same response and places no second order.
 #[utoipa::path(
     post,
     path = "/v1/orders",
     operation_id = "createOrder",
     tag = "orders",
-    params(("Idempotency-Key" = Option<String>, Header, description = "Names this request: sent again with the same key, it is done once. One is made if there is none", min_length = 1, max_length = 255, pattern = r"^[!#-~]([ -~]*[!-~])?$", nullable = false, example = "lamp")),
+    params(IdempotencyKey),
     request_body = NewOrderBody,
     responses(
-        (status = 201, description = "Placed, now or earlier with this key", body = OrderBody,
-         headers(("Location" = String, description = "Path of the order"), ("Idempotency-Replayed" = bool, description = "true if it had been placed earlier")),
+        (status = 201, description = "Placed, now or by an earlier request with this key", body = OrderBody,
+         headers(("Location" = String, description = "Path of the order"), ("Idempotency-Replayed" = bool, description = "true if an earlier request placed it")),
          links(
              ("getOrder" = (operation_id = "getOrder", parameters(("id" = "$response.body#/id")))),
              ("getTimeline" = (operation_id = "getTimeline", parameters(("id" = "$response.body#/id")))),
          )),
         (status = 400, description = "The body is not JSON, or the key is malformed", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 409, description = "A request with this key is still being stored; try again with the same key", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 409, description = "A request with this key is still being stored; send it again with the same key", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 413, description = "The body is too large", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 415, description = "The body is not application/json", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 422, description = "A field is not acceptable, or the key was used for another request", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, description = "Away; try again with the same key", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Temporarily unavailable; send it again with the same key", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn create_order(
@@ -148,37 +209,23 @@ pub(super) async fn create_order(
     _: NoParameters,
     key: IdempotencyKey,
     headers: HeaderMap,
-    mut fields: Fields,
+    ValidatedJson(order): ValidatedJson<NewOrderBody>,
 ) -> Result<Response, Problem> {
-    let user_id = fields.required("user_id", user_id);
-    let amount = fields.required("amount", |value| {
-        let rule = InvalidAmount.to_string();
-        Amount::new(body::integer(value, &rule)?).map_err(|_| rule)
-    });
-    let description = fields.optional("description", String::new(), description);
-    fields.finish()?;
-    let (Some(user_id), Some(amount), Some(description)) = (user_id, amount, description) else {
-        return Err(Problem::validation(Vec::new()));
-    };
     let new = NewOrder {
         id: OrderId::mint(),
         placed_event_id: EventId::mint(),
-        user_id,
-        amount,
-        description,
+        user_id: order.user_id,
+        amount: order.amount,
+        description: order.description.unwrap_or_default().0,
         idempotency_key: key.as_str().to_owned(),
         created_at: db::now(),
         traceparent: headers
             .get("traceparent")
             .and_then(|value| traceparent(value.to_str().ok()?)),
     };
-    let placed = state
-        .intake
-        .place(new)
-        .await
-        .map_err(|error| problem(error, Some(&key)))?;
+    let placed = state.intake.place(new).await?;
 
-    // As it was when it was placed: the first answer, byte for byte.
+    // The order as it was placed: a replay gets the first response, byte for byte.
     let location = format!("/v1/orders/{}", placed.order.id);
     let updated_at = placed.order.created_at;
     let body = OrderBody {
@@ -197,47 +244,38 @@ pub(super) async fn create_order(
 
 /// An order
 ///
-/// With `wait` it answers when the order is final or the seconds are over, whichever comes first.
+/// With `wait` the response comes when the order is final or the time is over, whichever is first.
 #[utoipa::path(
     get,
     path = "/v1/orders/{id}",
     operation_id = "getOrder",
     tag = "orders",
     params(
-        ("id" = Uuid, Path, description = "Which order"),
-        ("wait" = Option<u64>, Query, description = "Wait up to this many seconds for it to become final", minimum = 0, maximum = 30),
+        ("id" = Uuid, Path, description = "Id of the order"),
+        Wait,
     ),
     responses(
         (status = 200, description = "The order", body = OrderBody),
         (status = 404, description = "There is no such order", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Temporarily unavailable; send it again", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn get_order(
     State(state): State<super::State>,
     Path(id): Path<String>,
-    Query(query): Query<Vec<(String, String)>>,
+    ValidatedQuery(Wait { wait }): ValidatedQuery<Wait>,
 ) -> Result<Json<OrderBody>, Problem> {
-    let mut parameters = Fields::from_query(&query);
-    let wait = parameters.optional("wait", 0, |value| body::number(value, 0..=WAIT_SECONDS_MAX));
-    parameters.finish()?;
-    let id: OrderId = id
-        .parse()
-        .map_err(|_| problem(Error::OrderNotFound, None))?;
+    let id: OrderId = id.parse().map_err(|_| Error::OrderNotFound)?;
 
     let waiter = state.waiting.register(id.as_uuid());
-    let find = async || {
-        order::find(&state.db, id)
-            .await
-            .map_err(|error| problem(error, None))
-    };
+    let find = async || order::find(&state.db, id).await;
     let order = find().await?;
-    let seconds = wait.unwrap_or_default();
+    let seconds = wait.map_or(0, Number::get);
     if order.status != Status::New || seconds == 0 {
         return Ok(Json(order.into()));
     }
-    // Woken, timed out or stopping: what the database says is what is answered.
+    // Woken, timed out or stopping: the database is read again in each case.
     let _ = timeout(
         Duration::from_secs(seconds),
         state.shutdown.run_until_cancelled(waiter.woken()),
@@ -252,37 +290,24 @@ pub(super) async fn get_order(
     path = "/v1/orders",
     operation_id = "listOrders",
     tag = "orders",
-    params(
-        ("user_id" = Option<String>, Query, description = "Only this user's; without it, all users'", pattern = r"^(\.?[A-Za-z0-9_-]|\.\.[A-Za-z0-9._-])[A-Za-z0-9._-]*$", max_length = 64, nullable = false, example = "alice"),
-        ("status" = Option<OrderStatus>, Query, description = "Only in this status"),
-        ("limit" = Option<u64>, Query, description = "At most so many; 20 if absent", minimum = 1, maximum = 100),
-        ("cursor" = Option<String>, Query, description = "next_cursor of the page before", pattern = "^[0-9a-f]{32}$", nullable = false),
-    ),
+    params(OrdersQuery),
     responses(
         (status = 200, description = "A page", body = OrderListBody),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Temporarily unavailable; send it again", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn list_orders(
     State(state): State<super::State>,
-    Query(query): Query<Vec<(String, String)>>,
+    ValidatedQuery(query): ValidatedQuery<OrdersQuery>,
 ) -> Result<Json<OrderListBody>, Problem> {
-    let mut parameters = Fields::from_query(&query);
-    let user_id = parameters.optional("user_id", None, |value| user_id(value).map(Some));
-    let status = parameters.optional("status", None, |value| status(value).map(Some));
-    let limit = parameters.optional("limit", body::LIMIT_DEFAULT, body::limit);
-    let before = parameters.optional("cursor", None, body::cursor);
-    parameters.finish()?;
     let filter = Filter {
-        user_id: user_id.flatten().map(|user_id| user_id.to_string()),
-        status: status.flatten(),
-        before: before.flatten(),
+        user_id: query.user_id.map(String::from),
+        status: query.status.map(Status::from),
+        before: query.cursor.map(Cursor::id),
     };
-    let limit = limit.unwrap_or(body::LIMIT_DEFAULT);
-    let (orders, more) = order::list(&state.db, filter, limit)
-        .await
-        .map_err(|error| problem(error, None))?;
+    let limit = PageLimit::or_default(query.limit);
+    let (orders, more) = order::list(&state.db, filter, limit).await?;
     let next_cursor = orders
         .last()
         .filter(|_| more)
@@ -293,40 +318,13 @@ pub(super) async fn list_orders(
     }))
 }
 
-/// W3C trace context, version 00: 55 characters of lower-case hex and dashes. Anything else is not handed on.
+/// W3C trace context, version 00: 55 characters of lower-case hex and dashes. Anything else is dropped.
 fn traceparent(text: &str) -> Option<String> {
     let lengths: Vec<usize> = text.split('-').map(str::len).collect();
     let hex = text
         .bytes()
         .all(|byte| byte == b'-' || byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
     (hex && lengths == [2, 32, 16, 2]).then(|| text.to_owned())
-}
-
-fn user_id(value: &Value) -> Result<UserId, String> {
-    UserId::parse(body::text(value)?).map_err(|error| error.to_string())
-}
-
-fn description(value: &Value) -> Result<String, String> {
-    let text = body::text(value)?;
-    if text.chars().count() > DESCRIPTION_CHARACTERS_MAX {
-        return Err(format!(
-            "must have at most {DESCRIPTION_CHARACTERS_MAX} characters"
-        ));
-    }
-    // PostgreSQL cannot store it.
-    if text.contains('\0') {
-        return Err("must not contain the NUL character".to_owned());
-    }
-    Ok(text.to_owned())
-}
-
-fn status(value: &Value) -> Result<Status, String> {
-    match body::text(value)? {
-        "NEW" => Ok(Status::New),
-        "FINISHED" => Ok(Status::Finished),
-        "CANCELLED" => Ok(Status::Cancelled),
-        _ => Err("must be NEW, FINISHED or CANCELLED".to_owned()),
-    }
 }
 
 #[cfg(test)]

@@ -4,30 +4,28 @@ use axum::Json;
 use axum::extract::{Path, State};
 use messaging::timeline::Timeline;
 use service_kit::Problem;
-use service_kit::body::NoParameters;
+use service_kit::input::NoParameters;
 use service_kit::problem::ProblemDocument;
 use shared_contracts::OrderId;
 
-use super::error::problem;
 use crate::error::Error;
 use crate::timeline;
 
-/// The way of an order
+/// The timeline of an order
 ///
-/// Every step with its time, from the databases alone: placed, published, taken, decided, ended, with every repetition
-/// that was recognised and ignored. The gateway puts the halves of orders and payments together; orders by itself knows
-/// only its own.
+/// Every step with its time, from the databases alone: placed, published, taken, decided, ended, and every repetition that
+/// was recognised and ignored. The gateway merges the steps of orders and payments; each service has only its own.
 #[utoipa::path(
     get,
     path = "/v1/orders/{id}/timeline",
     operation_id = "getTimeline",
     tag = "orders",
-    params(("id" = String, Path, description = "Which order", format = Uuid, example = "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11")),
+    params(("id" = String, Path, description = "Id of the order", format = Uuid, example = "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11")),
     responses(
         (status = 200, description = "The steps; `missing` names a service that did not answer", body = Timeline),
         (status = 404, description = "There is no such order", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Temporarily unavailable; send it again", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn get_timeline(
@@ -35,12 +33,6 @@ pub(super) async fn get_timeline(
     Path(id): Path<String>,
     _: NoParameters,
 ) -> Result<Json<Timeline>, Problem> {
-    let id: OrderId = id
-        .parse()
-        .map_err(|_| problem(Error::OrderNotFound, None))?;
-    Ok(Json(
-        timeline::of_order(&state.db, id)
-            .await
-            .map_err(|error| problem(error, None))?,
-    ))
+    let id: OrderId = id.parse().map_err(|_| Error::OrderNotFound)?;
+    Ok(Json(timeline::of_order(&state.db, id).await?))
 }

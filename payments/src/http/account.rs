@@ -1,4 +1,4 @@
-//! Accounts.
+//! Opening and reading accounts.
 
 use axum::Json;
 use axum::extract::{Path, State};
@@ -6,15 +6,16 @@ use axum::response::Response;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use utoipa::ToSchema;
+use utoipa::openapi::{KnownFormat, ObjectBuilder, SchemaFormat, Type};
 
 use messaging::db;
 use service_kit::Problem;
-use service_kit::body::{self, Fields, NoParameters};
-use service_kit::idempotency::{IdempotencyKey, created};
+use service_kit::idempotency::IdempotencyKey;
+use service_kit::input::key::created;
+use service_kit::input::{NoParameters, ValidatedJson};
 use service_kit::problem::ProblemDocument;
-use shared_contracts::UserId;
+use shared_contracts::{BALANCE_MAX, UserId};
 
-use super::error::problem;
 use crate::account::{self, NewAccount};
 use crate::error::Error;
 
@@ -24,46 +25,46 @@ use crate::error::Error;
 pub(super) struct AccountBody {
     user_id: String,
     /// Minor units.
-    #[schema(minimum = 0, maximum = 9000000000000000_i64)]
+    #[schema(schema_with = balance)]
     balance: i64,
     /// ISO 4217.
     currency: String,
-    #[serde(with = "time::serde::rfc3339")]
+    #[serde(serialize_with = "shared_contracts::timestamp::serialize")]
     #[schema(value_type = String, format = DateTime)]
     created_at: OffsetDateTime,
+}
+
+fn balance() -> ObjectBuilder {
+    ObjectBuilder::new()
+        .schema_type(Type::Integer)
+        .format(Some(SchemaFormat::KnownFormat(KnownFormat::Int64)))
+        .description(Some("Minor units."))
+        .minimum(Some(0))
+        .maximum(Some(BALANCE_MAX))
 }
 
 /// An account to open.
 #[derive(Deserialize, ToSchema)]
 #[schema(as = NewAccount, example = json!({"user_id": "alice"}))]
 #[serde(deny_unknown_fields)]
-#[expect(
-    dead_code,
-    reason = "describes the body for OpenAPI; Fields reads it and names everything that is wrong"
-)]
 pub(super) struct NewAccountBody {
     /// The shop's name for the customer.
-    #[schema(
-        pattern = r"^(\.?[A-Za-z0-9_-]|\.\.[A-Za-z0-9._-])[A-Za-z0-9._-]*$",
-        max_length = 64
-    )]
-    user_id: String,
+    user_id: UserId,
 }
 
 /// Open an account
 ///
-/// With balance 0. A user has one account at most. Sent again with the same Idempotency-Key, it answers the same
-/// again.
+/// The balance is 0. A user has at most one account. The same request with the same Idempotency-Key gets the same response.
 #[utoipa::path(
     post,
     path = "/v1/accounts",
     operation_id = "createAccount",
     tag = "accounts",
-    params(("Idempotency-Key" = Option<String>, Header, description = "Names this request: sent again with the same key, it is done once. One is made if there is none", min_length = 1, max_length = 255, pattern = r"^[!#-~]([ -~]*[!-~])?$", nullable = false, example = "account")),
+    params(IdempotencyKey),
     request_body = NewAccountBody,
     responses(
-        (status = 201, description = "Opened, now or earlier with this key", body = AccountBody,
-         headers(("Idempotency-Replayed" = bool, description = "true if it had been opened earlier")),
+        (status = 201, description = "Opened, now or by an earlier request with this key", body = AccountBody,
+         headers(("Idempotency-Replayed" = bool, description = "true if an earlier request opened it")),
          links(("getAccount" = (operation_id = "getAccount", parameters(("user_id" = "$response.body#/user_id")))),
                ("createDeposit" = (operation_id = "createDeposit", parameters(("user_id" = "$response.body#/user_id")))))),
         (status = 400, description = "The body is not JSON, or the key is malformed", body = ProblemDocument, content_type = "application/problem+json"),
@@ -71,29 +72,22 @@ pub(super) struct NewAccountBody {
         (status = 413, description = "The body is too large", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 415, description = "The body is not application/json", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 422, description = "A field is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, description = "Away; try again with the same key", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Temporarily unavailable; send it again with the same key", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn create_account(
     State(state): State<super::State>,
     _: NoParameters,
     key: IdempotencyKey,
-    mut fields: Fields,
+    ValidatedJson(NewAccountBody { user_id }): ValidatedJson<NewAccountBody>,
 ) -> Result<Response, Problem> {
-    let user_id = fields.required("user_id", user_id);
-    fields.finish()?;
-    let Some(user_id) = user_id else {
-        return Err(Problem::validation(Vec::new()));
-    };
     let new = NewAccount {
         user_id,
         idempotency_key: key.as_str().to_owned(),
         created_at: db::now(),
     };
-    let (opened, delivery) = account::open(&state.db, &new)
-        .await
-        .map_err(|error| problem(error, Some(&key)))?;
-    // As it was when it was opened: the first answer, byte for byte.
+    let (opened, delivery) = account::open(&state.db, &new).await?;
+    // The account as it was opened: a replay gets the first response, byte for byte.
     let body = AccountBody {
         user_id: opened.user_id,
         balance: 0,
@@ -109,12 +103,12 @@ pub(super) async fn create_account(
     path = "/v1/accounts/{user_id}",
     operation_id = "getAccount",
     tag = "accounts",
-    params(("user_id" = String, Path, description = "Whose account", example = "alice")),
+    params(("user_id" = String, Path, description = "Owner of the account", example = "alice")),
     responses(
         (status = 200, description = "The account", body = AccountBody),
         (status = 404, description = "The user has no account", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Temporarily unavailable; send it again", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn get_account(
@@ -123,9 +117,7 @@ pub(super) async fn get_account(
     _: NoParameters,
 ) -> Result<Json<AccountBody>, Problem> {
     let user_id = path_user_id(user_id)?;
-    let found = account::find(&state.db, &user_id)
-        .await
-        .map_err(|error| problem(error, None))?;
+    let found = account::find(&state.db, &user_id).await?;
     Ok(Json(AccountBody {
         user_id: found.user_id,
         balance: found.balance,
@@ -134,11 +126,7 @@ pub(super) async fn get_account(
     }))
 }
 
-fn user_id(value: &serde_json::Value) -> Result<UserId, String> {
-    UserId::parse(body::text(value)?).map_err(|error| error.to_string())
-}
-
-/// What is no user id names no account.
-pub(super) fn path_user_id(text: String) -> Result<UserId, Problem> {
-    UserId::parse(text).map_err(|_| problem(Error::AccountNotFound, None))
+/// A text that is not a user id names no account.
+pub(super) fn path_user_id(text: String) -> Result<UserId, Error> {
+    UserId::parse(text).map_err(|_| Error::AccountNotFound)
 }

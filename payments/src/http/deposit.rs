@@ -1,4 +1,4 @@
-//! Deposits.
+//! Adding money.
 
 use axum::extract::{Path, State};
 use axum::response::Response;
@@ -9,13 +9,13 @@ use uuid::Uuid;
 
 use messaging::db;
 use service_kit::Problem;
-use service_kit::body::{self, Fields, NoParameters};
-use service_kit::idempotency::{IdempotencyKey, created};
+use service_kit::idempotency::IdempotencyKey;
+use service_kit::input::key::created;
+use service_kit::input::{NoParameters, ValidatedJson};
 use service_kit::problem::ProblemDocument;
-use shared_contracts::{Amount, InvalidAmount};
+use shared_contracts::Amount;
 
 use super::account::path_user_id;
-use super::error::problem;
 use crate::account::{self, NewDeposit};
 
 /// Money that was added to an account.
@@ -28,7 +28,7 @@ pub(super) struct DepositBody {
     amount: i64,
     /// Balance right after this deposit, in minor units.
     balance: i64,
-    #[serde(with = "time::serde::rfc3339")]
+    #[serde(serialize_with = "shared_contracts::timestamp::serialize")]
     #[schema(value_type = String, format = DateTime)]
     created_at: OffsetDateTime,
 }
@@ -37,38 +37,33 @@ pub(super) struct DepositBody {
 #[derive(Deserialize, ToSchema)]
 #[schema(as = NewDeposit, example = json!({"amount": 1000}))]
 #[serde(deny_unknown_fields)]
-#[expect(
-    dead_code,
-    reason = "describes the body for OpenAPI; Fields reads it and names everything that is wrong"
-)]
 pub(super) struct NewDepositBody {
     /// Minor units.
-    #[schema(minimum = 1, maximum = 1000000000000_i64)]
-    amount: i64,
+    amount: Amount,
 }
 
 /// Add money to an account
 ///
-/// Sent again with the same Idempotency-Key, it answers the same again and adds nothing.
+/// The same request with the same Idempotency-Key gets the same response and adds nothing.
 #[utoipa::path(
     post,
     path = "/v1/accounts/{user_id}/deposits",
     operation_id = "createDeposit",
     tag = "accounts",
     params(
-        ("user_id" = String, Path, description = "Whose account", example = "alice"),
-        ("Idempotency-Key" = Option<String>, Header, description = "Names this request: sent again with the same key, it is done once. One is made if there is none", min_length = 1, max_length = 255, pattern = r"^[!#-~]([ -~]*[!-~])?$", nullable = false, example = "salary"),
+        ("user_id" = String, Path, description = "Owner of the account", example = "alice"),
+        IdempotencyKey,
     ),
     request_body = NewDepositBody,
     responses(
-        (status = 201, description = "Added, now or earlier with this key", body = DepositBody,
-         headers(("Idempotency-Replayed" = bool, description = "true if it had been added earlier"))),
+        (status = 201, description = "Added, now or by an earlier request with this key", body = DepositBody,
+         headers(("Idempotency-Replayed" = bool, description = "true if an earlier request added it"))),
         (status = 400, description = "The body is not JSON, or the key is malformed", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 404, description = "The user has no account", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 413, description = "The body is too large", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 415, description = "The body is not application/json", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 422, description = "A field is not acceptable, the balance would exceed its limit, or the key was used for another request", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, description = "Away; try again with the same key", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Temporarily unavailable; send it again with the same key", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn create_deposit(
@@ -76,16 +71,8 @@ pub(super) async fn create_deposit(
     Path(user_id): Path<String>,
     _: NoParameters,
     key: IdempotencyKey,
-    mut fields: Fields,
+    ValidatedJson(NewDepositBody { amount }): ValidatedJson<NewDepositBody>,
 ) -> Result<Response, Problem> {
-    let amount = fields.required("amount", |value| {
-        let rule = InvalidAmount.to_string();
-        Amount::new(body::integer(value, &rule)?).map_err(|_| rule)
-    });
-    fields.finish()?;
-    let Some(amount) = amount else {
-        return Err(Problem::validation(Vec::new()));
-    };
     let user_id = path_user_id(user_id)?;
     let new = NewDeposit {
         id: Uuid::now_v7(),
@@ -94,9 +81,7 @@ pub(super) async fn create_deposit(
         idempotency_key: key.as_str().to_owned(),
         created_at: db::now(),
     };
-    let (deposit, delivery) = account::top_up(&state.db, &new)
-        .await
-        .map_err(|error| problem(error, Some(&key)))?;
+    let (deposit, delivery) = account::top_up(&state.db, &new).await?;
     let body = DepositBody {
         transfer_id: deposit.id,
         user_id: deposit.user_id,

@@ -1,17 +1,26 @@
 //! The operator's view of this service.
 
 use axum::Json;
-use axum::extract::{Path, Query, State};
+use axum::extract::{Path, State};
 use messaging::desk::{self, DeadLetters, Flow, Replay};
 use messaging::{db, topology};
+use serde::Deserialize;
 use service_kit::Problem;
-use service_kit::body::{self, Fields, NoParameters};
+use service_kit::input::{Cursor, NoParameters, PageLimit, PageQuery, ValidatedQuery};
 use service_kit::problem::ProblemDocument;
+use utoipa::IntoParams;
 use uuid::Uuid;
 
-use super::error::problem;
 use crate::charge::{self, Charged};
 use crate::error::Error;
+
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(super) struct ReplayQuery {
+    /// Only say what would happen
+    #[param(nullable = false)]
+    dry_run: Option<bool>,
+}
 
 /// How the flow goes
 #[utoipa::path(
@@ -22,7 +31,7 @@ use crate::error::Error;
     responses(
         (status = 200, description = "What waits, and for how long", body = Flow),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Temporarily unavailable; send it again", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn flow(
@@ -30,9 +39,7 @@ pub(super) async fn flow(
     _: NoParameters,
 ) -> Result<Json<Flow>, Problem> {
     let read = || desk::flow(&state.db, &state.broker, &topology::PAYMENTS_ORDER_PLACED);
-    let flow = db::read(read)
-        .await
-        .map_err(|error| problem(error.into(), None))?;
+    let flow = db::read(read).await.map_err(Error::from)?;
     Ok(Json(flow))
 }
 
@@ -43,26 +50,22 @@ pub(super) async fn flow(
     operation_id = "listDeadLetters",
     tag = "operators",
     params(
-        ("limit" = Option<u64>, Query, description = "At most so many; 20 if absent", minimum = 1, maximum = 100),
-        ("cursor" = Option<String>, Query, description = "next_cursor of the page before", pattern = "^[0-9a-f]{32}$", nullable = false),
+        PageQuery,
     ),
     responses(
         (status = 200, description = "A page", body = DeadLetters),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Temporarily unavailable; send it again", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn dead_letters(
     State(state): State<super::State>,
-    Query(query): Query<Vec<(String, String)>>,
+    ValidatedQuery(query): ValidatedQuery<PageQuery>,
 ) -> Result<Json<DeadLetters>, Problem> {
-    let mut parameters = Fields::from_query(&query);
-    let limit = parameters.optional("limit", body::LIMIT_DEFAULT, body::limit);
-    let before = parameters.optional("cursor", None, body::cursor);
-    parameters.finish()?;
-    let (before, limit) = (before.flatten(), limit.unwrap_or(body::LIMIT_DEFAULT));
+    let before = query.cursor.map(Cursor::id);
+    let limit = PageLimit::or_default(query.limit);
     let page = db::read(|| desk::dead_letters(&state.db, before, limit as u64)).await;
-    Ok(Json(page.map_err(|error| problem(error.into(), None))?))
+    Ok(Json(page.map_err(Error::from)?))
 }
 
 /// Apply a message again
@@ -76,27 +79,22 @@ pub(super) async fn dead_letters(
     tag = "operators",
     params(
         ("id" = Uuid, Path, description = "Which dead letter"),
-        ("dry_run" = Option<bool>, Query, description = "Only say what would happen"),
+        ReplayQuery,
     ),
     responses(
         (status = 200, description = "What happened, or would happen", body = Replay),
         (status = 404, description = "There is no such dead letter", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Temporarily unavailable; send it again", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn replay(
     State(state): State<super::State>,
     Path(id): Path<String>,
-    Query(query): Query<Vec<(String, String)>>,
+    ValidatedQuery(query): ValidatedQuery<ReplayQuery>,
 ) -> Result<Json<Replay>, Problem> {
-    let mut parameters = Fields::from_query(&query);
-    let dry_run = parameters.optional("dry_run", false, body::switch);
-    parameters.finish()?;
-    let id: Uuid = id
-        .parse()
-        .map_err(|_| problem(Error::DeadLetterNotFound, None))?;
-    let dry_run = dry_run.unwrap_or_default();
+    let id: Uuid = id.parse().map_err(|_| Error::DeadLetterNotFound)?;
+    let dry_run = query.dry_run.unwrap_or_default();
     let replayed = desk::replay(
         &state.db,
         &topology::PAYMENTS_ORDER_PLACED,
@@ -107,8 +105,8 @@ pub(super) async fn replay(
     )
     .await;
     let (replay, effect) = replayed
-        .map_err(|error| problem(error.into(), None))?
-        .ok_or_else(|| problem(Error::DeadLetterNotFound, None))?;
+        .map_err(Error::from)?
+        .ok_or(Error::DeadLetterNotFound)?;
     if let Some(effect) = effect {
         (state.committed)(effect);
     }

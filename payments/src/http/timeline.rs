@@ -1,31 +1,30 @@
-//! This service's half of an order's timeline. The gateway puts it together with that of orders.
+//! This service's steps of an order's timeline. The gateway merges them with those of orders.
 
 use axum::Json;
 use axum::extract::{Path, State};
 use messaging::timeline::Timeline;
 use service_kit::Problem;
-use service_kit::body::NoParameters;
+use service_kit::input::NoParameters;
 use service_kit::problem::ProblemDocument;
 use shared_contracts::OrderId;
 
-use super::error::problem;
 use crate::error::Error;
 use crate::timeline;
 
 /// What payments did about an order
 ///
-/// Without steps if it has not heard of the order. The whole timeline is at the gateway.
+/// Empty if the order is not known here. The gateway has the whole timeline.
 #[utoipa::path(
     get,
     path = "/v1/payments/{order_id}/timeline",
     operation_id = "getPaymentTimeline",
     tag = "payments",
-    params(("order_id" = String, Path, description = "Which order", format = Uuid, example = "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11")),
+    params(("order_id" = String, Path, description = "Id of the order", format = Uuid, example = "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11")),
     responses(
-        (status = 200, description = "This half of the timeline", body = Timeline),
+        (status = 200, description = "The steps of this service", body = Timeline),
         (status = 404, description = "This is no order id", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, description = "Away; try again", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Temporarily unavailable; send it again", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 pub(super) async fn get_timeline(
@@ -33,11 +32,7 @@ pub(super) async fn get_timeline(
     Path(order_id): Path<String>,
     _: NoParameters,
 ) -> Result<Json<Timeline>, Problem> {
-    let order_id: OrderId = order_id
-        .parse()
-        .map_err(|_| problem(Error::OrderNotFound, None))?;
+    let order_id: OrderId = order_id.parse().map_err(|_| Error::OrderNotFound)?;
     let timeline = timeline::of_order(&state.db, order_id).await;
-    Ok(Json(
-        timeline.map_err(|error| problem(Error::Database(error), None))?,
-    ))
+    Ok(Json(timeline.map_err(Error::from)?))
 }
