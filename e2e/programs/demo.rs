@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use async_nats::jetstream;
+use broker::Broker;
 use e2e::broker::operator;
 use e2e::{checks, until_done};
-use messaging::broker::Broker;
 use ops::audit::{self, Databases, Kind};
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, Statement};
 use serde_json::{Value, json};

@@ -3,7 +3,7 @@
 use anyhow::Context as _;
 use async_nats::HeaderMap;
 use async_nats::jetstream::context::PublishAckFuture;
-use messaging::broker::{Broker, BrokerConfig};
+use broker::{Broker, BrokerConfig};
 use stack::System;
 use std::future::IntoFuture as _;
 use uuid::Uuid;
@@ -13,7 +13,7 @@ pub async fn operator(system: &System) -> anyhow::Result<Broker> {
     let config = BrokerConfig {
         url: system.nats().url(),
         user: "ops".to_owned(),
-        password,
+        password: password.into(),
         name: "test".to_owned(),
     };
     let broker = Broker::connect(config).await?;

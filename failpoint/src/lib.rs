@@ -109,6 +109,21 @@ macro_rules! failpoint {
     }};
 }
 
+/// The failpoint `<work>.<step>` of a piece of work whose name is only known at run time. Work that
+/// has no such failpoint passes. In a release build always `Ok(())`.
+pub fn of_work(work: &str, step: &str) -> Result<(), Injected> {
+    #[cfg(debug_assertions)]
+    {
+        let has_name = |name: &str| name.split_once('.') == Some((work, step));
+        if let Some((name, _)) = ALL.iter().find(|(name, _)| has_name(name)) {
+            return hit(name);
+        }
+    }
+    #[cfg(not(debug_assertions))]
+    let _ = (work, step);
+    Ok(())
+}
+
 /// Does what the environment orders for this place, the first time it is reached.
 #[cfg(debug_assertions)]
 pub fn hit(name: &'static str) -> Result<(), Injected> {

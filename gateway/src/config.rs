@@ -3,9 +3,10 @@
 use std::net::SocketAddr;
 
 use axum::http::Uri;
+use broker::BrokerConfig;
+use service_kit::config::Secret;
 use service_kit::telemetry::LogFormat;
 
-use crate::broker::BrokerArgs;
 use crate::cors::Origin;
 use crate::limits::LimitArgs;
 
@@ -50,4 +51,30 @@ pub struct Config {
     /// Log filter: a level, or a list such as `info,gateway=debug`.
     #[arg(long, env = "RUST_LOG", default_value = "info")]
     pub log_filter: String,
+}
+
+/// Only live events need the broker.
+#[derive(Clone, Debug, clap::Args)]
+pub struct BrokerArgs {
+    /// NATS servers, separated by commas.
+    #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222")]
+    pub nats_url: String,
+    /// NATS user; also makes the inbox prefix `_INBOX_<user>` that the permissions allow.
+    #[arg(long, env = "NATS_USER", default_value = "gateway")]
+    pub nats_user: String,
+    /// Password of the NATS user. Without it there are no live events.
+    #[arg(long, env = "NATS_PASSWORD", hide_env_values = true)]
+    pub nats_password: Option<Secret>,
+}
+
+impl BrokerArgs {
+    /// None if no password is set.
+    pub(crate) fn config(self) -> Option<BrokerConfig> {
+        Some(BrokerConfig {
+            url: self.nats_url,
+            user: self.nats_user,
+            password: self.nats_password?,
+            name: "gateway".to_owned(),
+        })
+    }
 }

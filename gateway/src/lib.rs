@@ -11,7 +11,6 @@ use tracing::info;
 use service_kit::health::Health;
 use service_kit::metrics::Metrics;
 
-mod broker;
 mod change;
 mod config;
 mod cors;
@@ -26,8 +25,7 @@ mod page;
 mod problems;
 mod timeline;
 
-pub use broker::BrokerArgs;
-pub use config::Config;
+pub use config::{BrokerArgs, Config};
 pub use cors::Origin;
 pub use document::all as openapi;
 pub use limits::LimitArgs;
@@ -55,7 +53,10 @@ impl App {
             service_kit::config::listen(config.listen, config.listen_unprotected).await?;
         let limits = Limits::new(config.limits);
         let forwarder = Forwarder::new(&config.orders_url, &config.payments_url, limits.clone())?;
-        let live = Broker::connect(config.broker).await?.map(Live::new);
+        let live = match config.broker.config() {
+            Some(config) => Some(Live::new(Broker::connect(config).await?)),
+            None => None,
+        };
         let event_streams_max = config.event_streams_max;
         Ok(Self {
             listener,

@@ -13,6 +13,7 @@ use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy};
 use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::stream::Stream;
 use async_nats::jetstream::{self, Message};
+use broker::{ANSWER_TIMEOUT, Broker};
 use futures_util::StreamExt as _;
 use serde_json::json;
 use shared_contracts::ORDERS_STREAM;
@@ -22,7 +23,6 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use crate::broker::{ANSWER_TIMEOUT, Broker};
 use crate::change::{Change, Ended, Position, position};
 
 const SUBJECTS: &str = "gozon.orders.>";
@@ -174,7 +174,7 @@ impl Live {
         let mut stream = self
             .0
             .broker
-            .jetstream
+            .jetstream()
             .get_stream(ORDERS_STREAM)
             .await
             .context("stream ORDERS cannot be looked up")?;
@@ -362,7 +362,7 @@ impl Live {
 
     /// Messages from a sequence on, in order, with one request and without a consumer.
     async fn read(&self, from: u64, count: u64) -> anyhow::Result<Vec<StreamMessage>> {
-        let client = &self.0.broker.client;
+        let client = self.0.broker.client();
         let inbox = client.new_inbox();
         let mut answers = client.subscribe(inbox.clone()).await?;
         let request = json!({ "seq": from, "batch": count, "next_by_subj": SUBJECTS }).to_string();

@@ -1,25 +1,54 @@
 #![doc = include_str!("../README.md")]
-#![warn(missing_docs)]
 
-pub mod broker;
-pub mod config;
-pub mod consumer;
-pub mod db;
-pub mod dead_letter;
-pub mod desk;
-pub mod inbox;
-mod incoming;
-pub mod losses;
-pub mod measure;
-pub mod migration;
-pub mod outbox;
-pub mod outlet;
-mod publish;
-pub mod relay;
-pub mod retention;
-mod schedule;
-pub mod timeline;
-pub mod topology;
-mod vital;
+mod ask_again;
+mod backlog;
+mod broker_loss;
+mod database;
+mod dead_letters;
+mod flow;
+mod health;
+mod inbox;
+mod metrics;
+mod migration;
+mod operator_api;
+mod outbox;
+mod postgres;
+mod problem;
+mod retention;
+mod retry;
+mod settings;
+mod subscriber;
+#[cfg(feature = "testing")]
+pub mod testing;
+mod timeline;
+mod topology;
+mod transaction;
 
-pub use vital::Vital;
+// Set up a service.
+pub use flow::Flow;
+pub use migration::{migration, migrations};
+pub use settings::FlowArgs;
+pub use topology::{Stream, Subscription, TopologySettings};
+
+// Change the database and publish what happened.
+pub use database::Database;
+pub use outbox::message::Message;
+pub use postgres::{now, sql};
+pub use retry::{Failure, Retryable, read, retry, retry_unless_locked};
+pub use transaction::Transaction;
+
+// Apply what others published.
+pub use subscriber::{Handled, LostRace, Quarantined, Received, Subscriber};
+
+// Ask again, answer again.
+pub use ask_again::{AnswerTable, AskPolicy, Request, RequestTable, Requests, rearm};
+
+// Look into it and mend it.
+pub use backlog::Backlog;
+pub use dead_letters::replay::{Replay, ReplayOutcome, replay};
+pub use dead_letters::table::message_key;
+pub use dead_letters::view::DeadLetter;
+pub use inbox::message::read_message;
+pub use operator_api::{FlowStatus, OperatorApi};
+pub use outbox::resend::Resend;
+pub use timeline::TimelineSteps;

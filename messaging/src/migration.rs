@@ -1,13 +1,68 @@
-//! The tables of this crate. Services list it first in their migrators.
+//! The tables of this crate, and bringing tables up to date. A change that was released is never
+//! edited.
 
+use std::time::Duration;
+
+use sea_orm::{DatabaseConnection, TransactionTrait as _};
 use sea_orm_migration::prelude::*;
 
-/// Makes `outbox`, `inbox` and `dead_letters`.
-pub struct MessagingTables;
+use crate::postgres::{sql, within};
 
-impl MigrationName for MessagingTables {
+/// Checking whether the tables are up to date hangs on a dead connection: it is retried.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(20);
+/// Longer than any change of the tables takes, also of large ones.
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(60 * 60);
+/// Any number: whoever migrates holds this advisory lock.
+const MIGRATION_LOCK: i64 = 7_011_987;
+
+/// The migrations of this crate, to be appended to those of the service.
+pub fn migrations() -> Vec<Box<dyn MigrationTrait>> {
+    vec![
+        migration("m0001_messaging_tables", TABLES),
+        migration("m0004_retention_table", RETENTION),
+        migration("m0005_ask_again", ASK_AGAIN),
+    ]
+}
+
+/// Brings the tables up to date. If replicas start together, one migrates and the others wait.
+pub(crate) async fn migrate<M: MigratorTrait>(db: &DatabaseConnection) -> Result<(), DbErr> {
+    let check = async {
+        let txn = db.begin().await?;
+        let lock = sql("SELECT pg_advisory_xact_lock($1)", [MIGRATION_LOCK.into()]);
+        txn.execute_raw(lock).await?;
+        if M::get_pending_migrations(&txn).await?.is_empty() {
+            txn.commit().await?;
+            return Ok(None);
+        }
+        Ok::<_, DbErr>(Some(txn))
+    };
+    let Some(txn) = within(CHECK_TIMEOUT, check).await? else {
+        return Ok(());
+    };
+    // In the transaction that holds the lock, so that the lock cannot end before the change. An
+    // index on a large table takes longer than any statement of the flow may.
+    let change = async {
+        txn.execute_unprepared("SET LOCAL statement_timeout = 0")
+            .await?;
+        M::up(&txn, None).await?;
+        txn.commit().await
+    };
+    within(CHANGE_TIMEOUT, change).await
+}
+
+/// A migration that is plain SQL.
+pub fn migration(name: &'static str, up: &'static str) -> Box<dyn MigrationTrait> {
+    Box::new(Sql { name, up })
+}
+
+struct Sql {
+    name: &'static str,
+    up: &'static str,
+}
+
+impl MigrationName for Sql {
     fn name(&self) -> &str {
-        "m0001_messaging_tables"
+        self.name
     }
 }
 
@@ -16,55 +71,28 @@ impl MigrationName for MessagingTables {
     reason = "the trait elides them, and async_trait makes the spelled-out form another signature"
 )]
 #[async_trait::async_trait]
-impl MigrationTrait for MessagingTables {
+impl MigrationTrait for Sql {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        manager.get_connection().execute_unprepared(UP).await?;
-        Ok(())
-    }
-
-    async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        manager
-            .get_connection()
-            .execute_unprepared("DROP TABLE dead_letters, inbox, outbox")
-            .await?;
+        manager.get_connection().execute_unprepared(self.up).await?;
         Ok(())
     }
 }
 
-/// Makes `retention`, which remembers up to when rows were taken away. After all tables.
-pub struct RetentionTable;
-
-impl MigrationName for RetentionTable {
-    fn name(&self) -> &str {
-        "m0004_retention_table"
-    }
-}
-
-#[expect(
-    elided_lifetimes_in_paths,
-    reason = "the trait elides them, and async_trait makes the spelled-out form another signature"
-)]
-#[async_trait::async_trait]
-impl MigrationTrait for RetentionTable {
-    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        manager
-            .get_connection()
-            .execute_unprepared(RETENTION)
-            .await?;
-        Ok(())
-    }
-
-    async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        manager
-            .get_connection()
-            .execute_unprepared("DROP TABLE retention")
-            .await?;
-        Ok(())
-    }
-}
+const ASK_AGAIN: &str = "
+-- One row: whatever was published before `lost_at` may be lost and is asked for again. Orders had
+-- this table before it belonged to this crate.
+CREATE TABLE IF NOT EXISTS reconciliation (
+    id      boolean     PRIMARY KEY DEFAULT true CHECK (id),
+    lost_at timestamptz NOT NULL DEFAULT '-infinity'
+);
+INSERT INTO reconciliation DEFAULT VALUES ON CONFLICT DO NOTHING;
+-- What a dead letter is about besides its order.
+ALTER TABLE dead_letters ADD COLUMN about uuid;
+";
 
 const RETENTION: &str = "
--- One row: outbox rows that were published before this may be gone. What is there when the table is made may have lost some.
+-- One row: outbox rows that were published before this may be deleted. Rows may already be missing
+-- when the table is created.
 CREATE TABLE retention (
     id            boolean     PRIMARY KEY DEFAULT true CHECK (id),
     outbox_before timestamptz NOT NULL DEFAULT clock_timestamp()
@@ -72,7 +100,7 @@ CREATE TABLE retention (
 INSERT INTO retention DEFAULT VALUES;
 ";
 
-const UP: &str = r#"
+const TABLES: &str = r#"
 CREATE TABLE outbox (
     event_id        uuid        NOT NULL,
     n               integer     NOT NULL DEFAULT 0 CHECK (n >= 0),

@@ -1,37 +1,48 @@
-//! Streams and durable consumers, every option written out. The only place that creates them.
+//! How streams and durable consumers are configured. The only place that creates them.
 //!
-//! A service creates what it needs when it is absent and never updates it: a difference is reported, and an operator
-//! decides. Creating a consumer that delivers everything again is safe, because effects are guarded in the database.
+//! A service creates what is absent and never updates what exists: a difference is reported, and an
+//! operator decides. Recreating a consumer that delivers everything again is safe, because effects
+//! are guarded in the database.
 
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer, ReplayPolicy, pull};
 use async_nats::jetstream::context::{CreateStreamErrorKind, GetStreamErrorKind};
-use async_nats::jetstream::stream::{self, DiscardPolicy, RetentionPolicy, StorageType};
+use async_nats::jetstream::stream::{
+    self, ConsumerErrorKind, DiscardPolicy, RetentionPolicy, StorageType,
+};
 use async_nats::jetstream::{Context, ErrorCode};
 use time::OffsetDateTime;
 use tracing::info;
 
-use shared_contracts::{
-    DLQ_STREAM, Event, ORDERS_STREAM, OrderPlaced, PAYMENTS_STREAM, PaymentSettled,
-};
-
 const GIB: i64 = 1 << 30;
 const MIB: i64 = 1 << 20;
 
-/// What may differ from one installation to the next.
-#[derive(Clone, Debug)]
+/// What differs from one installation to the next. Services and `gozon` must be given the same
+/// values.
+#[derive(Clone, Debug, clap::Args)]
 pub struct TopologySettings {
-    /// Size of ORDERS and of PAYMENTS, each.
+    /// Size limit of each event stream when it is created.
+    #[arg(long, env = "GOZON_STREAM_MAX_BYTES", default_value_t = GIB)]
     pub stream_max_bytes: i64,
-    /// Size of DLQ.
+    /// Size limit of the stream of dead letters when it is created.
+    #[arg(long, env = "GOZON_DLQ_MAX_BYTES", default_value_t = 128 * MIB)]
     pub dlq_max_bytes: i64,
-    /// Copies of each stream: 1 on a single server, 3 in a cluster.
+    /// Copies of each stream and consumer: 1 on a single NATS server, 3 in a cluster.
+    #[arg(
+        long = "stream-replicas",
+        env = "GOZON_STREAM_REPLICAS",
+        default_value_t = 1
+    )]
     pub replicas: usize,
-    /// How long the broker recognises a `Nats-Msg-Id`.
-    pub duplicate_window: Duration,
-    /// After this long without an ack, a message is delivered again.
-    pub ack_wait: Duration,
+    /// How long the broker recognises a repeated message id.
+    // Short: the ids are kept in the server's memory (about 225 bytes each), and recognising them
+    // only saves work.
+    #[arg(long, env = "GOZON_DUPLICATE_WINDOW_MS", default_value_t = 120_000)]
+    pub duplicate_window_ms: u64,
+    /// After this long without an ack, the broker delivers a message again.
+    #[arg(long, env = "GOZON_ACK_WAIT_MS", default_value_t = 30_000)]
+    pub ack_wait_ms: u64,
 }
 
 impl Default for TopologySettings {
@@ -40,217 +51,210 @@ impl Default for TopologySettings {
             stream_max_bytes: GIB,
             dlq_max_bytes: 128 * MIB,
             replicas: 1,
-            // The id map lives in the server's memory (about 225 bytes an id), so it is kept short. It only saves work.
-            duplicate_window: Duration::from_secs(120),
-            ack_wait: Duration::from_secs(30),
+            duplicate_window_ms: 120_000,
+            ack_wait_ms: 30_000,
         }
     }
 }
 
-/// A durable consumer: who reads what from which stream.
-#[derive(Clone, Copy, Debug)]
+/// A stream that a service owns, declared as a constant and created when it is absent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stream {
+    pub name: &'static str,
+    /// `prefix.>`
+    subjects: &'static str,
+    content: Content,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Content {
+    Events,
+    DeadLetters,
+}
+
+impl Stream {
+    /// Holds the events on `subjects`, which has the form `prefix.>`.
+    pub const fn events(name: &'static str, subjects: &'static str) -> Self {
+        Self {
+            name,
+            subjects,
+            content: Content::Events,
+        }
+    }
+
+    /// Holds copies of dead letters, for tools. Each service publishes on `prefix.<service>`.
+    pub const fn dead_letters(name: &'static str, subjects: &'static str) -> Self {
+        Self {
+            name,
+            subjects,
+            content: Content::DeadLetters,
+        }
+    }
+
+    pub(crate) fn holds_dead_letters(&self) -> bool {
+        self.content == Content::DeadLetters
+    }
+
+    /// Subject of `service` in this stream.
+    pub(crate) fn subject_of(&self, service: &str) -> String {
+        self.subjects.replace('>', service)
+    }
+
+    /// Options of an existing stream that differ from what this version would create.
+    pub fn drift(&self, found: &stream::Config, settings: &TopologySettings) -> Vec<String> {
+        drift(found, &self.config(settings))
+    }
+
+    pub fn config(&self, settings: &TopologySettings) -> stream::Config {
+        stream::Config {
+            name: self.name.to_owned(),
+            subjects: vec![self.subjects.to_owned()],
+            storage: StorageType::File,
+            // Limits, not WorkQueue: a work queue forgets message ids with the acked message, and
+            // cannot be replayed.
+            retention: RetentionPolicy::Limits,
+            max_age: Duration::from_secs(24 * 60 * 60),
+            max_bytes: match self.content {
+                Content::Events => settings.stream_max_bytes,
+                Content::DeadLetters => settings.dlq_max_bytes,
+            },
+            // The stream is a cache: a request that it evicts is published again. `New` would stop
+            // the flow instead.
+            discard: DiscardPolicy::Old,
+            num_replicas: settings.replicas,
+            duplicate_window: Duration::from_millis(settings.duplicate_window_ms),
+            // Nobody deletes messages by mistake. These two cannot be taken back.
+            deny_delete: true,
+            deny_purge: true,
+            // Reading a message needs no consumer.
+            allow_direct: true,
+            // One fsync for a whole batch instead of one per message.
+            allow_atomic_publish: true,
+            ..Default::default()
+        }
+    }
+}
+
+/// A durable consumer: which service reads which subject of which stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Subscription {
-    /// Name of the durable, `<service>-<noun>-<past>`; also the `consumer` column of inbox and dead letters.
+    /// Name of the durable, `<service>-<noun>-<past>`; also the `consumer` column of inbox and
+    /// dead letters.
     pub consumer: &'static str,
-    /// Stream it reads.
     pub stream: &'static str,
-    /// The one subject it takes.
     pub subject: &'static str,
-    /// The reading service.
+    /// The service that reads.
     pub service: &'static str,
 }
 
-/// payments takes orders to be paid.
-pub const PAYMENTS_ORDER_PLACED: Subscription = Subscription {
-    consumer: "payments-order-placed",
-    stream: ORDERS_STREAM,
-    subject: OrderPlaced::SUBJECT,
-    service: "payments",
-};
-
-/// orders takes how payments ended.
-pub const ORDERS_PAYMENT_SETTLED: Subscription = Subscription {
-    consumer: "orders-payment-settled",
-    stream: PAYMENTS_STREAM,
-    subject: PaymentSettled::SUBJECT,
-    service: "orders",
-};
-
-/// Where copies of dead letters of `service` go.
-pub fn dlq_subject(service: &str) -> String {
-    format!("gozon.dlq.{service}")
-}
-
-/// The stream of what `orders` says.
-pub fn orders_stream(settings: &TopologySettings) -> stream::Config {
-    event_stream(
-        ORDERS_STREAM,
-        "gozon.orders.>",
-        settings.stream_max_bytes,
-        settings,
-    )
-}
-
-/// The stream of what `payments` says.
-pub fn payments_stream(settings: &TopologySettings) -> stream::Config {
-    event_stream(
-        PAYMENTS_STREAM,
-        "gozon.payments.>",
-        settings.stream_max_bytes,
-        settings,
-    )
-}
-
-/// The stream of copies of dead letters.
-pub fn dlq_stream(settings: &TopologySettings) -> stream::Config {
-    event_stream(DLQ_STREAM, "gozon.dlq.>", settings.dlq_max_bytes, settings)
-}
-
-fn event_stream(
-    name: &str,
-    subjects: &str,
-    max_bytes: i64,
-    settings: &TopologySettings,
-) -> stream::Config {
-    stream::Config {
-        name: name.to_owned(),
-        subjects: vec![subjects.to_owned()],
-        storage: StorageType::File,
-        // Limits, not WorkQueue: a work queue forgets de-duplication ids with the acked message, and cannot be replayed.
-        retention: RetentionPolicy::Limits,
-        max_age: Duration::from_secs(24 * 60 * 60),
-        max_bytes,
-        // The stream is a cache: what it evicts, orders asks again. `New` would stop the flow instead.
-        discard: DiscardPolicy::Old,
-        num_replicas: settings.replicas,
-        duplicate_window: settings.duplicate_window,
-        // Nobody takes single messages or everything away by mistake; these two cannot be taken back.
-        deny_delete: true,
-        deny_purge: true,
-        // Looking at a message needs no consumer.
-        allow_direct: true,
-        // One fsync for a whole batch instead of one a message.
-        allow_atomic_publish: true,
-        ..Default::default()
+impl Subscription {
+    pub fn config(&self, settings: &TopologySettings) -> pull::Config {
+        pull::Config {
+            durable_name: Some(self.consumer.to_owned()),
+            name: Some(self.consumer.to_owned()),
+            filter_subject: self.subject.to_owned(),
+            // From the beginning of the stream: repetitions are recognised, gaps would not be.
+            deliver_policy: DeliverPolicy::All,
+            replay_policy: ReplayPolicy::Instant,
+            ack_policy: AckPolicy::Explicit,
+            ack_wait: Duration::from_millis(settings.ack_wait_ms),
+            // No limit: reaching one would park the message silently. What cannot be handled
+            // becomes a dead letter instead.
+            max_deliver: -1,
+            // Enough for five replicas with two batches each in flight.
+            max_ack_pending: 2000,
+            num_replicas: settings.replicas,
+            ..Default::default()
+        }
     }
 }
 
-/// How the durable of a subscription is made.
-pub fn consumer_config(subscription: &Subscription, settings: &TopologySettings) -> pull::Config {
-    pull::Config {
-        durable_name: Some(subscription.consumer.to_owned()),
-        name: Some(subscription.consumer.to_owned()),
-        filter_subject: subscription.subject.to_owned(),
-        // A consumer made anew reads the stream from its beginning: repetitions are recognised, gaps would not be.
-        deliver_policy: DeliverPolicy::All,
-        replay_policy: ReplayPolicy::Instant,
-        ack_policy: AckPolicy::Explicit,
-        ack_wait: settings.ack_wait,
-        // For ever: reaching a limit would park the message silently. What cannot be handled is dead-lettered by us.
-        max_deliver: -1,
-        // Enough for five replicas with two batches each in flight.
-        max_ack_pending: 2000,
-        num_replicas: settings.replicas,
-        ..Default::default()
-    }
-}
-
-/// Whether something had to be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
-pub enum Ensured {
-    /// It was there.
+pub(crate) enum Ensured {
     Found,
-    /// It was absent and has been made: whatever was in it before is gone.
-    Made,
+    /// It was absent and is new: whatever it held before is gone.
+    Created,
 }
 
 /// A stream as the broker has it right now.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StreamState {
-    /// When it was made. Another time is another stream, whoever made it.
-    pub made_at: OffsetDateTime,
-    /// The newest sequence. Lower than one that was acknowledged: the broker has lost its end.
-    pub last_sequence: u64,
-    /// In which options it differs from what this version would make.
-    pub drift: Vec<String>,
+pub(crate) struct StreamState {
+    /// Another time means another stream, whoever created it.
+    pub(crate) created_at: OffsetDateTime,
+    /// Lower than a sequence that was acknowledged: the broker has lost its newest messages.
+    pub(crate) last_sequence: u64,
+    /// Options that differ from what this version would create.
+    pub(crate) drift: Vec<String>,
 }
 
 impl StreamState {
     fn new(found: &stream::Info, wanted: &stream::Config) -> Self {
         Self {
-            made_at: found.created,
+            created_at: found.created,
             last_sequence: found.state.last_sequence,
             drift: drift(&found.config, wanted),
         }
     }
 }
 
-/// Makes the stream if it is absent; never changes one that differs.
-pub async fn ensure_stream(
+/// Creates the stream if it is absent; never changes one that differs.
+pub(crate) async fn ensure_stream(
     jetstream: &Context,
     wanted: &stream::Config,
 ) -> anyhow::Result<(StreamState, Ensured)> {
     match jetstream.get_stream(&wanted.name).await {
         Ok(stream) => {
-            return Ok((
-                StreamState::new(stream.cached_info(), wanted),
-                Ensured::Found,
-            ));
+            let state = StreamState::new(stream.cached_info(), wanted);
+            return Ok((state, Ensured::Found));
         }
         Err(error) => match error.kind() {
             GetStreamErrorKind::JetStream(error)
                 if error.error_code() == ErrorCode::STREAM_NOT_FOUND => {}
             _ => {
-                return Err(anyhow::Error::new(error)
-                    .context(format!("stream {} cannot be looked up", wanted.name)));
+                let context = format!("stream {} cannot be looked up", wanted.name);
+                return Err(anyhow::Error::new(error).context(context));
             }
         },
     }
     match jetstream.create_stream(wanted.clone()).await {
         Ok(stream) => {
-            info!(stream = wanted.name, "Stream made");
-            Ok((
-                StreamState::new(stream.cached_info(), wanted),
-                Ensured::Made,
-            ))
+            info!(stream = wanted.name, "Stream created");
+            let state = StreamState::new(stream.cached_info(), wanted);
+            Ok((state, Ensured::Created))
         }
-        Err(error) => {
-            match error.kind() {
-                CreateStreamErrorKind::JetStream(error)
-                    if error.error_code() == ErrorCode::STORAGE_RESOURCES_EXCEEDED =>
-                {
-                    anyhow::bail!(
-                        "the NATS server has no room for stream {}, which may grow to {} bytes: raise `max_file` in its configuration \
-                     above the sum of all streams, or lower GOZON_STREAM_MAX_BYTES",
-                        wanted.name,
-                        wanted.max_bytes
-                    )
-                }
-                _ => Err(anyhow::Error::new(error)
-                    .context(format!("stream {} cannot be made", wanted.name))),
+        Err(error) => match error.kind() {
+            CreateStreamErrorKind::JetStream(error)
+                if error.error_code() == ErrorCode::STORAGE_RESOURCES_EXCEEDED =>
+            {
+                anyhow::bail!(
+                    "the NATS server has no room for stream {}, which may grow to {} bytes: raise \
+                     `max_file` in its configuration above the sum of all streams, or lower \
+                     GOZON_STREAM_MAX_BYTES",
+                    wanted.name,
+                    wanted.max_bytes
+                )
             }
-        }
+            _ => Err(anyhow::Error::new(error)
+                .context(format!("stream {} cannot be created", wanted.name))),
+        },
     }
 }
 
-/// There is no stream that a consumer could read.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
-#[error("stream {0} does not exist yet; the service that owns it makes it")]
-pub struct NoStream(pub &'static str);
+#[error("stream {0} does not exist yet; the service that owns it creates it")]
+pub(crate) struct NoStream(pub(crate) &'static str);
 
-/// Finds the durable consumer, or makes it if it is absent.
-pub async fn ensure_consumer(
+/// Finds the durable consumer, or creates it if it is absent.
+pub(crate) async fn ensure_consumer(
     jetstream: &Context,
     subscription: &Subscription,
     settings: &TopologySettings,
 ) -> anyhow::Result<(PullConsumer, Ensured)> {
-    use async_nats::jetstream::stream::ConsumerErrorKind;
-
-    match jetstream
-        .get_consumer_from_stream(subscription.consumer, subscription.stream)
-        .await
-    {
+    let Subscription {
+        consumer, stream, ..
+    } = *subscription;
+    match jetstream.get_consumer_from_stream(consumer, stream).await {
         Ok(consumer) => return Ok((consumer, Ensured::Found)),
         Err(error) => match error.kind() {
             ConsumerErrorKind::JetStream(error)
@@ -258,104 +262,57 @@ pub async fn ensure_consumer(
             ConsumerErrorKind::JetStream(error)
                 if error.error_code() == ErrorCode::STREAM_NOT_FOUND =>
             {
-                return Err(NoStream(subscription.stream).into());
+                return Err(NoStream(stream).into());
             }
             _ => {
-                let context = format!("consumer {} cannot be looked up", subscription.consumer);
+                let context = format!("consumer {consumer} cannot be looked up");
                 return Err(anyhow::Error::new(error).context(context));
             }
         },
     }
-    // Strict: if a replica was faster with another configuration, its consumer stays as it is.
+    // Strict: if another replica was faster with other settings, its consumer stays as it is.
+    let config = subscription.config(settings);
     match jetstream
-        .create_consumer_strict_on_stream(
-            consumer_config(subscription, settings),
-            subscription.stream,
-        )
+        .create_consumer_strict_on_stream(config, stream)
         .await
     {
-        Ok(consumer) => {
-            info!(
-                consumer = subscription.consumer,
-                stream = subscription.stream,
-                "Consumer made"
-            );
-            Ok((consumer, Ensured::Made))
+        Ok(created) => {
+            info!(consumer, stream, "Consumer created");
+            Ok((created, Ensured::Created))
         }
-        Err(error) => Err(anyhow::Error::new(error)
-            .context(format!("consumer {} cannot be made", subscription.consumer))),
+        Err(error) => {
+            let context = format!("consumer {consumer} cannot be created");
+            Err(anyhow::Error::new(error).context(context))
+        }
     }
 }
 
-/// In which options that matter the stream differs from what this version would make.
-pub fn drift(found: &stream::Config, wanted: &stream::Config) -> Vec<String> {
-    let mut differences = Vec::new();
-    let mut compare = |option: &str, found: String, wanted: String| {
-        if found != wanted {
-            differences.push(format!("{option} is {found}, not {wanted}"));
-        }
+/// Options that differ.
+fn drift(found: &stream::Config, wanted: &stream::Config) -> Vec<String> {
+    let options = |config: &stream::Config| {
+        [
+            ("subjects", format!("{:?}", config.subjects)),
+            ("storage", format!("{:?}", config.storage)),
+            ("retention", format!("{:?}", config.retention)),
+            ("max_age", format!("{:?}", config.max_age)),
+            ("max_bytes", config.max_bytes.to_string()),
+            ("discard", format!("{:?}", config.discard)),
+            ("num_replicas", config.num_replicas.to_string()),
+            ("duplicate_window", format!("{:?}", config.duplicate_window)),
+            ("deny_delete", config.deny_delete.to_string()),
+            ("deny_purge", config.deny_purge.to_string()),
+            ("allow_direct", config.allow_direct.to_string()),
+            (
+                "allow_atomic_publish",
+                config.allow_atomic_publish.to_string(),
+            ),
+        ]
     };
-    compare(
-        "subjects",
-        format!("{:?}", found.subjects),
-        format!("{:?}", wanted.subjects),
-    );
-    compare(
-        "storage",
-        format!("{:?}", found.storage),
-        format!("{:?}", wanted.storage),
-    );
-    compare(
-        "retention",
-        format!("{:?}", found.retention),
-        format!("{:?}", wanted.retention),
-    );
-    compare(
-        "max_age",
-        format!("{:?}", found.max_age),
-        format!("{:?}", wanted.max_age),
-    );
-    compare(
-        "max_bytes",
-        found.max_bytes.to_string(),
-        wanted.max_bytes.to_string(),
-    );
-    compare(
-        "discard",
-        format!("{:?}", found.discard),
-        format!("{:?}", wanted.discard),
-    );
-    compare(
-        "num_replicas",
-        found.num_replicas.to_string(),
-        wanted.num_replicas.to_string(),
-    );
-    compare(
-        "duplicate_window",
-        format!("{:?}", found.duplicate_window),
-        format!("{:?}", wanted.duplicate_window),
-    );
-    compare(
-        "deny_delete",
-        found.deny_delete.to_string(),
-        wanted.deny_delete.to_string(),
-    );
-    compare(
-        "deny_purge",
-        found.deny_purge.to_string(),
-        wanted.deny_purge.to_string(),
-    );
-    compare(
-        "allow_direct",
-        found.allow_direct.to_string(),
-        wanted.allow_direct.to_string(),
-    );
-    compare(
-        "allow_atomic_publish",
-        found.allow_atomic_publish.to_string(),
-        wanted.allow_atomic_publish.to_string(),
-    );
-    differences
+    let pairs = options(found).into_iter().zip(options(wanted));
+    pairs
+        .filter(|(found, wanted)| found != wanted)
+        .map(|((option, found), (_, wanted))| format!("{option} is {found}, not {wanted}"))
+        .collect()
 }
 
 #[cfg(test)]
@@ -363,19 +320,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn drift_names_what_differs() {
-        let settings = TopologySettings::default();
-        let wanted = orders_stream(&settings);
+    fn drift_names_the_options_that_differ() {
+        let wanted = Stream::events("EVENTS", "test.events.>").config(&TopologySettings::default());
         assert_eq!(drift(&wanted, &wanted), Vec::<String>::new());
         let found = stream::Config {
             max_bytes: 5,
             deny_purge: false,
             ..wanted.clone()
         };
-        let expected = vec![
-            "max_bytes is 5, not 1073741824".to_owned(),
-            "deny_purge is false, not true".to_owned(),
+        let expected = [
+            "max_bytes is 5, not 1073741824",
+            "deny_purge is false, not true",
         ];
         assert_eq!(drift(&found, &wanted), expected);
+    }
+
+    #[test]
+    fn each_service_has_its_subject_of_dead_letters() {
+        let stream = Stream::dead_letters("LETTERS", "test.letters.>");
+        assert_eq!(stream.subject_of("orders"), "test.letters.orders");
     }
 }

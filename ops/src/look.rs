@@ -5,12 +5,10 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use async_nats::jetstream::context::GetStreamErrorKind;
 use async_nats::jetstream::{self, ErrorCode};
-use messaging::topology::{self, Subscription, TopologySettings};
-use messaging::{dead_letter, outbox};
-use sea_orm::{
-    ConnectionTrait as _, DatabaseConnection, DbBackend, FromQueryResult, Statement,
-    Value as SqlValue,
-};
+use messaging::{Backlog, Resend, Stream, Subscriber as _, Subscription, TopologySettings};
+use orders::Settle;
+use payments::Charge;
+use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, Statement, Value as SqlValue};
 use serde::Serialize;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
@@ -74,13 +72,6 @@ pub struct Outbox {
     pub attempts_max: i32,
 }
 
-#[derive(FromQueryResult)]
-struct OutboxRow {
-    pending: i64,
-    oldest_seconds: f64,
-    attempts_max: i32,
-}
-
 /// Both outboxes.
 pub async fn outboxes(databases: &Databases) -> anyhow::Result<Vec<Outbox>> {
     let mut outboxes = Vec::new();
@@ -88,20 +79,12 @@ pub async fn outboxes(databases: &Databases) -> anyhow::Result<Vec<Outbox>> {
         ("orders", &databases.orders),
         ("payments", &databases.payments),
     ] {
-        let row = OutboxRow::find_by_statement(Statement::from_string(
-            DbBackend::Postgres,
-            "SELECT count(*) AS pending, coalesce(extract(epoch FROM now() - min(created_at)), 0)::float8 AS oldest_seconds,
-                    coalesce(max(attempts), 0) AS attempts_max
-             FROM outbox WHERE published_at IS NULL",
-        ))
-        .one(db)
-        .await?
-        .context("an aggregate has one row")?;
+        let backlog = Backlog::read(db).await?;
         outboxes.push(Outbox {
             service,
-            pending: row.pending,
-            oldest_seconds: row.oldest_seconds,
-            attempts_max: row.attempts_max,
+            pending: backlog.outbox_pending,
+            oldest_seconds: backlog.outbox_oldest_seconds,
+            attempts_max: backlog.outbox_attempts_max,
         });
     }
     Ok(outboxes)
@@ -132,11 +115,11 @@ pub async fn resend(
         ("orders", &databases.orders),
         ("payments", &databases.payments),
     ] {
-        let remembered = dead_letter::clock(db).await? - duplicate_window;
-        let recent = outbox::count_published(db, since.max(remembered), subject).await?;
+        let resend = Resend { since, subject };
+        let recent = resend.count_remembered(db, duplicate_window).await?;
         let messages = match dry_run {
-            true => outbox::count_published(db, since, subject).await?,
-            false => outbox::publish_again(db, since, subject).await?,
+            true => resend.count(db).await?,
+            false => resend.run(db).await?,
         };
         resent.push(Resent {
             service,
@@ -184,50 +167,56 @@ pub async fn topology(
     apply: Apply,
 ) -> anyhow::Result<Vec<Part>> {
     let mut parts = Vec::new();
-    let all = [
-        topology::orders_stream(settings),
-        topology::payments_stream(settings),
-        topology::dlq_stream(settings),
-    ];
+    let [orders, dead_letters] = orders::STREAMS;
+    let [payments, _] = payments::STREAMS;
+    let all = [orders, payments, dead_letters];
     if apply == Apply::Grow {
         // Before anything is changed: told other settings than the services, this would take away what they were given.
-        for wanted in &all {
-            if let Some(found) = find_stream(jetstream, &wanted.name).await? {
-                refuse_to_shrink(&found.config, wanted)?;
+        for stream in &all {
+            if let Some(found) = find_stream(jetstream, stream.name).await? {
+                refuse_to_shrink(&found.config, &stream.config(settings))?;
             }
         }
     }
-    for wanted in all {
-        let mut changed = Vec::new();
-        if apply != Apply::Look {
-            changed = match find_stream(jetstream, &wanted.name).await? {
-                Some(found) => topology::drift(&found.config, &wanted),
-                None => vec!["absent".to_owned()],
-            };
-            let applied = jetstream.create_or_update_stream(wanted.clone()).await;
-            applied.with_context(|| format!("stream {} cannot be changed", wanted.name))?;
-        }
-        let found = find_stream(jetstream, &wanted.name).await?;
-        let info = found.as_ref();
-        parts.push(Part {
-            name: format!("stream {}", wanted.name),
-            there: info.is_some(),
-            drift: info
-                .map(|info| topology::drift(&info.config, &wanted))
-                .unwrap_or_default(),
-            changed,
-            messages: info.map_or(0, |info| info.state.messages),
-            ack_pending: 0,
-            redelivered: 0,
-        });
+    for stream in all {
+        parts.push(stream_part(jetstream, &stream, settings, apply).await?);
     }
-    for subscription in [
-        topology::PAYMENTS_ORDER_PLACED,
-        topology::ORDERS_PAYMENT_SETTLED,
-    ] {
+    for subscription in [Charge::SUBSCRIPTION, Settle::SUBSCRIPTION] {
         parts.push(consumer(jetstream, &subscription, settings, apply).await?);
     }
     Ok(parts)
+}
+
+async fn stream_part(
+    jetstream: &jetstream::Context,
+    stream: &Stream,
+    settings: &TopologySettings,
+    apply: Apply,
+) -> anyhow::Result<Part> {
+    let mut changed = Vec::new();
+    if apply != Apply::Look {
+        changed = match find_stream(jetstream, stream.name).await? {
+            Some(found) => stream.drift(&found.config, settings),
+            None => vec!["absent".to_owned()],
+        };
+        let applied = jetstream
+            .create_or_update_stream(stream.config(settings))
+            .await;
+        applied.with_context(|| format!("stream {} cannot be changed", stream.name))?;
+    }
+    let found = find_stream(jetstream, stream.name).await?;
+    let info = found.as_ref();
+    Ok(Part {
+        name: format!("stream {}", stream.name),
+        there: info.is_some(),
+        drift: info
+            .map(|info| stream.drift(&info.config, settings))
+            .unwrap_or_default(),
+        changed,
+        messages: info.map_or(0, |info| info.state.messages),
+        ack_pending: 0,
+        redelivered: 0,
+    })
 }
 
 /// None if it is absent. Who does not answer has not said so.
@@ -274,7 +263,7 @@ async fn consumer(
     settings: &TopologySettings,
     apply: Apply,
 ) -> anyhow::Result<Part> {
-    let wanted = topology::consumer_config(subscription, settings);
+    let wanted = subscription.config(settings);
     let find = async || {
         let (name, stream) = (subscription.consumer, subscription.stream);
         jetstream

@@ -6,17 +6,17 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
-use async_nats::jetstream;
+use broker::{Broker, BrokerConfig};
 use clap::{Parser, Subcommand};
-use messaging::broker::{Broker, BrokerConfig};
-use messaging::config::TopologyArgs;
+use messaging::TopologySettings;
 use ops::audit::{self, Beside, Databases, Options};
-use ops::dlq::{self, Letter};
+use ops::dlq;
 use ops::history::History;
 use ops::look::{self, Apply};
 use ops::stream;
 use sea_orm::{ConnectOptions, Database, DatabaseConnection};
 use serde::Serialize;
+use service_kit::config::Secret;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
@@ -40,7 +40,7 @@ struct Arguments {
     nats_url: String,
     /// Password of the NATS user `ops`; only for what concerns the broker.
     #[arg(long, env = "NATS_OPS_PASSWORD", hide_env_values = true)]
-    nats_ops_password: Option<String>,
+    nats_ops_password: Option<Secret>,
     /// As JSON, for scripts.
     #[arg(long, global = true)]
     json: bool,
@@ -113,7 +113,7 @@ enum Command {
         #[arg(long, requires = "apply")]
         shrink: bool,
         #[command(flatten)]
-        settings: TopologyArgs,
+        settings: TopologySettings,
     },
     /// Messages that were not applied.
     #[command(subcommand)]
@@ -314,7 +314,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
                 (true, false) => Apply::Grow,
                 (true, true) => Apply::Shrink,
             };
-            let parts = look::topology(broker.jetstream(), &settings.settings(), apply).await?;
+            let parts = look::topology(broker.jetstream(), settings, apply).await?;
             print(json, &parts, |parts| show::topology(parts))?;
             if parts
                 .iter()
@@ -371,13 +371,15 @@ async fn dead_letters(
         }
         Dlq::Show { id } => {
             let letter = dlq::find(databases, *id).await?;
-            let foreseen = dlq::foresee(databases, &letter).await?;
+            let foreseen = dlq::replay(databases, &letter, true).await?;
             print(arguments.json, &letter, |letter| {
                 format!(
-                    "{}\n\n{}\n{}\n\nA replay {foreseen}.",
+                    "{}\n\n{}\n{}\n\nA replay would be {}: {}",
                     show::letter(letter),
                     letter.headers,
-                    letter.payload
+                    letter.payload,
+                    foreseen.outcome,
+                    foreseen.detail
                 )
             })?;
         }
@@ -385,41 +387,28 @@ async fn dead_letters(
             let mut letters = dlq::list(databases).await?;
             for id in ids {
                 ensure!(
-                    letters.iter().any(|letter| letter.id == *id),
+                    letters.iter().any(|one| one.id == *id),
                     "there is no dead letter {id}: gozon dlq ls shows them"
                 );
             }
-            letters.retain(|letter| {
-                if ids.is_empty() {
-                    letter.waits
-                } else {
-                    ids.contains(&letter.id)
-                }
+            letters.retain(|one| match ids.is_empty() {
+                true => one.waits,
+                false => ids.contains(&one.id),
             });
-            let broker = if *dry_run {
-                None
-            } else {
-                Some(broker(arguments).await?)
-            };
+            // The oldest first, as they came.
+            letters.reverse();
             let (mut replays, mut ended) = (Vec::new(), Ok(()));
             for letter in &letters {
-                let foreseen = dlq::foresee(databases, letter).await?;
-                if let Some(broker) = &broker {
-                    ended = replay(databases, broker.jetstream(), letter).await;
+                match dlq::replay(databases, letter, *dry_run).await {
+                    Ok(replay) => replays.push(replay),
+                    Err(error) => {
+                        ended = Err(error);
+                        break;
+                    }
                 }
-                if ended.is_err() {
-                    break;
-                }
-                replays.push(show::Replay {
-                    id: letter.id,
-                    foreseen,
-                    sent: broker.is_some(),
-                });
             }
-            // Also what was sent before one could not be.
-            print(arguments.json, &replays, |replays| {
-                show::replays(replays, *dry_run)
-            })?;
+            // Also what was applied before one could not be.
+            print(arguments.json, &replays, |replays| show::replays(replays))?;
             ended?;
         }
         Dlq::Drop { id } => {
@@ -433,16 +422,6 @@ async fn dead_letters(
         }
     }
     Ok(ExitCode::SUCCESS)
-}
-
-async fn replay(
-    databases: &Databases,
-    jetstream: &jetstream::Context,
-    letter: &Letter,
-) -> anyhow::Result<()> {
-    dlq::replay(databases, jetstream, letter)
-        .await
-        .with_context(|| format!("dead letter {} was not sent again", letter.id))
 }
 
 async fn broker(arguments: &Arguments) -> anyhow::Result<Broker> {

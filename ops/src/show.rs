@@ -2,28 +2,18 @@
 
 use std::time::Duration;
 
+use messaging::Replay;
 use ops::audit::Report;
 use ops::dlq::Letter;
 use ops::look;
 use ops::stream::{ConsumerLook, MessageLook, StreamLook};
-use serde::Serialize;
 use serde_json::Value;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
-use uuid::Uuid;
-
-/// A dead letter that is sent again.
-#[derive(Debug, Serialize)]
-pub(crate) struct Replay {
-    pub(crate) id: Uuid,
-    /// What it would do, or was to do when it was sent.
-    pub(crate) foreseen: String,
-    pub(crate) sent: bool,
-}
 
 /// A dead letter on a line.
 pub(crate) fn letter(letter: &Letter) -> String {
-    let state = if letter.waits { "waits" } else { "sent again" };
+    let state = if letter.waits { "waits" } else { "replayed" };
     format!(
         "{} {:<8} {:<10} {:<10} {:>3}x {}  {}",
         letter.id,
@@ -31,7 +21,7 @@ pub(crate) fn letter(letter: &Letter) -> String {
         letter.kind,
         state,
         letter.times,
-        letter.created_at,
+        letter.created_at.format(&Rfc3339).unwrap_or_default(),
         letter.cause
     )
 }
@@ -72,10 +62,10 @@ pub(crate) fn order(tables: &Value) -> String {
 }
 
 /// What a replay of dead letters did or would do.
-pub(crate) fn replays(replays: &[Replay], dry_run: bool) -> String {
-    let line = |one: &Replay| match dry_run {
-        true => format!("{} {}", one.id, one.foreseen),
-        false => format!("{} sent again; it {}", one.id, one.foreseen),
+pub(crate) fn replays(replays: &[Replay]) -> String {
+    let line = |one: &Replay| {
+        let would = if one.dry_run { "would be " } else { "" };
+        format!("{} {would}{}: {}", one.id, one.outcome, one.detail)
     };
     match replays.is_empty() {
         true => "No dead letter waits.".to_owned(),

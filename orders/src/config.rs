@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use messaging::config::FlowArgs;
+use messaging::FlowArgs;
 use service_kit::telemetry::LogFormat;
 
 /// Takes orders, has them paid, and keeps how each one ended.

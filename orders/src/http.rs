@@ -1,11 +1,9 @@
 //! The HTTP API: extract, call, map. No SQL here.
 
-use std::sync::Arc;
-
 use axum::Router;
+use axum::extract::FromRef;
 use axum::routing::get;
-use messaging::broker::Broker;
-use sea_orm::DatabaseConnection;
+use messaging::{Database, OperatorApi};
 use tokio_util::sync::CancellationToken;
 use utoipa::OpenApi;
 use utoipa::openapi::Server;
@@ -16,26 +14,29 @@ use utoipa_swagger_ui::SwaggerUi;
 use service_kit::openapi::complete;
 use service_kit::problem::Code;
 
-use crate::intake::Intake;
-use crate::order as cases;
-use crate::waiting::Waiting;
+use crate::place::Intake;
+use crate::wait::Waiting;
 
 mod error;
-mod ops;
+mod flow;
 mod order;
 mod timeline;
 
 /// What handlers need.
 #[derive(Clone)]
 pub(crate) struct State {
-    pub(crate) db: DatabaseConnection,
-    pub(crate) broker: Broker,
-    /// What is to be done after the commit of what a message did.
-    pub(crate) committed: Arc<dyn Fn(cases::Settled) + Send + Sync>,
+    pub(crate) db: Database,
+    pub(crate) operators: OperatorApi,
     pub(crate) intake: Intake,
     pub(crate) waiting: Waiting,
     /// Waiting requests end when the process does.
     pub(crate) shutdown: CancellationToken,
+}
+
+impl FromRef<State> for OperatorApi {
+    fn from_ref(state: &State) -> Self {
+        state.operators.clone()
+    }
 }
 
 #[derive(OpenApi)]
@@ -52,10 +53,9 @@ fn api() -> OpenApiRouter<State> {
     OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(order::create_order, order::list_orders))
         .routes(routes!(order::get_order))
-        .routes(routes!(ops::flow))
-        .routes(routes!(ops::dead_letters))
-        .routes(routes!(ops::replay))
+        .routes(routes!(flow::get_flow))
         .routes(routes!(timeline::get_timeline))
+        .merge(OperatorApi::routes())
 }
 
 /// The OpenAPI document of this service.

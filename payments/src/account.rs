@@ -1,31 +1,25 @@
-//! Accounts and deposits, as their owners ask for them over HTTP.
-
-use std::ops::ControlFlow;
+//! Accounts and deposits, as requested over HTTP.
 
 use failpoint::{failpoint, removed};
-use messaging::db::{self, Failure, Retry};
-use sea_orm::{
-    ActiveValue::Set, DatabaseConnection, DbErr, EntityTrait as _, TransactionTrait as _,
-    TryInsertResult,
-};
+use messaging::{Database, read, retry};
+use sea_orm::{ActiveValue::Set, DbErr, EntityTrait as _, TryInsertResult};
 use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use service_kit::idempotency::Delivery;
+use service_kit::idempotency::Execution;
 use shared_contracts::{Amount, BALANCE_MAX, UserId};
 
 use crate::entity::{account, transfer};
 use crate::error::Error;
 
-/// An account to open.
 pub(crate) struct NewAccount {
     pub(crate) user_id: UserId,
     pub(crate) idempotency_key: String,
     pub(crate) created_at: OffsetDateTime,
 }
 
-/// A deposit to make. `id` is minted before the first try, so that a retry recognises its own row.
+/// `id` is minted before the first attempt, so that a retry recognises its own row.
 pub(crate) struct NewDeposit {
     pub(crate) id: Uuid,
     pub(crate) user_id: UserId,
@@ -34,24 +28,16 @@ pub(crate) struct NewDeposit {
     pub(crate) created_at: OffsetDateTime,
 }
 
-/// Opens the account, or finds that this key opened it before.
+/// Opens the account, or finds the one that this key opened before.
 pub(crate) async fn open(
-    db: &DatabaseConnection,
+    db: &Database,
     new: &NewAccount,
-) -> Result<(account::Model, Delivery), Error> {
-    let mut retry = Retry::begin();
-    loop {
-        if let ControlFlow::Break(settled) = retry.settle(open_once(db, new)).await {
-            return settled?;
-        }
-    }
+) -> Result<(account::Model, Execution), Error> {
+    retry(|| open_once(db, new)).await
 }
 
-async fn open_once(
-    db: &DatabaseConnection,
-    new: &NewAccount,
-) -> Result<Result<(account::Model, Delivery), Error>, Failure> {
-    let txn = db.begin().await?;
+async fn open_once(db: &Database, new: &NewAccount) -> Result<(account::Model, Execution), Error> {
+    let txn = db.begin("account").await?;
     let row = account::ActiveModel {
         user_id: Set(new.user_id.to_string()),
         balance: Set(0),
@@ -62,90 +48,80 @@ async fn open_once(
     // A conflict looks like `Inserted(0)` here, so the number is what counts.
     let inserted = account::Entity::insert(row)
         .on_conflict_do_nothing_on([account::Column::UserId])
-        .exec_without_returning(&txn)
+        .exec_without_returning(&*txn)
         .await?;
     let stored = account::Entity::find_by_id(new.user_id.to_string())
-        .one(&txn)
+        .one(&*txn)
         .await?;
     let stored = stored.ok_or_else(|| {
         DbErr::RecordNotFound(format!("account {} that was just stored", new.user_id))
     })?;
     let same_key = stored.idempotency_key == new.idempotency_key;
-    let delivery = match inserted {
-        TryInsertResult::Inserted(1) => Delivery::First,
-        // Our own row, from a try whose commit was not answered.
-        _ if same_key && stored.created_at == new.created_at => Delivery::First,
-        _ if same_key => Delivery::Replayed,
-        _ => return Ok(Err(Error::AccountExists)),
+    let execution = match inserted {
+        TryInsertResult::Inserted(1) => Execution::First,
+        // Our own row, from an attempt whose commit was not answered.
+        _ if same_key && stored.created_at == new.created_at => Execution::First,
+        _ if same_key => Execution::Replayed,
+        _ => return Err(Error::AccountExists),
     };
-    failpoint!("account.before_commit").map_err(db::injected)?;
-    db::commit(txn).await?;
-    failpoint!("account.after_commit")
-        .map_err(|injected| Failure::Unknown(db::injected(injected)))?;
-    Ok(Ok((stored, delivery)))
+    txn.commit().await?;
+    Ok((stored, execution))
 }
 
-pub(crate) async fn find(
-    db: &DatabaseConnection,
-    user_id: &UserId,
-) -> Result<account::Model, Error> {
-    db::read(|| account::Entity::find_by_id(user_id.to_string()).one(db))
+pub(crate) async fn find(db: &Database, user_id: &UserId) -> Result<account::Model, Error> {
+    read(|| account::Entity::find_by_id(user_id.to_string()).one(&**db))
         .await?
         .ok_or(Error::AccountNotFound)
 }
 
-/// A page of the user's movements of money, newest first, and whether there are more.
+/// A page of the user's transfers, newest first, and whether there are more.
 pub(crate) async fn statement(
-    db: &DatabaseConnection,
+    db: &Database,
     user_id: &UserId,
     before: Option<i64>,
     limit: usize,
 ) -> Result<(Vec<transfer::Model>, bool), Error> {
     find(db, user_id).await?;
     let mut entries =
-        db::read(|| transfer::statement(db, user_id.as_str(), before, limit as u64 + 1)).await?;
+        read(|| transfer::statement(db, user_id.as_str(), before, limit as u64 + 1)).await?;
     let more = entries.len() > limit;
     entries.truncate(limit);
     Ok((entries, more))
 }
 
-/// Adds money, or finds that this key added it before.
+/// Adds money, or finds the deposit that this key made before.
 pub(crate) async fn top_up(
-    db: &DatabaseConnection,
+    db: &Database,
     new: &NewDeposit,
-) -> Result<(transfer::Model, Delivery), Error> {
-    let mut retry = Retry::begin();
-    loop {
-        if let ControlFlow::Break(settled) = retry.settle(top_up_once(db, new)).await {
-            return settled?;
-        }
-    }
+) -> Result<(transfer::Model, Execution), Error> {
+    retry(|| top_up_once(db, new)).await
 }
 
-/// The account's lock makes twins with one key wait for each other, so the second finds the first's row.
+/// Two requests with one key wait for each other at the account's lock, so the second finds the row
+/// of the first.
 async fn top_up_once(
-    db: &DatabaseConnection,
+    db: &Database,
     new: &NewDeposit,
-) -> Result<Result<(transfer::Model, Delivery), Error>, Failure> {
+) -> Result<(transfer::Model, Execution), Error> {
     let request_hash = request_hash(new);
     let user_id = new.user_id.as_str();
     let mut key = new.idempotency_key.clone();
     if removed!("deposit.idempotency_key") {
         key = new.id.to_string();
     }
-    let txn = db.begin().await?;
+    let txn = db.begin("deposit").await?;
     let Some(funds) = account::lock(&txn, vec![user_id.to_owned()]).await?.pop() else {
-        return Ok(Err(Error::AccountNotFound));
+        return Err(Error::AccountNotFound);
     };
     if let Some(earlier) = transfer::find_deposit(&txn, user_id, &key).await? {
-        return Ok(match earlier.request_hash.as_deref() {
-            // Our own row, from a try whose commit was not answered.
+        return match earlier.request_hash.as_deref() {
+            // Our own row, from an attempt whose commit was not answered.
             Some(hash) if hash == request_hash && earlier.id == new.id => {
-                Ok((earlier, Delivery::First))
+                Ok((earlier, Execution::First))
             }
-            Some(hash) if hash == request_hash => Ok((earlier, Delivery::Replayed)),
+            Some(hash) if hash == request_hash => Ok((earlier, Execution::Replayed)),
             _ => Err(Error::KeyReused),
-        });
+        };
     }
     let amount = new.amount.minor_units();
     let Some(balance_after) = funds
@@ -153,10 +129,10 @@ async fn top_up_once(
         .checked_add(amount)
         .filter(|balance| *balance <= BALANCE_MAX)
     else {
-        return Ok(Err(Error::BalanceLimit));
+        return Err(Error::BalanceLimit);
     };
     account::add(&txn, user_id, amount).await?;
-    failpoint!("deposit.after_add").map_err(db::injected)?;
+    failpoint!("deposit.after_add")?;
     let deposit = transfer::Deposit {
         id: new.id,
         user_id,
@@ -168,11 +144,8 @@ async fn top_up_once(
         created_at: new.created_at,
     };
     let stored = transfer::insert_deposit(&txn, deposit).await?;
-    failpoint!("deposit.before_commit").map_err(db::injected)?;
-    db::commit(txn).await?;
-    failpoint!("deposit.after_commit")
-        .map_err(|injected| Failure::Unknown(db::injected(injected)))?;
-    Ok(Ok((stored, Delivery::First)))
+    txn.commit().await?;
+    Ok((stored, Execution::First))
 }
 
 /// What makes two deposits with one key the same request.

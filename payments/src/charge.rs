@@ -1,172 +1,195 @@
-//! Decides which orders are paid. [`decide`] is the pure decision over data; [`charge`] is the SQL around it.
+//! Decides which orders are paid. [`decide`] is the pure decision over data; [`Charge`] is the SQL
+//! around it.
 //!
-//! The decision row is what counts, not the inbox: an order that has one is never decided again, whatever the broker
-//! repeats, reorders or replays, and whether or not an inbox row is left.
+//! The decision row is what counts, not the inbox: an order that has one is never decided again,
+//! whatever the broker repeats, reorders or replays, and whether or not an inbox row is left.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 
 use failpoint::{failpoint, removed};
-use sea_orm::DatabaseTransaction;
-use sha2::{Digest, Sha256};
+use messaging::{
+    AnswerTable, Handled, LostRace, Message, Quarantined, Received, Subscriber, Subscription,
+    Transaction, now, rearm,
+};
+use sha2::{Digest as _, Sha256};
+use shared_contracts::{
+    Amount, DeclineReason, Event as _, EventId, ORDERS_STREAM, OrderId, OrderPlaced,
+    PaymentOutcome, PaymentSettled, UserId,
+};
 use time::OffsetDateTime;
 use tracing::debug;
 use uuid::Uuid;
 
-use messaging::consumer::{Handled, LostRace, Quarantined, Received};
-use messaging::outbox::{self, Enqueued, Message};
-use shared_contracts::{
-    Amount, DeclineReason, EventId, OrderId, OrderPlaced, PaymentOutcome, PaymentSettled, UserId,
-};
-
 use crate::entity::account::{self, Withdrawal};
 use crate::entity::payment::{self, NewDecision};
 use crate::entity::transfer::{self, NewPayment};
+use crate::metrics;
 
-/// Event handler: the consumer began `txn` and commits it, together with the inbox rows. May run again after a
-/// rollback; takes effect once.
-pub(crate) async fn charge(
-    txn: &DatabaseTransaction,
-    batch: &[Received<OrderPlaced>],
-) -> anyhow::Result<Handled<Charged>> {
-    // Accounts are locked first, so that of two workers with the same order the second reads what the first decided.
-    let funds = account::lock(
-        txn,
-        batch
-            .iter()
-            .map(|one| one.event.user_id.to_string())
-            .collect(),
-    )
-    .await?;
-    failpoint!("charge.after_lock")?;
-    let mut decided = payment::find_all(
-        txn,
-        batch
-            .iter()
-            .map(|one| one.event.order_id.as_uuid())
-            .collect(),
-    )
-    .await?;
-    if removed!("charge.decision_check") {
-        decided.clear();
-    }
-    if removed!("charge.decision_over_inbox") {
-        decided.retain(|row| {
-            batch
-                .iter()
-                .any(|one| one.event.order_id.as_uuid() == row.order_id && !one.first)
-        });
-    }
-    let plan = decide(
-        batch,
-        funds
-            .into_iter()
-            .map(|one| {
-                (
-                    one.user_id,
-                    Purse {
-                        balance: one.balance,
-                        entry_no: one.entry_no,
-                    },
-                )
-            })
-            .collect(),
-        decided
-            .iter()
-            .map(|row| (row.order_id, Decided::from(row)))
-            .collect(),
-    );
+/// Decides orders that were placed.
+pub struct Charge;
 
-    let mut answers: Vec<Message> = Vec::with_capacity(plan.decisions.len());
-    let now = OffsetDateTime::now_utc();
-    if !plan.decisions.is_empty() {
-        for made in &plan.decisions {
-            debug!(order.id = %made.request.order_id, outcome = made.outcome.as_str(), "Order decided");
-            answers.push(Message::first(
-                made.event_id,
-                &answer(&made.request, made.outcome),
-                now,
-                made.traceparent.as_deref(),
-            ));
-        }
-        let mut rows: Vec<NewDecision> = plan.decisions.iter().map(NewDecision::from).collect();
-        if removed!("charge.refusal_stored") {
-            rows.retain(|row| row.transfer_id.is_some());
-        }
-        let decisions = rows.len() as u64;
-        // Only orders without a decision move money. If another worker decided one meanwhile (possible only where no
-        // account is there to be locked), nothing of this plan is to be trusted: run again and see its row.
-        if payment::insert_new(txn, rows).await? != decisions {
-            return Err(LostRace("a payment decision").into());
-        }
-        failpoint!("charge.after_decisions")?;
-        let payments = plan.payments();
-        if !payments.is_empty() {
-            let withdrawals = plan.withdrawals();
-            let accounts = withdrawals.len() as u64;
-            let withdrawn = account::withdraw(txn, withdrawals).await?;
-            anyhow::ensure!(
-                withdrawn == accounts,
-                "an account that was locked with enough money has none: {withdrawn} of {accounts}"
-            );
-            failpoint!("charge.after_withdrawal")?;
-            transfer::insert_payments(txn, &payments).await?;
-            failpoint!("charge.after_transfers")?;
-        }
-    }
-    if !plan.asked_again.is_empty() && !removed!("charge.re_arm") {
-        let raised: HashSet<Uuid> = payment::raise_asks(
-            txn,
-            plan.asked_again
-                .iter()
-                .map(|one| (one.order_id, one.ask))
-                .collect(),
-        )
-        .await?
-        .into_iter()
-        .collect();
-        for row in decided.iter().filter(|row| raised.contains(&row.order_id)) {
-            let Some(again) = plan
-                .asked_again
-                .iter()
-                .find(|one| one.order_id == row.order_id)
-            else {
-                continue;
-            };
-            let settled = stored_answer(row)?;
-            answers.push(Message::nth(
-                EventId::from(row.event_id),
-                again.ask.unsigned_abs(),
-                &settled,
-                now,
-                again.traceparent.as_deref(),
-            ));
-        }
-    }
-    let outcomes: Vec<_> = plan
-        .decisions
-        .iter()
-        .map(|made| made.outcome.reason().map_or("paid", DeclineReason::as_str))
-        .collect();
-    let answered_again = answers.len().saturating_sub(outcomes.len());
-    let enqueued = outbox::enqueue(txn, answers).await?;
-    Ok(Handled {
-        quarantined: plan.quarantined,
-        effect: Charged {
-            enqueued,
-            outcomes,
-            answered_again,
-        },
-    })
-}
-
-/// What [`charge`] did.
+/// What a batch did.
 #[derive(Debug)]
-pub(crate) struct Charged {
-    pub(crate) enqueued: Enqueued,
+pub struct Charged {
     /// Of each order that was decided: `paid`, or why not.
     pub(crate) outcomes: Vec<&'static str>,
     /// Decisions that existed and were given again.
     pub(crate) answered_again: usize,
+}
+
+const DECISIONS: AnswerTable = AnswerTable {
+    name: "payments",
+    key: "order_id",
+    last_ask: "last_ask",
+};
+
+impl Subscriber for Charge {
+    type Event = OrderPlaced;
+    type Effect = Charged;
+
+    const SUBSCRIPTION: Subscription = Subscription {
+        consumer: "payments-order-placed",
+        stream: ORDERS_STREAM,
+        subject: OrderPlaced::SUBJECT,
+        service: "payments",
+    };
+
+    /// Takes effect once, because an order with a decision is never decided again.
+    async fn handle(
+        &self,
+        txn: &Transaction,
+        batch: &[Received<OrderPlaced>],
+    ) -> anyhow::Result<Handled<Charged>> {
+        // Accounts are locked first, so that of two workers with the same order the second reads
+        // what the first decided.
+        let user_ids = batch.iter().map(|one| one.event.user_id.to_string());
+        let funds = account::lock(txn, user_ids.collect()).await?;
+        failpoint!("charge.after_lock")?;
+        let order_ids = batch.iter().map(|one| one.event.order_id.as_uuid());
+        let mut decided = payment::find_all(txn, order_ids.collect()).await?;
+        if removed!("charge.decision_check") {
+            decided.clear();
+        }
+        if removed!("charge.decision_over_inbox") {
+            let is_repeated = |row: &payment::Model| {
+                let same_order = |one: &&Received<OrderPlaced>| {
+                    one.event.order_id.as_uuid() == row.order_id && !one.first
+                };
+                batch.iter().find(same_order).is_some()
+            };
+            decided.retain(is_repeated);
+        }
+        let plan = decide(
+            batch,
+            funds.into_iter().map(Purse::of).collect(),
+            decided
+                .iter()
+                .map(|row| (row.order_id, Decided::from(row)))
+                .collect(),
+        );
+        store(txn, &plan).await?;
+
+        let at = now();
+        let mut answers: Vec<Message> = plan.decisions.iter().map(|made| made.answer(at)).collect();
+        let answered_again = answers_again(txn, &plan, &decided, at).await?;
+        let effect = Charged {
+            outcomes: plan
+                .decisions
+                .iter()
+                .map(|made| outcome_label(made.outcome))
+                .collect(),
+            answered_again: answered_again.len(),
+        };
+        answers.extend(answered_again);
+        txn.enqueue(answers).await?;
+        Ok(Handled {
+            effect,
+            quarantined: plan.quarantined,
+        })
+    }
+
+    fn committed(&self, charged: Charged) {
+        metrics::charged(&charged);
+    }
+
+    fn describe(&self, charged: &Charged) -> Option<String> {
+        match charged.outcomes.first() {
+            Some(&"paid") => Some("The order is paid.".to_owned()),
+            Some(reason) => Some(format!("The order is declined: {reason}.")),
+            None if charged.answered_again > 0 => {
+                Some("The decision stands; it is answered again.".to_owned())
+            }
+            None => None,
+        }
+    }
+}
+
+fn outcome_label(outcome: PaymentOutcome) -> &'static str {
+    outcome.reason().map_or("paid", DeclineReason::as_str)
+}
+
+/// Stores decisions and moves the money of the orders that are paid.
+async fn store(txn: &Transaction, plan: &Plan) -> anyhow::Result<()> {
+    if plan.decisions.is_empty() {
+        return Ok(());
+    }
+    let mut rows: Vec<NewDecision> = plan.decisions.iter().map(NewDecision::from).collect();
+    if removed!("charge.refusal_stored") {
+        rows.retain(|row| row.transfer_id.is_some());
+    }
+    let decisions = rows.len() as u64;
+    // Only orders without a decision move money. If another worker decided one meanwhile (possible
+    // only where there is no account to lock), nothing of this plan can be trusted: run again and
+    // see its row.
+    if payment::insert_new(txn, rows).await? != decisions {
+        return Err(LostRace("a payment decision").into());
+    }
+    failpoint!("charge.after_decisions")?;
+    let payments = plan.payments();
+    if payments.is_empty() {
+        return Ok(());
+    }
+    let withdrawals = plan.withdrawals();
+    let accounts = withdrawals.len() as u64;
+    let withdrawn = account::withdraw(txn, withdrawals).await?;
+    anyhow::ensure!(
+        withdrawn == accounts,
+        "an account that was locked with enough money has none: {withdrawn} of {accounts}"
+    );
+    failpoint!("charge.after_withdrawal")?;
+    transfer::insert_payments(txn, &payments).await?;
+    failpoint!("charge.after_transfers")?;
+    Ok(())
+}
+
+/// The stored answers that are to be given again.
+async fn answers_again(
+    txn: &Transaction,
+    plan: &Plan,
+    decided: &[payment::Model],
+    at: OffsetDateTime,
+) -> anyhow::Result<Vec<Message>> {
+    let asks = plan.asked_again.iter().map(|one| (one.order_id, one.ask));
+    let rearmed = rearm(txn, &DECISIONS, asks.collect()).await?;
+    let mut answers = Vec::new();
+    for row in decided.iter().filter(|row| rearmed.contains(&row.order_id)) {
+        let asked = plan
+            .asked_again
+            .iter()
+            .find(|one| one.order_id == row.order_id);
+        let Some(asked) = asked else { continue };
+        let event_id = EventId::from(row.event_id);
+        let traceparent = asked.traceparent.as_deref();
+        let answer = stored_answer(row)?;
+        answers.push(Message::again(
+            event_id,
+            asked.ask.unsigned_abs(),
+            &answer,
+            at,
+            traceparent,
+        ));
+    }
+    Ok(answers)
 }
 
 /// The part of an account that a decision needs.
@@ -174,6 +197,16 @@ pub(crate) struct Charged {
 struct Purse {
     balance: i64,
     entry_no: i64,
+}
+
+impl Purse {
+    fn of(funds: account::Funds) -> (String, Self) {
+        let purse = Self {
+            balance: funds.balance,
+            entry_no: funds.entry_no,
+        };
+        (funds.user_id, purse)
+    }
 }
 
 /// A decision that exists.
@@ -211,6 +244,14 @@ struct Made {
     payment: Option<NewPayment>,
     event_id: EventId,
     traceparent: Option<String>,
+}
+
+impl Made {
+    fn answer(&self, at: OffsetDateTime) -> Message {
+        debug!(order.id = %self.request.order_id, outcome = self.outcome.as_str(), "Order decided");
+        let answer = answer(&self.request, self.outcome);
+        Message::new(self.event_id, &answer, at, self.traceparent.as_deref())
+    }
 }
 
 /// A decision that exists and whose answer may have been lost.

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use messaging::config::FlowArgs;
+use messaging::FlowArgs;
 use service_kit::telemetry::LogFormat;
 
 /// The account keeper: holds balances and decides, once for every order, whether it is paid.

@@ -1,11 +1,12 @@
-//! What can go wrong in this service's use cases, in its own words.
+//! What can go wrong in the use cases of this service.
 
-use messaging::db::Failure;
+use failpoint::Injected;
+use messaging::{Failure, Retryable};
 use sea_orm::DbErr;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    #[error("the user has an account already")]
+    #[error("the user already has an account")]
     AccountExists,
     #[error("the user has no account")]
     AccountNotFound,
@@ -15,21 +16,27 @@ pub(crate) enum Error {
     BalanceLimit,
     #[error("the idempotency key was used for another request")]
     KeyReused,
-    #[error("there is no such dead letter")]
-    DeadLetterNotFound,
-    /// Nothing was stored.
-    #[error("database query failed")]
-    Database(#[from] DbErr),
-    /// It may or may not have been stored; the same key tells.
-    #[error("the outcome of the transaction is not known")]
-    OutcomeUnknown(#[source] DbErr),
+    #[error(transparent)]
+    Database(#[from] Failure),
 }
 
-impl From<Failure> for Error {
-    fn from(failure: Failure) -> Self {
-        match failure {
-            Failure::NotDone(error) => Self::Database(error),
-            Failure::Unknown(error) => Self::OutcomeUnknown(error),
+impl From<DbErr> for Error {
+    fn from(error: DbErr) -> Self {
+        Self::Database(error.into())
+    }
+}
+
+impl From<Injected> for Error {
+    fn from(injected: Injected) -> Self {
+        Self::Database(injected.into())
+    }
+}
+
+impl Retryable for Error {
+    fn into_failure(self) -> Result<Failure, Self> {
+        match self {
+            Self::Database(failure) => Ok(failure),
+            answer => Err(answer),
         }
     }
 }

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use axum::Router;
+use axum::extract::FromRef;
 use axum::routing::get;
-use messaging::broker::Broker;
-use sea_orm::DatabaseConnection;
+use messaging::{Database, OperatorApi};
 use utoipa::OpenApi;
 use utoipa::openapi::Server;
 use utoipa_axum::router::OpenApiRouter;
@@ -15,23 +15,25 @@ use utoipa_swagger_ui::SwaggerUi;
 use service_kit::openapi::complete;
 use service_kit::problem::Code;
 
-use crate::charge;
-
 mod account;
 mod deposit;
 mod entry;
 mod error;
-mod ops;
+mod flow;
 mod timeline;
 
 /// What handlers need.
 #[derive(Clone)]
 pub(crate) struct State {
-    pub(crate) db: DatabaseConnection,
-    pub(crate) broker: Broker,
-    /// What is to be done after the commit of what a message did.
-    pub(crate) committed: Arc<dyn Fn(charge::Charged) + Send + Sync>,
+    pub(crate) db: Database,
+    pub(crate) operators: OperatorApi,
     pub(crate) currency: Arc<str>,
+}
+
+impl FromRef<State> for OperatorApi {
+    fn from_ref(state: &State) -> Self {
+        state.operators.clone()
+    }
 }
 
 #[derive(OpenApi)]
@@ -53,11 +55,10 @@ fn api() -> OpenApiRouter<State> {
         .routes(routes!(account::create_account))
         .routes(routes!(account::get_account))
         .routes(routes!(deposit::create_deposit))
-        .routes(routes!(ops::flow))
-        .routes(routes!(ops::dead_letters))
-        .routes(routes!(ops::replay))
+        .routes(routes!(flow::get_flow))
         .routes(routes!(entry::list_entries))
         .routes(routes!(timeline::get_timeline))
+        .merge(OperatorApi::routes())
 }
 
 /// The OpenAPI document of this service.

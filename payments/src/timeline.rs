@@ -1,39 +1,35 @@
 //! What this service did about an order, step by step.
 
-use messaging::db;
-use messaging::timeline::{self, Step, StepKind, Timeline};
-use messaging::topology::PAYMENTS_ORDER_PLACED;
-use sea_orm::{DatabaseConnection, DbErr, EntityTrait as _};
-use shared_contracts::{Event as _, OrderId, OrderPlaced};
+use messaging::{Database, TimelineSteps, read};
+use sea_orm::{DbErr, EntityTrait as _};
+use shared_contracts::OrderId;
+use shared_contracts::timeline::{Step, StepKind, Timeline};
 
+use crate::charge::Charge;
 use crate::entity::{payment, transfer};
+use crate::error::Error;
 
 const SERVICE: &str = "payments";
 
-/// The steps, in the order of time.
-pub(crate) async fn of_order(
-    db: &DatabaseConnection,
-    order_id: OrderId,
-) -> Result<Timeline, DbErr> {
-    db::read(|| look(db, order_id)).await
+pub(crate) async fn timeline(db: &Database, order_id: OrderId) -> Result<Timeline, Error> {
+    Ok(read(|| read_timeline(db, order_id)).await?)
 }
 
-async fn look(db: &DatabaseConnection, order_id: OrderId) -> Result<Timeline, DbErr> {
+async fn read_timeline(db: &Database, order_id: OrderId) -> Result<Timeline, DbErr> {
     let order_id = order_id.as_uuid();
+    let messages = TimelineSteps {
+        db,
+        service: SERVICE,
+    };
     let mut steps = Vec::new();
     let mut pruned = false;
-    if let Some(decision) = payment::Entity::find_by_id(order_id).one(db).await? {
-        steps.extend(
-            timeline::taken(
-                db,
-                &PAYMENTS_ORDER_PLACED,
-                OrderPlaced::TYPE,
-                decision.request_event_id,
-            )
-            .await?,
-        );
+    if let Some(decision) = payment::Entity::find_by_id(order_id).one(&**db).await? {
+        let received = messages
+            .received::<Charge>(decision.request_event_id)
+            .await?;
+        steps.extend(received);
         let debit = match decision.transfer_id {
-            Some(id) => transfer::Entity::find_by_id(id).one(db).await?,
+            Some(id) => transfer::Entity::find_by_id(id).one(&**db).await?,
             None => None,
         };
         steps.push(Step {
@@ -42,11 +38,11 @@ async fn look(db: &DatabaseConnection, order_id: OrderId) -> Result<Timeline, Db
             balance_after: debit.map(|debit| debit.balance_after),
             ..Step::new(decision.decided_at, SERVICE, StepKind::Decided)
         });
-        let sent = timeline::sent(db, SERVICE, decision.event_id).await?;
+        let sent = messages.sent(decision.event_id).await?;
         pruned = sent.is_empty();
         steps.extend(sent);
     }
-    steps.extend(timeline::dead_lettered(db, SERVICE, order_id).await?);
+    steps.extend(messages.dead_lettered(order_id).await?);
     steps.sort_by_key(|step| step.at);
     Ok(Timeline {
         order_id,

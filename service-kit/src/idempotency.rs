@@ -62,9 +62,6 @@ pub enum Execution {
     Replayed,
 }
 
-// The former name, until its users are adapted.
-pub use Execution as Delivery;
-
 #[cfg(test)]
 mod tests {
     use super::*;

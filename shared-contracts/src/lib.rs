@@ -15,6 +15,7 @@ mod id;
 mod money;
 mod order;
 mod payment;
+pub mod timeline;
 pub mod timestamp;
 
 pub use id::{EventId, InvalidUserId, OrderId, UserId};
@@ -24,6 +25,7 @@ pub use payment::{DeclineReason, PaymentOutcome, PaymentSettled};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use uuid::Uuid;
 
 /// Stream that holds what `orders` says.
 pub const ORDERS_STREAM: &str = "ORDERS";
@@ -43,8 +45,14 @@ pub trait Event: Serialize + DeserializeOwned + Send + Sync + 'static {
     /// CloudEvents source: the service that says it.
     const SOURCE: &'static str;
 
-    /// The order it is about (CloudEvents `subject`).
-    fn order_id(&self) -> OrderId;
+    /// What the event belongs to, for example an order (CloudEvents `subject`). Dead letters and
+    /// timelines are found by it.
+    fn key(&self) -> Uuid;
+
+    /// Which part of that it is about, for example a refund of the order.
+    fn about(&self) -> Option<Uuid> {
+        None
+    }
 }
 
 /// Names of the message headers.

@@ -1,6 +1,7 @@
 //! What `orders` says.
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::{Amount, DeclineReason, Event, ORDERS_STREAM, OrderId, UserId};
 
@@ -49,8 +50,8 @@ impl Event for OrderPlaced {
     const TYPE: &'static str = "gozon.order.placed.v1";
     const SOURCE: &'static str = "orders";
 
-    fn order_id(&self) -> OrderId {
-        self.order_id
+    fn key(&self) -> Uuid {
+        self.order_id.as_uuid()
     }
 }
 
@@ -60,8 +61,8 @@ impl Event for OrderFinished {
     const TYPE: &'static str = "gozon.order.finished.v1";
     const SOURCE: &'static str = "orders";
 
-    fn order_id(&self) -> OrderId {
-        self.order_id
+    fn key(&self) -> Uuid {
+        self.order_id.as_uuid()
     }
 }
 
@@ -71,7 +72,7 @@ impl Event for OrderCancelled {
     const TYPE: &'static str = "gozon.order.cancelled.v1";
     const SOURCE: &'static str = "orders";
 
-    fn order_id(&self) -> OrderId {
-        self.order_id
+    fn key(&self) -> Uuid {
+        self.order_id.as_uuid()
     }
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::{Amount, Event, OrderId, PAYMENTS_STREAM, UserId};
 
@@ -105,7 +106,7 @@ impl Event for PaymentSettled {
     const TYPE: &'static str = "gozon.payment.settled.v1";
     const SOURCE: &'static str = "payments";
 
-    fn order_id(&self) -> OrderId {
-        self.order_id
+    fn key(&self) -> Uuid {
+        self.order_id.as_uuid()
     }
 }

@@ -9,9 +9,9 @@ use anyhow::{Context as _, ensure};
 use async_nats::HeaderMap;
 use async_nats::jetstream::message::PublishMessage;
 use async_nats::jetstream::stream;
+use broker::{Broker, BrokerConfig};
 use futures_util::{StreamExt as _, stream as futures_stream};
-use messaging::broker::{Broker, BrokerConfig};
-use messaging::topology::{TopologySettings, orders_stream};
+use messaging::{Stream, TopologySettings};
 use sea_orm::ConnectionTrait as _;
 use stack::System;
 use tokio::process::Command;
@@ -105,12 +105,12 @@ pub(crate) async fn publishes(system: &System, time: Duration) -> anyhow::Result
     let config = BrokerConfig {
         url: system.nats().url(),
         user: "ops".to_owned(),
-        password: system.place().secrets.nats_ops.clone(),
+        password: system.place().secrets.nats_ops.clone().into(),
         name: "bench".to_owned(),
     };
     let broker = Broker::connect(config).await?;
     broker.until_connected().await;
-    let shipped = orders_stream(&TopologySettings::default());
+    let shipped = Stream::events(STREAM, "gozon.bench.>").config(&TopologySettings::default());
     let config = stream::Config {
         name: STREAM.to_owned(),
         subjects: vec!["gozon.bench".to_owned()],

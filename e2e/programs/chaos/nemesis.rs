@@ -431,7 +431,7 @@ impl Nemesis {
 
     async fn at_the_broker(
         &self,
-        work: impl AsyncFn(&messaging::broker::Broker) -> anyhow::Result<()>,
+        work: impl AsyncFn(&broker::Broker) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
         let deadline = Instant::now() + START_WITHIN;
         let ops = tokio::time::timeout(START_WITHIN, operator(&self.stack.system))

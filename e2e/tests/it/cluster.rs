@@ -1,8 +1,8 @@
 //! A cluster of three brokers, killed one after the other and all at once.
 
 use async_nats::jetstream::message::PublishMessage;
+use broker::{Broker, BrokerConfig};
 use futures_util::StreamExt as _;
-use messaging::broker::{Broker, BrokerConfig};
 use stack::ports::free_port;
 use stack::testing::{TestCluster, TestStack, eventually};
 
@@ -111,7 +111,7 @@ async fn f18_a_duplicate_sent_while_the_first_is_being_stored_is_stored_once() {
     let config = BrokerConfig {
         url: cluster.url(leader),
         user: "ops".to_owned(),
-        password,
+        password: password.into(),
         name: "test".to_owned(),
     };
     let ops = Broker::connect(config).await.unwrap();

@@ -52,7 +52,10 @@ async fn every_service_exports_its_metrics() {
     }
     let orders = eventually("the last order has ended", SOON, async || {
         let page = Page::of(&shop, "orders").await;
-        (page.value("gozon_orders_ended_total{outcome=\"paid\"}") == Some(2.0)).then_some(page)
+        let is_final = page.value("gozon_orders_ended_total{outcome=\"paid\"}") == Some(2.0)
+            // Gauges are read before the counters.
+            && page.value("gozon_oldest_new_order_age_seconds") == Some(0.0);
+        is_final.then_some(page)
     })
     .await;
     let payments = eventually("the last answer is published", SOON, async || {

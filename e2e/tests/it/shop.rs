@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use async_nats::jetstream;
-use messaging::broker::Broker;
+use broker::Broker;
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, QueryResult, Statement};
 use serde_json::{Value, json};
 use stack::http::{Answer, Http};

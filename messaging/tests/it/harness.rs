@@ -1,49 +1,70 @@
-//! An outbox, a broker, and a relay between them.
+//! An outbox, a broker, and the flow of a service between them.
 
 use std::time::Duration;
 
 use async_nats::jetstream::message::StreamMessage;
-use async_nats::jetstream::stream;
-use messaging::broker::{Broker, BrokerConfig};
-use messaging::losses::Losses;
-use messaging::migration::MessagingTables;
-use messaging::outbox::{self, Enqueued, Message, Model};
-use messaging::outlet::Outlet;
-use messaging::relay::Relay;
-use messaging::topology::{self, TopologySettings};
-use messaging::{Vital, db};
-use sea_orm::{
-    ConnectionTrait as _, DatabaseConnection, DatabaseTransaction, DbBackend, EntityTrait as _,
-    QueryOrder as _, Statement, TransactionTrait as _,
-};
+use axum::body::to_bytes;
+use broker::{Broker, BrokerConfig};
+use clap::Parser as _;
+use messaging::{Database, Flow, FlowArgs, Message, Stream, Transaction, now};
+use sea_orm::{ConnectionTrait as _, DbBackend, FromQueryResult, Statement};
 use sea_orm_migration::{MigrationTrait, MigratorTrait};
+use service_kit::health::Health;
 use shared_contracts::{Amount, EventId, OrderId, OrderPlaced, UserId};
 use stack::testing::{TestBroker, TestDatabase, eventually};
+use time::OffsetDateTime;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tower::ServiceExt as _;
+use uuid::Uuid;
 
 pub(crate) const SOON: Duration = Duration::from_secs(60);
 
-/// By this name the database knows the relays.
-const RELAY: &str = "relay";
+/// The broker's permissions and the names of the connections know the service by this name.
+const SERVICE: &str = "orders";
+const STREAMS: [Stream; 2] = [
+    Stream::events("ORDERS", "gozon.orders.>"),
+    Stream::dead_letters("DLQ", "gozon.dlq.>"),
+];
 
 struct Migrator;
 
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![Box::new(MessagingTables)]
+        messaging::migrations()
     }
 }
 
+#[derive(clap::Parser)]
+struct Arguments {
+    #[command(flatten)]
+    flow: FlowArgs,
+}
+
 pub(crate) struct Outbox {
-    pub(crate) db: DatabaseConnection,
+    /// Hands off to no relay.
+    pub(crate) db: Database,
     pub(crate) broker: TestBroker,
     pub(crate) ops: Broker,
-    pub(crate) outlet: Outlet,
-    pub(crate) vital: Vital,
-    pub(crate) streams_vital: Vital,
     pub(crate) shutdown: CancellationToken,
     pub(crate) database: TestDatabase,
+}
+
+/// A flow that runs.
+pub(crate) struct Running {
+    /// Hands off to the relay of this flow.
+    db: Database,
+    health: axum::Router,
+    pub(crate) ended: JoinHandle<anyhow::Result<()>>,
+}
+
+#[derive(Clone, Debug, FromQueryResult)]
+pub(crate) struct Row {
+    pub(crate) event_id: Uuid,
+    pub(crate) attempts: i32,
+    pub(crate) created_at: OffsetDateTime,
+    pub(crate) published_at: Option<OffsetDateTime>,
+    pub(crate) stream_sequence: Option<i64>,
 }
 
 pub(crate) fn event(amount: i64) -> OrderPlaced {
@@ -58,85 +79,65 @@ impl Outbox {
     pub(crate) async fn new() -> Self {
         let broker = TestBroker::start().await.unwrap();
         let database = TestDatabase::fresh().await.unwrap();
-        let db = db::connect(&database.url, "test", db::Role::Flow, 4)
-            .await
-            .unwrap();
-        db::migrate::<Migrator>(&db).await.unwrap();
-        let ops = connect(&broker, "ops", &broker.secrets().nats_ops).await;
-        let vital = Vital::starting("starting");
-        let streams_vital = Vital::starting("starting");
-        let (outlet, shutdown) = (Outlet::default(), CancellationToken::new());
+        let url = database.url.clone().into();
+        let db = Database::in_background(&url, "test", 4).await.unwrap();
+        db.migrate::<Migrator>().await.unwrap();
+        let ops = Broker::connect(BrokerConfig {
+            url: broker.url(),
+            user: "ops".to_owned(),
+            password: broker.secrets().nats_ops.clone().into(),
+            name: "test".to_owned(),
+        });
+        let ops = ops.await.unwrap();
+        ops.until_connected().await;
         Self {
             db,
             broker,
             ops,
-            outlet,
-            vital,
-            streams_vital,
-            shutdown,
+            shutdown: CancellationToken::new(),
             database,
         }
     }
 
-    /// A relay as a service runs it.
-    pub(crate) async fn relay(
-        &self,
-        settings: &TopologySettings,
-    ) -> JoinHandle<anyhow::Result<()>> {
-        self.relay_for(vec![
-            topology::orders_stream(settings),
-            topology::dlq_stream(settings),
-        ])
-        .await
+    /// The flow of a service that reads nothing.
+    pub(crate) async fn flow(&self) -> Running {
+        self.flow_with(&[]).await
     }
 
-    pub(crate) async fn relay_for(
-        &self,
-        streams: Vec<stream::Config>,
-    ) -> JoinHandle<anyhow::Result<()>> {
-        let relay = Relay {
-            db: db::connect(&self.database.url, RELAY, db::Role::Flow, 4)
-                .await
-                .unwrap(),
-            broker: connect(&self.broker, "orders", &self.broker.secrets().nats_orders).await,
-            streams,
-            outlet: self.outlet.clone(),
-            losses: Losses::default(),
-            vital: self.vital.clone(),
-            streams_vital: self.streams_vital.clone(),
-        };
-        tokio::spawn(relay.run(self.shutdown.clone()))
+    pub(crate) async fn flow_with(&self, arguments: &[&str]) -> Running {
+        let mut all = vec![
+            "test".to_owned(),
+            format!("--database-url={}", self.database.url),
+            format!("--nats-url={}", self.broker.url()),
+            format!("--nats-password={}", self.broker.secrets().nats_orders),
+        ];
+        all.extend(arguments.iter().map(|one| (*one).to_owned()));
+        let arguments = Arguments::parse_from(all);
+        let flow = Flow::connect(SERVICE, &arguments.flow).await.unwrap();
+        let flow = flow.owns(&STREAMS);
+        let db = flow.background_database().clone();
+        let health = flow.health(Health::default());
+        let health = health.routes(CancellationToken::new());
+        let ended = tokio::spawn(flow.run::<Migrator>(self.shutdown.clone()));
+        Running { db, health, ended }
     }
 
-    /// Enqueues as many facts in one transaction and hands them to the relay.
-    pub(crate) async fn enqueue(&self, number: usize) {
-        let (txn, enqueued) = self.uncommitted(number).await;
-        txn.commit().await.unwrap();
-        self.outlet.hand_over(enqueued);
-    }
-
-    /// The same, by a process that dies before it can hand anything over.
+    /// Enqueues events in one transaction without handing them off, as a process that dies after
+    /// the commit.
     pub(crate) async fn leave(&self, number: usize) {
-        self.uncommitted(number).await.0.commit().await.unwrap();
+        enqueue(&self.db, number).await.commit().await.unwrap();
     }
 
-    /// A transaction with as many facts that is still open.
-    pub(crate) async fn uncommitted(&self, number: usize) -> (DatabaseTransaction, Enqueued) {
-        let now = db::now();
-        let messages = (0..number)
-            .map(|_| Message::first(EventId::mint(), &event(1), now, None))
-            .collect();
-        let txn = self.db.begin().await.unwrap();
-        let enqueued = outbox::enqueue(&txn, messages).await.unwrap();
-        (txn, enqueued)
+    /// A transaction with events that is still open, and that will hand off to no relay.
+    pub(crate) async fn uncommitted(&self, number: usize) -> Transaction {
+        enqueue(&self.db, number).await
     }
 
-    pub(crate) async fn rows(&self) -> Vec<Model> {
-        outbox::Entity::find()
-            .order_by_asc(outbox::Column::EventId)
-            .all(&self.db)
-            .await
-            .unwrap()
+    pub(crate) async fn rows(&self) -> Vec<Row> {
+        let query = "SELECT event_id, attempts, created_at, published_at, stream_sequence
+                     FROM outbox ORDER BY event_id";
+        let query = Statement::from_string(DbBackend::Postgres, query);
+        Row::find_by_statement(query).all(&*self.db).await.unwrap()
     }
 
     pub(crate) async fn execute(&self, sql: &str) {
@@ -144,7 +145,7 @@ impl Outbox {
     }
 
     /// Waits until this many rows are marked as published.
-    pub(crate) async fn until_published(&self, number: usize) -> Vec<Model> {
+    pub(crate) async fn until_published(&self, number: usize) -> Vec<Row> {
         eventually("the rows are published", SOON, async || {
             let rows = self.rows().await;
             (rows.iter().filter(|row| row.published_at.is_some()).count() == number).then_some(rows)
@@ -152,14 +153,14 @@ impl Outbox {
         .await
     }
 
-    /// Waits until no relay asks the database for anything, for now.
+    /// Waits until no relay has asked the database for anything for a moment.
     pub(crate) async fn until_idle(&self) {
         let busy = format!(
-            "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE '{RELAY}%'
+            "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND application_name = '{SERVICE} flow'
              AND clock_timestamp() - state_change < interval '0.2 s'"
         );
         let busy = Statement::from_string(DbBackend::Postgres, busy);
-        eventually("all is quiet", SOON, async || {
+        eventually("no relay asks", SOON, async || {
             self.db
                 .query_one_raw(busy.clone())
                 .await
@@ -187,14 +188,30 @@ impl Outbox {
     }
 }
 
-async fn connect(broker: &TestBroker, user: &str, password: &str) -> Broker {
-    let config = BrokerConfig {
-        url: broker.url(),
-        user: user.to_owned(),
-        password: password.to_owned(),
-        name: "test".to_owned(),
-    };
-    let broker = Broker::connect(config).await.unwrap();
-    broker.until_connected().await;
-    broker
+async fn enqueue(db: &Database, number: usize) -> Transaction {
+    let message = |_| Message::new(EventId::mint(), &event(1), now(), None);
+    let txn = db.begin("test").await.unwrap();
+    let messages = (0..number).map(message).collect();
+    txn.enqueue(messages).await.unwrap();
+    txn
+}
+
+impl Running {
+    /// Enqueues events in one transaction and hands them off.
+    pub(crate) async fn enqueue(&self, number: usize) {
+        enqueue(&self.db, number).await.commit().await.unwrap();
+    }
+
+    /// The line of the health page about one part.
+    pub(crate) async fn health(&self, part: &str) -> String {
+        let request = axum::http::Request::get("/readyz?verbose")
+            .body(axum::body::Body::empty())
+            .unwrap();
+        let answer = self.health.clone().oneshot(request).await.unwrap();
+        let body = to_bytes(answer.into_body(), usize::MAX).await.unwrap();
+        let text = String::from_utf8(body.to_vec()).unwrap();
+        let mut lines = text.lines();
+        let line = lines.find(|line| line.contains(&format!(" {part}: ")));
+        line.unwrap_or_default().to_owned()
+    }
 }

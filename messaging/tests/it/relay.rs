@@ -1,7 +1,7 @@
 //! What is committed is published, and marked only when it is.
 
-use messaging::outbox::LOOKED_FOR_AFTER;
-use messaging::topology::TopologySettings;
+use std::time::Duration;
+
 use sea_orm::ConnectionTrait as _;
 use shared_contracts::header;
 use stack::testing::eventually;
@@ -25,7 +25,7 @@ async fn assert_in_place(outbox: &Outbox) {
 async fn many_rows_are_stored_as_batches_and_each_is_marked_with_its_place() {
     let outbox = Outbox::new().await;
     outbox.leave(620).await;
-    let _relay = outbox.relay(&TopologySettings::default()).await;
+    let flow = outbox.flow().await;
     outbox.until_published(620).await;
     assert_eq!(outbox.messages().await, 620);
     assert!(
@@ -40,7 +40,7 @@ async fn many_rows_are_stored_as_batches_and_each_is_marked_with_its_place() {
     assert_in_place(&outbox).await;
 
     // A few go side by side.
-    outbox.enqueue(3).await;
+    flow.enqueue(3).await;
     outbox.until_published(623).await;
     assert!(
         outbox
@@ -56,22 +56,22 @@ async fn many_rows_are_stored_as_batches_and_each_is_marked_with_its_place() {
 #[tokio::test]
 async fn a_batch_with_a_message_that_the_broker_knows_already_is_published_all_the_same() {
     let outbox = Outbox::new().await;
-    let relay = outbox.relay(&TopologySettings::default()).await;
-    outbox.enqueue(1).await;
+    let flow = outbox.flow().await;
+    flow.enqueue(1).await;
     outbox.until_published(1).await;
     // As after a crash between the PubAck and the mark.
     outbox.shutdown.cancel();
-    relay.await.unwrap().unwrap();
+    flow.ended.await.unwrap().unwrap();
     outbox
         .execute("UPDATE outbox SET published_at = NULL, stream_sequence = NULL, attempts = 0")
         .await;
-    outbox.enqueue(99).await;
+    outbox.leave(99).await;
 
     let outbox = Outbox {
         shutdown: tokio_util::sync::CancellationToken::new(),
         ..outbox
     };
-    let _relay = outbox.relay(&TopologySettings::default()).await;
+    let _flow = outbox.flow().await;
     outbox.until_published(100).await;
     assert_eq!(outbox.messages().await, 100, "nothing twice");
     assert_in_place(&outbox).await;
@@ -84,26 +84,30 @@ async fn f19_a_row_that_the_broker_never_takes_holds_up_none_of_the_others() {
     outbox
         .execute("UPDATE outbox SET payload = repeat('x', 70000)")
         .await;
-    outbox.enqueue(100).await;
-    let _relay = outbox.relay(&TopologySettings::default()).await;
+    let flow = outbox.flow().await;
+    flow.enqueue(100).await;
     outbox.until_published(100).await;
     // Once it has failed a few times, what comes then does not wait for its turn.
     eventually("it was tried again", SOON, async || {
         (outbox.rows().await[0].attempts >= 5).then_some(())
     })
     .await;
-    outbox.enqueue(1).await;
+    flow.enqueue(1).await;
     let rows = outbox.until_published(101).await;
     assert!(
-        rows[0].published_at.is_none() && outbox.vital.read().is_err(),
-        "it stays, and is told"
+        rows[0].published_at.is_none(),
+        "the broker does not take it"
     );
+    assert!(flow.health("relay").await.starts_with("[~]"));
 
     outbox
         .execute("UPDATE outbox SET payload = '{}' WHERE published_at IS NULL")
         .await;
     outbox.until_published(102).await;
-    eventually("all is well again", SOON, async || outbox.vital.read().ok()).await;
+    eventually("all is well again", SOON, async || {
+        flow.health("relay").await.starts_with("[+]").then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -111,12 +115,8 @@ async fn rows_whose_stream_cannot_be_made_hold_up_none_of_the_others() {
     let outbox = Outbox::new().await;
     outbox.leave(600).await;
     outbox.execute("UPDATE outbox SET subject = 'gozon.dlq.orders', headers = '{\"Nats-Expected-Stream\":\"DLQ\"}'").await;
-    let _relay = outbox
-        .relay(&TopologySettings {
-            dlq_max_bytes: 1 << 50,
-            ..TopologySettings::default()
-        })
-        .await;
+    let too_large = format!("--dlq-max-bytes={}", 1_i64 << 50);
+    let flow = outbox.flow_with(&[&too_large]).await;
     eventually("all were tried", SOON, async || {
         outbox
             .rows()
@@ -126,10 +126,10 @@ async fn rows_whose_stream_cannot_be_made_hold_up_none_of_the_others() {
             .then_some(())
     })
     .await;
-    let told = outbox.streams_vital.read().unwrap_err();
+    let told = flow.health("streams").await;
     assert!(told.contains("no room for stream DLQ"), "{told}");
     for number in 1..=20 {
-        outbox.enqueue(1).await;
+        flow.enqueue(1).await;
         outbox.until_published(number).await;
     }
     assert_eq!(outbox.messages().await, 20);
@@ -139,9 +139,9 @@ async fn rows_whose_stream_cannot_be_made_hold_up_none_of_the_others() {
 async fn f17_several_relays_publish_a_backlog_once() {
     let outbox = Outbox::new().await;
     outbox.leave(3000).await;
-    let mut relays = Vec::new();
+    let mut flows = Vec::new();
     for _ in 0..5 {
-        relays.push(outbox.relay(&TopologySettings::default()).await);
+        flows.push(outbox.flow().await);
     }
     outbox.until_published(3000).await;
     assert_eq!(outbox.messages().await, 3000);
@@ -150,8 +150,8 @@ async fn f17_several_relays_publish_a_backlog_once() {
         "each was tried once"
     );
     outbox.shutdown.cancel();
-    for relay in relays {
-        relay.await.unwrap().unwrap();
+    for flow in flows {
+        flow.ended.await.unwrap().unwrap();
     }
 }
 
@@ -159,12 +159,12 @@ async fn f17_several_relays_publish_a_backlog_once() {
 #[tokio::test]
 async fn f20_f21_rows_that_commit_late_and_unannounced_are_published_too() {
     let outbox = Outbox::new().await;
-    let _relay = outbox.relay(&TopologySettings::default()).await;
+    let flow = outbox.flow().await;
     let late = outbox.uncommitted(2).await;
-    outbox.enqueue(5).await;
+    flow.enqueue(5).await;
     let rows = outbox.until_published(5).await;
     outbox.until_idle().await;
-    late.0.commit().await.unwrap();
+    late.commit().await.unwrap();
     let after = outbox.until_published(7).await;
     assert!(
         after[1].event_id < rows[0].event_id,
@@ -177,8 +177,8 @@ async fn f20_f21_rows_that_commit_late_and_unannounced_are_published_too() {
 #[tokio::test]
 async fn f20_a_row_whose_id_is_much_older_than_what_was_published_is_published_too() {
     let outbox = Outbox::new().await;
-    let _relay = outbox.relay(&TopologySettings::default()).await;
-    outbox.enqueue(5).await;
+    let flow = outbox.flow().await;
+    flow.enqueue(5).await;
     outbox.until_published(5).await;
     outbox
         .execute(
@@ -195,17 +195,17 @@ async fn f20_a_row_whose_id_is_much_older_than_what_was_published_is_published_t
 async fn rows_that_were_handed_over_do_not_wait_for_a_look_and_those_that_were_left_are_published_once()
  {
     let outbox = Outbox::new().await;
-    let _relay = outbox.relay(&TopologySettings::default()).await;
+    let flow = outbox.flow().await;
     for round in 1..=10 {
         // Never old enough, however slow this machine is, until it is made so.
-        let (txn, _left) = outbox.uncommitted(10).await;
+        let txn = outbox.uncommitted(10).await;
         txn.execute_unprepared(
             "UPDATE outbox SET created_at = now() + interval '1 hour' WHERE attempts = 0",
         )
         .await
         .unwrap();
         txn.commit().await.unwrap();
-        outbox.enqueue(10).await;
+        flow.enqueue(10).await;
         outbox.until_published(round * 20 - 10).await;
         outbox.execute("UPDATE outbox SET created_at = now() - interval '1 minute' WHERE published_at IS NULL").await;
         outbox.until_published(round * 20).await;
@@ -217,7 +217,7 @@ async fn rows_that_were_handed_over_do_not_wait_for_a_look_and_those_that_were_l
     assert!(tried_once >= 150, "only {tried_once} of 200 went one way");
     let at_once = rows
         .iter()
-        .filter(|row| row.published_at.unwrap() - row.created_at < LOOKED_FOR_AFTER)
+        .filter(|row| row.published_at.unwrap() - row.created_at < Duration::from_secs(2))
         .count();
     assert!(
         at_once >= 50,
@@ -229,12 +229,12 @@ async fn rows_that_were_handed_over_do_not_wait_for_a_look_and_those_that_were_l
 #[tokio::test]
 async fn what_is_handed_over_while_the_broker_is_away_is_published_when_it_returns() {
     let mut outbox = Outbox::new().await;
-    let _relay = outbox.relay(&TopologySettings::default()).await;
-    outbox.enqueue(1).await;
+    let flow = outbox.flow().await;
+    flow.enqueue(1).await;
     outbox.until_published(1).await;
     outbox.broker.kill().await.unwrap();
     for _ in 0..60 {
-        outbox.enqueue(100).await;
+        flow.enqueue(100).await;
     }
     outbox.broker.up().await.unwrap();
     outbox.until_published(6001).await;

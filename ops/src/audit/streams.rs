@@ -13,11 +13,9 @@ use async_nats::jetstream::consumer::{DeliverPolicy, pull};
 use async_nats::jetstream::context::GetStreamErrorKind;
 use async_nats::jetstream::{self, ErrorCode, Message};
 use futures_util::StreamExt as _;
-use messaging::consumer;
-use messaging::dead_letter;
-use messaging::topology::{
-    ORDERS_PAYMENT_SETTLED, PAYMENTS_ORDER_PLACED, Subscription, dlq_subject,
-};
+use messaging::{Subscriber as _, Subscription, message_key, read_message};
+use orders::Settle;
+use payments::Charge;
 use sea_orm::{DatabaseConnection, DbErr, FromQueryResult};
 use shared_contracts::{
     Amount, DeclineReason, Event, OrderCancelled, OrderFinished, OrderPlaced, PaymentSettled,
@@ -277,12 +275,12 @@ fn source<'a>(databases: &'a Databases, subject: &str) -> Source<'a> {
         OrderPlaced::SUBJECT => Source {
             db: orders,
             rows: PLACED,
-            reader: Some((payments, &PAYMENTS_ORDER_PLACED)),
+            reader: Some((payments, &Charge::SUBSCRIPTION)),
         },
         PaymentSettled::SUBJECT => Source {
             db: payments,
             rows: DECIDED,
-            reader: Some((orders, &ORDERS_PAYMENT_SETTLED)),
+            reader: Some((orders, &Settle::SUBSCRIPTION)),
         },
         // Nobody sets these aside: gateways hand them on.
         _ => Source {
@@ -343,17 +341,15 @@ fn read_as<E: Event>(
         message.info().map_or(0, |info| info.stream_sequence)
     );
     let received =
-        consumer::read::<E>(message.headers.as_ref(), &message.payload).map_err(|cause| {
-            Suspect {
-                finding: Finding {
-                    kind: Kind::UnreadableMessage,
-                    id: place.clone(),
-                    detail: format!("{}: {cause}", E::SUBJECT),
-                },
-                key: dead_letter::message_key(message),
-            }
+        read_message::<E>(message.headers.as_ref(), &message.payload).map_err(|cause| Suspect {
+            finding: Finding {
+                kind: Kind::UnreadableMessage,
+                id: place.clone(),
+                detail: format!("{}: {cause}", E::SUBJECT),
+            },
+            key: message_key(&message.subject, message.headers.as_ref(), &message.payload),
         })?;
-    let order_id = received.event.order_id().as_uuid();
+    let order_id = received.event.key();
     let (user_id, amount, end) = says(received.event);
     Ok(Said {
         place,
@@ -430,7 +426,7 @@ async fn set_aside(source: &Source<'_>, suspects: &[Suspect]) -> Result<HashSet<
     let values = vec![
         subscription.consumer.into(),
         keys.into(),
-        dlq_subject(subscription.service).into(),
+        format!("gozon.dlq.{}", subscription.service).into(),
     ];
     let found: Vec<Key> = rows(db, SET_ASIDE, values).await?;
     Ok(found.into_iter().map(|key| key.message_key).collect())

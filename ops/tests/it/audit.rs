@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use async_nats::HeaderMap;
+use broker::Broker;
 use futures_util::future::join_all;
-use messaging::broker::Broker;
 use ops::audit::{Beside, Databases, Kind, Options, Report, audit, audit_with, look};
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, Statement};
 use serde_json::json;

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use messaging::broker::{Broker, BrokerConfig};
+use broker::{Broker, BrokerConfig};
+use messaging::ReplayOutcome;
 use ops::audit::{Databases, Kind, Options, audit};
 use ops::dlq::{self, Letter};
 use serde_json::{Value, json};
@@ -29,7 +30,7 @@ pub(crate) async fn operator(stack: &TestStack) -> Broker {
     let config = BrokerConfig {
         url: stack.system.nats().url(),
         user: "ops".to_owned(),
-        password,
+        password: password.into(),
         name: "test".to_owned(),
     };
     let broker = Broker::connect(config).await.unwrap();
@@ -110,9 +111,13 @@ impl Desk {
     }
 
     pub(crate) async fn replay(&self, letter: &Letter) {
-        dlq::replay(&self.databases, self.broker.jetstream(), letter)
-            .await
-            .unwrap();
+        dlq::replay(&self.databases, letter, false).await.unwrap();
+    }
+
+    pub(crate) async fn dry_run(&self, letter: &Letter) -> (ReplayOutcome, String) {
+        let replay = dlq::replay(&self.databases, letter, true).await.unwrap();
+        assert!(replay.dry_run);
+        (replay.outcome, replay.detail)
     }
 
     pub(crate) async fn findings(&self) -> Vec<Kind> {

@@ -1,8 +1,6 @@
 //! Orders: one row each, for ever.
 
-use std::time::Duration;
-
-use messaging::db::{self, sql};
+use messaging::{Transaction, sql};
 use sea_orm::entity::prelude::*;
 use sea_orm::sea_query::{Expr, LockType};
 use sea_orm::{DatabaseConnection, DatabaseTransaction, FromQueryResult, QueryOrder, QuerySelect};
@@ -62,9 +60,9 @@ struct IdRow {
     id: Uuid,
 }
 
-/// Stores orders whose (user, key) is new and says which those are. Sorted, so that two transactions with overlapping
-/// keys wait for each other instead of deadlocking.
-pub(crate) async fn insert_new(
+/// Inserts the orders whose (user, key) is new, and returns their ids. Sorted, so that two transactions
+/// with overlapping keys wait for each other instead of deadlocking.
+pub async fn insert_new(
     txn: &DatabaseTransaction,
     mut orders: Vec<Model>,
 ) -> Result<Vec<Uuid>, DbErr> {
@@ -129,6 +127,13 @@ pub(crate) async fn find_by_keys(
         .await
 }
 
+pub(crate) async fn find_all(
+    txn: &DatabaseTransaction,
+    ids: Vec<Uuid>,
+) -> Result<Vec<Model>, DbErr> {
+    Entity::find().filter(Column::Id.eq_any(ids)).all(txn).await
+}
+
 /// Locks orders, in the order of their ids.
 pub(crate) async fn lock(
     txn: &DatabaseTransaction,
@@ -157,7 +162,7 @@ pub(crate) struct Ending {
 
 /// Ends orders that the transaction has locked and that are NEW; says how many there were.
 pub(crate) async fn end(
-    txn: &DatabaseTransaction,
+    txn: &Transaction,
     endings: &[Ending],
     at: TimeDateTimeWithTimeZone,
 ) -> Result<u64, DbErr> {
@@ -171,8 +176,7 @@ pub(crate) async fn end(
         .collect();
     let settlements: Vec<Uuid> = endings.iter().map(|one| one.settlement_event_id).collect();
     let finals: Vec<Uuid> = endings.iter().map(|one| one.final_event_id).collect();
-    db::execute(
-        txn,
+    txn.execute(
         sql(
             "UPDATE orders o SET status = v.status, reason = NULLIF(v.reason, ''), settlement_event_id = v.settlement_event_id,
                                  final_event_id = v.final_event_id, updated_at = $6
@@ -185,94 +189,24 @@ pub(crate) async fn end(
     .await
 }
 
-/// Whether any order is not final.
-pub(crate) async fn something_is_new(db: &DatabaseConnection) -> Result<bool, DbErr> {
-    Ok(db
-        .query_one_raw(sql("SELECT 1 FROM orders WHERE status = 'NEW' LIMIT 1", []))
-        .await?
-        .is_some())
-}
-
-/// When an order that stays NEW is asked for again.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct AskAgain {
-    /// After the first request was published; doubled with each further one.
-    pub(crate) after: Duration,
-    /// Never later than this.
-    pub(crate) after_max: Duration,
-    /// How many at once.
-    pub(crate) limit: u32,
-}
-
-/// Locks NEW orders, the oldest first, whose last request was published so long ago that it or its answer may be lost,
-/// or before the broker is known to have lost what it had. One that still waits in the outbox is not due, whatever its
-/// age; of one that is pruned there, the time of asking counts. All by the clock of the database: that of a service may
-/// be wrong by any time.
-///
-/// Orders too young for any of this are left out before their requests are looked up: under load there are thousands.
-pub(crate) async fn lock_due(
-    txn: &DatabaseTransaction,
-    again: AskAgain,
-) -> Result<Vec<Model>, DbErr> {
-    Entity::find()
-        .from_raw_sql(sql(
-            concat!(
-                "SELECT ",
-                columns!(),
-                " FROM orders o
-             LEFT JOIN outbox request ON request.event_id = o.placed_event_id AND request.n = o.asks
-             CROSS JOIN reconciliation
-             CROSS JOIN LATERAL (SELECT coalesce(request.published_at, o.asked_at, o.stored_at) AS at) asked
-             WHERE o.status = 'NEW'
-               AND o.stored_at < greatest(now() - make_interval(secs => $1), reconciliation.lost_at)
-               AND (request.event_id IS NULL OR request.published_at IS NOT NULL)
-               AND (asked.at < reconciliation.lost_at
-                    OR asked.at < now() - make_interval(secs => least($1 * power(2, least(o.asks, 30)), $2)))
-             ORDER BY o.id LIMIT $3 FOR UPDATE OF o SKIP LOCKED"
-            ),
-            [again.after.as_secs_f64().into(), again.after_max.as_secs_f64().into(), i64::from(again.limit).into()],
-        ))
-        .all(txn)
-        .await
-}
-
-/// Counts one more ask of orders that the transaction has locked.
-pub(crate) async fn count_ask(txn: &DatabaseTransaction, ids: Vec<Uuid>) -> Result<u64, DbErr> {
-    db::execute(
-        txn,
-        sql("UPDATE orders SET asks = asks + 1, asked_at = now() WHERE id = ANY($1::uuid[]) AND status = 'NEW'", [ids.into()]),
-    )
-    .await
-}
-
-/// How long the oldest order that is NEW has waited; 0 if there is none.
-pub(crate) async fn oldest_new_seconds(db: &DatabaseConnection) -> Result<f64, DbErr> {
-    let row = db
-        .query_one_raw(sql(
-            "SELECT extract(epoch FROM clock_timestamp() - stored_at)::float8 AS seconds
-             FROM orders WHERE status = 'NEW' ORDER BY id LIMIT 1",
-            [],
-        ))
-        .await?;
-    row.map_or(Ok(0.0), |row| row.try_get("", "seconds"))
-}
-
 /// Orders that are not final.
 #[derive(FromQueryResult)]
-pub(crate) struct New {
+pub(crate) struct Unsettled {
     /// Counts to 100000.
     pub(crate) number: i64,
     pub(crate) oldest_seconds: f64,
 }
 
-pub(crate) async fn new(db: &DatabaseConnection) -> Result<New, DbErr> {
-    let query =
-        "SELECT count(*) AS number, coalesce(extract(epoch FROM clock_timestamp() - min(stored_at)), 0)::float8 AS oldest_seconds
-                 FROM (SELECT stored_at FROM orders WHERE status = 'NEW' ORDER BY id LIMIT 100000) AS new";
-    New::find_by_statement(sql(query, []))
-        .one(db)
-        .await?
-        .ok_or_else(|| DbErr::RecordNotFound("a count".to_owned()))
+pub(crate) async fn unsettled(db: &DatabaseConnection) -> Result<Unsettled, DbErr> {
+    let query = sql(
+        "SELECT count(*) AS number,
+                coalesce(extract(epoch FROM clock_timestamp() - min(stored_at)), 0)::float8
+                    AS oldest_seconds
+         FROM (SELECT stored_at FROM orders WHERE status = 'NEW' ORDER BY id LIMIT 100000) AS new",
+        [],
+    );
+    let row = Unsettled::find_by_statement(query).one(db).await?;
+    row.ok_or_else(|| DbErr::RecordNotFound("a count".to_owned()))
 }
 
 /// Which of these orders are final.
@@ -292,11 +226,11 @@ pub(crate) async fn final_among(
 
 /// What a list shows.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Filter {
-    pub(crate) user_id: Option<String>,
-    pub(crate) status: Option<Status>,
+pub struct Filter {
+    pub user_id: Option<String>,
+    pub status: Option<Status>,
     /// Only orders older than this one.
-    pub(crate) before: Option<Uuid>,
+    pub before: Option<Uuid>,
 }
 
 /// Up to `limit` orders, newest first. Ids are made in time order, so they are the order too.
@@ -308,7 +242,8 @@ pub(crate) async fn list(
     page(filter, limit).all(db).await
 }
 
-fn page(filter: Filter, limit: u64) -> Select<Entity> {
+/// Up to `limit` orders, newest first: every filter is the end of an index.
+pub fn page(filter: Filter, limit: u64) -> Select<Entity> {
     let mut query = Entity::find().order_by_desc(Column::Id).limit(limit);
     if let Some(user_id) = filter.user_id {
         query = query.filter(Column::UserId.eq(user_id));
@@ -325,65 +260,4 @@ fn page(filter: Filter, limit: u64) -> Select<Entity> {
         query = query.filter(Column::Id.lt(before));
     }
     query
-}
-
-#[cfg(test)]
-mod tests {
-    use sea_orm::{ConnectionTrait as _, DbBackend, QueryTrait as _, Statement};
-
-    use super::*;
-
-    /// Every list is read from the end of an index, however many orders there are.
-    #[tokio::test]
-    async fn no_list_walks_through_orders_that_it_does_not_show() {
-        let database = stack::testing::TestDatabase::fresh().await.unwrap();
-        let db = db::connect(&database.url, "test", db::Role::Http, 2)
-            .await
-            .unwrap();
-        db::migrate::<crate::migration::Migrator>(&db)
-            .await
-            .unwrap();
-        db.execute_unprepared(
-            "INSERT INTO orders (id, user_id, amount, description, status, reason, idempotency_key, request_hash, placed_event_id, final_event_id, created_at, updated_at)
-             SELECT id, 'user-' || n % 1000, 1, '', CASE WHEN n = 7 THEN 'CANCELLED' ELSE 'FINISHED' END, CASE WHEN n = 7 THEN 'no_account' END, n::text, '', id, id, now(), now()
-             FROM (SELECT n, ('01933f3c-7d5a-7b60-9d6f-' || lpad(to_hex(n), 12, '0'))::uuid AS id FROM generate_series(1, 100000) n) v;
-             ANALYZE orders",
-        )
-        .await
-        .unwrap();
-        let before = "01933f3c-7d5a-7b60-9d6f-000000010000".parse().ok();
-        for status in [
-            None,
-            Some(Status::New),
-            Some(Status::Finished),
-            Some(Status::Cancelled),
-        ] {
-            for user_id in [None, Some("user-7".to_owned())] {
-                let filter = Filter {
-                    user_id,
-                    status,
-                    before,
-                };
-                let query = page(filter.clone(), 21)
-                    .build(DbBackend::Postgres)
-                    .to_string();
-                let explain = format!("EXPLAIN (ANALYZE, TIMING off, SUMMARY off) {query}");
-                let rows = db
-                    .query_all_raw(Statement::from_string(DbBackend::Postgres, explain))
-                    .await
-                    .unwrap();
-                let plan: Vec<String> = rows
-                    .iter()
-                    .map(|row| row.try_get_by_index(0).unwrap())
-                    .collect();
-                let walked = plan.iter().find_map(|line| {
-                    line.split_once("Rows Removed by Filter: ")?
-                        .1
-                        .parse::<u64>()
-                        .ok()
-                });
-                assert!(walked.unwrap_or(0) < 100, "{filter:?}: {plan:#?}");
-            }
-        }
-    }
 }

@@ -13,7 +13,7 @@ use utoipa::openapi::{ObjectBuilder, RefOr, Schema, Type};
 use utoipa::{IntoParams, PartialSchema, ToSchema};
 use uuid::Uuid;
 
-use messaging::db;
+use messaging::now;
 use service_kit::Problem;
 use service_kit::idempotency::IdempotencyKey;
 use service_kit::input::key::created;
@@ -23,7 +23,8 @@ use shared_contracts::{Amount, DeclineReason, EventId, OrderId, UserId};
 
 use crate::entity::order::{Filter, Model, Status};
 use crate::error::Error;
-use crate::order::{self, NewOrder};
+use crate::place::NewOrder;
+use crate::read;
 
 const DESCRIPTION_CHARACTERS_MAX: usize = 500;
 
@@ -218,7 +219,7 @@ pub(super) async fn create_order(
         amount: order.amount,
         description: order.description.unwrap_or_default().0,
         idempotency_key: key.as_str().to_owned(),
-        created_at: db::now(),
+        created_at: now(),
         traceparent: headers
             .get("traceparent")
             .and_then(|value| traceparent(value.to_str().ok()?)),
@@ -234,7 +235,7 @@ pub(super) async fn create_order(
         updated_at,
         ..OrderBody::from(placed.order)
     };
-    let mut response = created(placed.delivery, body);
+    let mut response = created(placed.execution, body);
     response.headers_mut().insert(
         header::LOCATION,
         HeaderValue::from_str(&location).expect("a UUID is a header value"),
@@ -269,7 +270,7 @@ pub(super) async fn get_order(
     let id: OrderId = id.parse().map_err(|_| Error::OrderNotFound)?;
 
     let waiter = state.waiting.register(id.as_uuid());
-    let find = async || order::find(&state.db, id).await;
+    let find = async || read::find(&state.db, id).await;
     let order = find().await?;
     let seconds = wait.map_or(0, Number::get);
     if order.status != Status::New || seconds == 0 {
@@ -307,7 +308,7 @@ pub(super) async fn list_orders(
         before: query.cursor.map(Cursor::id),
     };
     let limit = PageLimit::or_default(query.limit);
-    let (orders, more) = order::list(&state.db, filter, limit).await?;
+    let (orders, more) = read::list(&state.db, filter, limit).await?;
     let next_cursor = orders
         .last()
         .filter(|_| more)

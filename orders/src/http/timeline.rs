@@ -2,14 +2,14 @@
 
 use axum::Json;
 use axum::extract::{Path, State};
-use messaging::timeline::Timeline;
 use service_kit::Problem;
 use service_kit::input::NoParameters;
 use service_kit::problem::ProblemDocument;
 use shared_contracts::OrderId;
+use shared_contracts::timeline::Timeline;
 
 use crate::error::Error;
-use crate::timeline;
+use crate::read;
 
 /// The timeline of an order
 ///
@@ -34,5 +34,5 @@ pub(super) async fn get_timeline(
     _: NoParameters,
 ) -> Result<Json<Timeline>, Problem> {
     let id: OrderId = id.parse().map_err(|_| Error::OrderNotFound)?;
-    Ok(Json(timeline::of_order(&state.db, id).await?))
+    Ok(Json(read::timeline(&state.db, id).await?))
 }

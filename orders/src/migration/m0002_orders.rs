@@ -26,14 +26,6 @@ impl MigrationTrait for Orders {
         }
         Ok(())
     }
-
-    async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        manager
-            .get_connection()
-            .execute_unprepared("DROP TABLE orders, reconciliation; DROP FUNCTION refuse_change")
-            .await?;
-        Ok(())
-    }
 }
 
 const UP: &str = r#"

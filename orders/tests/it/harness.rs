@@ -4,16 +4,16 @@ use std::time::Duration;
 
 use async_nats::HeaderMap;
 use async_nats::jetstream::message::PublishMessage;
+use broker::{Broker, BrokerConfig};
 use clap::Parser as _;
-use messaging::broker::{Broker, BrokerConfig};
-use messaging::topology::{self, TopologySettings};
+use messaging::{Stream, TopologySettings};
 use orders::entity::order;
 use orders::{App, Config};
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, EntityTrait as _};
 use serde_json::{Value, json};
 use shared_contracts::{
-    Amount, Event as _, EventId, OrderId, PaymentOutcome, PaymentSettled, SPEC_VERSION, UserId,
-    header,
+    Amount, Event as _, EventId, OrderId, PAYMENTS_STREAM, PaymentOutcome, PaymentSettled,
+    SPEC_VERSION, UserId, header,
 };
 use stack::http::{Answer, Http};
 use stack::testing::{Apart, TestBroker, TestDatabase, eventually};
@@ -179,17 +179,17 @@ impl Orders {
         let broker = Broker::connect(BrokerConfig {
             url: self.broker.url(),
             user: "payments".to_owned(),
-            password: self.broker.secrets().nats_payments.clone(),
+            password: self.broker.secrets().nats_payments.clone().into(),
             name: "test".to_owned(),
         })
         .await
         .unwrap();
         broker.until_connected().await;
-        let stream = topology::payments_stream(&TopologySettings::default());
-        // Made by an earlier call, or now.
-        let (_, _) = topology::ensure_stream(broker.jetstream(), &stream)
-            .await
-            .unwrap();
+        // Created by an earlier call, or now.
+        let stream = Stream::events(PAYMENTS_STREAM, "gozon.payments.>");
+        let config = stream.config(&TopologySettings::default());
+        let created = broker.jetstream().get_or_create_stream(config).await;
+        created.unwrap();
         Payments(broker)
     }
 

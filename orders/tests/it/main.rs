@@ -2,7 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
 
+mod grouping;
 mod harness;
+mod listing;
 mod openapi;
 mod placing;
 mod reconciling;

@@ -1,7 +1,7 @@
 //! Accounts: one row per user, with its balance.
 
 use failpoint::removed;
-use messaging::db::{self, sql};
+use messaging::{Transaction, sql};
 use sea_orm::entity::prelude::*;
 use sea_orm::sea_query::LockType;
 use sea_orm::{DatabaseTransaction, FromQueryResult, QueryOrder, QuerySelect};
@@ -64,36 +64,26 @@ pub(crate) struct Withdrawal {
 /// The balance is lowered by the database itself, and only where it suffices, although the caller holds the lock and
 /// has computed the same: if either guard were wrong, the other would still hold.
 pub(crate) async fn withdraw(
-    txn: &DatabaseTransaction,
+    txn: &Transaction,
     withdrawals: Vec<Withdrawal>,
 ) -> Result<u64, DbErr> {
     let user_ids: Vec<String> = withdrawals.iter().map(|one| one.user_id.clone()).collect();
     let totals: Vec<i64> = withdrawals.iter().map(|one| one.total).collect();
     let entries: Vec<i64> = withdrawals.iter().map(|one| one.entries).collect();
-    db::execute(
-        txn,
-        sql(
-            "UPDATE accounts a SET balance = a.balance - v.total, entry_no = a.entry_no + v.entries
+    txn.execute(sql(
+        "UPDATE accounts a SET balance = a.balance - v.total, entry_no = a.entry_no + v.entries
              FROM unnest($1::text[], $2::bigint[], $3::bigint[]) AS v (user_id, total, entries)
              WHERE a.user_id = v.user_id AND a.balance >= v.total",
-            [user_ids.into(), totals.into(), entries.into()],
-        ),
-    )
+        [user_ids.into(), totals.into(), entries.into()],
+    ))
     .await
 }
 
 /// Adds money to an account that the transaction has locked.
-pub(crate) async fn add(
-    txn: &DatabaseTransaction,
-    user_id: &str,
-    amount: i64,
-) -> Result<u64, DbErr> {
-    db::execute(
-        txn,
-        sql(
-            "UPDATE accounts SET balance = balance + $2, entry_no = entry_no + 1 WHERE user_id = $1",
-            [user_id.into(), amount.into()],
-        ),
-    )
+pub(crate) async fn add(txn: &Transaction, user_id: &str, amount: i64) -> Result<u64, DbErr> {
+    txn.execute(sql(
+        "UPDATE accounts SET balance = balance + $2, entry_no = entry_no + 1 WHERE user_id = $1",
+        [user_id.into(), amount.into()],
+    ))
     .await
 }

@@ -1,8 +1,8 @@
 //! Decisions: how the payment of each order ended. One row per order, for ever.
 
-use messaging::db::{self, sql};
+use messaging::{Transaction, sql};
+use sea_orm::DatabaseTransaction;
 use sea_orm::entity::prelude::*;
-use sea_orm::{DatabaseTransaction, FromQueryResult};
 
 #[sea_orm::model]
 #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
@@ -57,7 +57,7 @@ pub(crate) struct NewDecision {
 /// Stores decisions and says how many of the orders had none yet. Sorted, so that two workers with overlapping orders
 /// wait for each other instead of deadlocking.
 pub(crate) async fn insert_new(
-    txn: &DatabaseTransaction,
+    txn: &Transaction,
     mut decisions: Vec<NewDecision>,
 ) -> Result<u64, DbErr> {
     decisions.sort_by_key(|decision| decision.order_id);
@@ -84,8 +84,7 @@ pub(crate) async fn insert_new(
         event_ids.push(decision.event_id);
         asks.push(decision.last_ask);
     }
-    db::execute(
-        txn,
+    txn.execute(
         sql(
             "INSERT INTO payments (order_id, user_id, amount, request_hash, outcome, reason, transfer_id, request_event_id,
                                    event_id, last_ask)
@@ -110,29 +109,4 @@ pub(crate) async fn insert_new(
         ),
     )
     .await
-}
-
-#[derive(FromQueryResult)]
-struct OrderIdRow {
-    order_id: Uuid,
-}
-
-/// Raises the counter of re-asks where `ask` is new, and says for which orders it was: those are answered again.
-pub(crate) async fn raise_asks(
-    txn: &DatabaseTransaction,
-    mut asks: Vec<(Uuid, i32)>,
-) -> Result<Vec<Uuid>, DbErr> {
-    asks.sort_unstable();
-    let (order_ids, asks): (Vec<Uuid>, Vec<i32>) = asks.into_iter().unzip();
-    let raised = OrderIdRow::find_by_statement(sql(
-        "WITH held AS (SELECT order_id FROM payments WHERE order_id = ANY($1::uuid[]) ORDER BY order_id FOR NO KEY UPDATE)
-         UPDATE payments p SET last_ask = v.ask
-         FROM unnest($1::uuid[], $2::integer[]) AS v (order_id, ask) JOIN held USING (order_id)
-         WHERE p.order_id = v.order_id AND p.last_ask < v.ask
-         RETURNING p.order_id",
-        [order_ids.into(), asks.into()],
-    ))
-    .all(txn)
-    .await?;
-    Ok(raised.into_iter().map(|row| row.order_id).collect())
 }

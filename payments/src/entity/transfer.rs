@@ -1,6 +1,6 @@
 //! Transfers: every movement of money, append-only.
 
-use messaging::db::{self, sql};
+use messaging::{Transaction, sql};
 use sea_orm::entity::prelude::*;
 use sea_orm::{
     ActiveValue::Set, DatabaseConnection, DatabaseTransaction, QueryOrder as _, QuerySelect as _,
@@ -114,7 +114,7 @@ pub(crate) struct NewPayment {
 }
 
 pub(crate) async fn insert_payments(
-    txn: &DatabaseTransaction,
+    txn: &Transaction,
     payments: &[NewPayment],
 ) -> Result<(), DbErr> {
     let ids: Vec<Uuid> = payments.iter().map(|one| one.id).collect();
@@ -123,8 +123,7 @@ pub(crate) async fn insert_payments(
     let amounts: Vec<i64> = payments.iter().map(|one| one.amount).collect();
     let balances: Vec<i64> = payments.iter().map(|one| one.balance_after).collect();
     let order_ids: Vec<Uuid> = payments.iter().map(|one| one.order_id).collect();
-    db::execute(
-        txn,
+    txn.execute(
         sql(
             "INSERT INTO transfers (id, kind, user_id, entry_no, debit_account, credit_account, amount, balance_after, order_id)
              SELECT id, $7, user_id, entry_no, 'user:' || user_id, $8, amount, balance_after, order_id

@@ -8,7 +8,7 @@ use time::OffsetDateTime;
 use utoipa::ToSchema;
 use utoipa::openapi::{KnownFormat, ObjectBuilder, SchemaFormat, Type};
 
-use messaging::db;
+use messaging::now;
 use service_kit::Problem;
 use service_kit::idempotency::IdempotencyKey;
 use service_kit::input::key::created;
@@ -84,9 +84,9 @@ pub(super) async fn create_account(
     let new = NewAccount {
         user_id,
         idempotency_key: key.as_str().to_owned(),
-        created_at: db::now(),
+        created_at: now(),
     };
-    let (opened, delivery) = account::open(&state.db, &new).await?;
+    let (opened, execution) = account::open(&state.db, &new).await?;
     // The account as it was opened: a replay gets the first response, byte for byte.
     let body = AccountBody {
         user_id: opened.user_id,
@@ -94,7 +94,7 @@ pub(super) async fn create_account(
         currency: state.currency.to_string(),
         created_at: opened.created_at,
     };
-    Ok(created(delivery, body))
+    Ok(created(execution, body))
 }
 
 /// An account and its balance

@@ -7,7 +7,7 @@ use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use messaging::db;
+use messaging::now;
 use service_kit::Problem;
 use service_kit::idempotency::IdempotencyKey;
 use service_kit::input::key::created;
@@ -79,9 +79,9 @@ pub(super) async fn create_deposit(
         user_id,
         amount,
         idempotency_key: key.as_str().to_owned(),
-        created_at: db::now(),
+        created_at: now(),
     };
-    let (deposit, delivery) = account::top_up(&state.db, &new).await?;
+    let (deposit, execution) = account::top_up(&state.db, &new).await?;
     let body = DepositBody {
         transfer_id: deposit.id,
         user_id: deposit.user_id,
@@ -89,5 +89,5 @@ pub(super) async fn create_deposit(
         balance: deposit.balance_after,
         created_at: deposit.created_at,
     };
-    Ok(created(delivery, body))
+    Ok(created(execution, body))
 }

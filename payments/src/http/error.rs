@@ -3,7 +3,6 @@
 use service_kit::Problem;
 use service_kit::problem::Code;
 use shared_contracts::BALANCE_MAX;
-use tracing::error;
 
 use crate::error::Error;
 
@@ -17,23 +16,7 @@ impl From<Error> for Problem {
                 "The balance would exceed {BALANCE_MAX} minor units."
             )),
             Error::KeyReused => Code::IdempotencyKeyReused.into(),
-            Error::DeadLetterNotFound => Code::DeadLetterNotFound.into(),
-            Error::Database(cause) if messaging::db::is_transient(&cause) => {
-                error!(error = %cause, "The database did not answer in time");
-                unavailable()
-            }
-            Error::Database(cause) => {
-                error!(error = %cause, "A database query failed");
-                Code::InternalError.into()
-            }
-            Error::OutcomeUnknown(cause) => {
-                error!(error = %cause, "The outcome of a transaction is not known");
-                unavailable().outcome_unknown()
-            }
+            Error::Database(failure) => failure.into(),
         }
     }
-}
-
-fn unavailable() -> Problem {
-    Problem::new(Code::ServiceUnavailable).because("Payments Service temporarily unavailable.")
 }

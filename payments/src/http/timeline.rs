@@ -2,11 +2,11 @@
 
 use axum::Json;
 use axum::extract::{Path, State};
-use messaging::timeline::Timeline;
 use service_kit::Problem;
 use service_kit::input::NoParameters;
 use service_kit::problem::ProblemDocument;
 use shared_contracts::OrderId;
+use shared_contracts::timeline::Timeline;
 
 use crate::error::Error;
 use crate::timeline;
@@ -33,6 +33,5 @@ pub(super) async fn get_timeline(
     _: NoParameters,
 ) -> Result<Json<Timeline>, Problem> {
     let order_id: OrderId = order_id.parse().map_err(|_| Error::OrderNotFound)?;
-    let timeline = timeline::of_order(&state.db, order_id).await;
-    Ok(Json(timeline.map_err(Error::from)?))
+    Ok(Json(timeline::timeline(&state.db, order_id).await?))
 }

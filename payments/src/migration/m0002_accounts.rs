@@ -32,16 +32,6 @@ impl MigrationTrait for Accounts {
         }
         Ok(())
     }
-
-    async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        manager
-            .get_connection()
-            .execute_unprepared(
-                "DROP TABLE payments, transfers, accounts; DROP FUNCTION refuse_change",
-            )
-            .await?;
-        Ok(())
-    }
 }
 
 const UP: &str = r#"

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use async_nats::HeaderMap;
 use async_nats::jetstream::message::PublishMessage;
+use broker::{Broker, BrokerConfig};
 use clap::Parser as _;
-use messaging::broker::{Broker, BrokerConfig};
-use messaging::topology::{self, TopologySettings};
+use messaging::{Stream, TopologySettings};
 use payments::entity::{account, payment, transfer};
 use payments::{App, Config};
 use sea_orm::{
@@ -15,7 +15,7 @@ use sea_orm::{
 };
 use serde_json::json;
 use shared_contracts::{
-    Amount, Event as _, EventId, OrderId, OrderPlaced, SPEC_VERSION, UserId, header,
+    Amount, Event as _, EventId, ORDERS_STREAM, OrderId, OrderPlaced, SPEC_VERSION, UserId, header,
 };
 use stack::http::Http;
 use stack::testing::{Apart, TestBroker, TestDatabase, eventually};
@@ -94,19 +94,16 @@ impl Payments {
         let orders = Broker::connect(BrokerConfig {
             url: broker.url(),
             user: "orders".to_owned(),
-            password: broker.secrets().nats_orders.clone(),
+            password: broker.secrets().nats_orders.clone().into(),
             name: "test".to_owned(),
         })
         .await
         .unwrap();
         orders.until_connected().await;
-        let (_, made) = topology::ensure_stream(
-            orders.jetstream(),
-            &topology::orders_stream(&TopologySettings::default()),
-        )
-        .await
-        .unwrap();
-        assert_eq!(made, topology::Ensured::Made);
+        let stream = Stream::events(ORDERS_STREAM, "gozon.orders.>");
+        let config = stream.config(&TopologySettings::default());
+        let created = orders.jetstream().create_stream(config).await;
+        created.unwrap();
         let mut payments = Self {
             http: Http::new(""),
             db: database.connect().await.unwrap(),

@@ -1,0 +1,303 @@
+//! Everything that moves events in and out of one service, assembled and run.
+
+use std::sync::Arc;
+
+use broker::Broker;
+use futures_util::future::{BoxFuture, join_all};
+use sea_orm_migration::MigratorTrait;
+use service_kit::health::Health;
+use service_kit::metrics::Metrics;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+use uuid::Uuid;
+
+use crate::ask_again::{AskAgain, AskPolicy, Requests};
+use crate::backlog;
+use crate::broker_loss::BrokerLoss;
+use crate::database::Database;
+use crate::dead_letters::replay::{Replay, replay};
+use crate::health::HealthStatus;
+use crate::inbox::consumer::Consumer;
+use crate::metrics;
+use crate::operator_api::{OperatorApi, Replays};
+use crate::outbox::hand_off::HandOff;
+use crate::outbox::relay::Relay;
+use crate::outbox::stream_watch::StreamWatch;
+use crate::retention::Retention;
+use crate::retry::Failure;
+use crate::settings::FlowArgs;
+use crate::subscriber::Subscriber;
+use crate::topology::{Stream, Subscription};
+
+/// How often the tables are checked while the database is away at start.
+const MIGRATION_RETRY_DELAY: std::time::Duration = std::time::Duration::from_millis(500);
+
+/// Outbox, inbox and what runs beside them: relay, consumers, asking again, retention.
+pub struct Flow {
+    service: &'static str,
+    args: FlowArgs,
+    requests: Database,
+    background: Database,
+    hand_off: HandOff,
+    broker: Broker,
+    streams: Vec<Stream>,
+    loss: BrokerLoss,
+    readers: Vec<Arc<dyn Reader>>,
+    parts: Vec<Box<dyn Part>>,
+    tables: HealthStatus,
+    relay: HealthStatus,
+    stream_watch: HealthStatus,
+}
+
+impl Flow {
+    /// Opens the pools and begins to connect. Neither database nor broker is waited for.
+    pub async fn connect(service: &'static str, args: &FlowArgs) -> anyhow::Result<Self> {
+        let hand_off = HandOff::default();
+        let url = &args.database_url;
+        let requests = Database::for_requests(url, service, args.http_connections).await?;
+        let background = Database::in_background(url, service, args.flow_connections).await?;
+        Ok(Self {
+            service,
+            args: args.clone(),
+            requests: requests.handing_off_to(hand_off.clone()),
+            background: background.handing_off_to(hand_off.clone()),
+            hand_off,
+            broker: Broker::connect(args.broker(service)).await?,
+            streams: Vec::new(),
+            loss: BrokerLoss::default(),
+            readers: Vec::new(),
+            parts: Vec::new(),
+            tables: HealthStatus::default(),
+            relay: HealthStatus::default(),
+            stream_watch: HealthStatus::default(),
+        })
+    }
+
+    /// Declares the streams that this service owns. They are created when they are absent.
+    #[must_use]
+    pub fn owns(mut self, streams: &[Stream]) -> Self {
+        self.streams.extend_from_slice(streams);
+        self
+    }
+
+    /// Consumes a subscription. A service may have several. After [`owns`](Self::owns): copies of
+    /// dead letters go to a stream that is declared there.
+    #[must_use]
+    pub fn reads<S: Subscriber>(mut self, subscriber: S) -> Self {
+        let dead_letters = self.streams.iter().find(|one| one.holds_dead_letters());
+        let consumer = Arc::new(Consumer {
+            subscriber,
+            db: self.background.clone(),
+            broker: self.broker.clone(),
+            settings: self.args.topology.clone(),
+            dead_letters: dead_letters.copied(),
+            loss: self.loss.clone(),
+            health: HealthStatus::default(),
+        });
+        self.readers.push(consumer);
+        self
+    }
+
+    /// Publishes requests again until their answers come.
+    #[must_use]
+    pub fn asks_again<R: Requests>(mut self, requests: R, policy: AskPolicy) -> Self {
+        self.parts.push(Box::new(AskAgain {
+            db: self.background.clone(),
+            requests,
+            policy,
+            loss: self.loss.clone(),
+        }));
+        self
+    }
+
+    /// For requests that clients wait for.
+    pub fn database(&self) -> &Database {
+        &self.requests
+    }
+
+    /// For work that goes on by itself: it does not compete with requests.
+    pub fn background_database(&self) -> &Database {
+        &self.background
+    }
+
+    pub fn operator_api(&self) -> OperatorApi {
+        let readers = self.readers.iter();
+        OperatorApi {
+            db: self.requests.clone(),
+            broker: self.broker.clone(),
+            subscription: readers.map(|reader| reader.subscription()).next(),
+            replays: Arc::new(Readers(self.readers.clone())),
+        }
+    }
+
+    /// The database and its tables are required. The broker is not: without it requests are still
+    /// accepted, and events wait.
+    pub fn health(&self, health: Health) -> Health {
+        // The background pool: being busy with requests is not being unready.
+        let mut health = health
+            .required("database", self.background.probe())
+            .required("tables", self.tables.probe())
+            .informative("relay", self.relay.probe())
+            .informative("streams", self.stream_watch.probe());
+        for reader in &self.readers {
+            let name = match self.readers.len() {
+                1 => "consumer",
+                _ => reader.subscription().consumer,
+            };
+            health = health.informative(name, reader.health().probe());
+        }
+        health
+    }
+
+    pub fn metrics(&self, metrics: Metrics) -> Metrics {
+        metrics::describe();
+        backlog::describe_gauges();
+        let db = self.background.clone();
+        let metrics = metrics.refresh(move || {
+            let db = db.clone();
+            async move {
+                let set = backlog::set_gauges(&db).await;
+                set.map_err(|error| error.to_string())
+            }
+        });
+        let owned = self.streams.iter().filter(|one| !one.holds_dead_letters());
+        owned.fold(metrics, |metrics, stream| {
+            let (broker, name) = (self.broker.clone(), stream.name);
+            metrics.refresh(move || {
+                let broker = broker.clone();
+                async move {
+                    let set = backlog::set_stream_gauges(&broker, name).await;
+                    set.map_err(|error| format!("{error:#}"))
+                }
+            })
+        })
+    }
+
+    /// Runs until `shutdown`, after bringing the tables up to date, however long the database is
+    /// away.
+    pub async fn run<M: MigratorTrait>(self, shutdown: CancellationToken) -> anyhow::Result<()> {
+        if !self.migrate::<M>(&shutdown).await {
+            return Ok(());
+        }
+        let streams = StreamWatch::new(
+            (*self.background).clone(),
+            self.broker.clone(),
+            self.streams,
+            self.args.topology.clone(),
+            self.loss,
+            self.stream_watch,
+        );
+        let relay = Relay {
+            db: (*self.background).clone(),
+            broker: self.broker,
+            hand_off: self.hand_off,
+            streams,
+            health: self.relay,
+        };
+        let subscriptions = self.readers.iter().map(|reader| reader.subscription());
+        let retention = Retention {
+            db: (*self.background).clone(),
+            consumers: subscriptions.map(|one| one.consumer).collect(),
+            keep: self.args.keep(),
+        };
+        let readers = self.readers.iter().map(|reader| reader.run(&shutdown));
+        let parts = self.parts.iter().map(|part| part.run(&shutdown));
+        tokio::join!(
+            relay.run(&shutdown),
+            join_all(readers.chain(parts)),
+            retention.run(&shutdown),
+        );
+        Ok(())
+    }
+
+    /// Returns false if a shutdown came first.
+    async fn migrate<M: MigratorTrait>(&self, shutdown: &CancellationToken) -> bool {
+        while !shutdown.is_cancelled() {
+            match self.background.migrate::<M>().await {
+                Ok(()) => {
+                    self.tables.good();
+                    return true;
+                }
+                Err(error) => {
+                    self.tables.bad(&error);
+                    warn!(
+                        service = self.service,
+                        error = %error,
+                        "The tables cannot be checked; trying again"
+                    );
+                    let pause = tokio::time::sleep(MIGRATION_RETRY_DELAY);
+                    shutdown.run_until_cancelled(pause).await;
+                }
+            }
+        }
+        false
+    }
+}
+
+/// Something that runs as long as the flow.
+trait Part: Send + Sync {
+    fn run<'a>(&'a self, shutdown: &'a CancellationToken) -> BoxFuture<'a, ()>;
+}
+
+impl<R: Requests> Part for AskAgain<R> {
+    fn run<'a>(&'a self, shutdown: &'a CancellationToken) -> BoxFuture<'a, ()> {
+        Box::pin(AskAgain::run(self, shutdown))
+    }
+}
+
+/// A consumer, whatever it reads.
+trait Reader: Part {
+    fn subscription(&self) -> Subscription;
+    fn health(&self) -> &HealthStatus;
+    fn replay(
+        &self,
+        db: Database,
+        id: Uuid,
+        dry_run: bool,
+    ) -> BoxFuture<'_, Result<Option<Replay>, Failure>>;
+}
+
+impl<S: Subscriber> Part for Consumer<S> {
+    fn run<'a>(&'a self, shutdown: &'a CancellationToken) -> BoxFuture<'a, ()> {
+        Box::pin(Consumer::run(self, shutdown))
+    }
+}
+
+impl<S: Subscriber> Reader for Consumer<S> {
+    fn subscription(&self) -> Subscription {
+        S::SUBSCRIPTION
+    }
+
+    fn health(&self) -> &HealthStatus {
+        &self.health
+    }
+
+    fn replay(
+        &self,
+        db: Database,
+        id: Uuid,
+        dry_run: bool,
+    ) -> BoxFuture<'_, Result<Option<Replay>, Failure>> {
+        Box::pin(async move { replay(&db, &self.subscriber, id, dry_run).await })
+    }
+}
+
+struct Readers(Vec<Arc<dyn Reader>>);
+
+impl Replays for Readers {
+    fn replay(
+        &self,
+        db: Database,
+        id: Uuid,
+        dry_run: bool,
+    ) -> BoxFuture<'_, Result<Option<Replay>, Failure>> {
+        Box::pin(async move {
+            for reader in &self.0 {
+                if let Some(replay) = reader.replay(db.clone(), id, dry_run).await? {
+                    return Ok(Some(replay));
+                }
+            }
+            Ok(None)
+        })
+    }
+}

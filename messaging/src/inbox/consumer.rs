@@ -1,0 +1,204 @@
+//! Pulls messages from a durable consumer, for as long as the process runs. Whatever is ready
+//! becomes one batch.
+
+use std::pin::pin;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use async_nats::jetstream::consumer::pull::{MessagesErrorKind, Stream as Messages};
+use async_nats::jetstream::{AckKind, Message};
+use broker::{Backoff, Broker};
+use futures_util::{FutureExt as _, StreamExt as _};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use crate::broker_loss::BrokerLoss;
+use crate::database::Database;
+use crate::health::HealthStatus;
+use crate::subscriber::Subscriber;
+use crate::topology::{self, Ensured, NoStream, Stream, TopologySettings};
+
+/// Messages in one transaction. More would only add latency.
+const BATCH_MAX: usize = 200;
+const PULL_EXPIRES: Duration = Duration::from_secs(10);
+/// Without heartbeats a stream that vanished on the server would look like a quiet one, for ever.
+const HEARTBEAT: Duration = Duration::from_secs(2);
+const MISSING_HEARTBEATS_MAX: u32 = 2;
+const RETRY_DELAY_MIN: Duration = Duration::from_millis(50);
+const RETRY_DELAY_MAX: Duration = Duration::from_secs(3);
+
+/// Reads one subscription into one database.
+pub(crate) struct Consumer<S> {
+    pub(crate) subscriber: S,
+    pub(crate) db: Database,
+    pub(crate) broker: Broker,
+    pub(crate) settings: TopologySettings,
+    /// Where copies of dead letters are published.
+    pub(crate) dead_letters: Option<Stream>,
+    pub(crate) loss: BrokerLoss,
+    pub(crate) health: HealthStatus,
+}
+
+/// Why pulling ended.
+enum PullEnd {
+    Shutdown,
+    /// The durable or its stream is gone, or was recreated.
+    Vanished(String),
+}
+
+impl<S: Subscriber> Consumer<S> {
+    pub(super) const NAME: &'static str = S::SUBSCRIPTION.consumer;
+
+    /// Consumes until `shutdown`. A batch that was begun is finished; only waits are cut short.
+    pub(crate) async fn run(&self, shutdown: &CancellationToken) {
+        let mut backoff = Backoff::new(RETRY_DELAY_MIN, RETRY_DELAY_MAX);
+        // Since when the durable has been looked for, and on which connection.
+        let mut searching = None;
+        while !shutdown.is_cancelled() {
+            if !self.broker.is_connected() {
+                self.health.bad("the broker is away");
+                shutdown
+                    .run_until_cancelled(self.broker.until_connected())
+                    .await;
+                continue;
+            }
+            let connection_number = self.broker.connection_number();
+            let since = match searching {
+                Some((connection, since)) if connection == connection_number => since,
+                _ => Instant::now(),
+            };
+            searching = Some((connection_number, since));
+            match self.open(since).await {
+                Ok(messages) => {
+                    searching = None;
+                    self.health.good();
+                    backoff.reset();
+                    let reconnected = self.broker.until_reconnected(connection_number);
+                    match self.pull(messages, reconnected, shutdown).await {
+                        PullEnd::Shutdown => return,
+                        PullEnd::Vanished(why) => {
+                            self.health.bad(&why);
+                            warn!(consumer = Self::NAME, why, "Looking for the consumer again");
+                        }
+                    }
+                }
+                Err(error) => {
+                    // Only a stream that is known to be absent has lost nothing since.
+                    if !error.is::<NoStream>() {
+                        searching = None;
+                    }
+                    if self.health.bad(format!("{error:#}")) {
+                        info!(
+                            consumer = Self::NAME,
+                            error = format!("{error:#}"),
+                            "Not consuming yet; trying again"
+                        );
+                    }
+                }
+            }
+            shutdown
+                .run_until_cancelled(tokio::time::sleep(backoff.pause()))
+                .await;
+        }
+    }
+
+    /// Finds or creates the durable, which has been looked for `since` then, and begins to pull.
+    async fn open(&self, since: Instant) -> anyhow::Result<Messages> {
+        let jetstream = self.broker.jetstream();
+        let (consumer, ensured) =
+            topology::ensure_consumer(jetstream, &S::SUBSCRIPTION, &self.settings).await?;
+        if ensured == Ensured::Created {
+            // What its stream received since then is still in it, and is read from the beginning.
+            self.loss.note(since);
+        }
+        consumer
+            .stream()
+            .max_messages_per_batch(BATCH_MAX)
+            .expires(PULL_EXPIRES)
+            .heartbeat(HEARTBEAT)
+            .messages()
+            .await
+            .context("pulling cannot begin")
+    }
+
+    async fn pull(
+        &self,
+        messages: Messages,
+        reconnected: impl Future<Output = ()>,
+        shutdown: &CancellationToken,
+    ) -> PullEnd {
+        // Whatever is ready, never waiting for more. The client fetches the next messages meanwhile.
+        let mut batches = messages.ready_chunks(BATCH_MAX);
+        let mut missing_heartbeats = 0;
+        let mut reconnected = pin!(reconnected);
+        let mut disconnected = pin!(self.broker.until_disconnected().fuse());
+        let mut unfinished = Vec::new();
+        let end = loop {
+            let next = tokio::select! {
+                biased;
+                () = shutdown.cancelled() => break PullEnd::Shutdown,
+                next = batches.next() => next,
+                () = &mut disconnected => {
+                    // The client reconnects by itself. What it has fetched ahead can still be taken.
+                    self.health.bad("the broker is away");
+                    continue;
+                }
+                // The broker may have come back empty. Checking is cheap; heartbeats take seconds.
+                () = &mut reconnected => {
+                    break PullEnd::Vanished("there is a new connection to the broker".to_owned());
+                }
+            };
+            let Some(chunk) = next else {
+                break PullEnd::Vanished("the stream of messages ended".to_owned());
+            };
+            let mut batch = Vec::with_capacity(chunk.len());
+            let mut vanished = None;
+            for item in chunk {
+                match item {
+                    Ok(message) => batch.push(message),
+                    Err(error) => match error.kind() {
+                        MessagesErrorKind::MissingHeartbeat => missing_heartbeats += 1,
+                        _ => vanished = Some(error.to_string()),
+                    },
+                }
+            }
+            if !batch.is_empty() {
+                missing_heartbeats = 0;
+                if !self.take(&batch, shutdown).await {
+                    unfinished = batch;
+                    break PullEnd::Shutdown;
+                }
+            }
+            if missing_heartbeats >= MISSING_HEARTBEATS_MAX {
+                vanished.get_or_insert_with(|| {
+                    "no heartbeat from the consumer; it may be gone".to_owned()
+                });
+            }
+            if let Some(why) = vanished {
+                break PullEnd::Vanished(why);
+            }
+        };
+        // Messages that the client has fetched ahead would otherwise wait for `ack_wait`.
+        while let Some(Some(chunk)) = batches.next().now_or_never() {
+            unfinished.extend(chunk.into_iter().filter_map(Result::ok));
+        }
+        // First stop pulling: the broker would deliver what is given back to the open request.
+        drop(batches);
+        self.give_back(&unfinished).await;
+        end
+    }
+
+    /// Has the broker deliver these again at once, to another replica.
+    async fn give_back(&self, messages: &[Message]) {
+        for message in messages {
+            if let Err(error) = message.ack_with(AckKind::Nak(None)).await {
+                debug!(error = %error, "A message could not be given back; it comes again later");
+                return;
+            }
+        }
+        if let Err(error) = self.broker.client().flush().await {
+            debug!(error = %error, "Messages may not have been given back; they come again later");
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! Reading messages strictly, and each event of a batch once.
+
+use std::collections::{HashMap, HashSet};
+
+use async_nats::HeaderMap;
+use shared_contracts::{Event, EventId, SPEC_VERSION, header};
+use uuid::Uuid;
+
+use crate::inbox::table::Delivery;
+use crate::subscriber::Received;
+
+/// A message as the broker delivered it, or as a dead letter stores it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RawMessage<'a> {
+    pub(crate) subject: &'a str,
+    pub(crate) headers: Option<&'a HeaderMap>,
+    pub(crate) payload: &'a [u8],
+    pub(crate) stream_sequence: i64,
+    /// Which delivery of the message this is.
+    pub(crate) delivered: i32,
+}
+
+impl<'a> RawMessage<'a> {
+    pub(crate) fn header(&self, name: &str) -> Option<&'a str> {
+        text_header(self.headers, name)
+    }
+
+    pub(crate) fn event_id(&self) -> Option<EventId> {
+        self.header(header::ID)?.parse().ok()
+    }
+}
+
+/// A message with the result of reading it.
+#[derive(Clone, Debug)]
+pub(crate) struct Incoming<'a, E> {
+    pub(crate) raw: RawMessage<'a>,
+    /// The event, or why the message is poison.
+    pub(crate) content: Result<Received<E>, String>,
+}
+
+impl<'a, E: Event> Incoming<'a, E> {
+    pub(crate) fn read(raw: RawMessage<'a>) -> Self {
+        Self {
+            raw,
+            content: read_message(raw.headers, raw.payload),
+        }
+    }
+
+    /// The same message, found to be one that can never be applied.
+    pub(crate) fn poisoned(&self, cause: String) -> Self {
+        Self {
+            raw: self.raw,
+            content: Err(cause),
+        }
+    }
+
+    /// Its inbox row. A message that cannot be read gets none: the re-ask that heals it must not
+    /// look like a repetition.
+    pub(crate) fn delivery(&self) -> Option<Delivery> {
+        let received = self.content.as_ref().ok()?;
+        Some(Delivery {
+            event_id: received.event_id.as_uuid(),
+            stream_sequence: self.raw.stream_sequence,
+            delivered: self.raw.delivered,
+        })
+    }
+}
+
+fn text_header<'a>(headers: Option<&'a HeaderMap>, name: &str) -> Option<&'a str> {
+    Some(headers?.get(name)?.as_str())
+}
+
+/// Reads a message strictly. The error says what is wrong with it; such a message is poison.
+pub fn read_message<E: Event>(
+    headers: Option<&HeaderMap>,
+    payload: &[u8],
+) -> Result<Received<E>, String> {
+    let required =
+        |name: &str| text_header(headers, name).ok_or_else(|| format!("header {name} is missing"));
+    let event_id: EventId = required(header::ID)?
+        .parse()
+        .map_err(|_| format!("header {} is not a UUID", header::ID))?;
+    let version = required(header::SPEC_VERSION)?;
+    if version != SPEC_VERSION {
+        return Err(format!(
+            "unknown CloudEvents version {version:?}; expected {SPEC_VERSION}"
+        ));
+    }
+    let kind = required(header::TYPE)?;
+    if kind != E::TYPE {
+        return Err(format!("unknown type {kind:?}; expected {}", E::TYPE));
+    }
+    let ask = match text_header(headers, header::ASK) {
+        None => 0,
+        Some(text) => text
+            .parse()
+            .map_err(|_| format!("header {} is not a number: {text:?}", header::ASK))?,
+    };
+    let event: E = serde_json::from_slice(payload)
+        .map_err(|error| format!("not a valid {}: {error}", E::TYPE))?;
+    let subject = required(header::SUBJECT)?;
+    if subject != event.key().to_string() {
+        return Err(format!(
+            "header {} is {subject:?}, but the body is about {}",
+            header::SUBJECT,
+            event.key()
+        ));
+    }
+    Ok(Received {
+        event,
+        event_id,
+        ask,
+        first: false,
+        traceparent: text_header(headers, header::TRACEPARENT).map(str::to_owned),
+    })
+}
+
+/// One entry per event, in stream order, and for each message the index of its entry.
+///
+/// Of several deliveries of one event, the highest ask counts. Two messages with one id and
+/// different content stay two entries: the handler must see that they contradict each other.
+pub(crate) fn distinct<E: Event + Clone + PartialEq>(
+    batch: &[Incoming<'_, E>],
+    first: &HashSet<Uuid>,
+) -> (Vec<Received<E>>, Vec<Option<usize>>) {
+    let mut events: Vec<Received<E>> = Vec::with_capacity(batch.len());
+    let mut by_id: HashMap<EventId, Vec<usize>> = HashMap::with_capacity(batch.len());
+    let mut indexes = Vec::with_capacity(batch.len());
+    for incoming in batch {
+        let Ok(received) = &incoming.content else {
+            indexes.push(None);
+            continue;
+        };
+        let same_id = by_id.entry(received.event_id).or_default();
+        let known = same_id
+            .iter()
+            .copied()
+            .find(|index| events[*index].event == received.event);
+        let index = known.unwrap_or_else(|| {
+            events.push(Received {
+                first: first.contains(&received.event_id.as_uuid()),
+                ..received.clone()
+            });
+            same_id.push(events.len() - 1);
+            events.len() - 1
+        });
+        events[index].ask = events[index].ask.max(received.ask);
+        indexes.push(Some(index));
+    }
+    (events, indexes)
+}

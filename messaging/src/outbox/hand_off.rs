@@ -1,0 +1,135 @@
+//! The short way from a commit to the relay of the same process: rows are handed off in memory, so
+//! that nobody has to poll the outbox for them. Nothing rests on it: rows that were not handed off
+//! (the process died, the outcome of the commit is unknown, there were too many) are found by
+//! polling the table.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use crate::outbox::table::Pending;
+
+/// Rows that may wait in memory: a few megabytes, and about a second of a busy relay.
+const ROWS_MAX: usize = 5000;
+/// Rows that waited longer are left to polling. Well below
+/// [`POLLED_AFTER`](crate::outbox::table::POLLED_AFTER), or both would publish them: the broker
+/// drops the repetition, but it makes work just when there is too much already.
+const WAIT_MAX: Duration = Duration::from_millis(700);
+
+/// A queue between transactions and relay. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct HandOff(Arc<Queue>);
+
+#[derive(Debug)]
+struct Queue {
+    rows: Mutex<VecDeque<(Instant, Pending)>>,
+    rows_max: usize,
+    arrived: Notify,
+}
+
+impl Default for Queue {
+    fn default() -> Self {
+        Self {
+            rows: Mutex::default(),
+            rows_max: ROWS_MAX,
+            arrived: Notify::new(),
+        }
+    }
+}
+
+impl HandOff {
+    /// A queue that keeps nothing, for a process without a relay.
+    pub(crate) fn nowhere() -> Self {
+        Self(Arc::new(Queue {
+            rows_max: 0,
+            ..Queue::default()
+        }))
+    }
+
+    /// Only after the commit: what was published cannot be taken back.
+    pub(crate) fn hand_off(&self, enqueued: Vec<Pending>) {
+        if enqueued.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        let mut rows = self.rows();
+        if rows.len() + enqueued.len() <= self.0.rows_max {
+            rows.extend(enqueued.into_iter().map(|row| (now, row)));
+        }
+        drop(rows);
+        self.0.arrived.notify_one();
+    }
+
+    /// Up to `limit` rows, in the order in which they were handed off.
+    pub(crate) fn take(&self, limit: usize) -> Vec<Pending> {
+        let mut rows = self.rows();
+        while rows
+            .front()
+            .is_some_and(|(since, _)| since.elapsed() > WAIT_MAX)
+        {
+            rows.pop_front();
+        }
+        let taken = rows.len().min(limit);
+        let taken = rows.drain(..taken).map(|(_, row)| row).collect();
+        if !rows.is_empty() {
+            // For the other lane of the relay.
+            self.0.arrived.notify_one();
+        }
+        taken
+    }
+
+    /// Returns when rows were handed off, also before the call.
+    pub(crate) async fn arrived(&self) {
+        self.0.arrived.notified().await;
+    }
+
+    fn rows(&self) -> MutexGuard<'_, VecDeque<(Instant, Pending)>> {
+        // Each change of the queue is one step, so a panic leaves it whole.
+        self.0.rows.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::outbox::publish::tests::pending;
+
+    fn rows(number: usize) -> Vec<Pending> {
+        vec![pending(0); number]
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn rows_that_are_too_many_or_too_old_are_left_to_polling() {
+        let hand_off = HandOff::default();
+        hand_off.hand_off(rows(ROWS_MAX - 1));
+        hand_off.hand_off(rows(2));
+        assert_eq!(hand_off.take(10).len(), 10);
+        assert_eq!(
+            hand_off.take(ROWS_MAX).len(),
+            ROWS_MAX - 11,
+            "two did not fit"
+        );
+
+        hand_off.hand_off(rows(3));
+        tokio::time::advance(WAIT_MAX + Duration::from_millis(1)).await;
+        hand_off.hand_off(rows(1));
+        assert_eq!(hand_off.take(10).len(), 1, "three waited too long");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn taking_a_part_wakes_the_other_lane_for_the_rest() {
+        let hand_off = HandOff::default();
+        hand_off.hand_off(rows(3));
+        hand_off.arrived().await;
+        assert_eq!(hand_off.take(2).len(), 2);
+        tokio::time::timeout(Duration::from_secs(1), hand_off.arrived())
+            .await
+            .unwrap();
+        assert_eq!(hand_off.take(2).len(), 1);
+        let more = tokio::time::timeout(Duration::from_secs(1), hand_off.arrived()).await;
+        assert!(more.is_err(), "nothing is left");
+    }
+}

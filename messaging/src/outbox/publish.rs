@@ -1,0 +1,296 @@
+//! Sends outbox rows to the broker: a few concurrently, many as one atomic batch, which the broker
+//! stores with one fsync.
+
+use std::collections::BTreeMap;
+use std::str::FromStr as _;
+
+use async_nats::jetstream::context::{PublishAckFuture, PublishError, PublishErrorKind};
+use async_nats::jetstream::message::PublishMessage;
+use async_nats::{HeaderMap, HeaderName, HeaderValue, header as nats_header};
+use failpoint::{Injected, failpoint};
+use futures_util::future::join_all;
+use serde_json::{Map, Value as Json};
+use tracing::{debug, error};
+use uuid::Uuid;
+
+use shared_contracts::{SPEC_VERSION, header};
+
+use broker::Broker;
+
+use crate::outbox::table::{Acknowledged, Pending};
+
+/// Below this, an atomic batch costs the broker more than it saves.
+const ATOMIC_MIN: usize = 32;
+/// Upper bound of what the broker adds to a message.
+const OVERHEAD: usize = 1024;
+
+/// What became of rows that were sent.
+#[derive(Default)]
+pub(crate) struct Sent {
+    /// Stored by the broker, now or before.
+    pub(crate) acknowledged: Vec<Acknowledged>,
+    /// Not known to be stored.
+    pub(crate) unacknowledged: Vec<(Uuid, i32)>,
+    /// Some failed because no stream stores their subject.
+    pub(crate) stream_missing: bool,
+    /// The first error.
+    pub(crate) error: Option<PublishError>,
+}
+
+#[derive(Clone)]
+struct Outgoing<'a> {
+    row: &'a Pending,
+    headers: HeaderMap,
+}
+
+/// Sent, with the PubAck that is awaited.
+enum InFlight<'a> {
+    One(&'a Outgoing<'a>, PublishAckFuture),
+    /// All are stored, or none.
+    Batch(&'a [Outgoing<'a>], PublishAckFuture),
+}
+
+/// Sends the rows and waits for the PubAcks. A row that cannot be sent delays none of the others.
+pub(crate) async fn publish(broker: &Broker, rows: &[Pending]) -> Result<Sent, Injected> {
+    // An atomic batch is stored by one stream.
+    let mut by_stream: BTreeMap<String, Vec<Outgoing<'_>>> = BTreeMap::new();
+    for row in rows {
+        let headers = message_headers(row);
+        let stream = headers
+            .get(header::EXPECTED_STREAM)
+            .map(|name| name.as_str().to_owned())
+            .unwrap_or_default();
+        by_stream
+            .entry(stream)
+            .or_default()
+            .push(Outgoing { row, headers });
+    }
+    let mut sent = Sent::default();
+    let mut in_flight = Vec::new();
+    for messages in by_stream.values() {
+        match send_batch(broker, messages).await {
+            Some(answer) => in_flight.push(InFlight::Batch(messages, answer)),
+            None => send_each(broker, messages, &mut in_flight, &mut sent).await,
+        }
+    }
+    failpoint!("relay.after_send")?;
+    let refused = await_acks(in_flight, &mut sent).await;
+    // A batch with one message that the broker knows already is refused as a whole, and the broker
+    // does not say which one it was.
+    let mut again = Vec::new();
+    for messages in refused {
+        send_each(broker, messages, &mut again, &mut sent).await;
+    }
+    await_acks(again, &mut sent).await;
+    Ok(sent)
+}
+
+/// Sends all as one atomic batch if that pays off. The last message commits it and is acknowledged.
+async fn send_batch(broker: &Broker, messages: &[Outgoing<'_>]) -> Option<PublishAckFuture> {
+    let payload_max = broker.client().server_info().max_payload;
+    let fits =
+        |one: &Outgoing<'_>| one.row.payload.len() + one.row.headers.len() + OVERHEAD < payload_max;
+    if messages.len() < ATOMIC_MIN || !messages.iter().all(fits) {
+        return None;
+    }
+    let batch_id = Uuid::new_v4().to_string();
+    let (last, others) = messages.split_last()?;
+    let in_batch = |one: &Outgoing<'_>, number: usize| {
+        let mut headers = one.headers.clone();
+        headers.insert(nats_header::NATS_BATCH_ID, batch_id.as_str());
+        headers.insert(nats_header::NATS_BATCH_SEQUENCE, number.to_string());
+        headers
+    };
+    for (index, one) in others.iter().enumerate() {
+        let payload = one.row.payload.clone().into();
+        let headers = in_batch(one, index + 1);
+        if let Err(error) = broker
+            .client()
+            .publish_with_headers(one.row.subject.clone(), headers, payload)
+            .await
+        {
+            // The broker drops a batch that is never committed.
+            debug!(error = %error, "A batch could not be sent; its messages are sent one by one");
+            return None;
+        }
+    }
+    let mut headers = in_batch(last, messages.len());
+    headers.insert(
+        nats_header::NATS_BATCH_COMMIT,
+        nats_header::NATS_BATCH_COMMIT_FINAL,
+    );
+    send(broker, last.row, headers).await.ok()
+}
+
+async fn send_each<'a>(
+    broker: &Broker,
+    messages: &'a [Outgoing<'a>],
+    in_flight: &mut Vec<InFlight<'a>>,
+    sent: &mut Sent,
+) {
+    for one in messages {
+        match send(broker, one.row, one.headers.clone()).await {
+            Ok(answer) => in_flight.push(InFlight::One(one, answer)),
+            Err(error) => sent.fail(std::slice::from_ref(one), error),
+        }
+    }
+}
+
+async fn send(
+    broker: &Broker,
+    row: &Pending,
+    headers: HeaderMap,
+) -> Result<PublishAckFuture, PublishError> {
+    let message = PublishMessage::build()
+        .payload(row.payload.clone().into())
+        .headers(headers);
+    broker
+        .jetstream()
+        .send_publish(row.subject.clone(), message)
+        .await
+}
+
+/// Waits for every PubAck. Returns the batches that the broker refused.
+async fn await_acks<'a>(in_flight: Vec<InFlight<'a>>, sent: &mut Sent) -> Vec<&'a [Outgoing<'a>]> {
+    let answers = join_all(in_flight.into_iter().map(async |one| match one {
+        InFlight::One(message, answer) => (std::slice::from_ref(message), answer.await, false),
+        InFlight::Batch(messages, answer) => (messages, answer.await, true),
+    }));
+    let mut refused = Vec::new();
+    for (messages, answer, is_batch) in answers.await {
+        match answer {
+            // A duplicate was stored before and its PubAck lost: just as good.
+            Ok(ack) => {
+                // The messages of a batch are adjacent, and the PubAck names the last.
+                for (behind, one) in messages.iter().rev().enumerate() {
+                    sent.acknowledge(one, ack.sequence.saturating_sub(behind as u64));
+                }
+            }
+            // Nothing of it is stored. After a timeout, sending the rows singly would only add load.
+            Err(error) if is_batch && !is_no_answer(&error) => {
+                debug!(messages = messages.len(), error = %error, "The broker refused a batch; sending its messages singly");
+                refused.push(messages);
+            }
+            Err(error) => {
+                sent.fail(messages, error);
+            }
+        }
+    }
+    refused
+}
+
+fn is_no_answer(error: &PublishError) -> bool {
+    matches!(
+        error.kind(),
+        PublishErrorKind::TimedOut
+            | PublishErrorKind::BrokenPipe
+            | PublishErrorKind::StreamNotFound
+    )
+}
+
+impl Sent {
+    fn acknowledge(&mut self, one: &Outgoing<'_>, sequence: u64) {
+        let stream_sequence = i64::try_from(sequence).unwrap_or(i64::MAX);
+        self.acknowledged.push(Acknowledged {
+            event_id: one.row.event_id,
+            n: one.row.n,
+            stream_sequence,
+        });
+    }
+
+    /// Treats all PubAcks as not received.
+    pub(crate) fn doubt(&mut self) {
+        self.unacknowledged
+            .extend(self.acknowledged.drain(..).map(|row| (row.event_id, row.n)));
+    }
+
+    fn fail(&mut self, messages: &[Outgoing<'_>], error: PublishError) {
+        self.stream_missing |= error.kind() == PublishErrorKind::StreamNotFound;
+        self.unacknowledged
+            .extend(messages.iter().map(|one| (one.row.event_id, one.row.n)));
+        self.error.get_or_insert(error);
+    }
+}
+
+/// The stored headers, and those that follow from the row's key.
+pub(crate) fn message_headers(row: &Pending) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    headers.insert(header::SPEC_VERSION, SPEC_VERSION);
+    headers.insert(header::ID, row.event_id.to_string());
+    headers.insert(header::MESSAGE_ID, row.message_id());
+    match serde_json::from_str::<Map<String, Json>>(&row.headers) {
+        Ok(stored) => {
+            for (name, value) in stored {
+                // Checked, since the client panics on an invalid header.
+                match (
+                    HeaderName::from_str(&name),
+                    value.as_str().map(HeaderValue::from_str),
+                ) {
+                    (Ok(name), Some(Ok(value))) => headers.insert(name, value),
+                    _ => {
+                        error!(event.id = %row.event_id, header = name, "Outbox row with something that is no header; left out")
+                    }
+                }
+            }
+        }
+        // The reader will dead-letter it. Only `enqueue` writes rows, so someone edited the table.
+        Err(error) => {
+            error!(event.id = %row.event_id, error = %error, "Outbox row with headers that are no JSON object")
+        }
+    }
+    headers
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use serde::{Deserialize, Serialize};
+    use shared_contracts::{Event, EventId, header};
+    use time::OffsetDateTime;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::Message;
+
+    #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+    struct Asked {
+        key: Uuid,
+    }
+
+    impl Event for Asked {
+        const SUBJECT: &'static str = "test.asked";
+        const STREAM: &'static str = "TEST";
+        const TYPE: &'static str = "test.asked.v1";
+        const SOURCE: &'static str = "test";
+
+        fn key(&self) -> Uuid {
+            self.key
+        }
+    }
+
+    pub(crate) fn pending(n: u32) -> Pending {
+        let event_id: EventId = "01933f3c-7d5a-7b60-9d6f-000000000001".parse().unwrap();
+        let key = "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11".parse().unwrap();
+        Message::again(
+            event_id,
+            n,
+            &Asked { key },
+            OffsetDateTime::UNIX_EPOCH,
+            None,
+        )
+        .into()
+    }
+
+    #[test]
+    fn a_re_ask_has_a_message_id_of_its_own_and_its_number_in_a_header() {
+        assert_eq!(
+            pending(0).message_id(),
+            "01933f3c-7d5a-7b60-9d6f-000000000001"
+        );
+        assert!(!pending(0).headers.contains(header::ASK));
+        assert_eq!(
+            pending(3).message_id(),
+            "01933f3c-7d5a-7b60-9d6f-000000000001.r3"
+        );
+        assert!(pending(3).headers.contains(r#""Gozon-Ask":"3""#));
+    }
+}

@@ -1,0 +1,113 @@
+//! What PostgreSQL says: statements, error codes, its clock, its tables.
+
+use std::time::Duration;
+
+use sea_orm::{
+    ConnectionTrait, DbBackend, DbErr, FromQueryResult, RuntimeErr, SqlxError, Statement, Value,
+};
+use time::OffsetDateTime;
+
+/// A statement with bound values.
+pub fn sql<const N: usize>(text: &str, values: [Value; N]) -> Statement {
+    Statement::from_sql_and_values(DbBackend::Postgres, text, values)
+}
+
+/// Runs a statement and returns the number of rows that it touched.
+pub(crate) async fn execute(db: &impl ConnectionTrait, statement: Statement) -> Result<u64, DbErr> {
+    Ok(db.execute_raw(statement).await?.rows_affected())
+}
+
+/// The one row of a query that always has one.
+pub(crate) async fn one_row<T: FromQueryResult>(
+    db: &impl ConnectionTrait,
+    statement: Statement,
+) -> Result<T, DbErr> {
+    let row = T::find_by_statement(statement).one(db).await?;
+    row.ok_or_else(|| DbErr::RecordNotFound("the query returned no row".to_owned()))
+}
+
+/// The time of this process with PostgreSQL's precision: microseconds.
+pub fn now() -> OffsetDateTime {
+    let now = OffsetDateTime::now_utc();
+    now.replace_nanosecond(now.microsecond() * 1000)
+        .unwrap_or(now)
+}
+
+/// The time of the database.
+pub(crate) async fn clock(db: &impl ConnectionTrait) -> Result<OffsetDateTime, DbErr> {
+    let row = db
+        .query_one_raw(sql("SELECT clock_timestamp() AS now", []))
+        .await?;
+    row.ok_or_else(|| DbErr::RecordNotFound("the time".to_owned()))?
+        .try_get("", "now")
+}
+
+/// Whether the same work can succeed later: the database is away, a lock was not granted, a race
+/// was lost. Not transient is only what the database will refuse every time.
+pub(crate) fn is_transient(error: &DbErr) -> bool {
+    match sqlstate(error) {
+        // Data exception; not-null, foreign-key and check violation.
+        Some(code) => {
+            !(code.starts_with("22") || matches!(code.as_str(), "23502" | "23503" | "23514"))
+        }
+        // Without a code from the server, only errors of the connection are transient.
+        None => match error {
+            DbErr::ConnectionAcquire(_) | DbErr::Conn(RuntimeErr::Internal(_)) => true,
+            DbErr::Conn(RuntimeErr::SqlxError(inner))
+            | DbErr::Exec(RuntimeErr::SqlxError(inner))
+            | DbErr::Query(RuntimeErr::SqlxError(inner)) => {
+                matches!(
+                    **inner,
+                    SqlxError::Io(_)
+                        | SqlxError::Tls(_)
+                        | SqlxError::Protocol(_)
+                        | SqlxError::PoolTimedOut
+                        | SqlxError::PoolClosed
+                        | SqlxError::WorkerCrashed
+                )
+            }
+            _ => false,
+        },
+    }
+}
+
+/// The server's five-character code, if the server answered at all.
+pub(crate) fn sqlstate(error: &DbErr) -> Option<String> {
+    let (DbErr::Conn(RuntimeErr::SqlxError(inner))
+    | DbErr::Exec(RuntimeErr::SqlxError(inner))
+    | DbErr::Query(RuntimeErr::SqlxError(inner))) = error
+    else {
+        return None;
+    };
+    inner
+        .as_database_error()?
+        .code()
+        .map(|code| code.into_owned())
+}
+
+/// Another transaction inserted the row first. The next try sees it; a damaged table says this for
+/// ever.
+pub(crate) fn is_unique_violation(error: &DbErr) -> bool {
+    sqlstate(error).is_some_and(|code| code == "23505")
+}
+
+pub(crate) fn is_lock_timeout(error: &DbErr) -> bool {
+    sqlstate(error).is_some_and(|code| code == "55P03")
+}
+
+/// Bounds database work: on a dead connection it would never end.
+pub(crate) async fn within<T, E: From<DbErr>>(
+    limit: Duration,
+    work: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
+    match tokio::time::timeout(limit, work).await {
+        Ok(done) => done,
+        Err(_) => Err(no_answer(limit).into()),
+    }
+}
+
+pub(crate) fn no_answer(limit: Duration) -> DbErr {
+    DbErr::Conn(RuntimeErr::Internal(format!(
+        "no answer from the database within {limit:?}"
+    )))
+}

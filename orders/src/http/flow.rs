@@ -1,0 +1,49 @@
+//! How the flow of this service is doing, for operators.
+
+use axum::Json;
+use axum::extract::State;
+use messaging::{FlowStatus, read};
+use serde::Serialize;
+use service_kit::Problem;
+use service_kit::input::NoParameters;
+use service_kit::problem::ProblemDocument;
+use utoipa::ToSchema;
+
+use crate::entity::order;
+
+/// How the flow of orders is doing.
+#[derive(Serialize, ToSchema)]
+#[schema(as = OrdersFlow)]
+pub(super) struct OrdersFlow {
+    #[serde(flatten)]
+    flow: FlowStatus,
+    /// Orders that are not final yet. Counts to 100000.
+    new_orders: i64,
+    /// Age of the oldest of them.
+    new_oldest_seconds: f64,
+}
+
+/// Show how the flow is doing
+#[utoipa::path(
+    get,
+    path = "/v1/ops/flow",
+    operation_id = "getFlow",
+    tag = "operators",
+    responses(
+        (status = 200, description = "What waits, and for how long", body = OrdersFlow),
+        (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "The service cannot answer now; retry", body = ProblemDocument, content_type = "application/problem+json"),
+    )
+)]
+pub(super) async fn get_flow(
+    State(state): State<super::State>,
+    _: NoParameters,
+) -> Result<Json<OrdersFlow>, Problem> {
+    let flow = state.operators.flow_status().await?;
+    let unsettled = read(|| order::unsettled(&state.db)).await?;
+    Ok(Json(OrdersFlow {
+        flow,
+        new_orders: unsettled.number,
+        new_oldest_seconds: unsettled.oldest_seconds,
+    }))
+}

@@ -1,0 +1,434 @@
+//! Placing orders: the queue, the group, the transaction, in this order.
+//!
+//! Whatever was queued while the last transaction ran goes into the next one. No request is delayed
+//! to fill a group: under load groups form by themselves, and the database commits once for all.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use failpoint::{failpoint, removed};
+use messaging::{Database, Failure, Message, retry_unless_locked};
+use sea_orm::DbErr;
+use service_kit::idempotency::Execution;
+use sha2::{Digest as _, Sha256};
+use shared_contracts::{Amount, EventId, OrderId, OrderPlaced, UserId};
+use time::OffsetDateTime;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::entity::order::{self, Model, Status};
+use crate::error::Error;
+use crate::metrics;
+
+/// Orders in one transaction. More would only add latency.
+const GROUP_MAX: usize = 200;
+/// Requests that may wait. A healthy database works off a queue this long in well below a second; a
+/// longer one would only hide that it is not healthy.
+const QUEUE_MAX: usize = 2000;
+/// A request that waited this long is rejected: its client gives up soon, and storing it then helps
+/// nobody. A request that would miss this deadline is rejected at once.
+const WAIT_MAX: Duration = Duration::from_secs(2);
+/// After a shutdown begins, queued requests get this long.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(6);
+
+/// An order to place. Its ids are minted before the first attempt, so that a retry recognises its
+/// own row.
+#[derive(Clone, Debug)]
+pub struct NewOrder {
+    pub id: OrderId,
+    pub placed_event_id: EventId,
+    pub user_id: UserId,
+    pub amount: Amount,
+    pub description: String,
+    pub idempotency_key: String,
+    pub created_at: OffsetDateTime,
+    pub traceparent: Option<String>,
+}
+
+/// An order as it was placed, and whether that happened now.
+#[derive(Clone, Debug)]
+pub struct Placed {
+    pub order: Model,
+    pub execution: Execution,
+}
+
+struct Queued {
+    new: NewOrder,
+    since: Instant,
+    answer: oneshot::Sender<Result<Placed, Error>>,
+}
+
+/// The queue of orders to place. Cheap to clone.
+#[derive(Clone)]
+pub struct Intake {
+    queue: mpsc::Sender<Queued>,
+    pace: Pace,
+}
+
+/// Takes orders from the queue and stores them in groups.
+pub struct Batcher {
+    queue: mpsc::Receiver<Queued>,
+    pace: Pace,
+}
+
+/// How long the last group took to store, in microseconds.
+#[derive(Clone, Default)]
+struct Pace(Arc<AtomicU64>);
+
+impl Pace {
+    fn note(&self, took: Duration) {
+        let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        self.0.store(micros, Ordering::Relaxed);
+    }
+
+    /// Estimates, from the duration of the last group, whether a request behind `ahead` others
+    /// finishes within [`WAIT_MAX`]: after the group that is being stored, the full ones ahead, and
+    /// its own. A request that fits into the very next group is always accepted, or a slow group
+    /// would be the last that is ever stored.
+    fn is_in_time(&self, ahead: usize) -> bool {
+        let full = ahead / GROUP_MAX;
+        let groups = u32::try_from(full).unwrap_or(u32::MAX).saturating_add(2);
+        let group = Duration::from_micros(self.0.load(Ordering::Relaxed));
+        full == 0 || group.saturating_mul(groups) <= WAIT_MAX
+    }
+}
+
+/// An empty queue.
+pub fn intake() -> (Intake, Batcher) {
+    let (sender, receiver) = mpsc::channel(QUEUE_MAX);
+    let pace = Pace::default();
+    let intake = Intake {
+        queue: sender,
+        pace: pace.clone(),
+    };
+    let batcher = Batcher {
+        queue: receiver,
+        pace,
+    };
+    (intake, batcher)
+}
+
+impl Intake {
+    /// Stores an order together with whatever else is queued.
+    pub async fn place(&self, new: NewOrder) -> Result<Placed, Error> {
+        let ahead = self.queue.max_capacity() - self.queue.capacity();
+        if !self.pace.is_in_time(ahead) {
+            return Err(Error::Overloaded);
+        }
+        let (answer, answered) = oneshot::channel();
+        let queued = Queued {
+            new,
+            since: Instant::now(),
+            answer,
+        };
+        self.queue.try_send(queued).map_err(|_| Error::Overloaded)?;
+        // The batcher drops a request unanswered only if the process ends meanwhile.
+        answered.await.unwrap_or(Err(Error::Stopping))
+    }
+}
+
+impl Batcher {
+    /// Runs until nobody can place an order any more.
+    pub async fn run(mut self, db: &Database, shutdown: CancellationToken) -> anyhow::Result<()> {
+        let overdue = async {
+            shutdown.cancelled().await;
+            tokio::time::sleep(DRAIN_TIMEOUT).await;
+        };
+        let mut overdue = std::pin::pin!(overdue);
+        let mut group = Vec::with_capacity(GROUP_MAX);
+        loop {
+            let taken = tokio::select! {
+                taken = self.queue.recv_many(&mut group, GROUP_MAX) => taken,
+                () = &mut overdue => 0,
+            };
+            if taken == 0 {
+                return Ok(());
+            }
+            store(db, group.drain(..), &self.pace).await;
+        }
+    }
+}
+
+/// Stores a group and answers each of its requests. A client may be gone when its answer comes: then
+/// the order is stored all the same, and its key tells.
+async fn store(db: &Database, group: impl Iterator<Item = Queued>, pace: &Pace) {
+    let mut new = Vec::with_capacity(GROUP_MAX);
+    let mut answers = Vec::with_capacity(GROUP_MAX);
+    for queued in group {
+        if queued.since.elapsed() > WAIT_MAX {
+            let _ = queued.answer.send(Err(Error::Overloaded));
+        } else if !queued.answer.is_closed() {
+            new.push(queued.new);
+            answers.push(queued.answer);
+        }
+    }
+    if new.is_empty() {
+        return;
+    }
+    let begun = Instant::now();
+    let placed = place(db, &new).await;
+    pace.note(begun.elapsed());
+    match placed {
+        Ok(placements) => {
+            for (answer, placement) in answers.into_iter().zip(placements) {
+                let _ = answer.send(placement.into());
+            }
+        }
+        // One order that the database refuses, or whose key is being stored elsewhere, must not
+        // hurt the others.
+        Err(failure) if new.len() > 1 && concerns_one(&failure) => {
+            warn!(
+                orders = new.len(),
+                error = %failure,
+                "A group of orders was refused; storing them one by one"
+            );
+            for (answer, one) in answers.into_iter().zip(&new) {
+                let placed = place(db, std::slice::from_ref(one)).await;
+                let placed = placed.map(|mut placements| placements.remove(0));
+                let _ = answer.send(placed.map_err(Error::from).and_then(Result::from));
+            }
+        }
+        Err(failure) => {
+            for answer in answers {
+                let _ = answer.send(Err(failure.clone().into()));
+            }
+        }
+    }
+}
+
+/// Whether one order of a group is to blame, and not the database as a whole.
+fn concerns_one(failure: &Failure) -> bool {
+    let is_refused = matches!(failure, Failure::NotDone(_)) && !failure.is_transient();
+    is_refused || failure.is_lock_timeout()
+}
+
+/// What became of one order of a group.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "nearly all are the large variant, and none lives long"
+)]
+enum Placement {
+    Placed(Placed),
+    /// Its key was used for another request.
+    KeyReused,
+}
+
+impl From<Placement> for Result<Placed, Error> {
+    fn from(placement: Placement) -> Self {
+        match placement {
+            Placement::Placed(placed) => Ok(placed),
+            Placement::KeyReused => Err(Error::KeyReused),
+        }
+    }
+}
+
+/// Stores the orders and their events, together or not at all; one refused key does not hurt the
+/// others. One order is a slice of one. A key that another transaction is storing right now is not
+/// waited for long.
+async fn place(db: &Database, new: &[NewOrder]) -> Result<Vec<Placement>, Failure> {
+    retry_unless_locked(|| place_once(db, new)).await
+}
+
+async fn place_once(db: &Database, new: &[NewOrder]) -> Result<Vec<Placement>, Failure> {
+    failpoint!("place.before_begin")?;
+    let txn = db.begin("place").await?;
+    let inserted = order::insert_new(&txn, new.iter().map(Model::from).collect()).await?;
+    failpoint!("place.after_orders")?;
+    let is_new = |one: &NewOrder| inserted.contains(&one.id.as_uuid());
+
+    // A known key: the order it made, whoever stored it.
+    let known: Vec<&NewOrder> = new.iter().filter(|one| !is_new(one)).collect();
+    let mut by_key: HashMap<(String, String), Model> = HashMap::new();
+    if !known.is_empty() {
+        let user_ids = known.iter().map(|one| one.user_id.to_string()).collect();
+        let keys = known.iter().map(|one| one.idempotency_key.clone());
+        for row in order::find_by_keys(&txn, user_ids, keys.collect()).await? {
+            by_key.insert((row.user_id.clone(), row.idempotency_key.clone()), row);
+        }
+    }
+    let messages = new
+        .iter()
+        .filter(|one| is_new(one) && !removed!("place.outbox_row"))
+        .map(placed_event);
+    txn.enqueue(messages.collect()).await?;
+    txn.commit().await?;
+    metrics::placed(inserted.len(), known.len());
+
+    new.iter()
+        .map(|one| {
+            if is_new(one) {
+                info!(order.id = %one.id, user.id = %one.user_id, amount = one.amount.minor_units(), "Order placed");
+                return Ok(Placement::Placed(Placed {
+                    order: Model::from(one),
+                    execution: Execution::First,
+                }));
+            }
+            // Cloned, not taken: several requests with one key may be in one group.
+            let key = (one.user_id.to_string(), one.idempotency_key.clone());
+            let stored = by_key.get(&key).cloned().ok_or_else(|| {
+                let order = format!("the order with the key of {}", one.id);
+                DbErr::RecordNotFound(order)
+            })?;
+            Ok(known_key(one, stored))
+        })
+        .collect()
+}
+
+/// The answer to a request whose key made `stored`.
+fn known_key(one: &NewOrder, stored: Model) -> Placement {
+    let execution = if stored.id == one.id.as_uuid() {
+        // Our own row, from an attempt whose commit was not answered.
+        Execution::First
+    } else if stored.request_hash == request_hash(one) {
+        Execution::Replayed
+    } else {
+        return Placement::KeyReused;
+    };
+    Placement::Placed(Placed {
+        order: stored,
+        execution,
+    })
+}
+
+fn placed_event(new: &NewOrder) -> Message {
+    let event = OrderPlaced {
+        order_id: new.id,
+        user_id: new.user_id.clone(),
+        amount: new.amount,
+    };
+    let traceparent = new.traceparent.as_deref();
+    Message::new(new.placed_event_id, &event, new.created_at, traceparent)
+}
+
+impl From<&NewOrder> for Model {
+    fn from(new: &NewOrder) -> Self {
+        Self {
+            id: new.id.as_uuid(),
+            user_id: new.user_id.to_string(),
+            amount: new.amount.minor_units(),
+            description: new.description.clone(),
+            status: Status::New,
+            reason: None,
+            idempotency_key: if removed!("place.idempotency_key") {
+                new.id.to_string()
+            } else {
+                new.idempotency_key.clone()
+            },
+            request_hash: request_hash(new),
+            placed_event_id: new.placed_event_id.as_uuid(),
+            asks: 0,
+            asked_at: None,
+            settlement_event_id: None,
+            final_event_id: None,
+            created_at: new.created_at,
+            updated_at: new.created_at,
+        }
+    }
+}
+
+/// What makes two requests with one key the same.
+fn request_hash(new: &NewOrder) -> Vec<u8> {
+    let mut hash = Sha256::new();
+    hash.update(new.amount.minor_units().to_be_bytes());
+    hash.update((new.user_id.as_str().len() as u64).to_be_bytes());
+    hash.update(new.user_id.as_str());
+    hash.update(&new.description);
+    hash.finalize().to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt as _;
+
+    use super::*;
+
+    fn new_order() -> NewOrder {
+        NewOrder {
+            id: OrderId::mint(),
+            placed_event_id: EventId::mint(),
+            user_id: UserId::parse("alice").unwrap(),
+            amount: Amount::new(1).unwrap(),
+            description: String::new(),
+            idempotency_key: OrderId::mint().to_string(),
+            created_at: messaging::now(),
+            traceparent: None,
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waited_too_long_is_turned_away() {
+        // No database: it must not be asked.
+        let url = "postgres://127.0.0.1:1/none".to_owned().into();
+        let db = Database::for_requests(&url, "test", 1).await.unwrap();
+        let (intake, batcher) = intake();
+        let mut late = Box::pin(intake.place(new_order()));
+        assert!(late.as_mut().now_or_never().is_none(), "it waits");
+        tokio::time::advance(WAIT_MAX + Duration::from_millis(1)).await;
+        let answer = tokio::select! {
+            answer = late => answer,
+            ended = batcher.run(&db, CancellationToken::new()) => panic!("{ended:?}"),
+        };
+        assert!(matches!(answer, Err(Error::Overloaded)), "{answer:?}");
+    }
+
+    #[tokio::test]
+    async fn who_would_be_answered_too_late_is_turned_away_at_once_but_never_from_the_next_group() {
+        let (intake, batcher) = intake();
+        let come = |number: usize| {
+            (0..number)
+                .map(|_| Box::pin(intake.place(new_order())))
+                .collect::<Vec<_>>()
+        };
+        let mut next = come(GROUP_MAX);
+        batcher.pace.note(WAIT_MAX * 10);
+        assert!(
+            next.iter_mut()
+                .all(|request| request.now_or_never().is_none()),
+            "they go into the next group"
+        );
+        assert!(matches!(
+            intake.place(new_order()).now_or_never(),
+            Some(Err(Error::Overloaded))
+        ));
+        // The group that is being stored, the next one, and the one after that.
+        batcher.pace.note(WAIT_MAX / 3);
+        let mut after = come(GROUP_MAX);
+        assert!(
+            after
+                .iter_mut()
+                .all(|request| request.now_or_never().is_none()),
+            "two groups are stored before them in time"
+        );
+        assert!(matches!(
+            intake.place(new_order()).now_or_never(),
+            Some(Err(Error::Overloaded))
+        ));
+    }
+
+    #[tokio::test]
+    async fn a_full_queue_turns_requests_away_at_once() {
+        let (intake, batcher) = intake();
+        let mut waiting: Vec<_> = (0..QUEUE_MAX)
+            .map(|_| Box::pin(intake.place(new_order())))
+            .collect();
+        assert!(
+            waiting
+                .iter_mut()
+                .all(|request| request.now_or_never().is_none()),
+            "these wait"
+        );
+        assert!(matches!(
+            intake.place(new_order()).now_or_never(),
+            Some(Err(Error::Overloaded))
+        ));
+        drop(batcher);
+        assert!(
+            matches!(waiting.remove(0).await, Err(Error::Stopping)),
+            "nobody waits for ever"
+        );
+    }
+}

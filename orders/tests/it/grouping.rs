@@ -1,0 +1,163 @@
+//! Orders that are placed at the same time.
+
+use futures_util::FutureExt as _;
+use futures_util::future::join_all;
+use messaging::Database;
+use orders::Error;
+use orders::entity::order;
+use orders::place::{NewOrder, intake};
+use sea_orm::{ConnectionTrait as _, DbBackend, Statement};
+use service_kit::idempotency::Execution;
+use shared_contracts::{Amount, EventId, OrderId, UserId};
+use stack::testing::TestDatabase;
+use tokio_util::sync::CancellationToken;
+
+async fn database(database: &TestDatabase, connections: u32) -> Database {
+    let url = database.url.clone().into();
+    let db = Database::for_requests(&url, "test", connections)
+        .await
+        .unwrap();
+    db.migrate::<orders::Migrator>().await.unwrap();
+    db
+}
+
+fn new_order() -> NewOrder {
+    NewOrder {
+        id: OrderId::mint(),
+        placed_event_id: EventId::mint(),
+        user_id: UserId::parse("alice").unwrap(),
+        amount: Amount::new(1).unwrap(),
+        description: String::new(),
+        idempotency_key: OrderId::mint().to_string(),
+        created_at: messaging::now(),
+        traceparent: None,
+    }
+}
+
+#[tokio::test]
+async fn what_waits_is_stored_in_one_transaction_and_everyone_gets_its_own_answer() {
+    let fresh = TestDatabase::fresh().await.unwrap();
+    let db = database(&fresh, 3).await;
+    let (intake, batcher) = intake();
+    let first = NewOrder {
+        idempotency_key: "twin".to_owned(),
+        ..new_order()
+    };
+    let twin = NewOrder {
+        id: OrderId::mint(),
+        placed_event_id: EventId::mint(),
+        ..first.clone()
+    };
+    let impostor = NewOrder {
+        amount: Amount::new(2).unwrap(),
+        ..twin.clone()
+    };
+    let mut all: Vec<NewOrder> = (0..30).map(|_| new_order()).collect();
+    all.extend([
+        first.clone(),
+        twin.clone(),
+        NewOrder {
+            id: OrderId::mint(),
+            ..twin
+        },
+        impostor,
+    ]);
+
+    let mut waiting: Vec<_> = all
+        .iter()
+        .map(|new| Box::pin(intake.place(new.clone())))
+        .collect();
+    assert!(
+        waiting
+            .iter_mut()
+            .all(|request| request.now_or_never().is_none()),
+        "all wait before the batcher begins"
+    );
+    let shutdown = CancellationToken::new();
+    let answers = tokio::select! {
+        answers = join_all(waiting) => answers,
+        ended = batcher.run(&db, shutdown) => panic!("{ended:?}"),
+    };
+    for (new, answer) in all.iter().zip(&answers).take(31) {
+        let placed = answer.as_ref().unwrap();
+        assert_eq!(
+            (placed.order.id, placed.execution),
+            (new.id.as_uuid(), Execution::First)
+        );
+    }
+    for twin in &answers[31..33] {
+        let placed = twin.as_ref().unwrap();
+        assert_eq!(
+            (placed.order.id, placed.execution),
+            (first.id.as_uuid(), Execution::Replayed)
+        );
+    }
+    assert!(matches!(answers[33], Err(Error::KeyReused)));
+    let query = "SELECT count(*) || ' in ' || count(DISTINCT created_at) FROM outbox";
+    let row = db
+        .query_one_raw(Statement::from_string(DbBackend::Postgres, query))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(row.try_get_by_index::<String>(0).unwrap(), "31 in 1");
+}
+
+#[tokio::test]
+async fn a_key_that_somebody_else_is_storing_holds_up_its_own_order_only() {
+    let fresh = TestDatabase::fresh().await.unwrap();
+    let db = database(&fresh, 3).await;
+    let held = new_order();
+    let holder = db.begin("test").await.unwrap();
+    order::insert_new(&holder, vec![(&held).into()])
+        .await
+        .unwrap();
+
+    let (intake, batcher) = intake();
+    let all = [
+        new_order(),
+        NewOrder {
+            id: OrderId::mint(),
+            placed_event_id: EventId::mint(),
+            ..held.clone()
+        },
+        new_order(),
+    ];
+    let answers = join_all(all.iter().map(|new| intake.place(new.clone())));
+    let answers = tokio::select! {
+        answers = answers => answers,
+        ended = batcher.run(&db, CancellationToken::new()) => panic!("{ended:?}"),
+    };
+    assert!(answers[0].is_ok() && answers[2].is_ok(), "{answers:?}");
+    assert!(
+        matches!(&answers[1], Err(Error::Database(failure)) if failure.is_lock_timeout()),
+        "{answers:?}"
+    );
+    holder.rollback().await.unwrap();
+}
+
+#[tokio::test]
+async fn an_order_whose_client_has_gone_before_it_was_begun_is_not_stored() {
+    let fresh = TestDatabase::fresh().await.unwrap();
+    let db = database(&fresh, 2).await;
+    let (intake, batcher) = intake();
+    let mut gone = Box::pin(intake.place(new_order()));
+    assert!(gone.as_mut().now_or_never().is_none(), "it waits");
+    drop(gone);
+    let placed = tokio::select! {
+        placed = intake.place(new_order()) => placed.unwrap(),
+        ended = batcher.run(&db, CancellationToken::new()) => panic!("{ended:?}"),
+    };
+    let row = db
+        .query_one_raw(Statement::from_string(
+            DbBackend::Postgres,
+            "SELECT id FROM orders",
+        ))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(
+        row.try_get_by_index::<uuid::Uuid>(0).unwrap(),
+        placed.order.id,
+        "the only one"
+    );
+}

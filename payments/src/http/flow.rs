@@ -1,0 +1,27 @@
+//! How the flow of this service is doing, for operators.
+
+use axum::Json;
+use axum::extract::State;
+use messaging::FlowStatus;
+use service_kit::Problem;
+use service_kit::input::NoParameters;
+use service_kit::problem::ProblemDocument;
+
+/// Show how the flow is doing
+#[utoipa::path(
+    get,
+    path = "/v1/ops/flow",
+    operation_id = "getFlow",
+    tag = "operators",
+    responses(
+        (status = 200, description = "What waits, and for how long", body = FlowStatus),
+        (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "The service cannot answer now; retry", body = ProblemDocument, content_type = "application/problem+json"),
+    )
+)]
+pub(super) async fn get_flow(
+    State(state): State<super::State>,
+    _: NoParameters,
+) -> Result<Json<FlowStatus>, Problem> {
+    Ok(Json(state.operators.flow_status().await?))
+}

@@ -1,0 +1,41 @@
+//! What this service shows at `GET /metrics`.
+
+use messaging::Flow;
+use metrics::{counter, describe_counter};
+use service_kit::metrics::Metrics;
+use shared_contracts::DeclineReason;
+
+use crate::charge::Charged;
+
+const DECISIONS: &str = "gozon_decisions_total";
+const ANSWERED_AGAIN: &str = "gozon_answers_given_again_total";
+
+pub(crate) fn metrics(flow: &Flow) -> anyhow::Result<Metrics> {
+    let metrics = Metrics::start("payments", env!("CARGO_PKG_VERSION"))?;
+    describe_counter!(
+        DECISIONS,
+        "Orders decided, by outcome: paid, or why they were declined"
+    );
+    describe_counter!(
+        ANSWERED_AGAIN,
+        "Stored decisions answered again because orders asked again"
+    );
+    // A counter that never counted is 0, not absent.
+    counter!(ANSWERED_AGAIN).increment(0);
+    let declined = [DeclineReason::InsufficientFunds, DeclineReason::NoAccount];
+    for outcome in declined
+        .map(DeclineReason::as_str)
+        .into_iter()
+        .chain(["paid"])
+    {
+        counter!(DECISIONS, "outcome" => outcome).increment(0);
+    }
+    Ok(flow.metrics(metrics))
+}
+
+pub(crate) fn charged(charged: &Charged) {
+    for outcome in &charged.outcomes {
+        counter!(DECISIONS, "outcome" => *outcome).increment(1);
+    }
+    counter!(ANSWERED_AGAIN).increment(charged.answered_again as u64);
+}
