@@ -73,6 +73,12 @@ demo:
     @cargo build --locked --quiet --workspace --bins
     @./dev env ${CARGO_TARGET_DIR:-target}/debug/demo
 
+# Run an example beside the running stack: `example points` awards a point for every finished order
+[group('use')]
+[no-exit-message]
+example name='points' *arguments:
+    @recipes/example.sh "$@"
+
 # Open psql on the database of orders or payments; more arguments go to psql
 [group('look')]
 [no-exit-message]

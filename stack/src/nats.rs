@@ -75,6 +75,7 @@ impl Nats {
             ("NATS_GATEWAY_PASSWORD", secrets.nats_gateway.clone()),
             ("NATS_OPS_PASSWORD", secrets.nats_ops.clone()),
             ("NATS_VIEWER_PASSWORD", secrets.nats_viewer.clone()),
+            ("NATS_READER_PASSWORD", secrets.nats_reader.clone()),
         ];
         let port = self.port.to_string();
         let monitor_port = self.monitor_port.to_string();

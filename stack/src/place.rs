@@ -34,6 +34,14 @@ pub struct Secrets {
     pub nats_gateway: String,
     pub nats_ops: String,
     pub nats_viewer: String,
+    /// Absent in folders made before there was this user.
+    #[serde(default = "random")]
+    pub nats_reader: String,
+}
+
+fn random() -> String {
+    // A letter first: nats-server parses a value of digits as a number.
+    format!("p{}", Uuid::new_v4().simple())
 }
 
 impl std::fmt::Debug for Secrets {
@@ -44,8 +52,6 @@ impl std::fmt::Debug for Secrets {
 
 impl Secrets {
     fn random() -> Self {
-        // A letter first: nats-server parses a value of digits as a number.
-        let random = || format!("p{}", Uuid::new_v4().simple());
         Self {
             postgres_superuser: random(),
             postgres_orders: random(),
@@ -56,6 +62,7 @@ impl Secrets {
             nats_gateway: random(),
             nats_ops: random(),
             nats_viewer: "viewer".to_owned(),
+            nats_reader: random(),
         }
     }
 }
@@ -129,18 +136,28 @@ fn reachable_by_nobody(folder: &Path) -> bool {
 fn read_or_make_secrets(path: &Path) -> anyhow::Result<Secrets> {
     match fs::read_to_string(path) {
         Ok(text) => {
-            serde_json::from_str(&text).with_context(|| format!("{} is not valid", path.display()))
+            let secrets: Secrets = serde_json::from_str(&text)
+                .with_context(|| format!("{} is not valid", path.display()))?;
+            if !text.contains("nats_reader") {
+                write_secrets(path, &secrets)?;
+            }
+            Ok(secrets)
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             let secrets = Secrets::random();
-            // Renamed into place, so that an interruption leaves no incomplete file.
-            let draft = path.with_extension("new");
-            fs::write(&draft, "")?;
-            fs::set_permissions(&draft, Permissions::from_mode(0o600))?;
-            fs::write(&draft, serde_json::to_string_pretty(&secrets)?)?;
-            fs::rename(&draft, path)?;
+            write_secrets(path, &secrets)?;
             Ok(secrets)
         }
         Err(error) => Err(error).with_context(|| format!("{} cannot be read", path.display())),
     }
+}
+
+fn write_secrets(path: &Path, secrets: &Secrets) -> anyhow::Result<()> {
+    // Renamed into place, so that an interruption leaves no incomplete file.
+    let draft = path.with_extension("new");
+    fs::write(&draft, "")?;
+    fs::set_permissions(&draft, Permissions::from_mode(0o600))?;
+    fs::write(&draft, serde_json::to_string_pretty(secrets)?)?;
+    fs::rename(&draft, path)?;
+    Ok(())
 }

@@ -4,6 +4,7 @@
 
 mod accounts;
 mod charging;
+mod faulty_delivery;
 mod harness;
 mod openapi;
 mod poison;
