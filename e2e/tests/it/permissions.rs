@@ -190,6 +190,40 @@ async fn each_nats_user_can_do_its_work_and_nothing_else() {
         viewer.may_request(subject, body).await;
     }
 
+    let mut reader = User::log_in(&stack, "reader", &secrets.nats_reader).await;
+    for subject in [
+        "gozon.orders.placed",
+        "gozon.payments.settled",
+        "$JS.API.STREAM.CREATE.X",
+        "$JS.API.STREAM.DELETE.ORDERS",
+        "$JS.API.STREAM.PURGE.ORDERS",
+        "$JS.API.STREAM.INFO.DLQ",
+        "$JS.API.CONSUMER.DELETE.ORDERS.payments-order-placed",
+        "$JS.API.CONSUMER.MSG.NEXT.ORDERS.payments-order-placed",
+        "$JS.API.CONSUMER.CREATE.ORDERS.payments-order-placed.gozon.orders.placed",
+        "$JS.API.CONSUMER.CREATE.ORDERS.reader-x",
+        "$JS.API.CONSUMER.DURABLE.CREATE.ORDERS.payments-order-placed",
+        "$JS.ACK.ORDERS.payments-order-placed.1.1.1.1.1",
+    ] {
+        reader.may_not_publish(subject).await;
+    }
+    for subject in ["gozon.>", "_INBOX_orders.>", "_INBOX.>"] {
+        reader.may_not_subscribe(subject).await;
+    }
+    for (subject, body) in [
+        ("$JS.API.STREAM.INFO.ORDERS", ""),
+        ("$JS.API.STREAM.INFO.PAYMENTS", ""),
+        ("$JS.API.DIRECT.GET.ORDERS", r#"{"seq":1}"#),
+        (
+            "$JS.API.CONSUMER.CREATE.ORDERS.reader-x.gozon.orders.finished",
+            r#"{"stream_name":"ORDERS","config":{"durable_name":"reader-x","name":"reader-x","filter_subject":"gozon.orders.finished","ack_policy":"explicit"}}"#,
+        ),
+        ("$JS.API.CONSUMER.INFO.ORDERS.reader-x", ""),
+        ("$JS.API.CONSUMER.DELETE.ORDERS.reader-x", ""),
+    ] {
+        reader.may_request(subject, body).await;
+    }
+
     let wrong = ConnectOptions::with_user_and_password("orders".to_owned(), "wrong".to_owned())
         .connect(stack.system.nats().url())
         .await;
