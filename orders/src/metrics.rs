@@ -6,7 +6,6 @@ use service_kit::metrics::Metrics;
 use shared_contracts::DeclineReason;
 
 use crate::entity::order;
-use crate::settle::EndedOrder;
 
 const PLACED: &str = "gozon_orders_placed_total";
 const ENDED: &str = "gozon_orders_ended_total";
@@ -63,11 +62,10 @@ pub(crate) fn placed(stored: usize, repeated: usize) {
     counter!(PLACED, "result" => "repeated").increment(repeated as u64);
 }
 
-pub(crate) fn ended(orders: &[EndedOrder]) {
-    for order in orders {
-        counter!(ENDED, "outcome" => order.reason.unwrap_or("paid")).increment(1);
-        histogram!(SECONDS_TO_END).record(order.after.as_seconds_f64());
-    }
+/// An order became final, so long after it was placed; `reason` says why it was cancelled.
+pub(crate) fn ended(reason: Option<&'static str>, after: time::Duration) {
+    counter!(ENDED, "outcome" => reason.unwrap_or("paid")).increment(1);
+    histogram!(SECONDS_TO_END).record(after.as_seconds_f64());
 }
 
 pub(crate) fn asked_again(orders: usize) {

@@ -28,12 +28,12 @@ pub struct Settle {
 pub struct Ended(Vec<EndedOrder>);
 
 #[derive(Debug)]
-pub(crate) struct EndedOrder {
-    pub(crate) id: Uuid,
+struct EndedOrder {
+    id: Uuid,
     /// Why it was cancelled; none if it was paid.
-    pub(crate) reason: Option<&'static str>,
+    reason: Option<&'static str>,
     /// Time since it was placed.
-    pub(crate) after: time::Duration,
+    after: time::Duration,
 }
 
 impl Subscriber for Settle {
@@ -87,7 +87,9 @@ impl Subscriber for Settle {
     }
 
     fn committed(&self, Ended(orders): Ended) {
-        metrics::ended(&orders);
+        for order in &orders {
+            metrics::ended(order.reason, order.after);
+        }
         self.waiting
             .wake(&orders.iter().map(|one| one.id).collect::<Vec<_>>());
     }

@@ -32,9 +32,9 @@ pub struct Charge;
 #[derive(Debug)]
 pub struct Charged {
     /// Of each order that was decided: `paid`, or why not.
-    pub(crate) outcomes: Vec<&'static str>,
+    outcomes: Vec<&'static str>,
     /// Decisions that existed and were given again.
-    pub(crate) answered_again: usize,
+    answered_again: usize,
 }
 
 const DECISIONS: AnswerTable = AnswerTable {
@@ -109,7 +109,10 @@ impl Subscriber for Charge {
     }
 
     fn committed(&self, charged: Charged) {
-        metrics::charged(&charged);
+        for outcome in charged.outcomes {
+            metrics::decided(outcome);
+        }
+        metrics::answered_again(charged.answered_again);
     }
 
     fn describe(&self, charged: &Charged) -> Option<String> {

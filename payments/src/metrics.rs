@@ -5,8 +5,6 @@ use metrics::{counter, describe_counter};
 use service_kit::metrics::Metrics;
 use shared_contracts::DeclineReason;
 
-use crate::charge::Charged;
-
 const DECISIONS: &str = "gozon_decisions_total";
 const ANSWERED_AGAIN: &str = "gozon_answers_given_again_total";
 
@@ -33,9 +31,10 @@ pub(crate) fn metrics(flow: &Flow) -> anyhow::Result<Metrics> {
     Ok(flow.metrics(metrics))
 }
 
-pub(crate) fn charged(charged: &Charged) {
-    for outcome in &charged.outcomes {
-        counter!(DECISIONS, "outcome" => *outcome).increment(1);
-    }
-    counter!(ANSWERED_AGAIN).increment(charged.answered_again as u64);
+pub(crate) fn decided(outcome: &'static str) {
+    counter!(DECISIONS, "outcome" => outcome).increment(1);
+}
+
+pub(crate) fn answered_again(decisions: usize) {
+    counter!(ANSWERED_AGAIN).increment(decisions as u64);
 }
