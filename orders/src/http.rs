@@ -2,16 +2,12 @@
 
 use axum::Router;
 use axum::extract::FromRef;
-use axum::routing::get;
 use messaging::{Database, OperatorApi};
 use tokio_util::sync::CancellationToken;
 use utoipa::OpenApi;
-use utoipa::openapi::Server;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
-use utoipa_swagger_ui::SwaggerUi;
 
-use service_kit::openapi::complete;
 use service_kit::problem::Code;
 
 use crate::place::Intake;
@@ -58,25 +54,10 @@ fn api() -> OpenApiRouter<State> {
         .merge(OperatorApi::routes())
 }
 
-/// The OpenAPI document of this service.
 pub fn openapi() -> utoipa::openapi::OpenApi {
-    let mut document = api().split_for_parts().1;
-    document.info.version = env!("CARGO_PKG_VERSION").to_owned();
-    document.servers = Some(vec![Server::new("/")]);
-    complete(&mut document, false, &EXAMPLES);
-    document
+    service_kit::api::document(api(), env!("CARGO_PKG_VERSION"), &EXAMPLES)
 }
 
-/// `probes` are the routes for monitoring: health and metrics.
 pub(crate) fn router(state: State, probes: Router) -> Router {
-    let (api, _) = api().split_for_parts();
-    let router = api
-        .with_state(state)
-        .merge(probes)
-        .merge(SwaggerUi::new("/swagger").url("/openapi.json", openapi()))
-        .route(
-            "/",
-            get(async || axum::response::Redirect::temporary("/swagger/")),
-        );
-    service_kit::http::edge(router)
+    service_kit::api::router(api(), state, openapi(), probes)
 }

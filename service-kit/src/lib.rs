@@ -2,6 +2,7 @@
 //! every error with a problem document (RFC 9457). It knows no rule of the shop; only the list of problem codes, which is
 //! one for the whole API, names its nouns.
 
+pub mod api;
 pub mod config;
 pub mod health;
 pub mod healthcheck;
