@@ -220,7 +220,8 @@ impl Schedule {
         let mut order: Vec<usize> = (0..events).collect();
         for _ in 0..events * 2 {
             let index = random.below(events.max(2) - 1);
-            if index + 1 < events && may_swap(order[index], order[index + 1]) {
+            let wanted = random.below(2) == 0 && index + 1 < events;
+            if wanted && may_swap(order[index], order[index + 1]) {
                 order.swap(index, index + 1);
             }
         }

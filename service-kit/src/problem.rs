@@ -130,6 +130,15 @@ impl Problem {
         self
     }
 
+    /// Names the service if the problem is that it is unavailable.
+    #[must_use]
+    pub fn of_service(self, name: &str) -> Self {
+        match self.code {
+            Code::ServiceUnavailable => self.because(format!("{name} temporarily unavailable.")),
+            _ => self,
+        }
+    }
+
     #[must_use]
     pub fn retry_after(mut self, seconds: u32) -> Self {
         self.retry_after_seconds = Some(seconds);

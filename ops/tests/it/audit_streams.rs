@@ -268,7 +268,7 @@ async fn every_fault_planted_in_a_stream_is_named_and_what_is_set_aside_is_no_ne
         .plant(
             UnreadableMessage,
             None,
-            "the body is no",
+            "not a valid",
             PLACED,
             None,
             json!({ "order_id": another }),

@@ -15,11 +15,13 @@ impl From<Error> for Problem {
                 // One line for each request would add to the load; they are counted.
                 debug!("A request is rejected: too many wait already");
                 service_kit::metrics::refused("orders_queue");
-                Code::Overloaded.into()
+                Self::new(Code::Overloaded).because("Orders Service temporarily unavailable.")
             }
-            Error::Stopping => Self::new(Code::ServiceUnavailable).outcome_unknown(),
+            Error::Stopping => Self::new(Code::ServiceUnavailable)
+                .outcome_unknown()
+                .of_service("Orders Service"),
             Error::Database(failure) if failure.is_lock_timeout() => Code::RequestInProgress.into(),
-            Error::Database(failure) => failure.into(),
+            Error::Database(failure) => Self::from(failure).of_service("Orders Service"),
         }
     }
 }

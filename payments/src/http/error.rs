@@ -16,7 +16,7 @@ impl From<Error> for Problem {
                 "The balance would exceed {BALANCE_MAX} minor units."
             )),
             Error::KeyReused => Code::IdempotencyKeyReused.into(),
-            Error::Database(failure) => failure.into(),
+            Error::Database(failure) => Self::from(failure).of_service("Payments Service"),
         }
     }
 }
