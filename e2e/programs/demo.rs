@@ -11,7 +11,7 @@ use async_nats::jetstream;
 use broker::Broker;
 use e2e::broker::operator;
 use e2e::{checks, until_done};
-use ops::audit::{self, Databases, Kind};
+use ops::audit::{self, Databases, FindingKind};
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, Statement};
 use serde_json::{Value, json};
 use stack::http::Http;
@@ -297,7 +297,7 @@ async fn audited(databases: &Databases, shop: &Shop) -> anyhow::Result<Verdict> 
 }
 
 impl Verdict {
-    fn number(&self, kinds: &[Kind]) -> usize {
+    fn number(&self, kinds: &[FindingKind]) -> usize {
         self.report
             .findings
             .iter()
@@ -319,10 +319,10 @@ impl Verdict {
 
     fn balances_are_exact(&self) -> bool {
         let kinds = [
-            Kind::BalanceDrift,
-            Kind::NegativeBalance,
-            Kind::BrokenStatement,
-            Kind::MalformedTransfer,
+            FindingKind::BalanceDrift,
+            FindingKind::NegativeBalance,
+            FindingKind::BrokenStatement,
+            FindingKind::MalformedTransfer,
         ];
         self.balance == self.expected_balance && self.number(&kinds) == 0
     }
@@ -343,7 +343,7 @@ impl fmt::Display for Verdict {
         } else {
             "BALANCES WRONG"
         };
-        let doubled = self.number(&[Kind::DoubledDebit]);
+        let doubled = self.number(&[FindingKind::DoubledDebit]);
         write!(
             f,
             "{} final, {} debits, {doubled} twice, {exact}",

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ops::audit::{self, Beside, Databases, Report};
+use ops::audit::{self, CompareWith, Databases, Report};
 use ops::history::History;
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, Statement};
 use stack::System;
@@ -60,9 +60,9 @@ pub async fn audit_settled(
         stuck_after: Duration::ZERO,
     };
     let broker = operator(system).await?;
-    let beside = Beside {
+    let compare_with = CompareWith {
         streams: Some(broker.jetstream()),
         history,
     };
-    Ok(audit::audit_with(databases, options, beside).await?)
+    Ok(audit::audit_with(databases, options, compare_with).await?)
 }

@@ -1,7 +1,7 @@
 //! Checks the promise on real data: orders, decisions, transfers, balances, outboxes, inboxes and dead letters of both
 //! databases, against each other, against what the streams say, and against what a client was told.
 //!
-//! It runs on a live system without locking it. The databases are read one after the other, so what is under way looks
+//! It runs on a live system without locking it. The databases are read one after the other, so what is under way summaries
 //! wrong for a moment; therefore a finding counts only if it still stands when everything is read again after a grace.
 
 use std::collections::BTreeMap;
@@ -25,7 +25,7 @@ mod streams;
 /// What is wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Kind {
+pub enum FindingKind {
     /// FINISHED, but no decision or debit stands behind it (I2).
     FinishedWithoutDebit,
     /// CANCELLED, but debited (I2).
@@ -86,7 +86,7 @@ pub enum Kind {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Finding {
     /// What is wrong.
-    pub kind: Kind,
+    pub kind: FindingKind,
     /// The order, user, transfer, event or dead letter it is about.
     pub id: String,
     /// What was found, in words.
@@ -149,7 +149,7 @@ pub struct Databases {
 
 /// What the databases are compared with, beside each other.
 #[derive(Clone, Copy, Default)]
-pub struct Beside<'a> {
+pub struct CompareWith<'a> {
     /// The streams, where the broker is there to be asked. What is missing there is no finding: the broker is a cache.
     pub streams: Option<&'a jetstream::Context>,
     /// What a client was told.
@@ -158,44 +158,44 @@ pub struct Beside<'a> {
 
 /// Looks at both databases; twice, if the first look finds something.
 pub async fn audit(databases: &Databases, options: Options) -> Result<Report, DbErr> {
-    audit_with(databases, options, Beside::default()).await
+    audit_with(databases, options, CompareWith::default()).await
 }
 
 /// The same, also against what is beside them.
 pub async fn audit_with(
     databases: &Databases,
     options: Options,
-    beside: Beside<'_>,
+    compare_with: CompareWith<'_>,
 ) -> Result<Report, DbErr> {
-    let first = look_with(databases, options, beside).await?;
+    let first = audit_once_with(databases, options, compare_with).await?;
     if first.findings.is_empty() {
         return Ok(first);
     }
     tokio::time::sleep(options.grace).await;
-    Ok(look_with(databases, options, beside)
+    Ok(audit_once_with(databases, options, compare_with)
         .await?
         .still_standing(&first))
 }
 
 /// Looks at both databases once. On a live system, what is under way may look wrong.
-pub async fn look(databases: &Databases, options: Options) -> Result<Report, DbErr> {
-    look_with(databases, options, Beside::default()).await
+pub async fn audit_once(databases: &Databases, options: Options) -> Result<Report, DbErr> {
+    audit_once_with(databases, options, CompareWith::default()).await
 }
 
-async fn look_with(
+async fn audit_once_with(
     databases: &Databases,
     options: Options,
-    beside: Beside<'_>,
+    compare_with: CompareWith<'_>,
 ) -> Result<Report, DbErr> {
     let mut report = Report::default();
     // Orders before payments: whatever an order shows was decided before.
     orders::check(databases, options, &mut report).await?;
     books::check(&databases.payments, &mut report).await?;
     flow::check(databases, options, &mut report).await?;
-    if let Some(streams) = beside.streams {
+    if let Some(streams) = compare_with.streams {
         streams::check(databases, streams, &mut report).await?;
     }
-    if let Some(history) = beside.history {
+    if let Some(history) = compare_with.history {
         history::check(databases, history, &mut report).await?;
     }
     report.findings.sort();
@@ -216,7 +216,7 @@ impl Report {
         self
     }
 
-    fn find(&mut self, kind: Kind, id: impl fmt::Display, detail: impl Into<String>) {
+    fn add(&mut self, kind: FindingKind, id: impl fmt::Display, detail: impl Into<String>) {
         self.findings.push(Finding {
             kind,
             id: id.to_string(),
@@ -225,7 +225,7 @@ impl Report {
     }
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for FindingKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // One name for people and for scripts.
         let name = serde_json::to_value(self).map_err(|_| fmt::Error)?;
@@ -250,19 +250,19 @@ async fn rows<T: FromQueryResult>(
 /// More than this many of one kind help nobody.
 const FINDINGS_MAX: usize = 1000;
 /// The id of the finding that says that there are more.
-const AND_MORE: &str = "and more";
+const TRUNCATED_ID: &str = "and more";
 
 #[derive(FromQueryResult)]
-struct Wrong {
+struct FindingRow {
     id: String,
     detail: String,
 }
 
 /// Reports what `query` names: `id` and `detail` of what is wrong. In a fixed order, so that a second look sees the same
 /// ones; and that there are more is a finding itself, which a second look cannot miss.
-async fn find(
+async fn add_findings(
     db: &DatabaseConnection,
-    kind: Kind,
+    kind: FindingKind,
     query: &str,
     report: &mut Report,
 ) -> Result<(), DbErr> {
@@ -270,16 +270,16 @@ async fn find(
         "SELECT id, detail FROM ({query}) wrong ORDER BY id LIMIT {}",
         FINDINGS_MAX + 1
     );
-    let wrong: Vec<Wrong> = rows(db, &query, Vec::new()).await?;
+    let wrong: Vec<FindingRow> = rows(db, &query, Vec::new()).await?;
     if wrong.len() > FINDINGS_MAX {
-        report.find(
+        report.add(
             kind,
-            AND_MORE,
+            TRUNCATED_ID,
             format!("only the first {FINDINGS_MAX} are named"),
         );
     }
     for one in wrong.into_iter().take(FINDINGS_MAX) {
-        report.find(kind, one.id, one.detail);
+        report.add(kind, one.id, one.detail);
     }
     Ok(())
 }

@@ -1,7 +1,9 @@
 //! The operator's tool `gozon`, and the checker behind it: whether what the two databases say fits together.
 
 pub mod audit;
-pub mod dlq;
+pub mod dead_letters;
 pub mod history;
-pub mod look;
-pub mod stream;
+pub mod order;
+pub mod outbox;
+pub mod streams;
+pub mod topology;

@@ -9,11 +9,10 @@ use anyhow::{Context as _, ensure};
 use broker::{Broker, BrokerConfig};
 use clap::{Parser, Subcommand};
 use messaging::TopologySettings;
-use ops::audit::{self, Beside, Databases, Options};
-use ops::dlq;
+use ops::audit::{self, CompareWith, Databases, Options};
 use ops::history::History;
-use ops::look::{self, Apply};
-use ops::stream;
+use ops::topology::Apply;
+use ops::{dead_letters, order, outbox, streams, topology};
 use sea_orm::{ConnectOptions, Database, DatabaseConnection};
 use serde::Serialize;
 use service_kit::config::Secret;
@@ -73,7 +72,7 @@ enum Command {
     /// What waits to be published; with `resend`, publishes again what was published before.
     Outbox {
         #[command(subcommand)]
-        command: Option<Outbox>,
+        command: Option<OutboxCommand>,
     },
     /// The streams, and how full they are.
     Streams,
@@ -117,11 +116,11 @@ enum Command {
     },
     /// Messages that were not applied.
     #[command(subcommand)]
-    Dlq(Dlq),
+    Dlq(DlqCommand),
 }
 
 #[derive(Subcommand)]
-enum Outbox {
+enum OutboxCommand {
     /// Publishes again, under the same ids, what was published since a time: after the broker has lost messages, for
     /// readers of order events; after payments was restored from a copy, for payments, which takes the orders it has
     /// forgotten (subject gozon.orders.placed). Orders and payments recognise what they have taken already.
@@ -142,7 +141,7 @@ enum Outbox {
 }
 
 #[derive(Subcommand)]
-enum Dlq {
+enum DlqCommand {
     /// Lists them.
     Ls,
     /// Shows one, with headers and body.
@@ -205,7 +204,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             let mut report = audit::audit_with(
                 &databases,
                 options,
-                Beside {
+                CompareWith {
                     streams,
                     history: history.as_ref(),
                 },
@@ -226,20 +225,20 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Order { id } => {
             print(
                 json,
-                &look::order(&databases(&arguments).await?, *id).await?,
+                &order::find(&databases(&arguments).await?, *id).await?,
                 show::order,
             )?;
         }
         Command::Outbox { command: None } => {
             print(
                 json,
-                &look::outboxes(&databases(&arguments).await?).await?,
+                &outbox::status(&databases(&arguments).await?).await?,
                 |outboxes| show::outboxes(outboxes),
             )?;
         }
         Command::Outbox {
             command:
-                Some(Outbox::Resend {
+                Some(OutboxCommand::Resend {
                     since,
                     subject,
                     dry_run,
@@ -247,7 +246,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
                 }),
         } => {
             let window = Duration::from_millis(*duplicate_window_ms);
-            let resent = look::resend(
+            let resent = outbox::resend(
                 &databases(&arguments).await?,
                 *since,
                 subject.as_deref(),
@@ -258,12 +257,13 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             print(json, &resent, |resent| show::resent(resent, *dry_run))?;
         }
         Command::Streams => {
-            let streams = stream::streams(broker(&arguments).await?.jetstream()).await?;
+            let streams = streams::list(broker(&arguments).await?.jetstream()).await?;
             print(json, &streams, |streams| show::streams(streams))?;
         }
         Command::Consumers { stream } => {
             let consumers =
-                stream::consumers(broker(&arguments).await?.jetstream(), stream.as_deref()).await?;
+                streams::consumers(broker(&arguments).await?.jetstream(), stream.as_deref())
+                    .await?;
             print(json, &consumers, |consumers| show::consumers(consumers))?;
         }
         Command::Peek {
@@ -271,7 +271,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             count,
             subject,
         } => {
-            let messages = stream::peek(
+            let messages = streams::peek(
                 broker(&arguments).await?.jetstream(),
                 stream,
                 *count,
@@ -290,7 +290,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Tail { stream, subject } => {
             let broker = broker(&arguments).await?;
             // A line a message for scripts, so that each can be read when it comes.
-            let follow = stream::tail(broker.jetstream(), stream, subject.as_deref(), |message| {
+            let follow = streams::tail(broker.jetstream(), stream, subject.as_deref(), |message| {
                 let text = match json {
                     true => serde_json::to_string(&message).unwrap_or_default(),
                     false => show::message(&message) + "\n",
@@ -310,21 +310,21 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         } => {
             let broker = broker(&arguments).await?;
             let apply = match (apply, shrink) {
-                (false, _) => Apply::Look,
+                (false, _) => Apply::CheckOnly,
                 (true, false) => Apply::Grow,
                 (true, true) => Apply::Shrink,
             };
-            let parts = look::topology(broker.jetstream(), settings, apply).await?;
-            print(json, &parts, |parts| show::topology(parts))?;
-            if parts
+            let items = topology::check(broker.jetstream(), settings, apply).await?;
+            print(json, &items, |items| show::topology(items))?;
+            if items
                 .iter()
-                .any(|part| !part.there || !part.drift.is_empty())
+                .any(|item| !item.there || !item.drift.is_empty())
             {
                 return Ok(ExitCode::FAILURE);
             }
         }
         Command::Dlq(command) => {
-            return dead_letters(&arguments, &databases(&arguments).await?, command).await;
+            return run_dlq(&arguments, &databases(&arguments).await?, command).await;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -349,33 +349,33 @@ async fn databases(arguments: &Arguments) -> anyhow::Result<Databases> {
     })
 }
 
-async fn dead_letters(
+async fn run_dlq(
     arguments: &Arguments,
     databases: &Databases,
-    command: &Dlq,
+    command: &DlqCommand,
 ) -> anyhow::Result<ExitCode> {
     match command {
-        Dlq::Ls => {
+        DlqCommand::Ls => {
             print(
                 arguments.json,
-                &dlq::list(databases).await?,
+                &dead_letters::list(databases).await?,
                 |letters| match letters.is_empty() {
                     true => "There are no dead letters.".to_owned(),
                     false => letters
                         .iter()
-                        .map(show::letter)
+                        .map(show::dead_letter)
                         .collect::<Vec<_>>()
                         .join("\n"),
                 },
             )?;
         }
-        Dlq::Show { id } => {
-            let letter = dlq::find(databases, *id).await?;
-            let foreseen = dlq::replay(databases, &letter, true).await?;
+        DlqCommand::Show { id } => {
+            let letter = dead_letters::find(databases, *id).await?;
+            let foreseen = dead_letters::replay(databases, &letter, true).await?;
             print(arguments.json, &letter, |letter| {
                 format!(
                     "{}\n\n{}\n{}\n\nA replay would be {}: {}",
-                    show::letter(letter),
+                    show::dead_letter(letter),
                     letter.headers,
                     letter.payload,
                     foreseen.outcome,
@@ -383,8 +383,8 @@ async fn dead_letters(
                 )
             })?;
         }
-        Dlq::Replay { ids, dry_run } => {
-            let mut letters = dlq::list(databases).await?;
+        DlqCommand::Replay { ids, dry_run } => {
+            let mut letters = dead_letters::list(databases).await?;
             for id in ids {
                 ensure!(
                     letters.iter().any(|one| one.id == *id),
@@ -399,7 +399,7 @@ async fn dead_letters(
             letters.reverse();
             let (mut replays, mut ended) = (Vec::new(), Ok(()));
             for letter in &letters {
-                match dlq::replay(databases, letter, *dry_run).await {
+                match dead_letters::replay(databases, letter, *dry_run).await {
                     Ok(replay) => replays.push(replay),
                     Err(error) => {
                         ended = Err(error);
@@ -411,9 +411,9 @@ async fn dead_letters(
             print(arguments.json, &replays, |replays| show::replays(replays))?;
             ended?;
         }
-        Dlq::Drop { id } => {
-            let letter = dlq::find(databases, *id).await?;
-            dlq::remove(databases, &letter).await?;
+        DlqCommand::Drop { id } => {
+            let letter = dead_letters::find(databases, *id).await?;
+            dead_letters::remove(databases, &letter).await?;
             print(
                 arguments.json,
                 &serde_json::json!({ "id": id, "gone": true }),

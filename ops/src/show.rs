@@ -4,15 +4,16 @@ use std::time::Duration;
 
 use messaging::Replay;
 use ops::audit::Report;
-use ops::dlq::Letter;
-use ops::look;
-use ops::stream::{ConsumerLook, MessageLook, StreamLook};
+use ops::dead_letters::ServiceDeadLetter;
+use ops::outbox::{OutboxStatus, Resent};
+use ops::streams::{ConsumerSummary, StoredMessage, StreamSummary};
+use ops::topology::TopologyItem;
 use serde_json::Value;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 /// A dead letter on a line.
-pub(crate) fn letter(letter: &Letter) -> String {
+pub(crate) fn dead_letter(letter: &ServiceDeadLetter) -> String {
     let state = if letter.waits { "waits" } else { "replayed" };
     format!(
         "{} {:<8} {:<10} {:<10} {:>3}x {}  {}",
@@ -74,20 +75,20 @@ pub(crate) fn replays(replays: &[Replay]) -> String {
 }
 
 /// Streams and consumers, and whether they are as they should be.
-pub(crate) fn topology(parts: &[look::Part]) -> String {
+pub(crate) fn topology(items: &[TopologyItem]) -> String {
     let mut lines = Vec::new();
-    for part in parts {
-        let mut state = match (part.there, part.drift.is_empty()) {
+    for item in items {
+        let mut state = match (item.there, item.drift.is_empty()) {
             (false, _) => "absent".to_owned(),
             (true, true) => "as it should be".to_owned(),
-            (true, false) => part.drift.join(", "),
+            (true, false) => item.drift.join(", "),
         };
-        if !part.changed.is_empty() {
-            state.push_str(&format!(" (before: {})", part.changed.join(", ")));
+        if !item.changed.is_empty() {
+            state.push_str(&format!(" (before: {})", item.changed.join(", ")));
         }
         lines.push(format!(
             "{:<33} {:>8} messages {:>6} unacked {:>6} redelivered  {state}",
-            part.name, part.messages, part.ack_pending, part.redelivered
+            item.name, item.messages, item.ack_pending, item.redelivered
         ));
     }
     lines.join("\n")
@@ -138,8 +139,8 @@ pub(crate) fn report(report: &Report, took: Duration) -> String {
 }
 
 /// What waits to be published.
-pub(crate) fn outboxes(outboxes: &[look::Outbox]) -> String {
-    let line = |one: &look::Outbox| {
+pub(crate) fn outboxes(outboxes: &[OutboxStatus]) -> String {
+    let line = |one: &OutboxStatus| {
         format!(
             "{:<9} {:>7} wait, the oldest for {:.1} s, tried {} times at most",
             one.service, one.pending, one.oldest_seconds, one.attempts_max
@@ -149,14 +150,13 @@ pub(crate) fn outboxes(outboxes: &[look::Outbox]) -> String {
 }
 
 /// What is published again.
-pub(crate) fn resent(resent: &[look::Resent], dry_run: bool) -> String {
+pub(crate) fn resent(resent: &[Resent], dry_run: bool) -> String {
     let done = if dry_run {
         "would be published again"
     } else {
         "will be published again"
     };
-    let line =
-        |one: &look::Resent| format!("{:<9} {:>7} messages {done}", one.service, one.messages);
+    let line = |one: &Resent| format!("{:<9} {:>7} messages {done}", one.service, one.messages);
     let mut lines: Vec<String> = resent.iter().map(line).collect();
     let recent: u64 = resent.iter().map(|one| one.recent).sum();
     if recent > 0 {
@@ -169,7 +169,7 @@ pub(crate) fn resent(resent: &[look::Resent], dry_run: bool) -> String {
 }
 
 /// The streams.
-pub(crate) fn streams(streams: &[StreamLook]) -> String {
+pub(crate) fn streams(streams: &[StreamSummary]) -> String {
     let rows = streams.iter().map(|one| {
         vec![
             one.name.clone(),
@@ -202,7 +202,7 @@ pub(crate) fn streams(streams: &[StreamLook]) -> String {
 }
 
 /// The consumers.
-pub(crate) fn consumers(consumers: &[ConsumerLook]) -> String {
+pub(crate) fn consumers(consumers: &[ConsumerSummary]) -> String {
     let rows = consumers.iter().map(|one| {
         vec![
             one.name.clone(),
@@ -231,7 +231,7 @@ pub(crate) fn consumers(consumers: &[ConsumerLook]) -> String {
 }
 
 /// A message, with headers and body.
-pub(crate) fn message(message: &MessageLook) -> String {
+pub(crate) fn message(message: &StoredMessage) -> String {
     let mut text = format!(
         "#{}  {}  {}",
         message.sequence,

@@ -11,7 +11,7 @@ use anyhow::{Context as _, ensure};
 use clap::{Parser, ValueEnum};
 use e2e::broker::operator;
 use e2e::checks;
-use ops::audit::{self, Beside, Databases, Options};
+use ops::audit::{self, CompareWith, Databases, Options};
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, FromQueryResult, Statement};
 use stack::http::Http;
 use stack::ports::Ports;
@@ -191,11 +191,11 @@ async fn main() -> anyhow::Result<()> {
         statements::show(&bench.databases).await?;
     }
     let broker = operator(&bench.stack.system).await?;
-    let beside = Beside {
+    let compare_with = CompareWith {
         streams: Some(broker.jetstream()),
         history: None,
     };
-    let found = audit::audit_with(&bench.databases, Options::default(), beside).await?;
+    let found = audit::audit_with(&bench.databases, Options::default(), compare_with).await?;
     ensure!(
         found.findings.is_empty(),
         "fast, but wrong: {:?}",

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use e2e::load::Seen;
-use ops::audit::{self, Kind};
+use ops::audit::{self, FindingKind};
 use ops::history::History;
 use serde::Serialize;
 
@@ -160,7 +160,7 @@ impl Report {
         self.failures.is_empty()
     }
 
-    fn found(&self, kinds: &[Kind]) -> u64 {
+    fn found(&self, kinds: &[FindingKind]) -> u64 {
         kinds
             .iter()
             .filter_map(|kind| self.findings.get(&kind.to_string()))
@@ -209,31 +209,35 @@ impl fmt::Display for Report {
         writeln!(
             f,
             "| lost | {} |",
-            self.found(&[Kind::Lost, Kind::MissingEvent])
+            self.found(&[FindingKind::Lost, FindingKind::MissingEvent])
         )?;
         writeln!(
             f,
             "| doubled | {} |",
-            self.found(&[Kind::DoubledDebit, Kind::DoubledKey])
+            self.found(&[FindingKind::DoubledDebit, FindingKind::DoubledKey])
         )?;
-        writeln!(f, "| not asked for | {} |", self.found(&[Kind::Unexpected]))?;
+        writeln!(
+            f,
+            "| not asked for | {} |",
+            self.found(&[FindingKind::Unexpected])
+        )?;
         writeln!(
             f,
             "| stuck | {} |",
             self.found(&[
-                Kind::Stuck,
-                Kind::NotApplied,
-                Kind::Quarantined,
-                Kind::LatePublication
+                FindingKind::Stuck,
+                FindingKind::NotApplied,
+                FindingKind::Quarantined,
+                FindingKind::LatePublication
             ])
         )?;
         writeln!(
             f,
             "| drift | {} |",
             self.found(&[
-                Kind::BalanceDrift,
-                Kind::BrokenStatement,
-                Kind::NegativeBalance
+                FindingKind::BalanceDrift,
+                FindingKind::BrokenStatement,
+                FindingKind::NegativeBalance
             ])
         )?;
         writeln!(

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use e2e::broker::replay;
 use futures_util::future::join_all;
-use ops::audit::{self, Databases, Kind};
+use ops::audit::{self, Databases, FindingKind};
 use sea_orm::ConnectionTrait as _;
 use serde_json::json;
 use stack::testing::eventually;
@@ -50,7 +50,7 @@ async fn shop_with_a_restored_database(name: &'static str) -> Shop {
     shop
 }
 
-async fn findings(shop: &Shop) -> Vec<Kind> {
+async fn findings(shop: &Shop) -> Vec<FindingKind> {
     let databases = Databases {
         orders: shop.database("orders").await,
         payments: shop.database("payments").await,
@@ -66,7 +66,10 @@ async fn findings(shop: &Shop) -> Vec<Kind> {
 #[tokio::test]
 async fn f14_payments_restored_from_a_backup_is_reported_and_healed_by_replaying_the_orders() {
     let shop = shop_with_a_restored_database("payments").await;
-    assert_eq!(findings(&shop).await, [Kind::FinishedWithoutDebit; 4]);
+    assert_eq!(
+        findings(&shop).await,
+        [FindingKind::FinishedWithoutDebit; 4]
+    );
     assert_eq!(
         shop.balance("alice").await,
         70,
@@ -87,7 +90,7 @@ async fn f14_payments_restored_from_a_backup_is_reported_and_healed_by_replaying
 #[tokio::test]
 async fn f14_orders_restored_from_a_backup_is_reported_and_nothing_is_debited_twice() {
     let shop = shop_with_a_restored_database("orders").await;
-    assert_eq!(findings(&shop).await, [Kind::Unexpected; 4]);
+    assert_eq!(findings(&shop).await, [FindingKind::Unexpected; 4]);
     let ops = shop.operator().await;
     replay(&ops, "PAYMENTS", u64::MAX).await.unwrap();
     replay(&ops, "ORDERS", u64::MAX).await.unwrap();
@@ -97,11 +100,11 @@ async fn f14_orders_restored_from_a_backup_is_reported_and_nothing_is_debited_tw
     .await;
     assert_eq!(shop.balance("alice").await, 30);
     let named = findings(&shop).await;
-    let number = |kind: Kind| named.iter().filter(|found| **found == kind).count();
+    let number = |kind: FindingKind| named.iter().filter(|found| **found == kind).count();
     assert_eq!(
         (
-            number(Kind::Unexpected),
-            number(Kind::DeadLetter),
+            number(FindingKind::Unexpected),
+            number(FindingKind::DeadLetter),
             named.len()
         ),
         (4, 4, 8),

@@ -2,12 +2,12 @@
 
 use sea_orm::{DatabaseConnection, DbErr};
 
-use super::{Kind, Report, count, find};
+use super::{FindingKind, Report, add_findings, count};
 
 /// Each query names what is wrong: `id` and `detail`.
-const QUERIES: [(Kind, &str); 5] = [
+const QUERIES: [(FindingKind, &str); 5] = [
     (
-        Kind::BalanceDrift,
+        FindingKind::BalanceDrift,
         "SELECT a.user_id AS id, format('balance %s, transfers make %s; entry %s of %s', a.balance, t.total, a.entry_no, t.entries) AS detail
          FROM accounts a
          LEFT JOIN LATERAL (
@@ -16,9 +16,9 @@ const QUERIES: [(Kind, &str); 5] = [
          ) t ON true
          WHERE a.balance <> t.total OR a.entry_no <> t.entries",
     ),
-    (Kind::NegativeBalance, "SELECT user_id AS id, format('balance %s', balance) AS detail FROM accounts WHERE balance < 0"),
+    (FindingKind::NegativeBalance, "SELECT user_id AS id, format('balance %s', balance) AS detail FROM accounts WHERE balance < 0"),
     (
-        Kind::BrokenStatement,
+        FindingKind::BrokenStatement,
         "SELECT user_id || ' entry ' || entry_no AS id, format('balance %s after %s, where %s is right', balance_after, before, expected) AS detail
          FROM (
              SELECT user_id, entry_no, balance_after,
@@ -30,7 +30,7 @@ const QUERIES: [(Kind, &str); 5] = [
          WHERE balance_after <> expected OR entry_no <> place OR balance_after < 0",
     ),
     (
-        Kind::MalformedTransfer,
+        FindingKind::MalformedTransfer,
         "SELECT t.id::text AS id, format('%s of %s from %s to %s', t.kind, t.amount, t.debit_account, t.credit_account) AS detail
          FROM transfers t LEFT JOIN accounts a USING (user_id)
          WHERE a.user_id IS NULL OR t.amount <= 0
@@ -38,7 +38,7 @@ const QUERIES: [(Kind, &str); 5] = [
                  OR (t.kind = 'deposit' AND t.debit_account = 'world' AND t.credit_account = 'user:' || t.user_id AND t.order_id IS NULL))",
     ),
     (
-        Kind::DoubledKey,
+        FindingKind::DoubledKey,
         "SELECT user_id || ' ' || idempotency_key AS id, format('%s deposits under one key', count(*)) AS detail
          FROM transfers WHERE idempotency_key IS NOT NULL GROUP BY user_id, idempotency_key HAVING count(*) > 1",
     ),
@@ -48,7 +48,7 @@ pub(super) async fn check(payments: &DatabaseConnection, report: &mut Report) ->
     report.accounts = count(payments, "SELECT count(*) FROM accounts").await?;
     report.transfers = count(payments, "SELECT count(*) FROM transfers").await?;
     for (kind, query) in QUERIES {
-        find(payments, kind, query, report).await?;
+        add_findings(payments, kind, query, report).await?;
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 use sea_orm::{DatabaseConnection, DbErr, FromQueryResult, Value};
 use uuid::Uuid;
 
-use super::{Databases, FINDINGS_MAX, Kind, Options, Report, find, rows};
+use super::{Databases, FINDINGS_MAX, FindingKind, Options, Report, add_findings, rows};
 
 /// Orders whose fact was never enqueued. Of orders from before the last pruning it may be gone.
 const ORDERS_WITHOUT_EVENT: &str = "
@@ -48,23 +48,23 @@ pub(super) async fn check(
     options: Options,
     report: &mut Report,
 ) -> Result<(), DbErr> {
-    find(
+    add_findings(
         &databases.orders,
-        Kind::MissingEvent,
+        FindingKind::MissingEvent,
         ORDERS_WITHOUT_EVENT,
         report,
     )
     .await?;
-    find(
+    add_findings(
         &databases.payments,
-        Kind::MissingEvent,
+        FindingKind::MissingEvent,
         DECISIONS_WITHOUT_ANSWER,
         report,
     )
     .await?;
-    find(
+    add_findings(
         &databases.orders,
-        Kind::DoubledKey,
+        FindingKind::DoubledKey,
         DOUBLED_ORDER_KEYS,
         report,
     )
@@ -79,8 +79,8 @@ pub(super) async fn check(
     let dead = "SELECT id::text AS id, format('%s at %s: %s', kind, consumer, cause) AS detail FROM dead_letters
                 WHERE replayed_at IS NULL OR last_seen_at > replayed_at";
     for db in [&databases.orders, &databases.payments] {
-        find(db, Kind::LatePublication, &late, report).await?;
-        find(db, Kind::DeadLetter, dead, report).await?;
+        add_findings(db, FindingKind::LatePublication, &late, report).await?;
+        add_findings(db, FindingKind::DeadLetter, dead, report).await?;
     }
     Ok(())
 }
@@ -96,8 +96,8 @@ async fn not_applied(databases: &Databases, report: &mut Report) -> Result<(), D
     )
     .await?;
     for id in ids(orders, ORDERS_OF_REQUESTS, vec![requests.into()]).await? {
-        report.find(
-            Kind::NotApplied,
+        report.add(
+            FindingKind::NotApplied,
             id,
             "payments has taken its request, but nothing was decided",
         );
@@ -111,8 +111,8 @@ async fn not_applied(databases: &Databases, report: &mut Report) -> Result<(), D
     .await?;
     let answered = ids(payments, ORDERS_OF_ANSWERS, vec![answers.into()]).await?;
     for id in ids(orders, ORDERS_STILL_NEW, vec![answered.into()]).await? {
-        report.find(
-            Kind::NotApplied,
+        report.add(
+            FindingKind::NotApplied,
             id,
             "orders has taken the answer, but the order is still NEW",
         );

@@ -1,4 +1,4 @@
-//! What a client was told against what is there: everything that was promised exists once (I5), nothing else does (I8), a
+//! What a client was told against what is stored: everything that was promised exists once (I5), nothing else does (I8), a
 //! repetition is done once and says so (I9), other content under a key is refused (I10), a final order stays final (I6).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -6,20 +6,20 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use sea_orm::{DatabaseConnection, DbErr, FromQueryResult};
 use serde_json::Value;
 
-use super::{Databases, Kind, Report, rows};
+use super::{Databases, FindingKind, Report, rows};
 use crate::history::{Exchange, History};
 
 const USERS_PER_QUERY: usize = 500;
 
 /// What a request makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-enum Thing {
+enum Resource {
     Account,
     Deposit,
     Order,
 }
 
-impl Thing {
+impl Resource {
     const fn name(self) -> &'static str {
         match self {
             Self::Account => "account",
@@ -48,13 +48,13 @@ enum Outcome {
     Unknown,
 }
 
-struct Try<'a> {
+struct Attempt<'a> {
     exchange: &'a Exchange,
     content: Option<Content>,
     outcome: Outcome,
 }
 
-impl Try<'_> {
+impl Attempt<'_> {
     fn done(&self) -> Option<&str> {
         if let Outcome::Done { id } = &self.outcome {
             Some(id)
@@ -70,11 +70,11 @@ impl Try<'_> {
 }
 
 /// Who asked for what under which key; without a key, each request is an intent of its own.
-type Intent = (Thing, String, String);
+type Intent = (Resource, String, String);
 
-/// What is there.
+/// What is stored.
 #[derive(Clone, Debug, FromQueryResult)]
-struct Row {
+struct StoredRow {
     user_id: String,
     key: String,
     id: String,
@@ -83,7 +83,7 @@ struct Row {
     status: String,
 }
 
-impl Row {
+impl StoredRow {
     fn content(&self) -> Content {
         Content {
             amount: self.amount,
@@ -92,18 +92,18 @@ impl Row {
     }
 }
 
-const ROWS: [(Thing, &str); 3] = [
+const ROWS: [(Resource, &str); 3] = [
     (
-        Thing::Order,
+        Resource::Order,
         "SELECT user_id, idempotency_key AS key, id::text AS id, amount, description, status FROM orders WHERE user_id = ANY($1::text[])",
     ),
     (
-        Thing::Deposit,
+        Resource::Deposit,
         "SELECT user_id, coalesce(idempotency_key, '') AS key, id::text AS id, amount, '' AS description, '' AS status
          FROM transfers WHERE kind = 'deposit' AND user_id = ANY($1::text[])",
     ),
     (
-        Thing::Account,
+        Resource::Account,
         "SELECT user_id, idempotency_key AS key, user_id AS id, 0::bigint AS amount, '' AS description, '' AS status
          FROM accounts WHERE user_id = ANY($1::text[])",
     ),
@@ -115,18 +115,18 @@ pub(super) async fn check(
     report: &mut Report,
 ) -> Result<(), DbErr> {
     report.exchanges = history.exchanges.len() as u64;
-    let mut keyed: BTreeMap<Intent, Vec<Try<'_>>> = BTreeMap::new();
-    let mut unkeyed: BTreeMap<(Thing, String), Vec<Try<'_>>> = BTreeMap::new();
+    let mut keyed: BTreeMap<Intent, Vec<Attempt<'_>>> = BTreeMap::new();
+    let mut unkeyed: BTreeMap<(Resource, String), Vec<Attempt<'_>>> = BTreeMap::new();
     for exchange in &history.exchanges {
-        let Some((thing, user, one)) = intent(exchange) else {
+        let Some((resource, user, one)) = intent(exchange) else {
             continue;
         };
         match &exchange.key {
             Some(key) => keyed
-                .entry((thing, user, key.clone()))
+                .entry((resource, user, key.clone()))
                 .or_default()
                 .push(one),
-            None => unkeyed.entry((thing, user)).or_default().push(one),
+            None => unkeyed.entry((resource, user)).or_default().push(one),
         }
     }
     let users: BTreeSet<&String> = keyed
@@ -134,50 +134,55 @@ pub(super) async fn check(
         .map(|(_, user, _)| user)
         .chain(unkeyed.keys().map(|(_, user)| user))
         .collect();
-    let mut there: BTreeMap<Intent, Vec<Row>> = BTreeMap::new();
+    let mut stored: BTreeMap<Intent, Vec<StoredRow>> = BTreeMap::new();
     let users: Vec<String> = users.into_iter().cloned().collect();
-    for (thing, query) in ROWS {
-        let db: &DatabaseConnection = if thing == Thing::Order {
+    for (resource, query) in ROWS {
+        let db: &DatabaseConnection = if resource == Resource::Order {
             &databases.orders
         } else {
             &databases.payments
         };
         for some in users.chunks(USERS_PER_QUERY) {
-            for row in rows::<Row>(db, query, vec![some.to_vec().into()]).await? {
-                there
-                    .entry((thing, row.user_id.clone(), row.key.clone()))
+            for row in rows::<StoredRow>(db, query, vec![some.to_vec().into()]).await? {
+                stored
+                    .entry((resource, row.user_id.clone(), row.key.clone()))
                     .or_default()
                     .push(row);
             }
         }
     }
 
-    for (intent, tries) in &mut keyed {
-        tries.sort_by_key(|one| (one.exchange.begun_us, one.exchange.ended_us));
+    for (intent, attempts) in &mut keyed {
+        attempts.sort_by_key(|one| (one.exchange.begun_us, one.exchange.ended_us));
         check_intent(
             intent,
-            tries,
-            there.get(intent).map_or(&[], Vec::as_slice),
+            attempts,
+            stored.get(intent).map_or(&[], Vec::as_slice),
             report,
         );
     }
-    check_without_keys(&unkeyed, &keyed, &there, report);
-    check_reads(history, &keyed, &there, report);
+    check_without_keys(&unkeyed, &keyed, &stored, report);
+    check_reads(history, &keyed, &stored, report);
     Ok(())
 }
 
-/// All tries of one key against the rows that this key made.
-fn check_intent((thing, user, key): &Intent, tries: &[Try<'_>], rows: &[Row], report: &mut Report) {
+/// All attempts of one key against the rows that this key made.
+fn check_intent(
+    (resource, user, key): &Intent,
+    attempts: &[Attempt<'_>],
+    rows: &[StoredRow],
+    report: &mut Report,
+) {
     let name = format!("{user} {key}");
-    let thing = thing.name();
+    let resource = resource.name();
     if rows.len() > 1 {
-        report.find(
-            Kind::DoubledKey,
+        report.add(
+            FindingKind::DoubledKey,
             &name,
-            format!("{} {thing}s under one key", rows.len()),
+            format!("{} {resource}s under one key", rows.len()),
         );
     }
-    let done: Vec<(&Try<'_>, &str)> = tries
+    let done: Vec<(&Attempt<'_>, &str)> = attempts
         .iter()
         .filter_map(|one| Some((one, one.done()?)))
         .collect();
@@ -186,8 +191,8 @@ fn check_intent((thing, user, key): &Intent, tries: &[Try<'_>], rows: &[Row], re
         .filter_map(|(one, _)| one.content.as_ref())
         .collect();
     if contents.len() > 1 {
-        report.find(
-            Kind::OtherContentApplied,
+        report.add(
+            FindingKind::OtherContentApplied,
             &name,
             format!(
                 "{} contents were answered with 2xx: {contents:?}",
@@ -200,33 +205,33 @@ fn check_intent((thing, user, key): &Intent, tries: &[Try<'_>], rows: &[Row], re
         .map(|(one, _)| one.exchange.answer.as_str())
         .collect();
     if answers.len() > 1 {
-        report.find(
-            Kind::AnswersDiffer,
+        report.add(
+            FindingKind::AnswersDiffer,
             &name,
             format!("{} answers to one key: {answers:?}", answers.len()),
         );
     }
-    check_refusals(&name, tries, &done, rows, report);
+    check_refusals(&name, attempts, &done, rows, report);
     let Some((first_done, id)) = done.first() else {
         // Nobody said that it was done. It may be, if somebody did not say.
         if let Some(row) = rows.first()
-            && !tries.iter().any(|one| one.may_have_done(&row.content()))
+            && !attempts.iter().any(|one| one.may_have_done(&row.content()))
         {
-            if tries
+            if attempts
                 .iter()
                 .any(|one| matches!(one.outcome, Outcome::Unknown))
             {
-                report.find(
-                    Kind::Unexpected,
+                report.add(
+                    FindingKind::Unexpected,
                     &row.id,
-                    format!("{thing} of {name} has a content that nobody asked for"),
+                    format!("{resource} of {name} has a content that nobody asked for"),
                 );
             } else {
-                report.find(
-                    Kind::DeniedButDone,
+                report.add(
+                    FindingKind::DeniedButDone,
                     &row.id,
                     format!(
-                        "{thing} of {name} is there, and every answer says that it was not done"
+                        "{resource} of {name} is stored, and every answer says that it was not done"
                     ),
                 );
             }
@@ -234,11 +239,11 @@ fn check_intent((thing, user, key): &Intent, tries: &[Try<'_>], rows: &[Row], re
         return;
     };
     match rows.first() {
-        None => report.find(
-            Kind::Lost,
+        None => report.add(
+            FindingKind::Lost,
             id,
             format!(
-                "{thing} of {name} was answered with {:?}",
+                "{resource} of {name} was answered with {:?}",
                 first_done.exchange.status
             ),
         ),
@@ -250,16 +255,16 @@ fn check_intent((thing, user, key): &Intent, tries: &[Try<'_>], rows: &[Row], re
                     .is_some_and(|content| *content != row.content()) =>
         {
             let words = format!(
-                "{thing} of {name} was answered as {id}, {:?}; there is {}, {:?}",
+                "{resource} of {name} was answered as {id}, {:?}; there is {}, {:?}",
                 first_done.content,
                 row.id,
                 row.content()
             );
-            report.find(Kind::Divergent, id, words);
+            report.add(FindingKind::Divergent, id, words);
         }
         Some(_) => {}
     }
-    let first_times: Vec<&&Try<'_>> = done
+    let first_times: Vec<&&Attempt<'_>> = done
         .iter()
         .map(|(one, _)| one)
         .filter(|one| !one.exchange.replayed)
@@ -276,14 +281,14 @@ fn check_intent((thing, user, key): &Intent, tries: &[Try<'_>], rows: &[Row], re
                 amount: 0,
                 description: String::new(),
             });
-            if !tries
+            if !attempts
                 .iter()
                 .any(|one| one.may_have_done(&content) && one.exchange.begun_us < first_answer)
             {
-                report.find(
-                    Kind::DeniedButDone,
+                report.add(
+                    FindingKind::DeniedButDone,
                     &name,
-                    format!("the {thing} was done by a try whose answer says that it was not"),
+                    format!("the {resource} was done by a try whose answer says that it was not"),
                 );
             }
         }
@@ -292,19 +297,19 @@ fn check_intent((thing, user, key): &Intent, tries: &[Try<'_>], rows: &[Row], re
                 .iter()
                 .any(|(other, _)| other.exchange.ended_us < one.exchange.begun_us);
             if before {
-                report.find(
-                    Kind::DoubledKey,
+                report.add(
+                    FindingKind::DoubledKey,
                     &name,
-                    format!("an answer says that the {thing} was done now, after an answer that it was done"),
+                    format!("an answer says that the {resource} was done now, after an answer that it was done"),
                 );
             }
         }
         several => {
-            report.find(
-                Kind::DoubledKey,
+            report.add(
+                FindingKind::DoubledKey,
                 &name,
                 format!(
-                    "{} answers say that the {thing} was done now",
+                    "{} answers say that the {resource} was done now",
                     several.len()
                 ),
             );
@@ -315,19 +320,19 @@ fn check_intent((thing, user, key): &Intent, tries: &[Try<'_>], rows: &[Row], re
 /// Other content under a key is refused; the same content never is.
 fn check_refusals(
     name: &str,
-    tries: &[Try<'_>],
-    done: &[(&Try<'_>, &str)],
-    rows: &[Row],
+    attempts: &[Attempt<'_>],
+    done: &[(&Attempt<'_>, &str)],
+    rows: &[StoredRow],
     report: &mut Report,
 ) {
-    for one in tries {
+    for one in attempts {
         let (Outcome::Refused { code }, Some(content)) = (&one.outcome, &one.content) else {
             continue;
         };
         if code != "idempotency_key_reused" {
             continue;
         }
-        let another = tries.iter().any(|other| {
+        let another = attempts.iter().any(|other| {
             other.exchange.begun_us < one.exchange.ended_us
                 && other.content.as_ref() != Some(content)
                 && matches!(other.outcome, Outcome::Done { .. } | Outcome::Unknown)
@@ -337,14 +342,14 @@ fn check_refusals(
                 .iter()
                 .any(|(other, _)| other.content.as_ref() == Some(content))
         {
-            report.find(
-                Kind::RepetitionRefused,
+            report.add(
+                FindingKind::RepetitionRefused,
                 name,
                 format!("{content:?} was refused as other content, and was the content"),
             );
         } else if rows.iter().any(|row| row.content() == *content) {
-            report.find(
-                Kind::OtherContentApplied,
+            report.add(
+                FindingKind::OtherContentApplied,
                 name,
                 format!("{content:?} was refused as other content, and is what is there"),
             );
@@ -354,13 +359,13 @@ fn check_refusals(
 
 /// Requests without a key, and rows that no key of the history explains.
 fn check_without_keys(
-    unkeyed: &BTreeMap<(Thing, String), Vec<Try<'_>>>,
-    keyed: &BTreeMap<Intent, Vec<Try<'_>>>,
-    there: &BTreeMap<Intent, Vec<Row>>,
+    unkeyed: &BTreeMap<(Resource, String), Vec<Attempt<'_>>>,
+    keyed: &BTreeMap<Intent, Vec<Attempt<'_>>>,
+    stored: &BTreeMap<Intent, Vec<StoredRow>>,
     report: &mut Report,
 ) {
-    let mut unexplained: BTreeMap<(Thing, String), Vec<&Row>> = BTreeMap::new();
-    for (intent, rows) in there
+    let mut unexplained: BTreeMap<(Resource, String), Vec<&StoredRow>> = BTreeMap::new();
+    for (intent, rows) in stored
         .iter()
         .filter(|(intent, _)| !keyed.contains_key(*intent))
     {
@@ -369,16 +374,16 @@ fn check_without_keys(
             .or_default()
             .extend(rows);
     }
-    for ((thing, user), tries) in unkeyed {
-        let rows = unexplained.entry((*thing, user.clone())).or_default();
-        for (one, id) in tries.iter().filter_map(|one| Some((one, one.done()?))) {
+    for ((resource, user), attempts) in unkeyed {
+        let rows = unexplained.entry((*resource, user.clone())).or_default();
+        for (one, id) in attempts.iter().filter_map(|one| Some((one, one.done()?))) {
             match rows.iter().position(|row| row.id == id) {
-                None => report.find(
-                    Kind::Lost,
+                None => report.add(
+                    FindingKind::Lost,
                     id,
                     format!(
                         "{} of {user} was answered with {:?}",
-                        thing.name(),
+                        resource.name(),
                         one.exchange.status
                     ),
                 ),
@@ -389,8 +394,8 @@ fn check_without_keys(
                         .as_ref()
                         .is_some_and(|content| *content != row.content())
                     {
-                        report.find(
-                            Kind::Divergent,
+                        report.add(
+                            FindingKind::Divergent,
                             id,
                             format!("asked for {:?}, there is {:?}", one.content, row.content()),
                         );
@@ -398,7 +403,7 @@ fn check_without_keys(
                 }
             }
         }
-        for one in tries
+        for one in attempts
             .iter()
             .filter(|one| matches!(one.outcome, Outcome::Unknown))
         {
@@ -410,14 +415,14 @@ fn check_without_keys(
             }
         }
     }
-    for ((thing, user), rows) in unexplained {
+    for ((resource, user), rows) in unexplained {
         for row in rows {
-            report.find(
-                Kind::Unexpected,
+            report.add(
+                FindingKind::Unexpected,
                 &row.id,
                 format!(
                     "{} of {user} under key {}, for which nobody asked",
-                    thing.name(),
+                    resource.name(),
                     row.key
                 ),
             );
@@ -428,8 +433,8 @@ fn check_without_keys(
 /// What was read: a final order stays as it is, what was promised is not absent later, no balance is negative.
 fn check_reads(
     history: &History,
-    keyed: &BTreeMap<Intent, Vec<Try<'_>>>,
-    there: &BTreeMap<Intent, Vec<Row>>,
+    keyed: &BTreeMap<Intent, Vec<Attempt<'_>>>,
+    stored: &BTreeMap<Intent, Vec<StoredRow>>,
     report: &mut Report,
 ) {
     struct Read<'a> {
@@ -451,8 +456,8 @@ fn check_reads(
             continue;
         }
         let Ok(answer) = serde_json::from_str::<Value>(&exchange.answer) else {
-            report.find(
-                Kind::AnswersDiffer,
+            report.add(
+                FindingKind::AnswersDiffer,
                 &exchange.path,
                 format!("an answer that is no JSON: {}", exchange.answer),
             );
@@ -465,8 +470,8 @@ fn check_reads(
         for item in &items {
             for field in ["balance", "balance_after"] {
                 if let Some(balance) = item[field].as_i64().filter(|balance| *balance < 0) {
-                    report.find(
-                        Kind::NegativeBalance,
+                    report.add(
+                        FindingKind::NegativeBalance,
                         &exchange.path,
                         format!("{field} {balance} was read"),
                     );
@@ -488,9 +493,9 @@ fn check_reads(
         }
     }
 
-    let stored: HashMap<&str, &Row> = there
+    let stored: HashMap<&str, &StoredRow> = stored
         .iter()
-        .filter(|(intent, _)| intent.0 == Thing::Order)
+        .filter(|(intent, _)| intent.0 == Resource::Order)
         .flat_map(|(_, rows)| rows)
         .map(|row| (row.id.as_str(), row))
         .collect();
@@ -513,12 +518,12 @@ fn check_reads(
                 "read as {ended:?} at {} us, as {:?} at {} us",
                 first_final.exchange.ended_us, read.state, read.exchange.begun_us
             );
-            report.find(Kind::StatusBackwards, id, words);
+            report.add(FindingKind::StatusBackwards, id, words);
         } else if let Some(row) = stored.get(id.as_str())
             && row.status != ended.0
         {
-            report.find(
-                Kind::StatusBackwards,
+            report.add(
+                FindingKind::StatusBackwards,
                 id,
                 format!("read as {ended:?}, and is {}", row.status),
             );
@@ -536,8 +541,8 @@ fn check_reads(
     }
     for (id, exchange) in absent {
         if promised.get(id).is_some_and(|at| *at < exchange.begun_us) {
-            report.find(
-                Kind::Lost,
+            report.add(
+                FindingKind::Lost,
                 id,
                 format!("{} was answered with 404 after it was there", exchange.path),
             );
@@ -546,21 +551,24 @@ fn check_reads(
 }
 
 /// What a request asks for, of whom, and what came of it. `None`: it makes nothing.
-fn intent(exchange: &Exchange) -> Option<(Thing, String, Try<'_>)> {
+fn intent(exchange: &Exchange) -> Option<(Resource, String, Attempt<'_>)> {
     if exchange.method != "POST" {
         return None;
     }
     let path: Vec<&str> = exchange.path.split('?').next()?.split('/').collect();
-    let (thing, user) = match path.as_slice() {
-        ["", "v1", "orders"] => (Thing::Order, exchange.body["user_id"].as_str()?.to_owned()),
-        ["", "v1", "accounts"] => (
-            Thing::Account,
+    let (resource, user) = match path.as_slice() {
+        ["", "v1", "orders"] => (
+            Resource::Order,
             exchange.body["user_id"].as_str()?.to_owned(),
         ),
-        ["", "v1", "accounts", user, "deposits"] => (Thing::Deposit, (*user).to_owned()),
+        ["", "v1", "accounts"] => (
+            Resource::Account,
+            exchange.body["user_id"].as_str()?.to_owned(),
+        ),
+        ["", "v1", "accounts", user, "deposits"] => (Resource::Deposit, (*user).to_owned()),
         _ => return None,
     };
-    let amount = if thing == Thing::Account {
+    let amount = if resource == Resource::Account {
         Some(0)
     } else {
         exchange.body["amount"].as_i64()
@@ -574,17 +582,17 @@ fn intent(exchange: &Exchange) -> Option<(Thing, String, Try<'_>)> {
         description,
     });
     Some((
-        thing,
+        resource,
         user,
-        Try {
+        Attempt {
             exchange,
             content,
-            outcome: outcome(thing, exchange),
+            outcome: outcome(resource, exchange),
         },
     ))
 }
 
-fn outcome(thing: Thing, exchange: &Exchange) -> Outcome {
+fn outcome(resource: Resource, exchange: &Exchange) -> Outcome {
     let Some(status) = exchange.status else {
         return Outcome::Unknown;
     };
@@ -592,10 +600,10 @@ fn outcome(thing: Thing, exchange: &Exchange) -> Outcome {
     let code = answer["code"].as_str().unwrap_or_default().to_owned();
     match status {
         200..300 => {
-            let name = match thing {
-                Thing::Account => "user_id",
-                Thing::Deposit => "transfer_id",
-                Thing::Order => "id",
+            let name = match resource {
+                Resource::Account => "user_id",
+                Resource::Deposit => "transfer_id",
+                Resource::Order => "id",
             };
             Outcome::Done {
                 id: answer[name].as_str().unwrap_or_default().to_owned(),

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use sea_orm::{DatabaseConnection, DbErr, FromQueryResult};
 use uuid::Uuid;
 
-use super::{Databases, Kind, Options, Report, rows};
+use super::{Databases, FindingKind, Options, Report, rows};
 
 const PAGE: i64 = 10_000;
 
@@ -40,7 +40,7 @@ struct Debit {
 }
 
 /// Reads a table page by page.
-struct Walk<'a, T> {
+struct TableCursor<'a, T> {
     db: &'a DatabaseConnection,
     sql: &'static str,
     page: VecDeque<T>,
@@ -70,7 +70,7 @@ impl Keyed for Debit {
     }
 }
 
-impl<'a, T: Keyed> Walk<'a, T> {
+impl<'a, T: Keyed> TableCursor<'a, T> {
     fn new(db: &'a DatabaseConnection, sql: &'static str) -> Self {
         Self {
             db,
@@ -118,16 +118,16 @@ pub(super) async fn check(
     options: Options,
     report: &mut Report,
 ) -> Result<(), DbErr> {
-    let mut orders: Walk<'_, Order> = Walk::new(
+    let mut orders: TableCursor<'_, Order> = TableCursor::new(
         &databases.orders,
         "SELECT id, user_id, amount, status, reason, asks, extract(epoch FROM now() - stored_at)::float8 AS age_seconds
          FROM orders WHERE id > $1 ORDER BY id LIMIT $2",
     );
-    let mut decisions: Walk<'_, Decision> = Walk::new(
+    let mut decisions: TableCursor<'_, Decision> = TableCursor::new(
         &databases.payments,
         "SELECT order_id AS id, user_id, amount, outcome, reason, transfer_id FROM payments WHERE order_id > $1 ORDER BY order_id LIMIT $2",
     );
-    let mut debits: Walk<'_, Debit> = Walk::new(
+    let mut debits: TableCursor<'_, Debit> = TableCursor::new(
         &databases.payments,
         "SELECT order_id AS id, id AS transfer_id, user_id, amount FROM transfers
          WHERE kind = 'payment' AND order_id > $1 ORDER BY order_id LIMIT $2",
@@ -153,8 +153,8 @@ pub(super) async fn check(
         }
         check_decision(id, decision.as_ref(), &debits, report);
         match &order {
-            None => report.find(
-                Kind::Unexpected,
+            None => report.add(
+                FindingKind::Unexpected,
                 id,
                 "a decision or a debit for an order that is not there",
             ),
@@ -177,26 +177,26 @@ fn check_decision(id: Uuid, decision: Option<&Decision>, debits: &[Debit], repor
             .iter()
             .map(|debit| debit.transfer_id.to_string())
             .collect();
-        report.find(
-            Kind::DoubledDebit,
+        report.add(
+            FindingKind::DoubledDebit,
             id,
             format!("debited {} times: {}", debits.len(), transfers.join(", ")),
         );
     }
     match (decision, debits.first()) {
-        (None, Some(debit)) => report.find(
-            Kind::Unmatched,
+        (None, Some(debit)) => report.add(
+            FindingKind::Unmatched,
             id,
             format!("debit {} without a decision", debit.transfer_id),
         ),
-        (Some(decision), None) if decision.outcome == "paid" => report.find(
-            Kind::Unmatched,
+        (Some(decision), None) if decision.outcome == "paid" => report.add(
+            FindingKind::Unmatched,
             id,
             "decided as paid, but there is no debit",
         ),
         (Some(decision), Some(debit)) if decision.outcome != "paid" => {
-            report.find(
-                Kind::Unmatched,
+            report.add(
+                FindingKind::Unmatched,
                 id,
                 format!("declined, but there is debit {}", debit.transfer_id),
             );
@@ -214,7 +214,7 @@ fn check_decision(id: Uuid, decision: Option<&Decision>, debits: &[Debit], repor
                     debit.user_id,
                     debit.transfer_id
                 );
-                report.find(Kind::Divergent, id, words);
+                report.add(FindingKind::Divergent, id, words);
             }
         }
         (_, None) => {}
@@ -238,16 +238,16 @@ fn check_order(
             "ordered for {} by {}, decided for {} of {}",
             order.amount, order.user_id, decision.amount, decision.user_id
         );
-        report.find(Kind::Divergent, id, words);
+        report.add(FindingKind::Divergent, id, words);
     }
     match order.status.as_str() {
-        "FINISHED" if debits.is_empty() => report.find(
-            Kind::FinishedWithoutDebit,
+        "FINISHED" if debits.is_empty() => report.add(
+            FindingKind::FinishedWithoutDebit,
             id,
             "FINISHED, but nothing was debited",
         ),
-        "CANCELLED" if !debits.is_empty() => report.find(
-            Kind::CancelledButDebited,
+        "CANCELLED" if !debits.is_empty() => report.add(
+            FindingKind::CancelledButDebited,
             id,
             "CANCELLED, but money was debited",
         ),
@@ -276,15 +276,15 @@ fn check_order(
                     .flatten()
                     .collect::<Vec<_>>()
                     .join(", ");
-                report.find(
-                    Kind::StatusDisagrees,
+                report.add(
+                    FindingKind::StatusDisagrees,
                     id,
                     format!("{ended}, but decided: {decided}"),
                 );
             }
         }
-        _ if quarantined => report.find(
-            Kind::Quarantined,
+        _ if quarantined => report.add(
+            FindingKind::Quarantined,
             id,
             "NEW, and a message about it waits among the dead letters",
         ),
@@ -294,7 +294,7 @@ fn check_order(
                 "NEW for {:.0} s, asked for {} times again, {decided}",
                 order.age_seconds, order.asks
             );
-            report.find(Kind::Stuck, id, words);
+            report.add(FindingKind::Stuck, id, words);
         }
         _ => {}
     }

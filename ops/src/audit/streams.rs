@@ -1,4 +1,4 @@
-//! What the streams say, against the rows that it was said from. Each message is compared with its order or decision, which
+//! What the streams say, against the rows that it was claim from. Each message is compared with its order or decision, which
 //! name the events about them for ever: whether outbox rows are pruned does not matter.
 //!
 //! Whatever is in a stream was committed before it was published, so a row that is read after its message must be there.
@@ -23,30 +23,30 @@ use shared_contracts::{
 };
 use uuid::Uuid;
 
-use super::{AND_MORE, Databases, FINDINGS_MAX, Finding, Kind, Report, rows};
+use super::{Databases, FINDINGS_MAX, Finding, FindingKind, Report, TRUNCATED_ID, rows};
 
 /// Messages that are compared together; the memory it takes does not grow with the stream.
-const TOGETHER: usize = 5000;
+const BATCH_MAX: usize = 5000;
 /// For so many messages.
 const READ_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// What a message says about an order.
-struct Said {
+/// What a message claims about an order.
+struct Claim {
     place: String,
     subject: &'static str,
     order_id: Uuid,
     event_id: Uuid,
     user_id: String,
     amount: i64,
-    end: Option<End>,
+    end: Option<FinalState>,
 }
 
 /// How the payment or the order ended, and why.
-type End = (&'static str, Option<&'static str>);
+type FinalState = (&'static str, Option<&'static str>);
 
-/// What the row behind it says, if there is one, where the two are not the same.
+/// What the row behind it claims, if there is one, where the two are not the same.
 #[derive(FromQueryResult)]
-struct Row {
+struct Mismatch {
     /// Which message.
     number: i32,
     user_id: Option<String>,
@@ -56,22 +56,22 @@ struct Row {
     event_id: Option<Uuid>,
 }
 
-/// What is said beside the rows that it is said from; `{}` are the rows.
-const DIFFERENT: &str = "
-    SELECT said.number, found.user_id, found.amount, found.\"end\", found.reason, found.event_id
+/// What is claim beside the rows that it is claim from; `{}` are the rows.
+const MISMATCHES: &str = "
+    SELECT claim.number, found.user_id, found.amount, found.\"end\", found.reason, found.event_id
     FROM unnest($1::integer[], $2::uuid[], $3::uuid[], $4::text[], $5::bigint[], $6::text[], $7::text[])
-        AS said (number, order_id, event_id, user_id, amount, \"end\", reason)
+        AS claim (number, order_id, event_id, user_id, amount, \"end\", reason)
     LEFT JOIN ({}) found USING (order_id)
-    WHERE (said.event_id, said.user_id, said.amount) IS DISTINCT FROM (found.event_id, found.user_id, found.amount)
-       OR (said.\"end\" <> '' AND (said.\"end\", said.reason) IS DISTINCT FROM (found.\"end\", coalesce(found.reason, '')))
-    ORDER BY said.number";
+    WHERE (claim.event_id, claim.user_id, claim.amount) IS DISTINCT FROM (found.event_id, found.user_id, found.amount)
+       OR (claim.\"end\" <> '' AND (claim.\"end\", claim.reason) IS DISTINCT FROM (found.\"end\", coalesce(found.reason, '')))
+    ORDER BY claim.number";
 const PLACED: &str = "SELECT id AS order_id, placed_event_id AS event_id, user_id, amount, status AS \"end\", reason FROM orders";
 const ENDED: &str = "SELECT id AS order_id, final_event_id AS event_id, user_id, amount, status AS \"end\", reason FROM orders";
 const DECIDED: &str =
     "SELECT order_id, event_id, user_id, amount, outcome AS \"end\", reason FROM payments";
 
 /// Messages that are dead letters, or were: a copy for tools tells of one that an operator has dropped.
-const SET_ASIDE: &str = "
+const WITH_DEAD_LETTER: &str = "
     SELECT message_key FROM dead_letters WHERE consumer = $1 AND message_key = ANY($2::text[])
     UNION SELECT message_key FROM (
         SELECT coalesce(payload::json->>'message_key', payload::json->>'event_id') AS message_key
@@ -91,13 +91,13 @@ struct Suspect {
     key: String,
 }
 
-/// Adds what is wrong to the report. That the broker does not let itself be read is said there, and is no error.
+/// Adds what is wrong to the report. That the broker does not let itself be read is claim there, and is no error.
 pub(super) async fn check(
     databases: &Databases,
     jetstream: &jetstream::Context,
     report: &mut Report,
 ) -> Result<(), DbErr> {
-    let mut found = Found::default();
+    let mut found = StreamFindings::default();
     for stream in [OrderPlaced::STREAM, PaymentSettled::STREAM] {
         if let Err(error) = check_stream(databases, jetstream, stream, &mut found, report).await {
             match error.downcast::<DbErr>() {
@@ -116,10 +116,10 @@ async fn check_stream(
     databases: &Databases,
     jetstream: &jetstream::Context,
     name: &str,
-    found: &mut Found,
+    found: &mut StreamFindings,
     report: &mut Report,
 ) -> anyhow::Result<()> {
-    let Some(mut reading) = Reading::begin(jetstream, name).await? else {
+    let Some(mut reading) = StreamReader::begin(jetstream, name).await? else {
         return Ok(());
     };
     loop {
@@ -133,13 +133,13 @@ async fn check_stream(
 }
 
 /// A stream from its beginning to where its end was when reading began.
-struct Reading {
+struct StreamReader {
     messages: pull::Ordered,
     end: u64,
     ended: bool,
 }
 
-impl Reading {
+impl StreamReader {
     /// None if there is nothing to read.
     async fn begin(jetstream: &jetstream::Context, name: &str) -> anyhow::Result<Option<Self>> {
         let stream = match jetstream.get_stream(name).await {
@@ -179,7 +179,7 @@ impl Reading {
     async fn next(&mut self) -> anyhow::Result<Vec<Message>> {
         let mut messages = Vec::new();
         let read = async {
-            while !self.ended && messages.len() < TOGETHER {
+            while !self.ended && messages.len() < BATCH_MAX {
                 let message = self
                     .messages
                     .next()
@@ -204,69 +204,75 @@ async fn compare(
     databases: &Databases,
     stream: &str,
     messages: &[Message],
-    found: &mut Found,
+    found: &mut StreamFindings,
 ) -> anyhow::Result<()> {
-    let mut by_subject: BTreeMap<&'static str, (Vec<Said>, Vec<Suspect>)> = BTreeMap::new();
+    let mut by_subject: BTreeMap<&'static str, (Vec<Claim>, Vec<Suspect>)> = BTreeMap::new();
     for message in messages {
         let Some((subject, read)) = read(stream, message) else {
             continue;
         };
-        let (said, suspects) = by_subject.entry(subject).or_default();
+        let (claim, suspects) = by_subject.entry(subject).or_default();
         match read {
-            Ok(one) => said.push(one),
+            Ok(one) => claim.push(one),
             Err(suspect) => suspects.push(suspect),
         }
     }
-    for (subject, (said, mut suspects)) in by_subject {
+    for (subject, (claim, mut suspects)) in by_subject {
         let source = source(databases, subject);
-        suspects.extend(different(&source, &said).await?.iter().filter_map(|row| {
-            let said = said.get(usize::try_from(row.number).ok()?)?;
+        suspects.extend(mismatches(&source, &claim).await?.iter().filter_map(|row| {
+            let claim = claim.get(usize::try_from(row.number).ok()?)?;
             Some(Suspect {
-                finding: contradiction(said, row)?,
-                key: said.event_id.to_string(),
+                finding: contradiction(claim, row)?,
+                key: claim.event_id.to_string(),
             })
         }));
-        let set_aside = set_aside(&source, &suspects).await?;
-        suspects.retain(|suspect| !set_aside.contains(&suspect.key));
+        let with_dead_letter = with_dead_letter(&source, &suspects).await?;
+        suspects.retain(|suspect| !with_dead_letter.contains(&suspect.key));
         found.add(suspects.into_iter().map(|suspect| suspect.finding));
     }
     Ok(())
 }
 
 /// Compared in the database: on a healthy day, nothing comes back.
-async fn different(source: &Source<'_>, said: &[Said]) -> Result<Vec<Row>, DbErr> {
-    let end = |one: &Said| one.end.unwrap_or_default();
+async fn mismatches(source: &Source<'_>, claim: &[Claim]) -> Result<Vec<Mismatch>, DbErr> {
+    let end = |one: &Claim| one.end.unwrap_or_default();
     let values = vec![
-        (0..said.len())
+        (0..claim.len())
             .filter_map(|number| i32::try_from(number).ok())
             .collect::<Vec<i32>>()
             .into(),
-        said.iter()
+        claim
+            .iter()
             .map(|one| one.order_id)
             .collect::<Vec<Uuid>>()
             .into(),
-        said.iter()
+        claim
+            .iter()
             .map(|one| one.event_id)
             .collect::<Vec<Uuid>>()
             .into(),
-        said.iter()
+        claim
+            .iter()
             .map(|one| one.user_id.clone())
             .collect::<Vec<String>>()
             .into(),
-        said.iter()
+        claim
+            .iter()
             .map(|one| one.amount)
             .collect::<Vec<i64>>()
             .into(),
-        said.iter()
+        claim
+            .iter()
             .map(|one| end(one).0.to_owned())
             .collect::<Vec<String>>()
             .into(),
-        said.iter()
+        claim
+            .iter()
             .map(|one| end(one).1.unwrap_or_default().to_owned())
             .collect::<Vec<String>>()
             .into(),
     ];
-    rows(source.db, &DIFFERENT.replace("{}", source.rows), values).await
+    rows(source.db, &MISMATCHES.replace("{}", source.rows), values).await
 }
 
 fn source<'a>(databases: &'a Databases, subject: &str) -> Source<'a> {
@@ -292,7 +298,7 @@ fn source<'a>(databases: &'a Databases, subject: &str) -> Source<'a> {
 }
 
 /// Reads a message of a subject that this version knows.
-fn read(stream: &str, message: &Message) -> Option<(&'static str, Result<Said, Suspect>)> {
+fn read(stream: &str, message: &Message) -> Option<(&'static str, Result<Claim, Suspect>)> {
     let subject = message.subject.as_str();
     Some(match subject {
         OrderPlaced::SUBJECT => (
@@ -302,7 +308,7 @@ fn read(stream: &str, message: &Message) -> Option<(&'static str, Result<Said, S
             }),
         ),
         PaymentSettled::SUBJECT => {
-            let says = |event: PaymentSettled| {
+            let claims = |event: PaymentSettled| {
                 let reason = event.outcome.reason().map(DeclineReason::as_str);
                 (
                     event.user_id,
@@ -310,22 +316,22 @@ fn read(stream: &str, message: &Message) -> Option<(&'static str, Result<Said, S
                     Some((event.outcome.as_str(), reason)),
                 )
             };
-            (PaymentSettled::SUBJECT, read_as(stream, message, says))
+            (PaymentSettled::SUBJECT, read_as(stream, message, claims))
         }
         OrderFinished::SUBJECT => {
-            let says =
+            let claims =
                 |event: OrderFinished| (event.user_id, event.amount, Some(("FINISHED", None)));
-            (OrderFinished::SUBJECT, read_as(stream, message, says))
+            (OrderFinished::SUBJECT, read_as(stream, message, claims))
         }
         OrderCancelled::SUBJECT => {
-            let says = |event: OrderCancelled| {
+            let claims = |event: OrderCancelled| {
                 (
                     event.user_id,
                     event.amount,
                     Some(("CANCELLED", Some(event.reason.as_str()))),
                 )
             };
-            (OrderCancelled::SUBJECT, read_as(stream, message, says))
+            (OrderCancelled::SUBJECT, read_as(stream, message, claims))
         }
         _ => return None,
     })
@@ -334,8 +340,8 @@ fn read(stream: &str, message: &Message) -> Option<(&'static str, Result<Said, S
 fn read_as<E: Event>(
     stream: &str,
     message: &Message,
-    says: impl FnOnce(E) -> (UserId, Amount, Option<End>),
-) -> Result<Said, Suspect> {
+    claims: impl FnOnce(E) -> (UserId, Amount, Option<FinalState>),
+) -> Result<Claim, Suspect> {
     let place = format!(
         "{stream} {}",
         message.info().map_or(0, |info| info.stream_sequence)
@@ -343,15 +349,15 @@ fn read_as<E: Event>(
     let received =
         read_message::<E>(message.headers.as_ref(), &message.payload).map_err(|cause| Suspect {
             finding: Finding {
-                kind: Kind::UnreadableMessage,
+                kind: FindingKind::UnreadableMessage,
                 id: place.clone(),
                 detail: format!("{}: {cause}", E::SUBJECT),
             },
             key: message_key(&message.subject, message.headers.as_ref(), &message.payload),
         })?;
     let order_id = received.event.key();
-    let (user_id, amount, end) = says(received.event);
-    Ok(Said {
+    let (user_id, amount, end) = claims(received.event);
+    Ok(Claim {
         place,
         subject: E::SUBJECT,
         order_id,
@@ -363,8 +369,8 @@ fn read_as<E: Event>(
 }
 
 /// How a message contradicts the row that it tells of.
-fn contradiction(said: &Said, row: &Row) -> Option<Finding> {
-    let Said { place, subject, .. } = said;
+fn contradiction(claim: &Claim, row: &Mismatch) -> Option<Finding> {
+    let Claim { place, subject, .. } = claim;
     let finding = |kind, id: Uuid, detail| {
         Some(Finding {
             kind,
@@ -372,21 +378,21 @@ fn contradiction(said: &Said, row: &Row) -> Option<Finding> {
             detail: format!("{place}, {subject}: {detail}"),
         })
     };
-    let false_about = |detail| finding(Kind::FalseMessage, said.order_id, detail);
+    let false_about = |detail| finding(FindingKind::FalseMessage, claim.order_id, detail);
     let (Some(user_id), Some(amount), Some(row_end)) = (&row.user_id, row.amount, &row.end) else {
-        let nothing = match said.subject {
+        let nothing = match claim.subject {
             PaymentSettled::SUBJECT => "nothing is decided about the order",
             _ => "there is no such order",
         };
         return false_about(nothing.to_owned());
     };
-    if (&said.user_id, said.amount) != (user_id, amount) {
+    if (&claim.user_id, claim.amount) != (user_id, amount) {
         return false_about(format!(
             "says {} of {}, it is {amount} of {user_id}",
-            said.amount, said.user_id
+            claim.amount, claim.user_id
         ));
     }
-    if let Some((end, reason)) = said.end
+    if let Some((end, reason)) = claim.end
         && (end, reason) != (row_end.as_str(), row.reason.as_deref())
     {
         let words = |end: &str, reason: Option<&str>| {
@@ -404,17 +410,20 @@ fn contradiction(said: &Said, row: &Row) -> Option<Finding> {
     }
     // A row without the id of its event is from before such ids were stored.
     match row.event_id {
-        Some(event_id) if event_id != said.event_id => finding(
-            Kind::ForeignMessage,
-            said.event_id,
-            format!("about order {} that event is {event_id}", said.order_id),
+        Some(event_id) if event_id != claim.event_id => finding(
+            FindingKind::ForeignMessage,
+            claim.event_id,
+            format!("about order {} that event is {event_id}", claim.order_id),
         ),
         _ => None,
     }
 }
 
 /// Which of these the reader has set aside: they are dead letters, and found as such, or an operator is done with them.
-async fn set_aside(source: &Source<'_>, suspects: &[Suspect]) -> Result<HashSet<String>, DbErr> {
+async fn with_dead_letter(
+    source: &Source<'_>,
+    suspects: &[Suspect],
+) -> Result<HashSet<String>, DbErr> {
     #[derive(FromQueryResult)]
     struct Key {
         message_key: String,
@@ -428,15 +437,15 @@ async fn set_aside(source: &Source<'_>, suspects: &[Suspect]) -> Result<HashSet<
         keys.into(),
         format!("gozon.dlq.{}", subscription.service).into(),
     ];
-    let found: Vec<Key> = rows(db, SET_ASIDE, values).await?;
+    let found: Vec<Key> = rows(db, WITH_DEAD_LETTER, values).await?;
     Ok(found.into_iter().map(|key| key.message_key).collect())
 }
 
 /// What was found, each thing once, however often a stream repeats it.
 #[derive(Default)]
-struct Found(BTreeMap<Kind, BTreeMap<String, Finding>>);
+struct StreamFindings(BTreeMap<FindingKind, BTreeMap<String, Finding>>);
 
-impl Found {
+impl StreamFindings {
     fn add(&mut self, findings: impl Iterator<Item = Finding>) {
         for finding in findings {
             let of_kind = self.0.entry(finding.kind).or_default();
@@ -455,7 +464,7 @@ impl Found {
                 let detail = format!("only the first {FINDINGS_MAX} are named");
                 findings.push(Finding {
                     kind,
-                    id: AND_MORE.to_owned(),
+                    id: TRUNCATED_ID.to_owned(),
                     detail,
                 });
             }

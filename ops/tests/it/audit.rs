@@ -5,22 +5,24 @@ use std::time::{Duration, Instant};
 use async_nats::HeaderMap;
 use broker::Broker;
 use futures_util::future::join_all;
-use ops::audit::{Beside, Databases, Kind, Options, Report, audit, audit_with, look};
+use ops::audit::{
+    CompareWith, Databases, FindingKind, Options, Report, audit, audit_once, audit_with,
+};
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, Statement};
 use serde_json::json;
 use stack::http::Http;
 use stack::testing::TestStack;
 
-use crate::desk::operator;
+use crate::harness::operator;
 
-const AT_ONCE: Options = Options {
+const WITHOUT_GRACE: Options = Options {
     grace: Duration::ZERO,
     stuck_after: Duration::from_secs(3600),
     late_after: Duration::from_secs(3600),
 };
 
 /// A shop with 30 orders of three users, two thirds of them paid.
-async fn shop() -> TestStack {
+async fn shop_with_30_orders() -> TestStack {
     let stack = TestStack::start().await.unwrap();
     let http = Http::new(stack.system.address("gateway"));
     for user in ["alice", "bob", "carol"] {
@@ -78,7 +80,7 @@ async fn text(db: &DatabaseConnection, sql: &str) -> String {
         .unwrap()
 }
 
-fn kinds(report: &Report) -> Vec<Kind> {
+fn kinds(report: &Report) -> Vec<FindingKind> {
     report.findings.iter().map(|finding| finding.kind).collect()
 }
 
@@ -86,11 +88,11 @@ fn kinds(report: &Report) -> Vec<Kind> {
 struct Fault {
     payments: bool,
     planted: &'static str,
-    kind: Kind,
+    kind: FindingKind,
     id: &'static str,
 }
 
-const fn in_orders(kind: Kind, id: &'static str, planted: &'static str) -> Fault {
+const fn in_orders(kind: FindingKind, id: &'static str, planted: &'static str) -> Fault {
     Fault {
         payments: false,
         planted,
@@ -99,7 +101,7 @@ const fn in_orders(kind: Kind, id: &'static str, planted: &'static str) -> Fault
     }
 }
 
-const fn in_payments(kind: Kind, id: &'static str, planted: &'static str) -> Fault {
+const fn in_payments(kind: FindingKind, id: &'static str, planted: &'static str) -> Fault {
     Fault {
         payments: true,
         planted,
@@ -115,79 +117,79 @@ const FIRST_DECLINED: &str = "SELECT min(order_id::text) FROM payments WHERE out
 
 const FAULTS: [Fault; 22] = [
     in_orders(
-        Kind::CancelledButDebited,
+        FindingKind::CancelledButDebited,
         FIRST_FINISHED,
         "UPDATE orders SET status = 'CANCELLED', reason = 'insufficient_funds' WHERE id::text = $id",
     ),
-    in_orders(Kind::FinishedWithoutDebit, FIRST_CANCELLED, "UPDATE orders SET status = 'FINISHED', reason = NULL WHERE id::text = $id"),
-    in_orders(Kind::StatusDisagrees, FIRST_CANCELLED, "UPDATE orders SET reason = 'no_account' WHERE id::text = $id"),
-    in_orders(Kind::Divergent, FIRST_FINISHED, "UPDATE orders SET amount = 31 WHERE id::text = $id"),
-    in_orders(Kind::Divergent, FIRST_CANCELLED, "UPDATE orders SET user_id = 'mallory' WHERE id::text = $id"),
+    in_orders(FindingKind::FinishedWithoutDebit, FIRST_CANCELLED, "UPDATE orders SET status = 'FINISHED', reason = NULL WHERE id::text = $id"),
+    in_orders(FindingKind::StatusDisagrees, FIRST_CANCELLED, "UPDATE orders SET reason = 'no_account' WHERE id::text = $id"),
+    in_orders(FindingKind::Divergent, FIRST_FINISHED, "UPDATE orders SET amount = 31 WHERE id::text = $id"),
+    in_orders(FindingKind::Divergent, FIRST_CANCELLED, "UPDATE orders SET user_id = 'mallory' WHERE id::text = $id"),
     in_orders(
-        Kind::Stuck,
+        FindingKind::Stuck,
         FIRST_FINISHED,
         "UPDATE orders SET status = 'NEW', final_event_id = NULL, stored_at = now() - interval '2 hours' WHERE id::text = $id",
     ),
     in_orders(
-        Kind::Quarantined,
+        FindingKind::Quarantined,
         FIRST_FINISHED,
         "UPDATE orders SET status = 'NEW', final_event_id = NULL WHERE id::text = $id;
          INSERT INTO dead_letters (id, consumer, message_key, kind, cause, order_id, subject, stream, stream_sequence, delivered, headers, payload)
          VALUES (gen_random_uuid(), 'c', 'k', 'quarantine', 'planted', $id::uuid, 's', 'S', 1, 1, '', '')",
     ),
-    in_orders(Kind::Unexpected, FIRST_FINISHED, "DELETE FROM orders WHERE id::text = $id"),
+    in_orders(FindingKind::Unexpected, FIRST_FINISHED, "DELETE FROM orders WHERE id::text = $id"),
     in_orders(
-        Kind::DoubledKey,
+        FindingKind::DoubledKey,
         "SELECT user_id || ' twin' FROM orders WHERE id::text = (SELECT min(id::text) FROM orders)",
         "DROP INDEX orders_idempotency_key;
          UPDATE orders SET idempotency_key = 'twin' WHERE user_id = (SELECT user_id FROM orders ORDER BY id::text LIMIT 1)",
     ),
     in_orders(
-        Kind::MissingEvent,
+        FindingKind::MissingEvent,
         FIRST_FINISHED,
         "DELETE FROM outbox WHERE event_id = (SELECT final_event_id FROM orders WHERE id::text = $id)",
     ),
     in_orders(
-        Kind::LatePublication,
+        FindingKind::LatePublication,
         "SELECT min(event_id || '.' || n) FROM outbox",
         "UPDATE outbox SET published_at = NULL, stream_sequence = NULL, created_at = now() - interval '2 hours' WHERE event_id || '.' || n = $id",
     ),
     in_orders(
-        Kind::NotApplied,
+        FindingKind::NotApplied,
         FIRST_FINISHED,
         "UPDATE orders SET status = 'NEW', settlement_event_id = NULL, final_event_id = NULL WHERE id::text = $id",
     ),
-    in_payments(Kind::NotApplied, FIRST_DECLINED, "DELETE FROM payments WHERE order_id::text = $id"),
+    in_payments(FindingKind::NotApplied, FIRST_DECLINED, "DELETE FROM payments WHERE order_id::text = $id"),
     in_payments(
-        Kind::DoubledDebit,
+        FindingKind::DoubledDebit,
         FIRST_PAID,
         "DROP INDEX transfers_payment_of_order;
          INSERT INTO transfers (id, kind, user_id, entry_no, debit_account, credit_account, amount, balance_after, order_id)
          SELECT gen_random_uuid(), kind, user_id, 99, debit_account, credit_account, amount, balance_after, order_id
          FROM transfers WHERE order_id::text = $id",
     ),
-    in_payments(Kind::Unmatched, FIRST_PAID, "DELETE FROM transfers WHERE order_id::text = $id"),
-    in_payments(Kind::Unmatched, FIRST_PAID, "DELETE FROM payments WHERE order_id::text = $id"),
+    in_payments(FindingKind::Unmatched, FIRST_PAID, "DELETE FROM transfers WHERE order_id::text = $id"),
+    in_payments(FindingKind::Unmatched, FIRST_PAID, "DELETE FROM payments WHERE order_id::text = $id"),
     in_payments(
-        Kind::Unmatched,
+        FindingKind::Unmatched,
         FIRST_DECLINED,
         "INSERT INTO transfers (id, kind, user_id, entry_no, debit_account, credit_account, amount, balance_after, order_id)
          SELECT gen_random_uuid(), 'payment', user_id, 99, 'user:' || user_id, 'shop', amount, 0, order_id FROM payments WHERE order_id::text = $id",
     ),
-    in_payments(Kind::Divergent, FIRST_PAID, "UPDATE transfers SET amount = 29 WHERE order_id::text = $id"),
-    in_payments(Kind::BalanceDrift, "SELECT min(user_id) FROM accounts", "UPDATE accounts SET balance = balance + 1 WHERE user_id = $id"),
+    in_payments(FindingKind::Divergent, FIRST_PAID, "UPDATE transfers SET amount = 29 WHERE order_id::text = $id"),
+    in_payments(FindingKind::BalanceDrift, "SELECT min(user_id) FROM accounts", "UPDATE accounts SET balance = balance + 1 WHERE user_id = $id"),
     in_payments(
-        Kind::NegativeBalance,
+        FindingKind::NegativeBalance,
         "SELECT min(user_id) FROM accounts",
         "ALTER TABLE accounts DROP CONSTRAINT accounts_balance_check; UPDATE accounts SET balance = -1 WHERE user_id = $id",
     ),
     in_payments(
-        Kind::BrokenStatement,
+        FindingKind::BrokenStatement,
         "SELECT min(user_id || ' entry ' || entry_no) FROM transfers WHERE kind = 'payment'",
         "UPDATE transfers SET balance_after = balance_after + 1 WHERE user_id || ' entry ' || entry_no = $id",
     ),
     in_payments(
-        Kind::MalformedTransfer,
+        FindingKind::MalformedTransfer,
         "SELECT min(id::text) FROM transfers",
         "ALTER TABLE transfers DROP CONSTRAINT transfers_check; UPDATE transfers SET credit_account = 'user:mallory' WHERE id::text = $id",
     ),
@@ -195,7 +197,7 @@ const FAULTS: [Fault; 22] = [
 
 #[tokio::test]
 async fn every_planted_fault_is_named_and_a_shop_in_order_is_clean() {
-    let mut stack = shop().await;
+    let mut stack = shop_with_30_orders().await;
     let report = audit(
         &databases(&stack, "orders", "payments").await,
         Options::default(),
@@ -229,20 +231,20 @@ async fn every_planted_fault_is_named_and_a_shop_in_order_is_clean() {
             .await
             .unwrap();
         let copies = databases(&stack, &orders, &payments).await;
-        let spoiled = if fault.payments {
+        let broken = if fault.payments {
             &copies.payments
         } else {
             &copies.orders
         };
-        let id = text(spoiled, fault.id).await;
+        let id = text(broken, fault.id).await;
         // Triggers off: this is what a mistake or a thief with the keys would do.
         let planted = format!(
             "SET session_replication_role = replica; {}",
             fault.planted.replace("$id", &format!("'{id}'"))
         );
-        spoiled.execute_unprepared(&planted).await.unwrap();
+        broken.execute_unprepared(&planted).await.unwrap();
 
-        let report = audit(&copies, AT_ONCE).await.unwrap();
+        let report = audit(&copies, WITHOUT_GRACE).await.unwrap();
         let named = report
             .findings
             .iter()
@@ -261,12 +263,12 @@ async fn every_planted_fault_is_named_and_a_shop_in_order_is_clean() {
 
 #[tokio::test]
 async fn what_is_only_under_way_is_no_finding() {
-    // A decision is there before its order says so: seen at the wrong moment it looks wrong, seen again it does not.
-    let stack = shop().await;
+    // A decision is there before its order says so: seen at the wrong moment it summaries wrong, seen again it does not.
+    let stack = shop_with_30_orders().await;
     let live = databases(&stack, "orders", "payments").await;
     let other = stack.system.postgres().connect("orders").await.unwrap();
     let id = text(&other, FIRST_FINISHED).await;
-    let spoil = format!(
+    let break_order = format!(
         "SET session_replication_role = replica; UPDATE orders SET reason = NULL, status = 'NEW', final_event_id = NULL, stored_at = now() - interval '2 hours' WHERE id = '{id}'"
     );
     let final_event = text(
@@ -274,21 +276,21 @@ async fn what_is_only_under_way_is_no_finding() {
         &format!("SELECT final_event_id::text FROM orders WHERE id = '{id}'"),
     )
     .await;
-    other.execute_unprepared(&spoil).await.unwrap();
-    let first = look(&live, AT_ONCE).await.unwrap();
-    assert_eq!(kinds(&first), [Kind::Stuck]);
-    let mend = format!(
+    other.execute_unprepared(&break_order).await.unwrap();
+    let first = audit_once(&live, WITHOUT_GRACE).await.unwrap();
+    assert_eq!(kinds(&first), [FindingKind::Stuck]);
+    let repair = format!(
         "UPDATE orders SET status = 'FINISHED', final_event_id = '{final_event}' WHERE id = '{id}'"
     );
-    other.execute_unprepared(&mend).await.unwrap();
-    let second = look(&live, AT_ONCE).await.unwrap();
+    other.execute_unprepared(&repair).await.unwrap();
+    let second = audit_once(&live, WITHOUT_GRACE).await.unwrap();
     assert_eq!(second.still_standing(&first).findings, []);
 }
 
 /// As many as the broker takes in one batch.
 const BATCH: u64 = 1000;
 /// About so many of the orders there are messages: all of them where the code is as quick as it is for operators.
-const TOLD: u64 = if cfg!(debug_assertions) {
+const MESSAGES_PER_SUBJECT: u64 = if cfg!(debug_assertions) {
     10_000
 } else {
     100_000
@@ -298,11 +300,11 @@ const AUDITED_WITHIN: Duration = Duration::from_secs(if cfg!(debug_assertions) {
 
 /// About the orders that the test makes in the databases.
 async fn publish_many(broker: &Broker, subject: &'static str, kind: &str, more: &str) {
-    for first in (1..=TOLD).step_by(BATCH as usize) {
+    for first in (1..=MESSAGES_PER_SUBJECT).step_by(BATCH as usize) {
         for number in first..first + BATCH {
             let id = format!("00000000-0000-7000-8000-{number:012x}");
             let mut headers = HeaderMap::new();
-            let place = (number - first + 1).to_string();
+            let batch_sequence = (number - first + 1).to_string();
             let batch = format!("{subject}-{first}");
             for (name, value) in [
                 ("ce-specversion", "1.0"),
@@ -310,7 +312,7 @@ async fn publish_many(broker: &Broker, subject: &'static str, kind: &str, more: 
                 ("ce-subject", &id),
                 ("ce-id", &id),
                 ("Nats-Batch-Id", &batch[batch.len().saturating_sub(60)..]),
-                ("Nats-Batch-Sequence", &place),
+                ("Nats-Batch-Sequence", &batch_sequence),
             ] {
                 headers.insert(name, value);
             }
@@ -337,7 +339,7 @@ async fn publish_many(broker: &Broker, subject: &'static str, kind: &str, more: 
 
 #[tokio::test]
 async fn a_hundred_thousand_orders_are_checked_in_seconds() {
-    let mut stack = shop().await;
+    let mut stack = shop_with_30_orders().await;
     for name in ["gateway", "orders", "payments"] {
         stack.system.stop(name).await.unwrap();
     }
@@ -383,18 +385,24 @@ async fn a_hundred_thousand_orders_are_checked_in_seconds() {
     ] {
         publish_many(&broker, subject, kind, more).await;
     }
-    let beside = Beside {
+    let compare_with = CompareWith {
         streams: Some(broker.jetstream()),
         history: None,
     };
     let begun = Instant::now();
-    let report = audit_with(&live, Options::default(), beside).await.unwrap();
+    let report = audit_with(&live, Options::default(), compare_with)
+        .await
+        .unwrap();
     assert_eq!(
         (report.findings.as_slice(), report.not_looked_at.as_slice()),
         ([].as_slice(), [].as_slice())
     );
     assert_eq!((report.orders, report.transfers), (100_030, 100_001 + 24));
-    assert!(report.messages >= 3 * TOLD, "{}", report.messages);
+    assert!(
+        report.messages >= 3 * MESSAGES_PER_SUBJECT,
+        "{}",
+        report.messages
+    );
     println!(
         "{} orders and {} messages in {:?}",
         report.orders,
@@ -414,7 +422,7 @@ async fn a_hundred_thousand_orders_are_checked_in_seconds() {
         )
         .await
         .unwrap();
-    let report = audit(&live, AT_ONCE).await.unwrap();
+    let report = audit(&live, WITHOUT_GRACE).await.unwrap();
     assert_eq!(report.findings.len(), 1001);
     assert!(
         report

@@ -3,31 +3,33 @@
 use std::process::{Command, Output};
 
 use async_nats::HeaderMap;
-use ops::audit::{Beside, Finding, Kind, Report, audit_with};
-use ops::{dlq, look};
+use ops::audit::{CompareWith, Finding, FindingKind, Report, audit_with};
+use ops::{dead_letters, outbox};
 use serde_json::{Value, json};
 use stack::testing::eventually;
 use uuid::Uuid;
 
-use crate::desk::{AT_ONCE, Desk, SOON};
+use crate::harness::{SOON, TestShop, WITHOUT_GRACE};
 
 const PLACED: (&str, &str) = ("gozon.orders.placed", "gozon.order.placed.v1");
 const SETTLED: (&str, &str) = ("gozon.payments.settled", "gozon.payment.settled.v1");
 const FINISHED: (&str, &str) = ("gozon.orders.finished", "gozon.order.finished.v1");
 const CANCELLED: (&str, &str) = ("gozon.orders.cancelled", "gozon.order.cancelled.v1");
-const NOBODYS: &str = "01933f3c-7d5a-7b60-9d6f-000000000099";
+const UNKNOWN_ORDER: &str = "01933f3c-7d5a-7b60-9d6f-000000000099";
 
-impl Desk {
+impl TestShop {
     async fn audit(&self) -> Report {
-        let beside = Beside {
+        let compare_with = CompareWith {
             streams: Some(self.broker.jetstream()),
             history: None,
         };
-        audit_with(&self.databases, AT_ONCE, beside).await.unwrap()
+        audit_with(&self.databases, WITHOUT_GRACE, compare_with)
+            .await
+            .unwrap()
     }
 
     /// Somebody with the keys to the broker says something. None for the event id: an id that no event has.
-    async fn say(
+    async fn publish_forged(
         &self,
         (subject, kind): (&'static str, &str),
         event_id: Option<&str>,
@@ -56,7 +58,7 @@ impl Desk {
     }
 
     /// Places orders until they are final and everything about them is published: three are paid, the rest are declined.
-    async fn sell(&self, number: usize) -> Vec<Value> {
+    async fn place_orders(&self, number: usize) -> Vec<Value> {
         let mut orders = Vec::new();
         for _ in 0..number {
             let id = self.place().await;
@@ -70,7 +72,7 @@ impl Desk {
             orders.push(order);
         }
         eventually("all is published", SOON, async || {
-            let outboxes = look::outboxes(&self.databases).await.unwrap();
+            let outboxes = outbox::status(&self.databases).await.unwrap();
             outboxes
                 .iter()
                 .all(|outbox| outbox.pending == 0)
@@ -103,7 +105,7 @@ impl Desk {
     }
 }
 
-fn about(order: &Value, more: &Value) -> Value {
+fn body_about(order: &Value, more: &Value) -> Value {
     let mut body =
         json!({ "order_id": order["id"], "user_id": order["user_id"], "amount": order["amount"] });
     body.as_object_mut()
@@ -112,7 +114,7 @@ fn about(order: &Value, more: &Value) -> Value {
     body
 }
 
-fn named(report: &Report) -> Vec<(Kind, String)> {
+fn kinds_and_ids(report: &Report) -> Vec<(FindingKind, String)> {
     report
         .findings
         .iter()
@@ -121,29 +123,29 @@ fn named(report: &Report) -> Vec<(Kind, String)> {
 }
 
 struct Planter<'a> {
-    desk: &'a Desk,
-    planted: Vec<(Kind, String)>,
+    shop: &'a TestShop,
+    planted: Vec<(FindingKind, String)>,
 }
 
 impl Planter<'_> {
     /// Says something, which must be named: by its place if there is no id, with these words, and nothing else with it.
     async fn plant(
         &mut self,
-        kind: Kind,
+        kind: FindingKind,
         id: Option<&str>,
         words: &str,
         what: (&'static str, &str),
         event_id: Option<&str>,
         body: Value,
     ) {
-        let sequence = self.desk.say(what, event_id, &body).await;
+        let sequence = self.shop.publish_forged(what, event_id, &body).await;
         let stream = if what == SETTLED {
             "PAYMENTS"
         } else {
             "ORDERS"
         };
         let id = id.map_or_else(|| format!("{stream} {sequence}"), str::to_owned);
-        let report = self.desk.audit().await;
+        let report = self.shop.audit().await;
         let finding = report
             .findings
             .iter()
@@ -166,41 +168,41 @@ impl Planter<'_> {
 
 #[tokio::test]
 async fn every_fault_planted_in_a_stream_is_named_and_what_is_set_aside_is_no_news() {
-    let mut desk = Desk::open().await;
-    let orders = desk.sell(13).await;
-    let report = desk.audit().await;
+    let mut shop = TestShop::start().await;
+    let orders = shop.place_orders(13).await;
+    let report = shop.audit().await;
     assert_eq!(
         (&report.findings, &report.not_looked_at),
         (&vec![], &vec![]),
         "the shop is in order, and alive"
     );
     assert_eq!(report.messages, 39);
-    let healthy = desk.stack.system.nats().url();
+    let healthy = shop.stack.system.nats().url();
     for name in ["orders", "payments"] {
-        desk.stack.system.stop(name).await.unwrap();
+        shop.stack.system.stop(name).await.unwrap();
     }
 
     let paid = json!({ "outcome": "paid" });
     let refused = |reason: &str| json!({ "outcome": "declined", "reason": reason });
-    let nobody = json!({ "id": NOBODYS, "user_id": "alice", "amount": 30 });
+    let nobody = json!({ "id": UNKNOWN_ORDER, "user_id": "alice", "amount": 30 });
     let with = |mut body: Value, field: &str, value: Value| {
         body[field] = value;
         body
     };
     // What the services read, and would set aside if they were there.
     let mut planter = Planter {
-        desk: &desk,
+        shop: &shop,
         planted: Vec::new(),
     };
-    use Kind::{FalseMessage, ForeignMessage, UnreadableMessage};
+    use FindingKind::{FalseMessage, ForeignMessage, UnreadableMessage};
     planter
         .plant(
             FalseMessage,
-            Some(NOBODYS),
+            Some(UNKNOWN_ORDER),
             "nothing is decided",
             SETTLED,
             None,
-            about(&nobody, &paid),
+            body_about(&nobody, &paid),
         )
         .await;
     for (number, words, what, body) in [
@@ -208,37 +210,37 @@ async fn every_fault_planted_in_a_stream_is_named_and_what_is_set_aside_is_no_ne
             0,
             "of mallory",
             SETTLED,
-            with(about(&orders[0], &paid), "user_id", json!("mallory")),
+            with(body_about(&orders[0], &paid), "user_id", json!("mallory")),
         ),
         (
             1,
             "says 31",
             SETTLED,
-            with(about(&orders[1], &paid), "amount", json!(31)),
+            with(body_about(&orders[1], &paid), "amount", json!(31)),
         ),
         (
             2,
             "says declined, insufficient_funds, it is paid",
             SETTLED,
-            about(&orders[2], &refused("insufficient_funds")),
+            body_about(&orders[2], &refused("insufficient_funds")),
         ),
         (
             3,
             "says declined, no_account",
             SETTLED,
-            about(&orders[3], &refused("no_account")),
+            body_about(&orders[3], &refused("no_account")),
         ),
         (
             4,
             "says paid, it is declined",
             SETTLED,
-            about(&orders[4], &paid),
+            body_about(&orders[4], &paid),
         ),
         (
             5,
             "says 29",
             PLACED,
-            with(about(&orders[5], &json!({})), "amount", json!(29)),
+            with(body_about(&orders[5], &json!({})), "amount", json!(29)),
         ),
     ] {
         planter
@@ -284,7 +286,7 @@ async fn every_fault_planted_in_a_stream_is_named_and_what_is_set_aside_is_no_ne
             "there is no such order",
             FINISHED,
             None,
-            about(&unknown, &json!({})),
+            body_about(&unknown, &json!({})),
         )
         .await;
     for (number, words, what, body) in [
@@ -292,13 +294,13 @@ async fn every_fault_planted_in_a_stream_is_named_and_what_is_set_aside_is_no_ne
             6,
             "says FINISHED, it is CANCELLED",
             FINISHED,
-            about(&orders[6], &json!({})),
+            body_about(&orders[6], &json!({})),
         ),
         (
             7,
             "says CANCELLED, no_account",
             CANCELLED,
-            about(&orders[7], &json!({ "reason": "no_account" })),
+            body_about(&orders[7], &json!({ "reason": "no_account" })),
         ),
     ] {
         planter
@@ -326,13 +328,13 @@ async fn every_fault_planted_in_a_stream_is_named_and_what_is_set_aside_is_no_ne
                 words,
                 what,
                 Some(&event_id),
-                about(&orders[number], &more),
+                body_about(&orders[number], &more),
             )
             .await;
     }
     let Planter { mut planted, .. } = planter;
 
-    let output = desk.gozon_audit(&[], &healthy);
+    let output = shop.gozon_audit(&[], &healthy);
     let words = String::from_utf8_lossy(&output.stdout).into_owned();
     assert_eq!(output.status.code(), Some(1), "{words}");
     assert!(
@@ -340,34 +342,34 @@ async fn every_fault_planted_in_a_stream_is_named_and_what_is_set_aside_is_no_ne
         "{words}"
     );
     assert_eq!(
-        desk.gozon_audit(&["--no-streams"], &healthy).status.code(),
+        shop.gozon_audit(&["--no-streams"], &healthy).status.code(),
         Some(0)
     );
 
     // The services take what they read: the dead letters are named, and not their messages as well.
     for name in ["orders", "payments"] {
-        desk.stack.system.start(name).await.unwrap();
+        shop.stack.system.start(name).await.unwrap();
     }
     let letters = eventually("all dead letters are there", SOON, async || {
-        let letters = dlq::list(&desk.databases).await.unwrap();
+        let letters = dead_letters::list(&shop.databases).await.unwrap();
         (letters.len() == read_by_services).then_some(letters)
     })
     .await;
     let mut expected: Vec<_> = letters
         .iter()
-        .map(|letter| (Kind::DeadLetter, letter.id.to_string()))
+        .map(|letter| (FindingKind::DeadLetter, letter.id.to_string()))
         .collect();
     expected.extend(planted.drain(..).skip(read_by_services));
     expected.sort();
-    let mut found = named(&desk.audit().await);
+    let mut found = kinds_and_ids(&shop.audit().await);
     found.sort();
     assert_eq!(found, expected);
     // Sent again, they come back; dropped, they are done with, although both messages of each stay in the stream.
     for letter in &letters {
-        desk.replay(letter).await;
+        shop.replay(letter).await;
     }
     eventually("all are back", SOON, async || {
-        let letters = dlq::list(&desk.databases).await.unwrap();
+        let letters = dead_letters::list(&shop.databases).await.unwrap();
         letters
             .iter()
             .all(|letter| letter.times == 2 && letter.waits)
@@ -375,23 +377,27 @@ async fn every_fault_planted_in_a_stream_is_named_and_what_is_set_aside_is_no_ne
     })
     .await;
     for letter in &letters {
-        dlq::remove(&desk.databases, letter).await.unwrap();
+        dead_letters::remove(&shop.databases, letter).await.unwrap();
     }
-    expected.retain(|(kind, _)| *kind != Kind::DeadLetter);
-    let mut found = named(&desk.audit().await);
+    expected.retain(|(kind, _)| *kind != FindingKind::DeadLetter);
+    let mut found = kinds_and_ids(&shop.audit().await);
     found.sort();
     assert_eq!(found, expected);
 }
 
 #[tokio::test]
 async fn an_order_that_only_the_stream_knows_is_named() {
-    let mut desk = Desk::open().await;
-    desk.sell(1).await;
-    desk.stack.system.stop("payments").await.unwrap();
-    let nobody = json!({ "id": NOBODYS, "user_id": "alice", "amount": 30 });
-    desk.say(PLACED, None, &about(&nobody, &json!({}))).await;
-    let report = desk.audit().await;
-    assert_eq!(named(&report), [(Kind::FalseMessage, NOBODYS.to_owned())]);
+    let mut shop = TestShop::start().await;
+    shop.place_orders(1).await;
+    shop.stack.system.stop("payments").await.unwrap();
+    let nobody = json!({ "id": UNKNOWN_ORDER, "user_id": "alice", "amount": 30 });
+    shop.publish_forged(PLACED, None, &body_about(&nobody, &json!({})))
+        .await;
+    let report = shop.audit().await;
+    assert_eq!(
+        kinds_and_ids(&report),
+        [(FindingKind::FalseMessage, UNKNOWN_ORDER.to_owned())]
+    );
     assert!(
         report.findings[0].detail.contains("there is no such order"),
         "{:?}",
@@ -401,13 +407,13 @@ async fn an_order_that_only_the_stream_knows_is_named() {
 
 #[tokio::test]
 async fn without_the_broker_or_its_streams_the_audit_goes_on_and_says_so() {
-    let mut desk = Desk::open().await;
-    desk.sell(1).await;
-    let url = desk.stack.system.nats().url();
+    let mut shop = TestShop::start().await;
+    shop.place_orders(1).await;
+    let url = shop.stack.system.nats().url();
     for name in ["orders", "payments", "gateway"] {
-        desk.stack.system.stop(name).await.unwrap();
+        shop.stack.system.stop(name).await.unwrap();
     }
-    let fine = desk.gozon_audit(&["--json"], &url);
+    let fine = shop.gozon_audit(&["--json"], &url);
     let report: Value = serde_json::from_slice(&fine.stdout).unwrap();
     assert_eq!(
         (&report["messages"], &report["not_looked_at"]),
@@ -415,20 +421,20 @@ async fn without_the_broker_or_its_streams_the_audit_goes_on_and_says_so() {
         "{fine:?}"
     );
 
-    desk.broker
+    shop.broker
         .jetstream()
         .delete_stream("PAYMENTS")
         .await
         .unwrap();
-    let words = String::from_utf8(desk.gozon_audit(&[], &url).stdout).unwrap();
+    let words = String::from_utf8(shop.gozon_audit(&[], &url).stdout).unwrap();
     assert!(
         words.contains("against 2 messages")
             && words.contains("not looked at: stream PAYMENTS: it does not exist"),
         "{words}"
     );
 
-    desk.stack.system.stop("nats").await.unwrap();
-    let away = desk.gozon_audit(&[], &url);
+    shop.stack.system.stop("nats").await.unwrap();
+    let away = shop.gozon_audit(&[], &url);
     let words = String::from_utf8(away.stdout).unwrap();
     assert_eq!(away.status.code(), Some(0), "{words}");
     assert!(
@@ -436,7 +442,7 @@ async fn without_the_broker_or_its_streams_the_audit_goes_on_and_says_so() {
             && words.contains("fits together"),
         "{words}"
     );
-    let words = String::from_utf8(desk.gozon_audit(&["--no-streams"], &url).stdout).unwrap();
+    let words = String::from_utf8(shop.gozon_audit(&["--no-streams"], &url).stdout).unwrap();
     assert!(
         !words.contains("streams") && words.contains("fits together"),
         "{words}"

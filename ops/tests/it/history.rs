@@ -3,14 +3,14 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use ops::audit::{Beside, Databases, Kind, Options, Report, audit_with};
+use ops::audit::{CompareWith, Databases, FindingKind, Options, Report, audit_with};
 use ops::history::{Exchange, History};
 use sea_orm::ConnectionTrait as _;
 use serde_json::{Value, json};
 use stack::http::Http;
 use stack::testing::{TemporaryFolder, TestStack, eventually};
 
-const AT_ONCE: Options = Options {
+const WITHOUT_GRACE: Options = Options {
     grace: Duration::ZERO,
     stuck_after: Duration::from_secs(3600),
     late_after: Duration::from_secs(3600),
@@ -156,21 +156,29 @@ fn last_of<'a>(seen: &'a mut [Exchange], key: &str) -> &'a mut Exchange {
 }
 
 /// What is planted in what the client saw, and what must be named.
-type Planted = (Kind, &'static str, fn(&mut Vec<Exchange>));
+type Planted = (FindingKind, &'static str, fn(&mut Vec<Exchange>));
 
 const IN_HISTORIES: [Planted; 14] = [
-    (Kind::Lost, "answered with 201, and never made", |seen| {
-        let mut another = of(seen, "lamp").clone();
-        another.key = Some("never".to_owned());
-        seen.push(another);
-    }),
-    (Kind::Lost, "read as absent after it was there", |seen| {
-        let mut read = seen.iter().find(|one| one.method == "GET").unwrap().clone();
-        (read.status, read.answer) = (Some(404), String::new());
-        seen.push(read);
-    }),
     (
-        Kind::Lost,
+        FindingKind::Lost,
+        "answered with 201, and never made",
+        |seen| {
+            let mut another = of(seen, "lamp").clone();
+            another.key = Some("never".to_owned());
+            seen.push(another);
+        },
+    ),
+    (
+        FindingKind::Lost,
+        "read as absent after it was there",
+        |seen| {
+            let mut read = seen.iter().find(|one| one.method == "GET").unwrap().clone();
+            (read.status, read.answer) = (Some(404), String::new());
+            seen.push(read);
+        },
+    ),
+    (
+        FindingKind::Lost,
         "a request without a key, answered with 201, and never made",
         |seen| {
             let mut another = seen
@@ -183,34 +191,34 @@ const IN_HISTORIES: [Planted; 14] = [
         },
     ),
     (
-        Kind::Unexpected,
+        FindingKind::Unexpected,
         "an order for which nobody asked",
         |seen| seen.retain(|one| one.key.as_deref() != Some("gone")),
     ),
     (
-        Kind::Unexpected,
+        FindingKind::Unexpected,
         "a deposit for which nobody asked",
         |seen| seen.retain(|one| one.key.as_deref() != Some("money")),
     ),
     (
-        Kind::Unexpected,
+        FindingKind::Unexpected,
         "an order with a content for which nobody asked",
         |seen| of(seen, "gone").body["amount"] = json!(2),
     ),
     (
-        Kind::Unexpected,
+        FindingKind::Unexpected,
         "an order without a key for which nobody asked",
         |seen| {
             seen.retain(|one| one.key.is_some() || one.method == "GET");
         },
     ),
     (
-        Kind::DoubledKey,
+        FindingKind::DoubledKey,
         "a repetition that says that it was done now",
         |seen| last_of(seen, "money").replayed = false,
     ),
     (
-        Kind::AnswersDiffer,
+        FindingKind::AnswersDiffer,
         "a repetition with another answer",
         |seen| {
             let repetition = last_of(seen, "money");
@@ -219,15 +227,19 @@ const IN_HISTORIES: [Planted; 14] = [
                 .replace("\"amount\":100", "\"amount\": 100");
         },
     ),
-    (Kind::DeniedButDone, "a refusal of what is there", |seen| {
-        let gone = of(seen, "gone");
-        (gone.status, gone.answer) = (
-            Some(503),
-            json!({ "code": "service_unavailable" }).to_string(),
-        );
-    }),
     (
-        Kind::DeniedButDone,
+        FindingKind::DeniedButDone,
+        "a refusal of what is there",
+        |seen| {
+            let gone = of(seen, "gone");
+            (gone.status, gone.answer) = (
+                Some(503),
+                json!({ "code": "service_unavailable" }).to_string(),
+            );
+        },
+    ),
+    (
+        FindingKind::DeniedButDone,
         "a repetition of what was said not to be done",
         |seen| {
             let lost = of(seen, "lost");
@@ -238,7 +250,7 @@ const IN_HISTORIES: [Planted; 14] = [
         },
     ),
     (
-        Kind::RepetitionRefused,
+        FindingKind::RepetitionRefused,
         "the same content refused as another",
         |seen| {
             let mut repetition = of(seen, "lamp").clone();
@@ -250,7 +262,7 @@ const IN_HISTORIES: [Planted; 14] = [
         },
     ),
     (
-        Kind::OtherContentApplied,
+        FindingKind::OtherContentApplied,
         "other content under a key answered with 201",
         |seen| {
             let answer = of(seen, "lamp").answer.clone();
@@ -261,18 +273,22 @@ const IN_HISTORIES: [Planted; 14] = [
             (other.status, other.replayed, other.answer) = (Some(201), true, answer);
         },
     ),
-    (Kind::NegativeBalance, "a negative balance read", |seen| {
-        let read = seen
-            .iter_mut()
-            .find(|one| one.method == "GET" && one.path == "/v1/accounts/alice")
-            .unwrap();
-        read.answer = json!({ "user_id": "alice", "balance": -1 }).to_string();
-    }),
+    (
+        FindingKind::NegativeBalance,
+        "a negative balance read",
+        |seen| {
+            let read = seen
+                .iter_mut()
+                .find(|one| one.method == "GET" && one.path == "/v1/accounts/alice")
+                .unwrap();
+            read.answer = json!({ "user_id": "alice", "balance": -1 }).to_string();
+        },
+    ),
 ];
 
 const BACKWARDS: [Planted; 3] = [
     (
-        Kind::StatusBackwards,
+        FindingKind::StatusBackwards,
         "a final order that was NEW later",
         |seen| {
             let mut read = seen
@@ -286,17 +302,21 @@ const BACKWARDS: [Planted; 3] = [
             seen.push(read);
         },
     ),
-    (Kind::StatusBackwards, "an order with two ends", |seen| {
-        let mut read = seen
-            .iter()
-            .find(|one| one.path.contains("?wait=30"))
-            .unwrap()
-            .clone();
-        read.answer = read.answer.replace("FINISHED", "CANCELLED");
-        seen.push(read);
-    }),
     (
-        Kind::StatusBackwards,
+        FindingKind::StatusBackwards,
+        "an order with two ends",
+        |seen| {
+            let mut read = seen
+                .iter()
+                .find(|one| one.path.contains("?wait=30"))
+                .unwrap()
+                .clone();
+            read.answer = read.answer.replace("FINISHED", "CANCELLED");
+            seen.push(read);
+        },
+    ),
+    (
+        FindingKind::StatusBackwards,
         "an end that is not the one that is there",
         |seen| {
             for read in seen.iter_mut().filter(|one| one.method == "GET") {
@@ -307,14 +327,14 @@ const BACKWARDS: [Planted; 3] = [
 ];
 
 /// What is planted in which database.
-const IN_DATABASES: [(bool, Kind, &str); 5] = [
-    (true, Kind::Lost, "DELETE FROM transfers WHERE idempotency_key = 'money'"),
-    (false, Kind::Lost, "DELETE FROM orders WHERE idempotency_key = 'lamp'"),
-    (false, Kind::Divergent, "UPDATE orders SET description = 'Another lamp' WHERE idempotency_key = 'lost'"),
-    (false, Kind::OtherContentApplied, "UPDATE orders SET amount = 71 WHERE idempotency_key = 'lamp'"),
+const IN_DATABASES: [(bool, FindingKind, &str); 5] = [
+    (true, FindingKind::Lost, "DELETE FROM transfers WHERE idempotency_key = 'money'"),
+    (false, FindingKind::Lost, "DELETE FROM orders WHERE idempotency_key = 'lamp'"),
+    (false, FindingKind::Divergent, "UPDATE orders SET description = 'Another lamp' WHERE idempotency_key = 'lost'"),
+    (false, FindingKind::OtherContentApplied, "UPDATE orders SET amount = 71 WHERE idempotency_key = 'lamp'"),
     (
         true,
-        Kind::Unexpected,
+        FindingKind::Unexpected,
         "INSERT INTO transfers (id, kind, user_id, entry_no, debit_account, credit_account, amount, balance_after, idempotency_key, request_hash)
          SELECT gen_random_uuid(), kind, user_id, 99, debit_account, credit_account, amount, balance_after, 'forged', request_hash
          FROM transfers WHERE idempotency_key = 'money'",
@@ -361,14 +381,14 @@ async fn databases(stack: &TestStack, orders: &str, payments: &str) -> Databases
     }
 }
 
-fn besides(history: &History) -> Beside<'_> {
-    Beside {
+fn besides(history: &History) -> CompareWith<'_> {
+    CompareWith {
         history: Some(history),
         streams: None,
     }
 }
 
-fn kinds(report: &Report) -> Vec<Kind> {
+fn kinds(report: &Report) -> Vec<FindingKind> {
     report.findings.iter().map(|finding| finding.kind).collect()
 }
 
@@ -394,7 +414,7 @@ async fn every_fault_planted_in_a_history_or_against_it_is_named_and_an_honest_o
     for (kind, words, plant) in IN_HISTORIES.into_iter().chain(BACKWARDS) {
         let mut exchanges = seen.clone();
         plant(&mut exchanges);
-        let report = audit_with(&live, AT_ONCE, besides(&History { exchanges }))
+        let report = audit_with(&live, WITHOUT_GRACE, besides(&History { exchanges }))
             .await
             .unwrap();
         assert!(
@@ -431,7 +451,7 @@ async fn every_fault_planted_in_a_history_or_against_it_is_named_and_an_honest_o
             ))
             .await
             .unwrap();
-        let report = audit_with(&copies, AT_ONCE, besides(&honest))
+        let report = audit_with(&copies, WITHOUT_GRACE, besides(&honest))
             .await
             .unwrap();
         assert!(

@@ -4,7 +4,7 @@
 
 mod audit;
 mod audit_streams;
-mod desk;
-mod dlq;
+mod dead_letters;
+mod harness;
 mod history;
-mod stream;
+mod streams;

@@ -17,13 +17,13 @@ const PAGE: u64 = 1000;
 
 /// A dead letter and the service whose table it is in.
 #[derive(Clone, Debug, Serialize)]
-pub struct Letter {
+pub struct ServiceDeadLetter {
     pub service: &'static str,
     #[serde(flatten)]
     letter: DeadLetter,
 }
 
-impl Deref for Letter {
+impl Deref for ServiceDeadLetter {
     type Target = DeadLetter;
 
     fn deref(&self) -> &DeadLetter {
@@ -32,14 +32,17 @@ impl Deref for Letter {
 }
 
 /// All dead letters, newest first, those of orders before those of payments.
-pub async fn list(databases: &Databases) -> anyhow::Result<Vec<Letter>> {
+pub async fn list(databases: &Databases) -> anyhow::Result<Vec<ServiceDeadLetter>> {
     let mut letters = Vec::new();
     for (service, db) in services(databases) {
         let mut before = None;
         loop {
             let page = DeadLetter::page(db, before, PAGE).await?;
             before = page.last().map(|letter| letter.id);
-            letters.extend(page.into_iter().map(|letter| Letter { service, letter }));
+            letters.extend(
+                page.into_iter()
+                    .map(|letter| ServiceDeadLetter { service, letter }),
+            );
             if before.is_none() {
                 break;
             }
@@ -48,10 +51,10 @@ pub async fn list(databases: &Databases) -> anyhow::Result<Vec<Letter>> {
     Ok(letters)
 }
 
-pub async fn find(databases: &Databases, id: Uuid) -> anyhow::Result<Letter> {
+pub async fn find(databases: &Databases, id: Uuid) -> anyhow::Result<ServiceDeadLetter> {
     for (service, db) in services(databases) {
         if let Some(letter) = DeadLetter::find(db, id).await? {
-            return Ok(Letter { service, letter });
+            return Ok(ServiceDeadLetter { service, letter });
         }
     }
     anyhow::bail!("there is no dead letter {id}: gozon dlq ls lists them")
@@ -61,7 +64,7 @@ pub async fn find(databases: &Databases, id: Uuid) -> anyhow::Result<Letter> {
 /// published by the service's relay. With `dry_run` everything is rolled back.
 pub async fn replay(
     databases: &Databases,
-    letter: &Letter,
+    letter: &ServiceDeadLetter,
     dry_run: bool,
 ) -> anyhow::Result<Replay> {
     let id = letter.id;
@@ -83,7 +86,7 @@ pub async fn replay(
 }
 
 /// Deletes it for good.
-pub async fn remove(databases: &Databases, letter: &Letter) -> anyhow::Result<()> {
+pub async fn remove(databases: &Databases, letter: &ServiceDeadLetter) -> anyhow::Result<()> {
     let (_, db) = services(databases)
         .into_iter()
         .find(|(service, _)| *service == letter.service)

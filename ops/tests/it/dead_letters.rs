@@ -1,9 +1,9 @@
 //! Dead letters: foreseen, sent again, taken away.
 
 use messaging::{ReplayOutcome, TopologySettings};
-use ops::audit::Kind;
-use ops::dlq;
-use ops::look::{Apply, topology};
+use ops::audit::FindingKind;
+use ops::topology::{self, Apply};
+use ops::{dead_letters, outbox};
 use sea_orm::ConnectionTrait as _;
 use serde_json::json;
 use shared_contracts::{
@@ -12,13 +12,13 @@ use shared_contracts::{
 };
 use stack::testing::eventually;
 
-use crate::desk::{Desk, SOON};
+use crate::harness::{SOON, TestShop};
 
 #[tokio::test]
 async fn f51_what_could_not_be_applied_is_applied_by_a_replay_once() {
-    let desk = Desk::open().await;
+    let shop = TestShop::start().await;
     let execute = async |sql: &str| {
-        desk.databases
+        shop.databases
             .payments
             .execute_unprepared(sql)
             .await
@@ -31,8 +31,8 @@ async fn f51_what_could_not_be_applied_is_applied_by_a_replay_once() {
          CREATE TRIGGER refuse BEFORE INSERT ON payments FOR EACH ROW EXECUTE FUNCTION refuse()",
     )
     .await;
-    let id = desk.place().await;
-    let letter = desk.letter(|_| true).await;
+    let id = shop.place().await;
+    let letter = shop.letter(|_| true).await;
     assert!(
         letter.cause.contains("a bug of ours")
             && letter.kind.to_string() == "poison"
@@ -43,11 +43,14 @@ async fn f51_what_could_not_be_applied_is_applied_by_a_replay_once() {
         letter.headers.contains("ce-id: ") && letter.payload.contains(&id),
         "{letter:?}"
     );
-    assert_eq!(desk.findings().await, [Kind::Quarantined, Kind::DeadLetter]);
+    assert_eq!(
+        shop.findings().await,
+        [FindingKind::Quarantined, FindingKind::DeadLetter]
+    );
 
     // While the bug is there, a replay comes back.
-    desk.replay(&letter).await;
-    let back = desk
+    shop.replay(&letter).await;
+    let back = shop
         .letter(|letter| letter.waits && letter.replays == 1)
         .await;
     assert!(
@@ -57,35 +60,35 @@ async fn f51_what_could_not_be_applied_is_applied_by_a_replay_once() {
 
     // Mended.
     execute("DROP TRIGGER refuse ON payments").await;
-    let foreseen = desk.dry_run(&back).await;
+    let foreseen = shop.dry_run(&back).await;
     assert_eq!(
         foreseen,
         (ReplayOutcome::Applied, "The order is paid.".to_owned())
     );
-    assert_eq!(desk.balance().await, 100, "a dry run changes nothing");
-    desk.replay(&back).await;
+    assert_eq!(shop.balance().await, 100, "a dry run changes nothing");
+    shop.replay(&back).await;
     eventually("the order is paid", SOON, async || {
-        (desk.order(&id).await["status"] == "FINISHED").then_some(())
+        (shop.order(&id).await["status"] == "FINISHED").then_some(())
     })
     .await;
-    assert_eq!(desk.balance().await, 70);
-    let done = desk
+    assert_eq!(shop.balance().await, 70);
+    let done = shop
         .letter(|letter| !letter.waits && letter.replays == 2)
         .await;
     assert_eq!(
-        desk.findings().await,
+        shop.findings().await,
         [],
         "a dead letter that was dealt with is no finding"
     );
 
     // Replayed by mistake: recognised, without effect.
-    let (foreseen, _) = desk.dry_run(&done).await;
+    let (foreseen, _) = shop.dry_run(&done).await;
     assert_eq!(foreseen, ReplayOutcome::NothingToDo);
-    desk.replay(&done).await;
+    shop.replay(&done).await;
     let taken = "SELECT sum(repeats)::bigint FROM inbox";
     eventually("it is taken", SOON, async || {
         let statement = sea_orm::Statement::from_string(sea_orm::DbBackend::Postgres, taken);
-        let repeats: Option<i64> = desk
+        let repeats: Option<i64> = shop
             .databases
             .payments
             .query_one_raw(statement)
@@ -97,19 +100,24 @@ async fn f51_what_could_not_be_applied_is_applied_by_a_replay_once() {
         (repeats.unwrap_or(0) >= 1).then_some(())
     })
     .await;
-    assert_eq!(desk.balance().await, 70);
+    assert_eq!(shop.balance().await, 70);
 
-    dlq::remove(&desk.databases, &done).await.unwrap();
-    assert!(dlq::list(&desk.databases).await.unwrap().is_empty());
-    assert_eq!(desk.findings().await, []);
+    dead_letters::remove(&shop.databases, &done).await.unwrap();
+    assert!(
+        dead_letters::list(&shop.databases)
+            .await
+            .unwrap()
+            .is_empty()
+    );
+    assert_eq!(shop.findings().await, []);
 }
 
 #[tokio::test]
 async fn what_contradicts_comes_back_however_often_it_is_sent() {
-    let mut desk = Desk::open().await;
-    let id = desk.place().await;
+    let mut shop = TestShop::start().await;
+    let id = shop.place().await;
     eventually("the order is paid", SOON, async || {
-        (desk.order(&id).await["status"] == "FINISHED").then_some(())
+        (shop.order(&id).await["status"] == "FINISHED").then_some(())
     })
     .await;
 
@@ -124,14 +132,14 @@ async fn what_contradicts_comes_back_however_often_it_is_sent() {
         headers.insert(name, value);
     }
     let forged = json!({ "order_id": id, "user_id": "alice", "amount": 99 }).to_string();
-    desk.broker
+    shop.broker
         .jetstream()
         .publish_with_headers("gozon.orders.placed", headers, forged.into())
         .await
         .unwrap()
         .await
         .unwrap();
-    let letter = desk.letter(|_| true).await;
+    let letter = shop.letter(|_| true).await;
     assert_eq!(
         (
             letter.kind.to_string().as_str(),
@@ -140,25 +148,25 @@ async fn what_contradicts_comes_back_however_often_it_is_sent() {
         ),
         ("quarantine", "payments", id)
     );
-    let (outcome, why) = desk.dry_run(&letter).await;
+    let (outcome, why) = shop.dry_run(&letter).await;
     assert_eq!(outcome, ReplayOutcome::Quarantine);
     assert!(why.contains("another user or amount"), "{why}");
-    desk.replay(&letter).await;
-    let back = desk
+    shop.replay(&letter).await;
+    let back = shop
         .letter(|letter| letter.waits && letter.replays == 1)
         .await;
     assert_eq!(back.times, 2);
-    assert_eq!(desk.balance().await, 70);
-    desk.stack.system.stop_all().await.unwrap();
+    assert_eq!(shop.balance().await, 70);
+    shop.stack.system.stop_all().await.unwrap();
 }
 
 #[tokio::test]
 async fn a_dry_run_tells_another_reason_from_a_repetition() {
-    let mut desk = Desk::open().await;
+    let mut shop = TestShop::start().await;
     let declined = loop {
-        let id = desk.place().await;
+        let id = shop.place().await;
         let ended = eventually("it ends", SOON, async || {
-            let order = desk.order(&id).await;
+            let order = shop.order(&id).await;
             (order["status"] != "NEW").then_some(order)
         })
         .await;
@@ -184,30 +192,30 @@ async fn a_dry_run_tells_another_reason_from_a_repetition() {
         headers.insert(name, value);
     }
     let body = serde_json::to_string(&settled).unwrap();
-    desk.broker
+    shop.broker
         .jetstream()
         .publish_with_headers(PaymentSettled::SUBJECT, headers, body.into())
         .await
         .unwrap()
         .await
         .unwrap();
-    let letter = desk.letter(|letter| letter.service == "orders").await;
-    let (outcome, why) = desk.dry_run(&letter).await;
+    let letter = shop.letter(|letter| letter.service == "orders").await;
+    let (outcome, why) = shop.dry_run(&letter).await;
     assert_eq!(outcome, ReplayOutcome::Quarantine);
     assert!(why.contains("already final"), "{why}");
-    desk.stack.system.stop_all().await.unwrap();
+    shop.stack.system.stop_all().await.unwrap();
 }
 
 #[tokio::test]
 async fn the_topology_is_seen_and_mended() {
-    let desk = Desk::open().await;
+    let shop = TestShop::start().await;
     let settings = TopologySettings::default();
-    let jetstream = desk.broker.jetstream();
+    let jetstream = shop.broker.jetstream();
     let seen = async |apply| {
-        let parts = topology(jetstream, &settings, apply).await.unwrap();
-        parts
+        let items = topology::check(jetstream, &settings, apply).await.unwrap();
+        items
             .into_iter()
-            .map(|part| (part.name, part.there, part.drift))
+            .map(|item| (item.name, item.there, item.drift))
             .collect::<Vec<_>>()
     };
     let names = [
@@ -221,29 +229,31 @@ async fn the_topology_is_seen_and_mended() {
         .map(|name| (name.to_owned(), true, Vec::<String>::new()))
         .to_vec();
     eventually("all is there", SOON, async || {
-        (seen(Apply::Look).await == in_order).then_some(())
+        (seen(Apply::CheckOnly).await == in_order).then_some(())
     })
     .await;
 
     let mut config = orders::STREAMS[0].config(&settings);
     config.max_bytes = 1_000_000;
     jetstream.update_stream(config).await.unwrap();
-    let drifted = seen(Apply::Look).await;
+    let drifted = seen(Apply::CheckOnly).await;
     assert_eq!(drifted[0].2, ["max_bytes is 1000000, not 1073741824"]);
-    let mended = topology(jetstream, &settings, Apply::Grow).await.unwrap();
+    let mended = topology::check(jetstream, &settings, Apply::Grow)
+        .await
+        .unwrap();
     assert_eq!(mended[0].changed, ["max_bytes is 1000000, not 1073741824"]);
     assert!(
-        mended[1..].iter().all(|part| part.changed.is_empty()),
+        mended[1..].iter().all(|item| item.changed.is_empty()),
         "{mended:?}"
     );
-    assert_eq!(seen(Apply::Look).await, in_order);
+    assert_eq!(seen(Apply::CheckOnly).await, in_order);
 
     // Told less than the services were: nothing is taken away, unless that is meant.
     let smaller = TopologySettings {
         stream_max_bytes: 1_000_000,
         ..settings.clone()
     };
-    let refused = topology(jetstream, &smaller, Apply::Grow)
+    let refused = topology::check(jetstream, &smaller, Apply::Grow)
         .await
         .unwrap_err()
         .to_string();
@@ -251,21 +261,23 @@ async fn the_topology_is_seen_and_mended() {
         refused.contains("stream ORDERS has 1073741824 bytes") && refused.contains("--shrink"),
         "{refused}"
     );
-    assert_eq!(seen(Apply::Look).await, in_order);
-    topology(jetstream, &smaller, Apply::Shrink).await.unwrap();
-    assert_eq!(seen(Apply::Look).await[0].2, drifted[0].2);
+    assert_eq!(seen(Apply::CheckOnly).await, in_order);
+    topology::check(jetstream, &smaller, Apply::Shrink)
+        .await
+        .unwrap();
+    assert_eq!(seen(Apply::CheckOnly).await[0].2, drifted[0].2);
 }
 
 #[tokio::test]
 async fn an_order_is_shown_with_everything_about_it() {
-    let desk = Desk::open().await;
-    let id = desk.place().await;
+    let shop = TestShop::start().await;
+    let id = shop.place().await;
     eventually("the order is paid", SOON, async || {
-        (desk.order(&id).await["status"] == "FINISHED").then_some(())
+        (shop.order(&id).await["status"] == "FINISHED").then_some(())
     })
     .await;
     let shown = eventually("everything is published", SOON, async || {
-        let shown = ops::look::order(&desk.databases, id.parse().unwrap())
+        let shown = ops::order::find(&shop.databases, id.parse().unwrap())
             .await
             .unwrap();
         (!shown["ends"][0]["published_at"].is_null()).then_some(shown)
@@ -291,11 +303,11 @@ async fn an_order_is_shown_with_everything_about_it() {
         "all of which `gozon order` shows"
     );
     assert!(
-        ops::look::order(&desk.databases, uuid::Uuid::nil())
+        ops::order::find(&shop.databases, uuid::Uuid::nil())
             .await
             .is_err()
     );
-    let outboxes = ops::look::outboxes(&desk.databases).await.unwrap();
+    let outboxes = outbox::status(&shop.databases).await.unwrap();
     assert!(
         outboxes
             .iter()

@@ -2,21 +2,21 @@
 
 use std::time::Duration;
 
-use ops::audit::Kind;
-use ops::look;
-use ops::stream::{ConsumerLook, consumers, peek, streams, tail};
+use ops::audit::FindingKind;
+use ops::outbox;
+use ops::streams::{ConsumerSummary, consumers, list, peek, tail};
 use sea_orm::{ConnectionTrait as _, DbBackend, Statement};
 use serde_json::json;
 use stack::testing::eventually;
 use time::OffsetDateTime;
 
-use crate::desk::{Desk, SOON};
+use crate::harness::{SOON, TestShop};
 
 /// For so long the broker remembers ids.
 const WINDOW: Duration = Duration::from_secs(120);
 const FINISHED: &str = "gozon.orders.finished";
 
-impl Desk {
+impl TestShop {
     async fn paid(&self) -> String {
         let id = self.place().await;
         eventually("the order is paid", SOON, async || {
@@ -26,7 +26,7 @@ impl Desk {
         id
     }
 
-    async fn finished(&self, number: usize) -> Vec<ops::stream::MessageLook> {
+    async fn finished(&self, number: usize) -> Vec<ops::streams::StoredMessage> {
         eventually("the events are in the stream", SOON, async || {
             let found = peek(self.broker.jetstream(), "ORDERS", 100, Some(FINISHED))
                 .await
@@ -37,7 +37,7 @@ impl Desk {
     }
 
     /// The consumers of the services. The gateway has one of its own while it shows live events.
-    async fn consumers(&self) -> Option<Vec<ConsumerLook>> {
+    async fn consumers(&self) -> Option<Vec<ConsumerSummary>> {
         let found = consumers(self.broker.jetstream(), None).await.ok()?;
         Some(found.into_iter().filter(|one| one.durable).collect())
     }
@@ -53,10 +53,10 @@ impl Desk {
 
 #[tokio::test]
 async fn streams_consumers_and_messages_are_shown_as_they_are() {
-    let desk = Desk::open().await;
-    let id = desk.paid().await;
-    let jetstream = desk.broker.jetstream();
-    let newest = desk.finished(1).await.remove(0);
+    let shop = TestShop::start().await;
+    let id = shop.paid().await;
+    let jetstream = shop.broker.jetstream();
+    let newest = shop.finished(1).await.remove(0);
     assert_eq!(
         (
             newest.headers["ce-subject"].as_str(),
@@ -65,7 +65,7 @@ async fn streams_consumers_and_messages_are_shown_as_they_are() {
         (id.as_str(), &json!(id))
     );
 
-    let found = streams(jetstream).await.unwrap();
+    let found = list(jetstream).await.unwrap();
     assert_eq!(
         found
             .iter()
@@ -78,7 +78,7 @@ async fn streams_consumers_and_messages_are_shown_as_they_are() {
         (newest.sequence, 1 << 30)
     );
     let found = eventually("all is acknowledged", SOON, async || {
-        let found = desk.consumers().await.unwrap();
+        let found = shop.consumers().await.unwrap();
         found
             .iter()
             .all(|one| (one.lag, one.unacked, one.redelivered) == (0, 0, 0))
@@ -103,10 +103,10 @@ async fn streams_consumers_and_messages_are_shown_as_they_are() {
 
     // The one of the gateway's live events.
     eventually("live events are on", SOON, async || {
-        (desk.passing_consumers().await == 1).then_some(())
+        (shop.passing_consumers().await == 1).then_some(())
     })
     .await;
-    let listed = streams(jetstream).await.unwrap().remove(1);
+    let listed = list(jetstream).await.unwrap().remove(1);
     assert_eq!(listed.consumers, 2);
     let mut followed = Vec::new();
     let follow = tail(jetstream, "ORDERS", Some(FINISHED), |message| {
@@ -116,10 +116,10 @@ async fn streams_consumers_and_messages_are_shown_as_they_are() {
     let order = async {
         // The consumer of `tail` must be there first; nothing else makes another one.
         eventually("it is followed", SOON, async || {
-            (desk.passing_consumers().await == 2).then_some(())
+            (shop.passing_consumers().await == 2).then_some(())
         })
         .await;
-        desk.paid().await
+        shop.paid().await
     };
     let (followed_to_its_end, second) = tokio::join!(follow, order);
     followed_to_its_end.unwrap();
@@ -128,16 +128,16 @@ async fn streams_consumers_and_messages_are_shown_as_they_are() {
 
 #[tokio::test]
 async fn after_a_wiped_broker_old_events_are_published_again_on_demand_and_change_nothing() {
-    let mut desk = Desk::open().await;
+    let mut shop = TestShop::start().await;
     let began = OffsetDateTime::now_utc() - time::Duration::HOUR;
-    let ids = [desk.paid().await, desk.paid().await];
-    desk.finished(2).await;
-    desk.stack.system.kill("nats").await.unwrap();
-    desk.stack.system.wipe_nats().unwrap();
-    desk.stack.system.start("nats").await.unwrap();
-    desk.finished(0).await;
+    let ids = [shop.paid().await, shop.paid().await];
+    shop.finished(2).await;
+    shop.stack.system.kill("nats").await.unwrap();
+    shop.stack.system.wipe_nats().unwrap();
+    shop.stack.system.start("nats").await.unwrap();
+    shop.finished(0).await;
 
-    let counted = look::resend(&desk.databases, began, Some(FINISHED), true, WINDOW)
+    let counted = outbox::resend(&shop.databases, began, Some(FINISHED), true, WINDOW)
         .await
         .unwrap();
     assert_eq!(
@@ -147,15 +147,16 @@ async fn after_a_wiped_broker_old_events_are_published_again_on_demand_and_chang
             .collect::<Vec<_>>(),
         [(2, 2), (0, 0)]
     );
-    let without_memory = look::resend(&desk.databases, began, Some(FINISHED), true, Duration::ZERO)
-        .await
-        .unwrap();
+    let without_memory =
+        outbox::resend(&shop.databases, began, Some(FINISHED), true, Duration::ZERO)
+            .await
+            .unwrap();
     assert_eq!(without_memory[0].recent, 0);
-    desk.finished(0).await;
-    look::resend(&desk.databases, began, Some(FINISHED), false, WINDOW)
+    shop.finished(0).await;
+    outbox::resend(&shop.databases, began, Some(FINISHED), false, WINDOW)
         .await
         .unwrap();
-    let again = desk.finished(2).await;
+    let again = shop.finished(2).await;
     assert_eq!(
         again
             .iter()
@@ -165,49 +166,49 @@ async fn after_a_wiped_broker_old_events_are_published_again_on_demand_and_chang
     );
 
     // Everything, also what the services read: they recognise it.
-    look::resend(&desk.databases, began, None, false, WINDOW)
+    outbox::resend(&shop.databases, began, None, false, WINDOW)
         .await
         .unwrap();
     eventually("all is published and taken", SOON, async || {
-        let waits = look::outboxes(&desk.databases)
+        let waits = outbox::status(&shop.databases)
             .await
             .unwrap()
             .iter()
             .any(|outbox| outbox.pending > 0);
-        let taken = desk.consumers().await?;
+        let taken = shop.consumers().await?;
         (!waits && taken.len() == 2 && taken.iter().all(|one| (one.lag, one.unacked) == (0, 0)))
             .then_some(())
     })
     .await;
-    assert_eq!(desk.balance().await, 40);
-    assert_eq!(desk.findings().await, []);
+    assert_eq!(shop.balance().await, 40);
+    assert_eq!(shop.findings().await, []);
 }
 
 #[tokio::test]
 async fn what_was_pruned_is_not_missed_although_older_rows_were_published_again_since() {
-    let mut desk = Desk::open().await;
+    let mut shop = TestShop::start().await;
     for _ in 0..2 {
-        desk.paid().await;
+        shop.paid().await;
     }
-    desk.finished(2).await;
+    shop.finished(2).await;
     for name in ["orders", "payments"] {
-        desk.stack.system.stop(name).await.unwrap();
+        shop.stack.system.stop(name).await.unwrap();
     }
     // As an operator has them published again: these rows stay for longer than those that were made after them.
     let again = format!(
         "UPDATE outbox SET published_at = now() + interval '1 hour' WHERE subject = '{FINISHED}'"
     );
-    desk.databases
+    shop.databases
         .orders
         .execute_unprepared(&again)
         .await
         .unwrap();
     for (name, db) in [
-        ("orders", desk.databases.orders.clone()),
-        ("payments", desk.databases.payments.clone()),
+        ("orders", shop.databases.orders.clone()),
+        ("payments", shop.databases.payments.clone()),
     ] {
         let environment = [("GOZON_KEEP_SECONDS", "0")];
-        desk.stack.system.spawn_with(name, &environment).unwrap();
+        shop.stack.system.spawn_with(name, &environment).unwrap();
         let left = "SELECT count(*) FROM inbox";
         eventually("old rows are deleted", SOON, async || {
             let statement = Statement::from_string(DbBackend::Postgres, left);
@@ -215,20 +216,20 @@ async fn what_was_pruned_is_not_missed_although_older_rows_were_published_again_
             (row.try_get_by_index::<i64>(0).unwrap() == 0).then_some(())
         })
         .await;
-        desk.stack.system.stop(name).await.unwrap();
+        shop.stack.system.stop(name).await.unwrap();
     }
-    assert_eq!(desk.findings().await, []);
+    assert_eq!(shop.findings().await, []);
 
     // Of orders since then, none may be missing.
     for name in ["orders", "payments"] {
-        desk.stack.system.start(name).await.unwrap();
+        shop.stack.system.start(name).await.unwrap();
     }
-    desk.paid().await;
+    shop.paid().await;
     let lost = "DELETE FROM outbox WHERE event_id = (SELECT placed_event_id FROM orders ORDER BY id DESC LIMIT 1)";
-    desk.databases
+    shop.databases
         .orders
         .execute_unprepared(lost)
         .await
         .unwrap();
-    assert_eq!(desk.findings().await, [Kind::MissingEvent]);
+    assert_eq!(shop.findings().await, [FindingKind::MissingEvent]);
 }

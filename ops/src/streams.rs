@@ -13,7 +13,7 @@ use time::OffsetDateTime;
 
 /// A stream.
 #[derive(Clone, Debug, Serialize)]
-pub struct StreamLook {
+pub struct StreamSummary {
     /// Its name.
     pub name: String,
     /// What it stores.
@@ -37,7 +37,7 @@ pub struct StreamLook {
 
 /// A consumer.
 #[derive(Clone, Debug, Serialize)]
-pub struct ConsumerLook {
+pub struct ConsumerSummary {
     /// Its name.
     pub name: String,
     /// The stream it reads.
@@ -58,7 +58,7 @@ pub struct ConsumerLook {
 
 /// A message as it lies in a stream.
 #[derive(Clone, Debug, Serialize)]
-pub struct MessageLook {
+pub struct StoredMessage {
     /// Its place.
     pub sequence: u64,
     /// Where it was published.
@@ -80,7 +80,7 @@ const ADDED: [&str; 4] = [
     "Nats-Time-Stamp",
 ];
 
-impl MessageLook {
+impl StoredMessage {
     fn new(
         sequence: u64,
         subject: &str,
@@ -110,15 +110,15 @@ impl MessageLook {
 }
 
 /// All streams, by name.
-pub async fn streams(jetstream: &Context) -> anyhow::Result<Vec<StreamLook>> {
+pub async fn list(jetstream: &Context) -> anyhow::Result<Vec<StreamSummary>> {
     let found: Vec<stream::Info> = jetstream
         .streams()
         .try_collect()
         .await
         .context("the streams cannot be listed")?;
-    let mut looks: Vec<StreamLook> = found
+    let mut summaries: Vec<StreamSummary> = found
         .into_iter()
-        .map(|info| StreamLook {
+        .map(|info| StreamSummary {
             name: info.config.name,
             subjects: info.config.subjects,
             messages: info.state.messages,
@@ -130,24 +130,24 @@ pub async fn streams(jetstream: &Context) -> anyhow::Result<Vec<StreamLook>> {
             consumers: info.state.consumer_count,
         })
         .collect();
-    looks.sort_by(|one, other| one.name.cmp(&other.name));
-    Ok(looks)
+    summaries.sort_by(|one, other| one.name.cmp(&other.name));
+    Ok(summaries)
 }
 
 /// The consumers of one stream, or of all.
 pub async fn consumers(
     jetstream: &Context,
     stream: Option<&str>,
-) -> anyhow::Result<Vec<ConsumerLook>> {
+) -> anyhow::Result<Vec<ConsumerSummary>> {
     let names = match stream {
         Some(name) => vec![name.to_owned()],
-        None => streams(jetstream)
+        None => list(jetstream)
             .await?
             .into_iter()
             .map(|stream| stream.name)
             .collect(),
     };
-    let mut looks = Vec::new();
+    let mut summaries = Vec::new();
     for name in names {
         let stream = find(jetstream, &name).await?;
         let found: Vec<jetstream::consumer::Info> = stream
@@ -155,7 +155,7 @@ pub async fn consumers(
             .try_collect()
             .await
             .context("consumers cannot be listed")?;
-        looks.extend(found.into_iter().map(|info| ConsumerLook {
+        summaries.extend(found.into_iter().map(|info| ConsumerSummary {
             name: info.name,
             stream: info.stream_name,
             subject: info.config.filter_subject,
@@ -166,7 +166,7 @@ pub async fn consumers(
             acked_up_to: info.ack_floor.stream_sequence,
         }));
     }
-    Ok(looks)
+    Ok(summaries)
 }
 
 /// The newest messages of a stream, the oldest of them first; only those on `subject`, if one is given.
@@ -175,23 +175,23 @@ pub async fn peek(
     stream: &str,
     count: u64,
     subject: Option<&str>,
-) -> anyhow::Result<Vec<MessageLook>> {
+) -> anyhow::Result<Vec<StoredMessage>> {
     let stream = find(jetstream, stream).await?;
     let state = &stream.cached_info().state;
-    let mut looks = Vec::new();
+    let mut messages = Vec::new();
     let mut sequence = state.last_sequence;
     // Backwards by sequence: the API gives the newest only, or the next forwards.
-    while sequence >= state.first_sequence.max(1) && (looks.len() as u64) < count {
+    while sequence >= state.first_sequence.max(1) && (messages.len() as u64) < count {
         match stream.direct_get(sequence).await {
             Ok(message) if subject.is_none_or(|wanted| message.subject.as_str() == wanted) => {
-                let look = MessageLook::new(
+                let message = StoredMessage::new(
                     sequence,
                     &message.subject,
                     message.time,
                     Some(&message.headers),
                     &message.payload,
                 );
-                looks.push(look);
+                messages.push(message);
             }
             Ok(_) => {}
             Err(error) if error.kind() == stream::DirectGetErrorKind::NotFound => {}
@@ -203,8 +203,8 @@ pub async fn peek(
         }
         sequence -= 1;
     }
-    looks.reverse();
-    Ok(looks)
+    messages.reverse();
+    Ok(messages)
 }
 
 /// Shows what comes from now on, until `show` says false or the connection is gone for good.
@@ -212,7 +212,7 @@ pub async fn tail(
     jetstream: &Context,
     stream: &str,
     subject: Option<&str>,
-    mut show: impl FnMut(MessageLook) -> bool,
+    mut show: impl FnMut(StoredMessage) -> bool,
 ) -> anyhow::Result<()> {
     let stream = find(jetstream, stream).await?;
     let config = pull::OrderedConfig {
@@ -234,7 +234,7 @@ pub async fn tail(
             Ok(info) => (info.stream_sequence, info.published),
             Err(error) => anyhow::bail!("a message without its place: {error}"),
         };
-        if !show(MessageLook::new(
+        if !show(StoredMessage::new(
             sequence,
             &message.subject,
             stored_at,
@@ -251,7 +251,7 @@ async fn find(jetstream: &Context, name: &str) -> anyhow::Result<stream::Stream>
     match jetstream.get_stream(name).await {
         Ok(stream) => Ok(stream),
         Err(error) => {
-            let known: Vec<String> = streams(jetstream)
+            let known: Vec<String> = list(jetstream)
                 .await?
                 .into_iter()
                 .map(|stream| stream.name)

@@ -1,23 +1,23 @@
-//! An operator's desk: a running shop with one customer, its databases and its broker.
+//! An operator's shop: a running shop with one customer, its databases and its broker.
 
 use std::time::Duration;
 
 use broker::{Broker, BrokerConfig};
 use messaging::ReplayOutcome;
-use ops::audit::{Databases, Kind, Options, audit};
-use ops::dlq::{self, Letter};
+use ops::audit::{Databases, FindingKind, Options, audit};
+use ops::dead_letters::{self, ServiceDeadLetter};
 use serde_json::{Value, json};
 use stack::http::Http;
 use stack::testing::{TestStack, eventually};
 
 pub(crate) const SOON: Duration = Duration::from_secs(30);
-pub(crate) const AT_ONCE: Options = Options {
+pub(crate) const WITHOUT_GRACE: Options = Options {
     grace: Duration::ZERO,
     stuck_after: Duration::from_secs(3600),
     late_after: Duration::from_secs(3600),
 };
 
-pub(crate) struct Desk {
+pub(crate) struct TestShop {
     pub(crate) stack: TestStack,
     pub(crate) http: Http,
     pub(crate) databases: Databases,
@@ -38,8 +38,8 @@ pub(crate) async fn operator(stack: &TestStack) -> Broker {
     broker
 }
 
-impl Desk {
-    pub(crate) async fn open() -> Self {
+impl TestShop {
+    pub(crate) async fn start() -> Self {
         let stack = TestStack::start().await.unwrap();
         let connect = async |name: &str| stack.system.postgres().connect(name).await.unwrap();
         let databases = Databases {
@@ -99,9 +99,12 @@ impl Desk {
         self.http.get("/v1/accounts/alice").await.unwrap().json()["balance"].clone()
     }
 
-    pub(crate) async fn letter(&self, wanted: impl Fn(&Letter) -> bool) -> Letter {
+    pub(crate) async fn letter(
+        &self,
+        wanted: impl Fn(&ServiceDeadLetter) -> bool,
+    ) -> ServiceDeadLetter {
         eventually("the dead letter is as expected", SOON, async || {
-            dlq::list(&self.databases)
+            dead_letters::list(&self.databases)
                 .await
                 .unwrap()
                 .into_iter()
@@ -110,18 +113,22 @@ impl Desk {
         .await
     }
 
-    pub(crate) async fn replay(&self, letter: &Letter) {
-        dlq::replay(&self.databases, letter, false).await.unwrap();
+    pub(crate) async fn replay(&self, letter: &ServiceDeadLetter) {
+        dead_letters::replay(&self.databases, letter, false)
+            .await
+            .unwrap();
     }
 
-    pub(crate) async fn dry_run(&self, letter: &Letter) -> (ReplayOutcome, String) {
-        let replay = dlq::replay(&self.databases, letter, true).await.unwrap();
+    pub(crate) async fn dry_run(&self, letter: &ServiceDeadLetter) -> (ReplayOutcome, String) {
+        let replay = dead_letters::replay(&self.databases, letter, true)
+            .await
+            .unwrap();
         assert!(replay.dry_run);
         (replay.outcome, replay.detail)
     }
 
-    pub(crate) async fn findings(&self) -> Vec<Kind> {
-        audit(&self.databases, AT_ONCE)
+    pub(crate) async fn findings(&self) -> Vec<FindingKind> {
+        audit(&self.databases, WITHOUT_GRACE)
             .await
             .unwrap()
             .findings
