@@ -1,8 +1,9 @@
-//! Checks the promise on real data: orders, decisions, transfers, balances, outboxes, inboxes and dead letters of both
-//! databases, against each other, against what the streams say, and against what a client was told.
+//! Checks the promise on real data: orders, decisions, transfers, balances, outboxes, inboxes and
+//! dead letters are compared across both databases, and with the streams and a client's history.
 //!
-//! It runs on a live system without locking it. The databases are read one after the other, so what is under way summaries
-//! wrong for a moment; therefore a finding counts only if it still stands when everything is read again after a grace.
+//! The audit takes no locks and runs on a live system. It reads one database after the other, so
+//! work in progress can look wrong. A finding therefore counts only if a second pass, after a
+//! grace period, finds it again.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -22,104 +23,96 @@ mod history;
 mod orders;
 mod streams;
 
-/// What is wrong.
+/// The invariant that a finding violates is in parentheses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FindingKind {
-    /// FINISHED, but no decision or debit stands behind it (I2).
+    /// FINISHED, but without a decision or debit (I2).
     FinishedWithoutDebit,
     /// CANCELLED, but debited (I2).
     CancelledButDebited,
     /// Debited more than once (I1).
     DoubledDebit,
-    /// Final in a way that its decision does not say (I2).
+    /// The final status contradicts the decision (I2).
     StatusDisagrees,
-    /// Order and decision, or decision and debit, name another user or amount (I2).
+    /// Order and decision, or decision and debit, differ in user or amount (I2).
     Divergent,
     /// A decision without its debit, or a debit without its decision (I2, I3).
     Unmatched,
-    /// A decision or a debit for an order that nobody placed, or what the client of a history did not ask for (I8).
+    /// A decision or debit without an order, or a row that no request of the history explains (I8).
     Unexpected,
-    /// NEW for longer than healing takes (I7).
+    /// NEW for longer than recovery takes (I7).
     Stuck,
-    /// NEW, and its message waits for a person (I7).
+    /// NEW, and a message about it is an unresolved dead letter (I7).
     Quarantined,
-    /// The balance is not what the transfers make it (I3).
+    /// The balance is not the sum of the transfers (I3).
     BalanceDrift,
-    /// A balance below zero, there or read (I4).
+    /// A balance below zero, stored or read by a client (I4).
     NegativeBalance,
-    /// The entries of a statement do not follow each other (I3).
+    /// The entries of an account are not consecutive (I3).
     BrokenStatement,
-    /// A transfer of no known shape (I3).
+    /// A transfer that is neither a valid deposit nor a valid payment (I3).
     MalformedTransfer,
-    /// One idempotency key made two things, or was twice said to be done now (I5, I9).
+    /// One idempotency key created two rows, or two answers claim to be the first (I5, I9).
     DoubledKey,
-    /// A fact that should have been enqueued and was not.
+    /// The event of an order or decision is missing from the outbox.
     MissingEvent,
-    /// A message about an order was taken, and nothing came of it (I7).
+    /// The inbox lists a message about an order, but the message had no effect (I7).
     NotApplied,
-    /// A fact that waits for too long to be published.
+    /// An outbox row has been unpublished for too long.
     LatePublication,
-    /// A message that was not applied and waits for a person.
+    /// A message that was not applied and needs an operator.
     DeadLetter,
-    /// A message in a stream says about an order what the databases do not (I2, I8).
+    /// A message in a stream contradicts the databases (I2, I8).
     FalseMessage,
-    /// A message in a stream that is none of the events about its order (I8).
+    /// A message in a stream has an event id that its order or decision does not have (I8).
     ForeignMessage,
-    /// A message in a stream that cannot be read, and that nobody has set aside.
+    /// A message in a stream cannot be decoded and is not a dead letter.
     UnreadableMessage,
-    /// Answered with 2xx, and not there (I5).
+    /// Answered with 2xx, but not stored (I5).
     Lost,
-    /// The answers to one key are not the same, byte for byte (I9).
+    /// The answers to one key are not byte-identical (I9).
     AnswersDiffer,
-    /// Said not to be done, and done (I9).
+    /// Every answer denies it, but it was done (I9).
     DeniedButDone,
-    /// Refused as other content under its key, and it was the same (I9).
+    /// A repetition with the same content was refused as different content (I9).
     RepetitionRefused,
-    /// Other content under a key was applied (I10).
+    /// Different content under a used key was applied (I10).
     OtherContentApplied,
-    /// A final order was seen in another state later (I6).
+    /// A final order was later seen in another state (I6).
     StatusBackwards,
 }
 
-/// Something that is wrong, with what it is about.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Finding {
-    /// What is wrong.
     pub kind: FindingKind,
-    /// The order, user, transfer, event or dead letter it is about.
+    /// The order, user, transfer, event or dead letter concerned.
     pub id: String,
-    /// What was found, in words.
+    /// One sentence for people.
     pub detail: String,
 }
 
-/// How an audit ended.
+/// What an audit checked (all numbers are counts) and found.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Report {
-    /// Orders looked at.
     pub orders: u64,
-    /// Of these, by status.
+    /// Orders per status.
     pub by_status: BTreeMap<String, u64>,
-    /// Decisions looked at.
     pub decisions: u64,
-    /// Transfers looked at.
     pub transfers: u64,
-    /// Accounts looked at.
     pub accounts: u64,
-    /// Messages in the streams looked at.
+    /// Messages in the streams.
     pub messages: u64,
-    /// What was wanted and could not be looked at, and why.
+    /// Parts that could not be checked, each with the reason.
     pub not_looked_at: Vec<String>,
-    /// Exchanges of the history looked at.
+    /// Exchanges of the client's history.
     pub exchanges: u64,
-    /// Everything that is wrong.
     pub findings: Vec<Finding>,
 }
 
-/// How to look.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    /// A finding counts only if it still stands after this long.
+    /// Time between the two passes. A finding counts only if both passes have it.
     pub grace: Duration,
     /// A NEW order is stuck when it is older than this.
     pub stuck_after: Duration,
@@ -131,37 +124,33 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             grace: Duration::from_secs(5),
-            // The longest time between two asks, and some more for the answer.
+            // The longest interval between two re-asks, plus a minute for the answer.
             stuck_after: Duration::from_secs(11 * 60),
             late_after: Duration::from_secs(60),
         }
     }
 }
 
-/// Both databases.
 #[derive(Clone, Debug)]
 pub struct Databases {
-    /// Of orders.
     pub orders: DatabaseConnection,
-    /// Of payments.
     pub payments: DatabaseConnection,
 }
 
-/// What the databases are compared with, beside each other.
+/// Further sources that the databases are compared with.
 #[derive(Clone, Copy, Default)]
 pub struct CompareWith<'a> {
-    /// The streams, where the broker is there to be asked. What is missing there is no finding: the broker is a cache.
+    /// A message missing from the streams is not a finding: the broker is only a cache.
     pub streams: Option<&'a jetstream::Context>,
-    /// What a client was told.
     pub history: Option<&'a History>,
 }
 
-/// Looks at both databases; twice, if the first look finds something.
+/// Compares the databases with each other. If the first pass finds something, a second confirms it.
 pub async fn audit(databases: &Databases, options: Options) -> Result<Report, DbErr> {
     audit_with(databases, options, CompareWith::default()).await
 }
 
-/// The same, also against what is beside them.
+/// Like [`audit`], and compares the databases with further sources.
 pub async fn audit_with(
     databases: &Databases,
     options: Options,
@@ -177,7 +166,7 @@ pub async fn audit_with(
         .still_standing(&first))
 }
 
-/// Looks at both databases once. On a live system, what is under way may look wrong.
+/// A single pass. On a live system, work in progress may look wrong.
 pub async fn audit_once(databases: &Databases, options: Options) -> Result<Report, DbErr> {
     audit_once_with(databases, options, CompareWith::default()).await
 }
@@ -188,7 +177,8 @@ async fn audit_once_with(
     compare_with: CompareWith<'_>,
 ) -> Result<Report, DbErr> {
     let mut report = Report::default();
-    // Orders before payments: whatever an order shows was decided before.
+    // Orders first: the decision behind a final order was committed before the order became final,
+    // so payments, read later, must have it.
     orders::check(databases, options, &mut report).await?;
     books::check(&databases.payments, &mut report).await?;
     flow::check(databases, options, &mut report).await?;
@@ -204,7 +194,7 @@ async fn audit_once_with(
 }
 
 impl Report {
-    /// This report with only the findings that an earlier one had too.
+    /// Keeps only the findings that `earlier` has too.
     #[must_use]
     pub fn still_standing(mut self, earlier: &Self) -> Self {
         self.findings.retain(|finding| {
@@ -227,7 +217,7 @@ impl Report {
 
 impl fmt::Display for FindingKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // One name for people and for scripts.
+        // People and scripts see the same name.
         let name = serde_json::to_value(self).map_err(|_| fmt::Error)?;
         f.pad(name.as_str().unwrap_or_default())
     }
@@ -247,9 +237,9 @@ async fn rows<T: FromQueryResult>(
     .await
 }
 
-/// More than this many of one kind help nobody.
+/// Findings reported per kind. More than this help nobody.
 const FINDINGS_MAX: usize = 1000;
-/// The id of the finding that says that there are more.
+/// Id of the extra finding that is added when the list was cut at [`FINDINGS_MAX`].
 const TRUNCATED_ID: &str = "and more";
 
 #[derive(FromQueryResult)]
@@ -258,8 +248,8 @@ struct FindingRow {
     detail: String,
 }
 
-/// Reports what `query` names: `id` and `detail` of what is wrong. In a fixed order, so that a second look sees the same
-/// ones; and that there are more is a finding itself, which a second look cannot miss.
+/// Adds a finding for each row (`id`, `detail`) of `query`. The order is fixed, so that a second
+/// pass returns the same rows. A cut list is itself a finding, which the second pass confirms.
 async fn add_findings(
     db: &DatabaseConnection,
     kind: FindingKind,
@@ -275,7 +265,7 @@ async fn add_findings(
         report.add(
             kind,
             TRUNCATED_ID,
-            format!("only the first {FINDINGS_MAX} are named"),
+            format!("only the first {FINDINGS_MAX} are listed"),
         );
     }
     for one in wrong.into_iter().take(FINDINGS_MAX) {

@@ -1,4 +1,4 @@
-//! Dead letters of both services: listing them, applying them again, deleting them.
+//! Dead letters of both services: list, replay, drop.
 
 use std::ops::Deref;
 
@@ -12,10 +12,10 @@ use uuid::Uuid;
 
 use crate::audit::Databases;
 
-/// Dead letters that are read together.
+/// Dead letters per query.
 const PAGE: u64 = 1000;
 
-/// A dead letter and the service whose table it is in.
+/// A dead letter and the service that owns it.
 #[derive(Clone, Debug, Serialize)]
 pub struct ServiceDeadLetter {
     pub service: &'static str,
@@ -60,8 +60,8 @@ pub async fn find(databases: &Databases, id: Uuid) -> anyhow::Result<ServiceDead
     anyhow::bail!("there is no dead letter {id}: gozon dlq ls lists them")
 }
 
-/// Applies it again in the database of its service, which need not run. What that enqueues is
-/// published by the service's relay. With `dry_run` everything is rolled back.
+/// Applies a dead letter again in the database of its service. The service need not run; its relay
+/// publishes later what the replay enqueues. With `dry_run` the transaction is rolled back.
 pub async fn replay(
     databases: &Databases,
     letter: &ServiceDeadLetter,
@@ -81,16 +81,15 @@ pub async fn replay(
     replay
         .with_context(|| format!("dead letter {id} could not be applied"))?
         .with_context(|| {
-            format!("dead letter {id} is gone, or of a consumer that this version does not know")
+            format!("dead letter {id} was dropped, or this version does not know its consumer")
         })
 }
 
-/// Deletes it for good.
 pub async fn remove(databases: &Databases, letter: &ServiceDeadLetter) -> anyhow::Result<()> {
     let (_, db) = services(databases)
         .into_iter()
         .find(|(service, _)| *service == letter.service)
-        .context("a service with this name")?;
+        .context("unknown service")?;
     DeadLetter::delete(db, letter.id).await?;
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! What a load client saw: one line of JSON for each exchange with the API, in a file that `gozon audit --history` checks.
+//! What a client observed: one JSON line per exchange with the API. `gozon audit --history` checks
+//! such a file.
 //!
 //! ```json
 //! {"begun_us":10,"ended_us":4100,"method":"POST","path":"/v1/orders","key":"k1","body":{"user_id":"alice","amount":7},"status":201,"answer":"{\"id\":\"01…\",…}"}
@@ -6,8 +7,9 @@
 //! {"begun_us":5000,"ended_us":6000,"method":"GET","path":"/v1/orders/01…","status":200,"answer":"{\"id\":\"01…\",\"status\":\"FINISHED\",…}"}
 //! ```
 //!
-//! Every request counts, also each repetition, and also one that was not answered: it has no status, and its outcome is
-//! unknown. The users of a history must be nobody else's, so that what they did not ask for can be told.
+//! Every request is recorded, including each retry and each request without an answer. A request
+//! without an answer has no status; its outcome is unknown. No other client may act for the users
+//! of a history, because the audit reports every row that no request of the history explains.
 
 use std::path::Path;
 
@@ -18,24 +20,23 @@ use serde_json::Value;
 /// One request and its answer, if there was one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exchange {
-    /// When the request was sent, in microseconds since any moment that all exchanges share.
+    /// When the request was sent, in microseconds since a start common to all exchanges.
     pub begun_us: u64,
-    /// When the answer was there, or was given up.
+    /// When the answer was complete or the client gave up.
     pub ended_us: u64,
     /// `GET` or `POST`.
     pub method: String,
-    /// With its query.
+    /// With the query string.
     pub path: String,
-    /// `Idempotency-Key`, if one was sent.
+    /// The `Idempotency-Key` header.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<String>,
-    /// What was sent.
     #[serde(default, skip_serializing_if = "Value::is_null")]
     pub body: Value,
-    /// Status code; none if no answer came.
+    /// `None` if no answer came.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status: Option<u16>,
-    /// Whether the answer said `Idempotency-Replayed: true`.
+    /// Whether the answer had `Idempotency-Replayed: true`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub replayed: bool,
     /// The body of the answer, byte for byte.
@@ -43,7 +44,6 @@ pub struct Exchange {
     pub answer: String,
 }
 
-/// Everything that a client saw.
 #[derive(Clone, Debug, Default)]
 pub struct History {
     /// In any order.
@@ -51,11 +51,11 @@ pub struct History {
 }
 
 impl History {
-    /// Reads a file. A last line that was not written to its end is left out: its client was killed.
+    /// Reads a file. Ignores an incomplete last line, which a killed client leaves behind.
     pub fn read(path: &Path) -> anyhow::Result<Self> {
         let text = std::fs::read_to_string(path)
             .with_context(|| format!("{} cannot be read", path.display()))?;
-        Self::parse(&text).with_context(|| format!("{} is no history", path.display()))
+        Self::parse(&text).with_context(|| format!("{} is not a valid history", path.display()))
     }
 
     fn parse(text: &str) -> anyhow::Result<Self> {
@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_is_read_and_a_half_last_line_is_left_out() {
+    fn a_written_history_is_read_without_an_incomplete_last_line() {
         let exchange = Exchange {
             begun_us: 1,
             ended_us: 2,

@@ -1,4 +1,4 @@
-//! The operator's tool `gozon`, and the checker behind it: whether what the two databases say fits together.
+//! The operator's tool `gozon`. [`audit`] checks that the two databases are consistent.
 
 pub mod audit;
 pub mod dead_letters;

@@ -24,23 +24,23 @@ mod show;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Looks into a running Gozon, checks it, and deals with dead letters.
+/// Inspects and audits a running Gozon, and handles dead letters.
 #[derive(Parser)]
 #[command(name = "gozon", version)]
 struct Arguments {
-    /// The database of orders.
+    /// PostgreSQL URL of the orders database.
     #[arg(long, env = "GOZON_ORDERS_DATABASE_URL", hide_env_values = true)]
     orders_database_url: Option<String>,
-    /// The database of payments.
+    /// PostgreSQL URL of the payments database.
     #[arg(long, env = "GOZON_PAYMENTS_DATABASE_URL", hide_env_values = true)]
     payments_database_url: Option<String>,
     /// NATS servers, separated by commas.
     #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222")]
     nats_url: String,
-    /// Password of the NATS user `ops`; only for what concerns the broker.
+    /// Password of the NATS user `ops`. Only commands that use the broker need it.
     #[arg(long, env = "NATS_OPS_PASSWORD", hide_env_values = true)]
     nats_ops_password: Option<Secret>,
-    /// As JSON, for scripts.
+    /// Print JSON.
     #[arg(long, global = true)]
     json: bool,
     #[command(subcommand)]
@@ -49,92 +49,91 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Checks that orders, decisions, debits, balances and streams fit together. Exit code 1 if they do not.
+    /// Check that orders, decisions, debits, balances and streams are consistent. Exit code 1 if
+    /// they are not.
     Audit {
-        /// A finding counts only if it still stands after so many seconds.
+        /// Time before a second pass, which must confirm each finding.
         #[arg(long, default_value_t = 5.0)]
         grace_seconds: f64,
-        /// A NEW order is stuck when it is older than this.
+        /// Age from which a NEW order counts as stuck.
         #[arg(long, default_value_t = Options::default().stuck_after.as_secs_f64())]
         stuck_after_seconds: f64,
-        /// What a client recorded, one exchange with the API a line: checked against what is there.
+        /// Recorded exchanges of a client with the API, one JSON object per line, to compare with.
         #[arg(long, value_name = "FILE")]
         history: Option<PathBuf>,
-        /// Leaves the streams out, which are compared with the databases where the broker can be reached.
+        /// Do not compare the databases with the streams.
         #[arg(long)]
         no_streams: bool,
     },
-    /// Everything that both databases hold about an order.
-    Order {
-        /// Which.
-        id: Uuid,
-    },
-    /// What waits to be published; with `resend`, publishes again what was published before.
+    /// Show all rows about an order, from both databases.
+    Order { id: Uuid },
+    /// Show how many messages wait to be published, or publish old messages again.
     Outbox {
         #[command(subcommand)]
         command: Option<OutboxCommand>,
     },
-    /// The streams, and how full they are.
+    /// List the streams with their sizes.
     Streams,
-    /// Who reads them, and how far behind.
+    /// List the consumers with their lag.
     Consumers {
-        /// Of this stream only.
+        /// Only the consumers of this stream.
         stream: Option<String>,
     },
-    /// The newest messages of a stream.
+    /// Show the newest messages of a stream.
     Peek {
-        /// Which.
         #[arg(default_value = "ORDERS")]
         stream: String,
-        /// How many.
+        /// Number of messages.
         #[arg(default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=10_000))]
         count: u64,
-        /// Only those on this subject.
+        /// Only messages on this subject.
         #[arg(long)]
         subject: Option<String>,
     },
-    /// Follows a stream: shows what comes from now on.
+    /// Follow a stream: show new messages as they arrive.
     Tail {
-        /// Which.
         #[arg(default_value = "ORDERS")]
         stream: String,
-        /// Only what is on this subject.
+        /// Only messages on this subject.
         #[arg(long)]
         subject: Option<String>,
     },
-    /// Streams and durable consumers: how far they are behind, and whether they differ from what this version would make
-    /// with these settings, which must be those of the services. Exit code 1 if one differs or is absent.
+    /// Compare streams and durable consumers with what this version creates, and show their
+    /// backlog. The settings must be those of the services. Exit code 1 if one differs or is
+    /// missing.
     Topology {
-        /// Makes what is absent and changes what differs.
+        /// Create what is missing and change what differs.
         #[arg(long)]
         apply: bool,
-        /// Also where a stream gets smaller, or has fewer copies, than it has.
+        /// Also make streams smaller or reduce their number of replicas.
         #[arg(long, requires = "apply")]
         shrink: bool,
         #[command(flatten)]
         settings: TopologySettings,
     },
-    /// Messages that were not applied.
+    /// List, replay and drop dead letters: messages that were not applied.
     #[command(subcommand)]
     Dlq(DlqCommand),
 }
 
 #[derive(Subcommand)]
 enum OutboxCommand {
-    /// Publishes again, under the same ids, what was published since a time: after the broker has lost messages, for
-    /// readers of order events; after payments was restored from a copy, for payments, which takes the orders it has
-    /// forgotten (subject gozon.orders.placed). Orders and payments recognise what they have taken already.
+    /// Publish old messages again, under the same ids.
+    ///
+    /// Use it after the broker has lost messages, for other readers of order events. Use it after
+    /// payments was restored from a backup, with subject gozon.orders.placed. The services ignore
+    /// what they have applied already.
     Resend {
-        /// Since when, as in 2026-11-21T10:00:00Z.
+        /// Messages published since this time, for example 2026-11-21T10:00:00Z.
         #[arg(long, value_parser = time)]
         since: OffsetDateTime,
-        /// Only this subject, as in gozon.orders.finished.
+        /// Only messages on this subject, for example gozon.orders.finished.
         #[arg(long)]
         subject: Option<String>,
-        /// Only counts.
+        /// Only count the messages.
         #[arg(long)]
         dry_run: bool,
-        /// How long the broker recognises a repeated message id.
+        /// Duplicate window of the broker, as configured for the services.
         #[arg(long, env = "GOZON_DUPLICATE_WINDOW_MS", default_value_t = 120_000)]
         duplicate_window_ms: u64,
     },
@@ -142,26 +141,20 @@ enum OutboxCommand {
 
 #[derive(Subcommand)]
 enum DlqCommand {
-    /// Lists them.
+    /// List dead letters.
     Ls,
-    /// Shows one, with headers and body.
-    Show {
-        /// Which.
-        id: Uuid,
-    },
-    /// Sends them again. What was applied meanwhile changes nothing.
+    /// Show a dead letter with headers and body, and what a replay would do.
+    Show { id: Uuid },
+    /// Apply dead letters again. A message that was applied meanwhile has no effect.
     Replay {
-        /// Which; all that wait if none is named.
+        /// Dead letters to replay; all unresolved ones if none is given.
         ids: Vec<Uuid>,
-        /// Only says what it would do.
+        /// Only show what a replay would do.
         #[arg(long)]
         dry_run: bool,
     },
-    /// Takes one away for good.
-    Drop {
-        /// Which.
-        id: Uuid,
-    },
+    /// Delete a dead letter for good.
+    Drop { id: Uuid },
 }
 
 #[tokio::main]
@@ -289,17 +282,17 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         }
         Command::Tail { stream, subject } => {
             let broker = broker(&arguments).await?;
-            // A line a message for scripts, so that each can be read when it comes.
+            // With --json, one line per message, so that a script can read each when it arrives.
             let follow = streams::tail(broker.jetstream(), stream, subject.as_deref(), |message| {
                 let text = match json {
                     true => serde_json::to_string(&message).unwrap_or_default(),
                     false => show::message(&message) + "\n",
                 };
-                // Nobody reads any more: `gozon tail | head`.
+                // Writing fails when the reader has gone, as in `gozon tail | head`.
                 writeln!(std::io::stdout(), "{text}").is_ok()
             });
             tokio::select! {
-                ended = follow => ended?,
+                followed = follow => followed?,
                 interrupted = tokio::signal::ctrl_c() => interrupted?,
             }
         }
@@ -342,10 +335,10 @@ async fn databases(arguments: &Arguments) -> anyhow::Result<Databases> {
     Ok(Databases {
         orders: connect(orders)
             .await
-            .context("the database of orders cannot be reached")?,
+            .context("cannot connect to the orders database")?,
         payments: connect(payments)
             .await
-            .context("the database of payments cannot be reached")?,
+            .context("cannot connect to the payments database")?,
     })
 }
 
@@ -371,15 +364,15 @@ async fn run_dlq(
         }
         DlqCommand::Show { id } => {
             let letter = dead_letters::find(databases, *id).await?;
-            let foreseen = dead_letters::replay(databases, &letter, true).await?;
+            let dry_run = dead_letters::replay(databases, &letter, true).await?;
             print(arguments.json, &letter, |letter| {
                 format!(
-                    "{}\n\n{}\n{}\n\nA replay would be {}: {}",
+                    "{}\n\n{}\n{}\n\nOutcome of a replay: {}. {}",
                     show::dead_letter(letter),
                     letter.headers,
                     letter.payload,
-                    foreseen.outcome,
-                    foreseen.detail
+                    dry_run.outcome,
+                    dry_run.detail
                 )
             })?;
         }
@@ -388,28 +381,28 @@ async fn run_dlq(
             for id in ids {
                 ensure!(
                     letters.iter().any(|one| one.id == *id),
-                    "there is no dead letter {id}: gozon dlq ls shows them"
+                    "there is no dead letter {id}: gozon dlq ls lists them"
                 );
             }
             letters.retain(|one| match ids.is_empty() {
                 true => one.waits,
                 false => ids.contains(&one.id),
             });
-            // The oldest first, as they came.
+            // Oldest first, in the order of arrival.
             letters.reverse();
-            let (mut replays, mut ended) = (Vec::new(), Ok(()));
+            let (mut replays, mut result) = (Vec::new(), Ok(()));
             for letter in &letters {
                 match dead_letters::replay(databases, letter, *dry_run).await {
                     Ok(replay) => replays.push(replay),
                     Err(error) => {
-                        ended = Err(error);
+                        result = Err(error);
                         break;
                     }
                 }
             }
-            // Also what was applied before one could not be.
+            // After an error, also print what was replayed before it.
             print(arguments.json, &replays, |replays| show::replays(replays))?;
-            ended?;
+            result?;
         }
         DlqCommand::Drop { id } => {
             let letter = dead_letters::find(databases, *id).await?;
@@ -417,7 +410,7 @@ async fn run_dlq(
             print(
                 arguments.json,
                 &serde_json::json!({ "id": id, "gone": true }),
-                |_| format!("{id} is gone"),
+                |_| format!("Dropped dead letter {id}."),
             )?;
         }
     }
@@ -428,7 +421,7 @@ async fn broker(arguments: &Arguments) -> anyhow::Result<Broker> {
     let password = arguments
         .nats_ops_password
         .clone()
-        .context("NATS_OPS_PASSWORD is not set, and this concerns the broker")?;
+        .context("NATS_OPS_PASSWORD is not set; this command uses the broker")?;
     let config = BrokerConfig {
         url: arguments.nats_url.clone(),
         user: "ops".to_owned(),
@@ -439,7 +432,7 @@ async fn broker(arguments: &Arguments) -> anyhow::Result<Broker> {
     let connected = tokio::time::timeout(CONNECT_TIMEOUT, broker.until_connected()).await;
     connected.with_context(|| {
         format!(
-            "NATS cannot be reached at {}, or refuses user ops",
+            "NATS at {} cannot be reached, or rejects user ops",
             arguments.nats_url
         )
     })?;
@@ -464,7 +457,8 @@ fn time(text: &str) -> Result<OffsetDateTime, String> {
 }
 
 fn seconds(number: f64) -> anyhow::Result<Duration> {
-    Duration::try_from_secs_f64(number).with_context(|| format!("{number} is no number of seconds"))
+    Duration::try_from_secs_f64(number)
+        .with_context(|| format!("{number} is not a valid number of seconds"))
 }
 
 async fn connect(url: &str) -> anyhow::Result<DatabaseConnection> {

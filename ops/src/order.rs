@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use crate::audit::Databases;
 
-/// Everything that both databases hold about an order, table by table.
+/// All rows about an order, by table.
 pub async fn find(databases: &Databases, id: Uuid) -> anyhow::Result<Value> {
     let orders = &databases.orders;
     let payments = &databases.payments;
@@ -20,7 +20,7 @@ pub async fn find(databases: &Databases, id: Uuid) -> anyhow::Result<Value> {
     .concat();
     anyhow::ensure!(
         !order.is_empty() || !decision.is_empty(),
-        "no database knows order {id}"
+        "there is no order {id}"
     );
     Ok(json!({
         "order": order.first(),

@@ -8,20 +8,17 @@ use time::OffsetDateTime;
 
 use crate::audit::Databases;
 
-/// How an outbox is.
+/// The unpublished rows of a service.
 #[derive(Clone, Debug, Serialize)]
 pub struct OutboxStatus {
-    /// Whose.
     pub service: &'static str,
-    /// Rows that wait.
     pub pending: i64,
-    /// How long the oldest has waited.
+    /// Age of the oldest unpublished row.
     pub oldest_seconds: f64,
-    /// Most tries that a waiting row has had.
+    /// Largest number of publish attempts of an unpublished row.
     pub attempts_max: i32,
 }
 
-/// Both outboxes.
 pub async fn status(databases: &Databases) -> anyhow::Result<Vec<OutboxStatus>> {
     let mut outboxes = Vec::new();
     for (service, db) in [
@@ -39,19 +36,18 @@ pub async fn status(databases: &Databases) -> anyhow::Result<Vec<OutboxStatus>> 
     Ok(outboxes)
 }
 
-/// How many messages of a service are published again.
+/// Numbers of messages that a service publishes again.
 #[derive(Clone, Debug, Serialize)]
 pub struct Resent {
-    /// Whose.
     pub service: &'static str,
-    /// How many.
     pub messages: u64,
-    /// Those of them that were published so lately that the broker takes them for repetitions, and stores nothing, if it
-    /// still remembers them.
+    /// Messages that were first published within the duplicate window: the broker may drop them as
+    /// duplicates.
     pub recent: u64,
 }
 
-/// Has what both services published since a time published again; with `dry_run`, only counts it.
+/// Makes the relays of both services publish again what they have published since `since`. With
+/// `dry_run`, only counts.
 pub async fn resend(
     databases: &Databases,
     since: OffsetDateTime,

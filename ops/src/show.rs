@@ -1,4 +1,4 @@
-//! What the tool found, as text for people.
+//! Output of the tool as text for people.
 
 use std::time::Duration;
 
@@ -12,7 +12,6 @@ use serde_json::Value;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-/// A dead letter on a line.
 pub(crate) fn dead_letter(letter: &ServiceDeadLetter) -> String {
     let state = if letter.waits { "waits" } else { "replayed" };
     format!(
@@ -27,7 +26,7 @@ pub(crate) fn dead_letter(letter: &ServiceDeadLetter) -> String {
     )
 }
 
-/// In the order of the flow.
+/// In the order in which an order passes through them.
 const TABLES: [&str; 9] = [
     "order",
     "requests",
@@ -40,7 +39,7 @@ const TABLES: [&str; 9] = [
     "dead_letters",
 ];
 
-/// Everything about an order: a heading for each row, a line for each value. What is empty is left out.
+/// A heading for each row and a line for each value. Empty tables and values are omitted.
 pub(crate) fn order(tables: &Value) -> String {
     let mut lines = Vec::new();
     for table in TABLES {
@@ -62,25 +61,23 @@ pub(crate) fn order(tables: &Value) -> String {
     lines.join("\n")
 }
 
-/// What a replay of dead letters did or would do.
 pub(crate) fn replays(replays: &[Replay]) -> String {
     let line = |one: &Replay| {
         let would = if one.dry_run { "would be " } else { "" };
         format!("{} {would}{}: {}", one.id, one.outcome, one.detail)
     };
     match replays.is_empty() {
-        true => "No dead letter waits.".to_owned(),
+        true => "There are no unresolved dead letters.".to_owned(),
         false => replays.iter().map(line).collect::<Vec<_>>().join("\n"),
     }
 }
 
-/// Streams and consumers, and whether they are as they should be.
 pub(crate) fn topology(items: &[TopologyItem]) -> String {
     let mut lines = Vec::new();
     for item in items {
         let mut state = match (item.there, item.drift.is_empty()) {
             (false, _) => "absent".to_owned(),
-            (true, true) => "as it should be".to_owned(),
+            (true, true) => "as expected".to_owned(),
             (true, false) => item.drift.join(", "),
         };
         if !item.changed.is_empty() {
@@ -94,7 +91,6 @@ pub(crate) fn topology(items: &[TopologyItem]) -> String {
     lines.join("\n")
 }
 
-/// How an audit ended.
 pub(crate) fn report(report: &Report, took: Duration) -> String {
     let mut text = format!(
         "{} orders ({}), {} decisions, {} transfers, {} accounts in {:.1} s\n",
@@ -112,16 +108,16 @@ pub(crate) fn report(report: &Report, took: Duration) -> String {
     );
     if report.messages > 0 {
         text.push_str(&format!(
-            "against {} messages in the streams\n",
+            "compared with {} messages in the streams\n",
             report.messages
         ));
     }
     for what in &report.not_looked_at {
-        text.push_str(&format!("not looked at: {what}\n"));
+        text.push_str(&format!("not checked: {what}\n"));
     }
     if report.exchanges > 0 {
         text.push_str(&format!(
-            "against {} exchanges of a client\n",
+            "compared with {} exchanges of a client's history\n",
             report.exchanges
         ));
     }
@@ -138,18 +134,16 @@ pub(crate) fn report(report: &Report, took: Duration) -> String {
     text
 }
 
-/// What waits to be published.
 pub(crate) fn outboxes(outboxes: &[OutboxStatus]) -> String {
     let line = |one: &OutboxStatus| {
         format!(
-            "{:<9} {:>7} wait, the oldest for {:.1} s, tried {} times at most",
+            "{:<9} {:>7} unpublished, the oldest for {:.1} s, at most {} attempts",
             one.service, one.pending, one.oldest_seconds, one.attempts_max
         )
     };
     outboxes.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
-/// What is published again.
 pub(crate) fn resent(resent: &[Resent], dry_run: bool) -> String {
     let done = if dry_run {
         "would be published again"
@@ -161,14 +155,13 @@ pub(crate) fn resent(resent: &[Resent], dry_run: bool) -> String {
     let recent: u64 = resent.iter().map(|one| one.recent).sum();
     if recent > 0 {
         lines.push(format!(
-            "{recent} of them were published so lately that the broker, if it still remembers them, takes them for repetitions \
-             and stores nothing: say this again when its duplicate window (2 minutes, unless configured) is over."
+            "The broker may drop {recent} of them as duplicates, because they were published within \
+             its duplicate window (2 minutes by default). Run the command again after that time."
         ));
     }
     lines.join("\n")
 }
 
-/// The streams.
 pub(crate) fn streams(streams: &[StreamSummary]) -> String {
     let rows = streams.iter().map(|one| {
         vec![
@@ -192,7 +185,7 @@ pub(crate) fn streams(streams: &[StreamSummary]) -> String {
             "subjects",
             "messages",
             "size",
-            "at most",
+            "max size",
             "consumers",
             "sequences",
             "newest (UTC)",
@@ -201,7 +194,6 @@ pub(crate) fn streams(streams: &[StreamSummary]) -> String {
     )
 }
 
-/// The consumers.
 pub(crate) fn consumers(consumers: &[ConsumerSummary]) -> String {
     let rows = consumers.iter().map(|one| {
         vec![
@@ -219,7 +211,7 @@ pub(crate) fn consumers(consumers: &[ConsumerSummary]) -> String {
         &[
             "consumer",
             "stream",
-            "takes",
+            "subject",
             "durable",
             "lag",
             "unacked",
@@ -230,7 +222,6 @@ pub(crate) fn consumers(consumers: &[ConsumerSummary]) -> String {
     )
 }
 
-/// A message, with headers and body.
 pub(crate) fn message(message: &StoredMessage) -> String {
     let mut text = format!(
         "#{}  {}  {}",
@@ -245,7 +236,7 @@ pub(crate) fn message(message: &StoredMessage) -> String {
     text
 }
 
-/// Columns as wide as their widest entry, numbers to the right.
+/// Each column is as wide as its widest entry; numbers are aligned to the right.
 fn table(names: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
     let mut lines = vec![
         names
@@ -300,7 +291,7 @@ fn second(at: OffsetDateTime) -> String {
         .unwrap_or_default()
 }
 
-/// Control characters of a message could do things to the terminal.
+/// Replaces control characters: a message must not control the operator's terminal.
 fn printable(text: &str) -> String {
     text.chars()
         .map(|c| {
@@ -318,7 +309,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn an_order_is_shown_as_text_without_what_is_empty() {
+    fn an_order_is_shown_without_empty_tables_and_values() {
         let tables = json!({
             "decision": { "outcome": "paid", "reason": null },
             "requests": [{ "n": 0, "payload": "{\"amount\":1}" }, { "n": 1, "payload": "{}" }],

@@ -1,4 +1,4 @@
-//! What is in the streams, and how far their readers are.
+//! Streams, their consumers and their messages.
 
 use std::collections::BTreeMap;
 
@@ -11,69 +11,56 @@ use serde::Serialize;
 use serde_json::Value;
 use time::OffsetDateTime;
 
-/// A stream.
 #[derive(Clone, Debug, Serialize)]
 pub struct StreamSummary {
-    /// Its name.
     pub name: String,
-    /// What it stores.
     pub subjects: Vec<String>,
-    /// How many messages it holds.
+    /// Number of stored messages.
     pub messages: u64,
-    /// How large they are together.
     pub bytes: u64,
-    /// How large they may get before the oldest go.
+    /// The broker deletes the oldest messages beyond this size.
     pub max_bytes: i64,
-    /// Sequence of the oldest message; 0 if there was never one.
+    /// Sequence of the oldest message; 0 if the stream never had one.
     pub first_sequence: u64,
-    /// Sequence of the newest.
     pub last_sequence: u64,
-    /// When the newest came.
+    /// When the newest message was stored.
     #[serde(with = "time::serde::rfc3339")]
     pub last_at: OffsetDateTime,
-    /// How many consumers it has.
+    /// Number of consumers.
     pub consumers: usize,
 }
 
-/// A consumer.
 #[derive(Clone, Debug, Serialize)]
 pub struct ConsumerSummary {
-    /// Its name.
     pub name: String,
-    /// The stream it reads.
     pub stream: String,
-    /// What it takes of it.
+    /// Subject filter; empty for all subjects.
     pub subject: String,
-    /// Whether it outlives the process that reads with it. Those of `gozon tail` and of the gateways' live events do not.
+    /// False for `gozon tail` and the gateways' live events: these end with their process.
     pub durable: bool,
-    /// Messages that were not delivered yet.
+    /// Messages not delivered yet.
     pub lag: u64,
-    /// Messages delivered and not acknowledged yet.
+    /// Messages delivered but not acknowledged.
     pub unacked: usize,
-    /// Of these, how many were delivered more than once.
+    /// Unacknowledged messages that were delivered more than once.
     pub redelivered: usize,
-    /// Everything up to here is acknowledged.
+    /// All messages up to this sequence are acknowledged.
     pub acked_up_to: u64,
 }
 
-/// A message as it lies in a stream.
 #[derive(Clone, Debug, Serialize)]
 pub struct StoredMessage {
-    /// Its place.
     pub sequence: u64,
-    /// Where it was published.
     pub subject: String,
-    /// When the broker stored it.
     #[serde(with = "time::serde::rfc3339")]
     pub stored_at: OffsetDateTime,
-    /// Its headers.
     pub headers: BTreeMap<String, String>,
-    /// Its body: JSON if it is that, else a string.
+    /// A string if the payload is not JSON.
     pub body: Value,
 }
 
-/// What the broker adds when it hands out a message by its sequence.
-const ADDED: [&str; 4] = [
+/// Headers that the broker adds to the answer when a message is read by its sequence.
+const BROKER_HEADERS: [&str; 4] = [
     "Nats-Stream",
     "Nats-Subject",
     "Nats-Sequence",
@@ -91,7 +78,7 @@ impl StoredMessage {
         let headers = headers
             .into_iter()
             .flat_map(HeaderMap::iter)
-            .filter(|(name, _)| !ADDED.contains(&name.as_ref()));
+            .filter(|(name, _)| !BROKER_HEADERS.contains(&name.as_ref()));
         let headers = headers.flat_map(|(name, values)| {
             values
                 .iter()
@@ -109,7 +96,7 @@ impl StoredMessage {
     }
 }
 
-/// All streams, by name.
+/// All streams, sorted by name.
 pub async fn list(jetstream: &Context) -> anyhow::Result<Vec<StreamSummary>> {
     let found: Vec<stream::Info> = jetstream
         .streams()
@@ -169,7 +156,7 @@ pub async fn consumers(
     Ok(summaries)
 }
 
-/// The newest messages of a stream, the oldest of them first; only those on `subject`, if one is given.
+/// The newest `count` messages of a stream, oldest first; with `subject`, only those on it.
 pub async fn peek(
     jetstream: &Context,
     stream: &str,
@@ -180,7 +167,7 @@ pub async fn peek(
     let state = &stream.cached_info().state;
     let mut messages = Vec::new();
     let mut sequence = state.last_sequence;
-    // Backwards by sequence: the API gives the newest only, or the next forwards.
+    // Backwards by sequence: the API can only return the newest message or search forwards.
     while sequence >= state.first_sequence.max(1) && (messages.len() as u64) < count {
         match stream.direct_get(sequence).await {
             Ok(message) if subject.is_none_or(|wanted| message.subject.as_str() == wanted) => {
@@ -207,7 +194,7 @@ pub async fn peek(
     Ok(messages)
 }
 
-/// Shows what comes from now on, until `show` says false or the connection is gone for good.
+/// Calls `show` for each new message, until it returns false or the connection is closed for good.
 pub async fn tail(
     jetstream: &Context,
     stream: &str,
@@ -229,10 +216,10 @@ pub async fn tail(
         .await
         .context("the stream cannot be followed")?;
     while let Some(message) = messages.next().await {
-        let message = message.context("the stream cannot be followed any more")?;
+        let message = message.context("following the stream failed")?;
         let (sequence, stored_at) = match message.info() {
             Ok(info) => (info.stream_sequence, info.published),
-            Err(error) => anyhow::bail!("a message without its place: {error}"),
+            Err(error) => anyhow::bail!("a message has no stream sequence: {error}"),
         };
         if !show(StoredMessage::new(
             sequence,
@@ -258,10 +245,11 @@ async fn find(jetstream: &Context, name: &str) -> anyhow::Result<stream::Stream>
                 .collect();
             anyhow::ensure!(
                 known.iter().any(|one| one == name),
-                "there is no stream {name}, only {}",
+                "there is no stream {name}; the streams are {}",
                 known.join(", ")
             );
-            Err(anyhow::Error::new(error).context(format!("stream {name} cannot be looked up")))
+            Err(anyhow::Error::new(error)
+                .context(format!("the state of stream {name} cannot be read")))
         }
     }
 }

@@ -8,37 +8,36 @@ use orders::Settle;
 use payments::Charge;
 use serde::Serialize;
 
-/// A stream or durable consumer, against what this version would make.
+/// A stream or durable consumer, compared with what this version creates.
 #[derive(Clone, Debug, Serialize)]
 pub struct TopologyItem {
     /// `stream ORDERS` or `consumer payments-order-placed`.
     pub name: String,
-    /// Whether it is there.
+    /// Whether it exists.
     pub there: bool,
-    /// In which options it differs.
+    /// Options that differ.
     pub drift: Vec<String>,
-    /// What was changed just now.
+    /// Options that this call has changed.
     pub changed: Vec<String>,
-    /// Messages stored, or not delivered yet.
+    /// Stored messages of a stream, undelivered messages of a consumer.
     pub messages: u64,
-    /// Messages delivered without an ack (consumers).
+    /// Consumers: messages delivered but not acknowledged.
     pub ack_pending: u64,
-    /// Messages delivered more than once and not acknowledged yet (consumers).
+    /// Consumers: messages delivered more than once and not acknowledged.
     pub redelivered: u64,
 }
 
-/// What is to be done about what differs.
+/// What to do about differences.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Apply {
-    /// Nothing.
     CheckOnly,
-    /// What is absent is made, what differs is changed.
+    /// Creates what is missing and changes what differs, unless a stream would shrink.
     Grow,
-    /// Also where a stream gets smaller or has fewer copies then.
+    /// Also makes streams smaller and reduces their number of replicas.
     Shrink,
 }
 
-/// All streams and durable consumers.
+/// Checks all streams and durable consumers.
 pub async fn check(
     jetstream: &jetstream::Context,
     settings: &TopologySettings,
@@ -49,7 +48,8 @@ pub async fn check(
     let [payments, _] = payments::STREAMS;
     let all = [orders, payments, dead_letters];
     if apply == Apply::Grow {
-        // Before anything is changed: told other settings than the services, this would take away what they were given.
+        // Checked before anything is changed: if gozon and the services have different settings,
+        // applying them could delete messages.
         for stream in &all {
             if let Some(found) = find_stream(jetstream, stream.name).await? {
                 refuse_to_shrink(&found.config, &stream.config(settings))?;
@@ -97,7 +97,7 @@ async fn apply_stream(
     })
 }
 
-/// None if it is absent. Who does not answer has not said so.
+/// `None` if the broker says that the stream does not exist. No answer is an error.
 async fn find_stream(
     jetstream: &jetstream::Context,
     name: &str,
@@ -110,9 +110,8 @@ async fn find_stream(
             {
                 Ok(None)
             }
-            _ => {
-                Err(anyhow::Error::new(error).context(format!("stream {name} cannot be looked up")))
-            }
+            _ => Err(anyhow::Error::new(error)
+                .context(format!("the state of stream {name} cannot be read"))),
         },
     }
 }
@@ -124,8 +123,8 @@ fn refuse_to_shrink(
     let smaller = found.max_bytes < 0 || wanted.max_bytes < found.max_bytes;
     ensure!(
         !smaller && wanted.num_replicas >= found.num_replicas,
-        "stream {} has {} bytes in {} copies and would have {} in {}: give gozon the settings that the services have, or \
-         --shrink if that is meant. Nothing was changed",
+        "stream {} has max_bytes {} and {} replicas; it would get {} and {}. Nothing was changed. \
+         Run gozon with the services' settings, or add --shrink to shrink the stream",
         wanted.name,
         found.max_bytes,
         found.num_replicas,

@@ -1,14 +1,14 @@
-//! The money in itself: balances, statements, transfers, keys. Set-based, in the database.
+//! Consistency of payments alone: balances, entries, transfers and keys, checked by SQL.
 
 use sea_orm::{DatabaseConnection, DbErr};
 
 use super::{FindingKind, Report, add_findings, count};
 
-/// Each query names what is wrong: `id` and `detail`.
+/// Each query returns `id` and `detail` of the rows that are wrong.
 const QUERIES: [(FindingKind, &str); 5] = [
     (
         FindingKind::BalanceDrift,
-        "SELECT a.user_id AS id, format('balance %s, transfers make %s; entry %s of %s', a.balance, t.total, a.entry_no, t.entries) AS detail
+        "SELECT a.user_id AS id, format('balance is %s, sum of transfers is %s; entry number is %s, number of transfers is %s', a.balance, t.total, a.entry_no, t.entries) AS detail
          FROM accounts a
          LEFT JOIN LATERAL (
              SELECT coalesce(sum(CASE kind WHEN 'deposit' THEN amount ELSE -amount END), 0) AS total, count(*) AS entries
@@ -19,15 +19,15 @@ const QUERIES: [(FindingKind, &str); 5] = [
     (FindingKind::NegativeBalance, "SELECT user_id AS id, format('balance %s', balance) AS detail FROM accounts WHERE balance < 0"),
     (
         FindingKind::BrokenStatement,
-        "SELECT user_id || ' entry ' || entry_no AS id, format('balance %s after %s, where %s is right', balance_after, before, expected) AS detail
+        "SELECT user_id || ' entry ' || entry_no AS id, format('balance is %s after %s, expected %s', balance_after, before, expected) AS detail
          FROM (
              SELECT user_id, entry_no, balance_after,
                     coalesce(lag(balance_after) OVER statement, 0) AS before,
                     coalesce(lag(balance_after) OVER statement, 0) + CASE kind WHEN 'deposit' THEN amount ELSE -amount END AS expected,
-                    row_number() OVER statement AS place
+                    row_number() OVER statement AS expected_no
              FROM transfers WINDOW statement AS (PARTITION BY user_id ORDER BY entry_no)
          ) entries
-         WHERE balance_after <> expected OR entry_no <> place OR balance_after < 0",
+         WHERE balance_after <> expected OR entry_no <> expected_no OR balance_after < 0",
     ),
     (
         FindingKind::MalformedTransfer,

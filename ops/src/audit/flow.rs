@@ -1,11 +1,12 @@
-//! Outboxes, inboxes and dead letters: facts that should be there, that wait for too long, or that nobody could take.
+//! Outboxes, inboxes and dead letters: events that are missing, late, or were not applied.
 
 use sea_orm::{DatabaseConnection, DbErr, FromQueryResult, Value};
 use uuid::Uuid;
 
 use super::{Databases, FINDINGS_MAX, FindingKind, Options, Report, add_findings, rows};
 
-/// Orders whose fact was never enqueued. Of orders from before the last pruning it may be gone.
+/// Orders whose event was never enqueued. Orders older than the last pruning are skipped, since
+/// their outbox rows may have been deleted.
 const ORDERS_WITHOUT_EVENT: &str = "
     SELECT o.id::text AS id, format('no %s in the outbox', CASE WHEN placed.event_id IS NULL THEN 'OrderPlaced' ELSE 'final event' END) AS detail
     FROM orders o
@@ -23,8 +24,8 @@ const DOUBLED_ORDER_KEYS: &str = "
     SELECT user_id || ' ' || idempotency_key AS id, format('%s orders under one key', count(*)) AS detail
     FROM orders GROUP BY user_id, idempotency_key HAVING count(*) > 1";
 
-/// Requests that payments has taken without deciding by them. A row of the inbox and what it stands for are one
-/// transaction, and what could not be applied is a dead letter.
+/// Requests in the inbox of payments without a decision. The inbox row and the decision are one
+/// transaction, and a request that could not be applied is a dead letter.
 const REQUESTS_NOT_APPLIED: &str = "
     SELECT i.event_id AS id FROM inbox i LEFT JOIN payments p ON p.request_event_id = i.event_id
     WHERE i.consumer = 'payments-order-placed' AND p.order_id IS NULL
@@ -32,7 +33,7 @@ const REQUESTS_NOT_APPLIED: &str = "
     ORDER BY i.event_id LIMIT $1";
 const ORDERS_OF_REQUESTS: &str = "SELECT id FROM orders WHERE placed_event_id = ANY($1::uuid[])";
 
-/// Answers that orders has taken without ending an order by them.
+/// Answers in the inbox of orders that made no order final.
 const ANSWERS_NOT_APPLIED: &str = "
     SELECT i.event_id AS id FROM inbox i LEFT JOIN orders o ON o.settlement_event_id = i.event_id
     WHERE i.consumer = 'orders-payment-settled' AND o.id IS NULL
@@ -71,11 +72,11 @@ pub(super) async fn check(
     .await?;
     not_applied(databases, report).await?;
     let late = format!(
-        "SELECT event_id || '.' || n AS id, format('%s waits since %s, tried %s times', subject, created_at, attempts) AS detail
+        "SELECT event_id || '.' || n AS id, format('%s is unpublished since %s after %s attempts', subject, created_at, attempts) AS detail
          FROM outbox WHERE published_at IS NULL AND created_at < now() - make_interval(secs => {})",
         options.late_after.as_secs_f64()
     );
-    // One that was sent again and did not come back is dealt with.
+    // A dead letter that was replayed and did not come back is resolved.
     let dead = "SELECT id::text AS id, format('%s at %s: %s', kind, consumer, cause) AS detail FROM dead_letters
                 WHERE replayed_at IS NULL OR last_seen_at > replayed_at";
     for db in [&databases.orders, &databases.payments] {
@@ -85,8 +86,8 @@ pub(super) async fn check(
     Ok(())
 }
 
-/// Inboxes against what they stand for. Only facts of ours count: what a stranger said was quarantined, and whoever drops
-/// such a dead letter is done with it.
+/// Compares the inboxes with their effects. Only ids that exist in the other database count: a
+/// forged message was quarantined, and an operator may have dropped its dead letter.
 async fn not_applied(databases: &Databases, report: &mut Report) -> Result<(), DbErr> {
     let (orders, payments) = (&databases.orders, &databases.payments);
     let requests = ids(
@@ -99,10 +100,11 @@ async fn not_applied(databases: &Databases, report: &mut Report) -> Result<(), D
         report.add(
             FindingKind::NotApplied,
             id,
-            "payments has taken its request, but nothing was decided",
+            "the request is in the inbox of payments, but there is no decision",
         );
     }
-    // The second answer to one order, given after payments was restored from a backup, ends nothing either.
+    // Only orders that are still NEW count. After payments was restored from a backup, an order may
+    // get a second answer, which rightly has no effect.
     let answers = ids(
         orders,
         ANSWERS_NOT_APPLIED,
@@ -114,7 +116,7 @@ async fn not_applied(databases: &Databases, report: &mut Report) -> Result<(), D
         report.add(
             FindingKind::NotApplied,
             id,
-            "orders has taken the answer, but the order is still NEW",
+            "the answer is in the inbox of orders, but the order is still NEW",
         );
     }
     Ok(())

@@ -1,5 +1,6 @@
-//! What a client was told against what is stored: everything that was promised exists once (I5), nothing else does (I8), a
-//! repetition is done once and says so (I9), other content under a key is refused (I10), a final order stays final (I6).
+//! Compares what a client was told with the databases. Everything promised exists once (I5) and
+//! nothing else exists (I8). A repetition has one effect and is marked as replayed (I9). Different
+//! content under a used key is refused (I10). A final order stays final (I6).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -11,7 +12,7 @@ use crate::history::{Exchange, History};
 
 const USERS_PER_QUERY: usize = 500;
 
-/// What a request makes.
+/// What a request creates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 enum Resource {
     Account,
@@ -29,22 +30,22 @@ impl Resource {
     }
 }
 
-/// What makes two requests with one key the same.
+/// Two requests with one key are the same request if these fields are equal.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Content {
     amount: i64,
     description: String,
 }
 
-/// What the answer to one try says.
+/// What the answer to one attempt tells.
 enum Outcome {
-    /// 2xx: it is done, and this is its id.
+    /// 2xx.
     Done { id: String },
-    /// 4xx: it is not done, for this reason.
+    /// 4xx: not done.
     Refused { code: String },
-    /// 5xx that does not say "unknown": it was not done.
+    /// 5xx with a known outcome: not done.
     Denied,
-    /// No answer, one that says "unknown", or "the twin is still running".
+    /// No answer, a 5xx with outcome `unknown`, or a 409 because a concurrent request is running.
     Unknown,
 }
 
@@ -63,16 +64,15 @@ impl Attempt<'_> {
         }
     }
 
-    /// It may have been done, though this try does not say so.
+    /// Whether this attempt may have created a row with this content without saying so.
     fn may_have_done(&self, content: &Content) -> bool {
         matches!(self.outcome, Outcome::Unknown) && self.content.as_ref() == Some(content)
     }
 }
 
-/// Who asked for what under which key; without a key, each request is an intent of its own.
+/// Resource, user and idempotency key. Requests without a key are checked separately.
 type Intent = (Resource, String, String);
 
-/// What is stored.
 #[derive(Clone, Debug, FromQueryResult)]
 struct StoredRow {
     user_id: String,
@@ -166,7 +166,7 @@ pub(super) async fn check(
     Ok(())
 }
 
-/// All attempts of one key against the rows that this key made.
+/// Compares all attempts under one key with the rows that have this key.
 fn check_intent(
     (resource, user, key): &Intent,
     attempts: &[Attempt<'_>],
@@ -195,7 +195,7 @@ fn check_intent(
             FindingKind::OtherContentApplied,
             &name,
             format!(
-                "{} contents were answered with 2xx: {contents:?}",
+                "{} different contents were answered with 2xx: {contents:?}",
                 contents.len()
             ),
         );
@@ -208,12 +208,15 @@ fn check_intent(
         report.add(
             FindingKind::AnswersDiffer,
             &name,
-            format!("{} answers to one key: {answers:?}", answers.len()),
+            format!(
+                "{} different answers to one key: {answers:?}",
+                answers.len()
+            ),
         );
     }
     check_refusals(&name, attempts, &done, rows, report);
     let Some((first_done, id)) = done.first() else {
-        // Nobody said that it was done. It may be, if somebody did not say.
+        // No answer confirms it. A row is legal only if an attempt with its content is unknown.
         if let Some(row) = rows.first()
             && !attempts.iter().any(|one| one.may_have_done(&row.content()))
         {
@@ -224,14 +227,14 @@ fn check_intent(
                 report.add(
                     FindingKind::Unexpected,
                     &row.id,
-                    format!("{resource} of {name} has a content that nobody asked for"),
+                    format!("{resource} of {name} has content that no request had"),
                 );
             } else {
                 report.add(
                     FindingKind::DeniedButDone,
                     &row.id,
                     format!(
-                        "{resource} of {name} is stored, and every answer says that it was not done"
+                        "{resource} of {name} is stored, but every answer says it was not done"
                     ),
                 );
             }
@@ -243,7 +246,7 @@ fn check_intent(
             FindingKind::Lost,
             id,
             format!(
-                "{resource} of {name} was answered with {:?}",
+                "{resource} of {name} was answered with {:?}, but is not stored",
                 first_done.exchange.status
             ),
         ),
@@ -255,7 +258,7 @@ fn check_intent(
                     .is_some_and(|content| *content != row.content()) =>
         {
             let words = format!(
-                "{resource} of {name} was answered as {id}, {:?}; there is {}, {:?}",
+                "{resource} of {name}: answered {id}, {:?}; stored {}, {:?}",
                 first_done.content,
                 row.id,
                 row.content()
@@ -271,7 +274,8 @@ fn check_intent(
         .collect();
     match first_times.as_slice() {
         [] => {
-            // Said to be a repetition: then an earlier try did it, and did not say that it had not.
+            // All answers are marked as replayed, so an earlier attempt must have done it. The
+            // outcome of that attempt must be unknown.
             let first_answer = done
                 .iter()
                 .map(|(one, _)| one.exchange.ended_us)
@@ -288,7 +292,7 @@ fn check_intent(
                 report.add(
                     FindingKind::DeniedButDone,
                     &name,
-                    format!("the {resource} was done by a try whose answer says that it was not"),
+                    format!("the {resource} was done by an attempt whose answer denies it"),
                 );
             }
         }
@@ -300,7 +304,7 @@ fn check_intent(
                 report.add(
                     FindingKind::DoubledKey,
                     &name,
-                    format!("an answer says that the {resource} was done now, after an answer that it was done"),
+                    format!("the {resource} was done again after an answer that it was done"),
                 );
             }
         }
@@ -309,7 +313,7 @@ fn check_intent(
                 FindingKind::DoubledKey,
                 &name,
                 format!(
-                    "{} answers say that the {resource} was done now",
+                    "{} answers to the {resource} are not marked as replayed",
                     several.len()
                 ),
             );
@@ -317,7 +321,7 @@ fn check_intent(
     }
 }
 
-/// Other content under a key is refused; the same content never is.
+/// Different content under a key must be refused; the same content must not.
 fn check_refusals(
     name: &str,
     attempts: &[Attempt<'_>],
@@ -345,19 +349,19 @@ fn check_refusals(
             report.add(
                 FindingKind::RepetitionRefused,
                 name,
-                format!("{content:?} was refused as other content, and was the content"),
+                format!("{content:?} was refused as different content, but was the same"),
             );
         } else if rows.iter().any(|row| row.content() == *content) {
             report.add(
                 FindingKind::OtherContentApplied,
                 name,
-                format!("{content:?} was refused as other content, and is what is there"),
+                format!("{content:?} was refused as different content, but is stored"),
             );
         }
     }
 }
 
-/// Requests without a key, and rows that no key of the history explains.
+/// Checks requests without a key, and rows whose key is not in the history.
 fn check_without_keys(
     unkeyed: &BTreeMap<(Resource, String), Vec<Attempt<'_>>>,
     keyed: &BTreeMap<Intent, Vec<Attempt<'_>>>,
@@ -382,7 +386,7 @@ fn check_without_keys(
                     FindingKind::Lost,
                     id,
                     format!(
-                        "{} of {user} was answered with {:?}",
+                        "{} of {user} was answered with {:?}, but is not stored",
                         resource.name(),
                         one.exchange.status
                     ),
@@ -397,7 +401,7 @@ fn check_without_keys(
                         report.add(
                             FindingKind::Divergent,
                             id,
-                            format!("asked for {:?}, there is {:?}", one.content, row.content()),
+                            format!("requested {:?}, stored {:?}", one.content, row.content()),
                         );
                     }
                 }
@@ -421,7 +425,7 @@ fn check_without_keys(
                 FindingKind::Unexpected,
                 &row.id,
                 format!(
-                    "{} of {user} under key {}, for which nobody asked",
+                    "{} of {user} under key {}, which no request had",
                     resource.name(),
                     row.key
                 ),
@@ -430,7 +434,8 @@ fn check_without_keys(
     }
 }
 
-/// What was read: a final order stays as it is, what was promised is not absent later, no balance is negative.
+/// Checks the reads: a final order never changes, what was confirmed never disappears, and no
+/// balance is negative.
 fn check_reads(
     history: &History,
     keyed: &BTreeMap<Intent, Vec<Attempt<'_>>>,
@@ -459,7 +464,7 @@ fn check_reads(
             report.add(
                 FindingKind::AnswersDiffer,
                 &exchange.path,
-                format!("an answer that is no JSON: {}", exchange.answer),
+                format!("the answer is not JSON: {}", exchange.answer),
             );
             continue;
         };
@@ -477,7 +482,7 @@ fn check_reads(
                     );
                 }
             }
-            // The answer to a POST shows the order as it was placed, for ever.
+            // Only GETs show the current state: the answer to a POST always shows the order as NEW.
             if exchange.method == "GET"
                 && let (Some(id), Some(status)) = (item["id"].as_str(), item["status"].as_str())
             {
@@ -508,24 +513,24 @@ fn check_reads(
         else {
             continue;
         };
-        let ended = &first_final.state;
+        let final_state = &first_final.state;
         let backwards = reads.iter().find(|read| {
-            read.state != *ended
+            read.state != *final_state
                 && (read.state.0 != "NEW" || read.exchange.begun_us > first_final.exchange.ended_us)
         });
         if let Some(read) = backwards {
             let words = format!(
-                "read as {ended:?} at {} us, as {:?} at {} us",
+                "read as {final_state:?} at {} us, then as {:?} at {} us",
                 first_final.exchange.ended_us, read.state, read.exchange.begun_us
             );
             report.add(FindingKind::StatusBackwards, id, words);
         } else if let Some(row) = stored.get(id.as_str())
-            && row.status != ended.0
+            && row.status != final_state.0
         {
             report.add(
                 FindingKind::StatusBackwards,
                 id,
-                format!("read as {ended:?}, and is {}", row.status),
+                format!("read as {final_state:?}, but stored as {}", row.status),
             );
         }
     }
@@ -544,13 +549,16 @@ fn check_reads(
             report.add(
                 FindingKind::Lost,
                 id,
-                format!("{} was answered with 404 after it was there", exchange.path),
+                format!(
+                    "{} was answered with 404 after it had been confirmed",
+                    exchange.path
+                ),
             );
         }
     }
 }
 
-/// What a request asks for, of whom, and what came of it. `None`: it makes nothing.
+/// Resource, user and attempt of a request. `None` if the request creates nothing.
 fn intent(exchange: &Exchange) -> Option<(Resource, String, Attempt<'_>)> {
     if exchange.method != "POST" {
         return None;
@@ -609,10 +617,10 @@ fn outcome(resource: Resource, exchange: &Exchange) -> Outcome {
                 id: answer[name].as_str().unwrap_or_default().to_owned(),
             }
         }
-        // The twin still runs. (Another 409 is a refusal: the user has an account.)
+        // A concurrent request with the key is running. (409 account_already_exists is a refusal.)
         409 if code != "account_already_exists" => Outcome::Unknown,
         400..500 => Outcome::Refused { code },
-        // Whoever says nothing that we understand has not denied it.
+        // Without a problem code, the answer may come from a proxy and denies nothing.
         _ if code.is_empty() || answer["outcome"] == "unknown" => Outcome::Unknown,
         _ => Outcome::Denied,
     }

@@ -1,5 +1,5 @@
-//! Orders against decisions against debits, walking through the three tables in the order of their ids, side by side:
-//! the memory it takes does not grow with their number.
+//! Compares orders, decisions and debits by a merge over the three tables in id order, so memory
+//! use does not grow with the number of rows.
 
 use std::collections::VecDeque;
 
@@ -81,13 +81,14 @@ impl<'a, T: Keyed> TableCursor<'a, T> {
         }
     }
 
-    /// The key of what comes next.
+    /// The key of the next row.
     async fn peek(&mut self) -> Result<Option<Uuid>, DbErr> {
         if self.page.is_empty() && self.more {
             self.page = rows(self.db, self.sql, vec![self.after.into(), PAGE.into()])
                 .await?
                 .into();
-            // A page may end inside a group of rows with one key (a doubled debit): read that group with the next page.
+            // A page may end inside a group of rows with one key (a doubled debit). Then that
+            // group is read with the next page.
             self.more = self.page.len() as i64 >= PAGE;
             if self.more
                 && let Some(last) = self.page.back().map(T::key)
@@ -103,7 +104,7 @@ impl<'a, T: Keyed> TableCursor<'a, T> {
         Ok(self.page.front().map(T::key))
     }
 
-    /// Everything with this key.
+    /// All rows with this key.
     async fn take(&mut self, key: Uuid) -> Result<Vec<T>, DbErr> {
         let mut group = Vec::new();
         while self.peek().await? == Some(key) {
@@ -134,7 +135,7 @@ pub(super) async fn check(
     );
     let quarantined = quarantined(databases).await?;
     loop {
-        // Orders first, at each step: see `look`.
+        // Orders first, at each step: see `audit_once_with`.
         let heads = [
             orders.peek().await?,
             decisions.peek().await?,
@@ -156,7 +157,7 @@ pub(super) async fn check(
             None => report.add(
                 FindingKind::Unexpected,
                 id,
-                "a decision or a debit for an order that is not there",
+                "there is a decision or a debit, but no order",
             ),
             Some(order) => check_order(
                 order,
@@ -170,7 +171,7 @@ pub(super) async fn check(
     }
 }
 
-/// The payments side in itself.
+/// Decision against debits.
 fn check_decision(id: Uuid, decision: Option<&Decision>, debits: &[Debit], report: &mut Report) {
     if debits.len() > 1 {
         let transfers: Vec<String> = debits
@@ -206,7 +207,7 @@ fn check_decision(id: Uuid, decision: Option<&Decision>, debits: &[Debit], repor
                 != (&debit.user_id, debit.amount, Some(debit.transfer_id))
             {
                 let words = format!(
-                    "decided for {} of {} with transfer {}, debited {} of {} with transfer {}",
+                    "decision: amount {} of {}, transfer {}; debit: amount {} of {}, transfer {}",
                     decision.amount,
                     decision.user_id,
                     decision.transfer_id.unwrap_or_default(),
@@ -221,7 +222,7 @@ fn check_decision(id: Uuid, decision: Option<&Decision>, debits: &[Debit], repor
     }
 }
 
-/// The order against the payments side.
+/// Order against decision and debits.
 fn check_order(
     order: &Order,
     decision: Option<&Decision>,
@@ -235,7 +236,7 @@ fn check_order(
         && (&order.user_id, order.amount) != (&decision.user_id, decision.amount)
     {
         let words = format!(
-            "ordered for {} by {}, decided for {} of {}",
+            "order: amount {} of {}; decision: amount {} of {}",
             order.amount, order.user_id, decision.amount, decision.user_id
         );
         report.add(FindingKind::Divergent, id, words);
@@ -262,7 +263,7 @@ fn check_order(
             });
             if !agrees {
                 let decided = decision.map_or_else(
-                    || "nothing".to_owned(),
+                    || "no decision".to_owned(),
                     |decision| {
                         [Some(decision.outcome.as_str()), decision.reason.as_deref()]
                             .into_iter()
@@ -271,7 +272,7 @@ fn check_order(
                             .join(", ")
                     },
                 );
-                let ended = [Some(order.status.as_str()), order.reason.as_deref()]
+                let status = [Some(order.status.as_str()), order.reason.as_deref()]
                     .into_iter()
                     .flatten()
                     .collect::<Vec<_>>()
@@ -279,19 +280,19 @@ fn check_order(
                 report.add(
                     FindingKind::StatusDisagrees,
                     id,
-                    format!("{ended}, but decided: {decided}"),
+                    format!("status: {status}; decision: {decided}"),
                 );
             }
         }
         _ if quarantined => report.add(
             FindingKind::Quarantined,
             id,
-            "NEW, and a message about it waits among the dead letters",
+            "NEW, and a message about it is an unresolved dead letter",
         ),
         _ if order.age_seconds > options.stuck_after.as_secs_f64() => {
             let decided = decision.map_or("not decided", |decision| decision.outcome.as_str());
             let words = format!(
-                "NEW for {:.0} s, asked for {} times again, {decided}",
+                "NEW for {:.0} s, re-asked {} times, {decided}",
                 order.age_seconds, order.asks
             );
             report.add(FindingKind::Stuck, id, words);
@@ -300,7 +301,7 @@ fn check_order(
     }
 }
 
-/// Orders about which a message waits for a person.
+/// Orders with an unresolved dead letter.
 async fn quarantined(databases: &Databases) -> Result<std::collections::HashSet<Uuid>, DbErr> {
     #[derive(FromQueryResult)]
     struct About {

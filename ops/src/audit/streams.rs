@@ -1,8 +1,8 @@
-//! What the streams say, against the rows that it was claim from. Each message is compared with its order or decision, which
-//! name the events about them for ever: whether outbox rows are pruned does not matter.
+//! Compares each message in the streams with its order or decision. These rows keep the ids of
+//! their events for ever, so pruning the outbox does not matter.
 //!
-//! Whatever is in a stream was committed before it was published, so a row that is read after its message must be there.
-//! Messages may repeat and may be missing: the broker is a cache.
+//! A message is published after its row is committed, so a row that is read after its message must
+//! exist. Messages may repeat and may be missing: the broker is a cache.
 
 use std::collections::{BTreeMap, HashSet};
 use std::mem;
@@ -25,14 +25,15 @@ use uuid::Uuid;
 
 use super::{Databases, FINDINGS_MAX, Finding, FindingKind, Report, TRUNCATED_ID, rows};
 
-/// Messages that are compared together; the memory it takes does not grow with the stream.
+/// Messages compared per query. Memory use does not grow with the stream.
 const BATCH_MAX: usize = 5000;
-/// For so many messages.
+/// Time limit for reading one batch.
 const READ_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// What a message claims about an order.
+/// What a message states about an order.
 struct Claim {
-    place: String,
+    /// Stream and sequence.
+    position: String,
     subject: &'static str,
     order_id: Uuid,
     event_id: Uuid,
@@ -41,13 +42,13 @@ struct Claim {
     end: Option<FinalState>,
 }
 
-/// How the payment or the order ended, and why.
+/// Outcome of the payment or status of the order, and the reason.
 type FinalState = (&'static str, Option<&'static str>);
 
-/// What the row behind it claims, if there is one, where the two are not the same.
+/// A claim that differs from its row. All columns of the row are `None` if there is none.
 #[derive(FromQueryResult)]
 struct Mismatch {
-    /// Which message.
+    /// Index of the claim.
     number: i32,
     user_id: Option<String>,
     amount: Option<i64>,
@@ -56,7 +57,7 @@ struct Mismatch {
     event_id: Option<Uuid>,
 }
 
-/// What is claim beside the rows that it is claim from; `{}` are the rows.
+/// Claims that differ from their rows; `{}` is the query for the rows.
 const MISMATCHES: &str = "
     SELECT claim.number, found.user_id, found.amount, found.\"end\", found.reason, found.event_id
     FROM unnest($1::integer[], $2::uuid[], $3::uuid[], $4::text[], $5::bigint[], $6::text[], $7::text[])
@@ -70,7 +71,8 @@ const ENDED: &str = "SELECT id AS order_id, final_event_id AS event_id, user_id,
 const DECIDED: &str =
     "SELECT order_id, event_id, user_id, amount, outcome AS \"end\", reason FROM payments";
 
-/// Messages that are dead letters, or were: a copy for tools tells of one that an operator has dropped.
+/// Keys of messages that are or were dead letters. If an operator has dropped a dead letter, its
+/// event on `gozon.dlq.*` still has the key.
 const WITH_DEAD_LETTER: &str = "
     SELECT message_key FROM dead_letters WHERE consumer = $1 AND message_key = ANY($2::text[])
     UNION SELECT message_key FROM (
@@ -78,20 +80,20 @@ const WITH_DEAD_LETTER: &str = "
         FROM (SELECT payload FROM outbox WHERE subject = $3 OFFSET 0) copies
     ) copied WHERE message_key = ANY($2::text[])";
 
-/// The subjects that are looked at: which rows stand behind them, and who reads them.
+/// The rows that the messages of a subject are made from, and the subscription that reads them.
 struct Source<'a> {
     db: &'a DatabaseConnection,
     rows: &'static str,
     reader: Option<(&'a DatabaseConnection, &'static Subscription)>,
 }
 
-/// What is wrong with a message, and by which key its reader would have set it aside.
+/// A message that looks wrong, and the key that its dead letter would have.
 struct Suspect {
     finding: Finding,
     key: String,
 }
 
-/// Adds what is wrong to the report. That the broker does not let itself be read is claim there, and is no error.
+/// Adds findings to the report. If a stream cannot be read, the report says so; that is no error.
 pub(super) async fn check(
     databases: &Databases,
     jetstream: &jetstream::Context,
@@ -132,7 +134,7 @@ async fn check_stream(
     }
 }
 
-/// A stream from its beginning to where its end was when reading began.
+/// Reads a stream from its first message to the message that was last when reading began.
 struct StreamReader {
     messages: pull::Ordered,
     end: u64,
@@ -140,7 +142,7 @@ struct StreamReader {
 }
 
 impl StreamReader {
-    /// None if there is nothing to read.
+    /// `None` if the stream is empty.
     async fn begin(jetstream: &jetstream::Context, name: &str) -> anyhow::Result<Option<Self>> {
         let stream = match jetstream.get_stream(name).await {
             Ok(stream) => stream,
@@ -150,7 +152,7 @@ impl StreamReader {
                 {
                     bail!("it does not exist")
                 }
-                _ => return Err(anyhow::Error::new(error).context("it cannot be looked up")),
+                _ => return Err(anyhow::Error::new(error).context("its state cannot be read")),
             },
         };
         let state = &stream.cached_info().state;
@@ -158,7 +160,7 @@ impl StreamReader {
             return Ok(None);
         }
         let end = state.last_sequence;
-        // Without a durable, and gone soon after whoever reads with it.
+        // An ephemeral consumer: the broker deletes it soon after this process ends.
         let config = pull::OrderedConfig {
             deliver_policy: DeliverPolicy::All,
             ..Default::default()
@@ -175,7 +177,7 @@ impl StreamReader {
         }))
     }
 
-    /// The next messages; none at the end.
+    /// The next batch; empty at the end.
     async fn next(&mut self) -> anyhow::Result<Vec<Message>> {
         let mut messages = Vec::new();
         let read = async {
@@ -187,7 +189,7 @@ impl StreamReader {
                     .context("reading ended early")?
                     .context("it cannot be read")?;
                 let info = message.info().map_err(anyhow::Error::from_boxed)?;
-                // The newest message may be one that came later, where the ones up to the end have been evicted.
+                // A message beyond the end also ends the reading: the ones before may be evicted.
                 self.ended = info.stream_sequence >= self.end || info.pending == 0;
                 messages.push(message);
             }
@@ -195,7 +197,7 @@ impl StreamReader {
         };
         tokio::time::timeout(READ_TIMEOUT, read)
             .await
-            .with_context(|| format!("nothing more came within {READ_TIMEOUT:?}"))??;
+            .with_context(|| format!("a batch was not read within {READ_TIMEOUT:?}"))??;
         Ok(messages)
     }
 }
@@ -233,7 +235,7 @@ async fn compare(
     Ok(())
 }
 
-/// Compared in the database: on a healthy day, nothing comes back.
+/// The database compares, so a healthy system returns no rows.
 async fn mismatches(source: &Source<'_>, claim: &[Claim]) -> Result<Vec<Mismatch>, DbErr> {
     let end = |one: &Claim| one.end.unwrap_or_default();
     let values = vec![
@@ -288,7 +290,7 @@ fn source<'a>(databases: &'a Databases, subject: &str) -> Source<'a> {
             rows: DECIDED,
             reader: Some((orders, &Settle::SUBSCRIPTION)),
         },
-        // Nobody sets these aside: gateways hand them on.
+        // Only gateways read these, and they write no dead letters.
         _ => Source {
             db: orders,
             rows: ENDED,
@@ -297,7 +299,7 @@ fn source<'a>(databases: &'a Databases, subject: &str) -> Source<'a> {
     }
 }
 
-/// Reads a message of a subject that this version knows.
+/// `None` if this version does not know the subject.
 fn read(stream: &str, message: &Message) -> Option<(&'static str, Result<Claim, Suspect>)> {
     let subject = message.subject.as_str();
     Some(match subject {
@@ -342,7 +344,7 @@ fn read_as<E: Event>(
     message: &Message,
     claims: impl FnOnce(E) -> (UserId, Amount, Option<FinalState>),
 ) -> Result<Claim, Suspect> {
-    let place = format!(
+    let position = format!(
         "{stream} {}",
         message.info().map_or(0, |info| info.stream_sequence)
     );
@@ -350,7 +352,7 @@ fn read_as<E: Event>(
         read_message::<E>(message.headers.as_ref(), &message.payload).map_err(|cause| Suspect {
             finding: Finding {
                 kind: FindingKind::UnreadableMessage,
-                id: place.clone(),
+                id: position.clone(),
                 detail: format!("{}: {cause}", E::SUBJECT),
             },
             key: message_key(&message.subject, message.headers.as_ref(), &message.payload),
@@ -358,7 +360,7 @@ fn read_as<E: Event>(
     let order_id = received.event.key();
     let (user_id, amount, end) = claims(received.event);
     Ok(Claim {
-        place,
+        position,
         subject: E::SUBJECT,
         order_id,
         event_id: received.event_id.as_uuid(),
@@ -368,27 +370,29 @@ fn read_as<E: Event>(
     })
 }
 
-/// How a message contradicts the row that it tells of.
+/// Describes how a claim differs from its row.
 fn contradiction(claim: &Claim, row: &Mismatch) -> Option<Finding> {
-    let Claim { place, subject, .. } = claim;
+    let Claim {
+        position, subject, ..
+    } = claim;
     let finding = |kind, id: Uuid, detail| {
         Some(Finding {
             kind,
             id: id.to_string(),
-            detail: format!("{place}, {subject}: {detail}"),
+            detail: format!("{position}, {subject}: {detail}"),
         })
     };
     let false_about = |detail| finding(FindingKind::FalseMessage, claim.order_id, detail);
     let (Some(user_id), Some(amount), Some(row_end)) = (&row.user_id, row.amount, &row.end) else {
         let nothing = match claim.subject {
-            PaymentSettled::SUBJECT => "nothing is decided about the order",
-            _ => "there is no such order",
+            PaymentSettled::SUBJECT => "the order has no decision",
+            _ => "the order does not exist",
         };
         return false_about(nothing.to_owned());
     };
     if (&claim.user_id, claim.amount) != (user_id, amount) {
         return false_about(format!(
-            "says {} of {}, it is {amount} of {user_id}",
+            "message: amount {} of {}; row: amount {amount} of {user_id}",
             claim.amount, claim.user_id
         ));
     }
@@ -403,23 +407,23 @@ fn contradiction(claim: &Claim, row: &Mismatch) -> Option<Finding> {
                 .join(", ")
         };
         return false_about(format!(
-            "says {}, it is {}",
+            "message: {}; row: {}",
             words(end, reason),
             words(row_end, row.reason.as_deref())
         ));
     }
-    // A row without the id of its event is from before such ids were stored.
+    // Rows written before event ids were stored have none.
     match row.event_id {
         Some(event_id) if event_id != claim.event_id => finding(
             FindingKind::ForeignMessage,
             claim.event_id,
-            format!("about order {} that event is {event_id}", claim.order_id),
+            format!("the event of order {} has id {event_id}", claim.order_id),
         ),
         _ => None,
     }
 }
 
-/// Which of these the reader has set aside: they are dead letters, and found as such, or an operator is done with them.
+/// Keys of suspects that are dead letters, which `flow` reports, or that an operator has dropped.
 async fn with_dead_letter(
     source: &Source<'_>,
     suspects: &[Suspect],
@@ -441,7 +445,7 @@ async fn with_dead_letter(
     Ok(found.into_iter().map(|key| key.message_key).collect())
 }
 
-/// What was found, each thing once, however often a stream repeats it.
+/// Findings without repetitions, however often a stream repeats a message.
 #[derive(Default)]
 struct StreamFindings(BTreeMap<FindingKind, BTreeMap<String, Finding>>);
 
@@ -449,7 +453,7 @@ impl StreamFindings {
     fn add(&mut self, findings: impl Iterator<Item = Finding>) {
         for finding in findings {
             let of_kind = self.0.entry(finding.kind).or_default();
-            // In the order of the stream, so that a second look sees the same ones.
+            // In stream order, so that a second pass returns the same findings.
             if of_kind.len() <= FINDINGS_MAX {
                 of_kind.entry(finding.id.clone()).or_insert(finding);
             }
@@ -461,7 +465,7 @@ impl StreamFindings {
             let mut findings: Vec<Finding> = mem::take(&mut of_kind).into_values().collect();
             if findings.len() > FINDINGS_MAX {
                 findings.truncate(FINDINGS_MAX);
-                let detail = format!("only the first {FINDINGS_MAX} are named");
+                let detail = format!("only the first {FINDINGS_MAX} are listed");
                 findings.push(Finding {
                     kind,
                     id: TRUNCATED_ID.to_owned(),

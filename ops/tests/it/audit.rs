@@ -1,4 +1,4 @@
-//! Faults planted in copies of the databases of a shop that was in order.
+//! Faults planted in copies of healthy databases.
 
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,7 @@ const WITHOUT_GRACE: Options = Options {
     late_after: Duration::from_secs(3600),
 };
 
-/// A shop with 30 orders of three users, two thirds of them paid.
+/// 30 orders of three users; two thirds of them are paid.
 async fn shop_with_30_orders() -> TestStack {
     let stack = TestStack::start().await.unwrap();
     let http = Http::new(stack.system.address("gateway"));
@@ -84,7 +84,7 @@ fn kinds(report: &Report) -> Vec<FindingKind> {
     report.findings.iter().map(|finding| finding.kind).collect()
 }
 
-/// What is done to which database, which kind must be named, and a query in that database for the id it must name.
+/// A change to one database, and the kind and id that the audit must report. `id` is a query.
 struct Fault {
     payments: bool,
     planted: &'static str,
@@ -196,7 +196,7 @@ const FAULTS: [Fault; 22] = [
 ];
 
 #[tokio::test]
-async fn every_planted_fault_is_named_and_a_shop_in_order_is_clean() {
+async fn every_planted_fault_is_reported_and_a_healthy_system_has_none() {
     let mut stack = shop_with_30_orders().await;
     let report = audit(
         &databases(&stack, "orders", "payments").await,
@@ -204,7 +204,11 @@ async fn every_planted_fault_is_named_and_a_shop_in_order_is_clean() {
     )
     .await
     .unwrap();
-    assert_eq!(report.findings, [], "the shop is in order, and alive");
+    assert_eq!(
+        report.findings,
+        [],
+        "a healthy, running system has no findings"
+    );
     assert_eq!(
         (
             report.orders,
@@ -215,7 +219,7 @@ async fn every_planted_fault_is_named_and_a_shop_in_order_is_clean() {
         (30, 30, 3, 6 + 18)
     );
 
-    // Copies need a database that nobody uses.
+    // PostgreSQL copies a database only while nobody is connected to it.
     for name in ["gateway", "orders", "payments"] {
         stack.system.stop(name).await.unwrap();
     }
@@ -237,7 +241,7 @@ async fn every_planted_fault_is_named_and_a_shop_in_order_is_clean() {
             &copies.orders
         };
         let id = text(broken, fault.id).await;
-        // Triggers off: this is what a mistake or a thief with the keys would do.
+        // Triggers and foreign keys are off, as for a superuser who makes a mistake.
         let planted = format!(
             "SET session_replication_role = replica; {}",
             fault.planted.replace("$id", &format!("'{id}'"))
@@ -262,8 +266,9 @@ async fn every_planted_fault_is_named_and_a_shop_in_order_is_clean() {
 }
 
 #[tokio::test]
-async fn what_is_only_under_way_is_no_finding() {
-    // A decision is there before its order says so: seen at the wrong moment it summaries wrong, seen again it does not.
+async fn work_in_progress_is_no_finding() {
+    // A decision exists before its order is final. The first pass may see that, the second does
+    // not.
     let stack = shop_with_30_orders().await;
     let live = databases(&stack, "orders", "payments").await;
     let other = stack.system.postgres().connect("orders").await.unwrap();
@@ -287,18 +292,18 @@ async fn what_is_only_under_way_is_no_finding() {
     assert_eq!(second.still_standing(&first).findings, []);
 }
 
-/// As many as the broker takes in one batch.
+/// The largest atomic batch that the broker accepts.
 const BATCH: u64 = 1000;
-/// About so many of the orders there are messages: all of them where the code is as quick as it is for operators.
+/// A release build, as operators use it, has messages about all orders.
 const MESSAGES_PER_SUBJECT: u64 = if cfg!(debug_assertions) {
     10_000
 } else {
     100_000
 };
-/// What is promised is promised of a release build. A debug build beside other tests only must not get lost.
+/// The promise is for a release build. A debug build, with other tests running, gets more time.
 const AUDITED_WITHIN: Duration = Duration::from_secs(if cfg!(debug_assertions) { 30 } else { 10 });
 
-/// About the orders that the test makes in the databases.
+/// Publishes a message about each order that the test inserts into the databases.
 async fn publish_many(broker: &Broker, subject: &'static str, kind: &str, more: &str) {
     for first in (1..=MESSAGES_PER_SUBJECT).step_by(BATCH as usize) {
         for number in first..first + BATCH {
@@ -344,7 +349,7 @@ async fn a_hundred_thousand_orders_are_checked_in_seconds() {
         stack.system.stop(name).await.unwrap();
     }
     let live = databases(&stack, "orders", "payments").await;
-    // The same order of one rich user a hundred thousand times; ids that agree between the databases.
+    // A hundred thousand equal orders of one user, with the same ids in both databases.
     let id = "('00000000-0000-7000-8000-' || lpad(to_hex(n), 12, '0'))::uuid";
     let published = format!(
         "INSERT INTO outbox (event_id, n, subject, headers, payload, attempts, created_at, published_at, stream_sequence)
@@ -415,7 +420,7 @@ async fn a_hundred_thousand_orders_are_checked_in_seconds() {
         begun.elapsed()
     );
 
-    // More findings of one kind than anyone reads: the first are named, and that there are more.
+    // With very many findings of one kind, the first are listed and one says that there are more.
     live.payments
         .execute_unprepared(
             "ALTER TABLE transfers DROP CONSTRAINT transfers_check; SET session_replication_role = replica; UPDATE transfers SET debit_account = 'user:mallory' WHERE user_id = 'rich'",

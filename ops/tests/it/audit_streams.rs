@@ -1,4 +1,4 @@
-//! Faults planted in the streams of a shop that was in order.
+//! Faults planted in the streams of a healthy system.
 
 use std::process::{Command, Output};
 
@@ -28,7 +28,8 @@ impl TestShop {
             .unwrap()
     }
 
-    /// Somebody with the keys to the broker says something. None for the event id: an id that no event has.
+    /// Publishes as somebody who has the broker's credentials. Without `event_id`, a new id is
+    /// used; with an empty one, the message has no headers.
     async fn publish_forged(
         &self,
         (subject, kind): (&'static str, &str),
@@ -57,7 +58,8 @@ impl TestShop {
         sent.unwrap().await.unwrap().sequence
     }
 
-    /// Places orders until they are final and everything about them is published: three are paid, the rest are declined.
+    /// Places orders, waits until they are final and all their events are published. The money is
+    /// enough for three; the others are declined.
     async fn place_orders(&self, number: usize) -> Vec<Value> {
         let mut orders = Vec::new();
         for _ in 0..number {
@@ -128,7 +130,8 @@ struct Planter<'a> {
 }
 
 impl Planter<'_> {
-    /// Says something, which must be named: by its place if there is no id, with these words, and nothing else with it.
+    /// Publishes a message that the audit must report: under `id`, or under its position in the
+    /// stream, with these words, and without any other new finding.
     async fn plant(
         &mut self,
         kind: FindingKind,
@@ -160,21 +163,21 @@ impl Planter<'_> {
         assert_eq!(
             report.findings.len(),
             self.planted.len(),
-            "and nothing else: {:?}",
+            "there are other findings: {:?}",
             report.findings
         );
     }
 }
 
 #[tokio::test]
-async fn every_fault_planted_in_a_stream_is_named_and_what_is_set_aside_is_no_news() {
+async fn every_fault_planted_in_a_stream_is_reported_once() {
     let mut shop = TestShop::start().await;
     let orders = shop.place_orders(13).await;
     let report = shop.audit().await;
     assert_eq!(
         (&report.findings, &report.not_looked_at),
         (&vec![], &vec![]),
-        "the shop is in order, and alive"
+        "a healthy, running system has no findings"
     );
     assert_eq!(report.messages, 39);
     let healthy = shop.stack.system.nats().url();
@@ -189,7 +192,7 @@ async fn every_fault_planted_in_a_stream_is_named_and_what_is_set_aside_is_no_ne
         body[field] = value;
         body
     };
-    // What the services read, and would set aside if they were there.
+    // Messages that the services read. They would become dead letters, but the services are down.
     let mut planter = Planter {
         shop: &shop,
         planted: Vec::new(),
@@ -199,7 +202,7 @@ async fn every_fault_planted_in_a_stream_is_named_and_what_is_set_aside_is_no_ne
         .plant(
             FalseMessage,
             Some(UNKNOWN_ORDER),
-            "nothing is decided",
+            "the order has no decision",
             SETTLED,
             None,
             body_about(&nobody, &paid),
@@ -214,31 +217,31 @@ async fn every_fault_planted_in_a_stream_is_named_and_what_is_set_aside_is_no_ne
         ),
         (
             1,
-            "says 31",
+            "message: amount 31",
             SETTLED,
             with(body_about(&orders[1], &paid), "amount", json!(31)),
         ),
         (
             2,
-            "says declined, insufficient_funds, it is paid",
+            "message: declined, insufficient_funds; row: paid",
             SETTLED,
             body_about(&orders[2], &refused("insufficient_funds")),
         ),
         (
             3,
-            "says declined, no_account",
+            "message: declined, no_account",
             SETTLED,
             body_about(&orders[3], &refused("no_account")),
         ),
         (
             4,
-            "says paid, it is declined",
+            "message: paid; row: declined",
             SETTLED,
             body_about(&orders[4], &paid),
         ),
         (
             5,
-            "says 29",
+            "message: amount 29",
             PLACED,
             with(body_about(&orders[5], &json!({})), "amount", json!(29)),
         ),
@@ -270,7 +273,7 @@ async fn every_fault_planted_in_a_stream_is_named_and_what_is_set_aside_is_no_ne
         .plant(
             UnreadableMessage,
             None,
-            "not a valid",
+            "not a valid gozon.order.placed.v1",
             PLACED,
             None,
             json!({ "order_id": another }),
@@ -278,12 +281,12 @@ async fn every_fault_planted_in_a_stream_is_named_and_what_is_set_aside_is_no_ne
         .await;
     let read_by_services = planter.planted.len();
 
-    // What nobody reads who could set it aside, or what changes nothing.
+    // Messages that no service reads, and messages that have no effect.
     planter
         .plant(
             FalseMessage,
             Some(another),
-            "there is no such order",
+            "the order does not exist",
             FINISHED,
             None,
             body_about(&unknown, &json!({})),
@@ -292,13 +295,13 @@ async fn every_fault_planted_in_a_stream_is_named_and_what_is_set_aside_is_no_ne
     for (number, words, what, body) in [
         (
             6,
-            "says FINISHED, it is CANCELLED",
+            "message: FINISHED; row: CANCELLED",
             FINISHED,
             body_about(&orders[6], &json!({})),
         ),
         (
             7,
-            "says CANCELLED, no_account",
+            "message: CANCELLED, no_account",
             CANCELLED,
             body_about(&orders[7], &json!({ "reason": "no_account" })),
         ),
@@ -338,7 +341,8 @@ async fn every_fault_planted_in_a_stream_is_named_and_what_is_set_aside_is_no_ne
     let words = String::from_utf8_lossy(&output.stdout).into_owned();
     assert_eq!(output.status.code(), Some(1), "{words}");
     assert!(
-        words.contains("against 54 messages in the streams") && words.contains("false_message"),
+        words.contains("compared with 54 messages in the streams")
+            && words.contains("false_message"),
         "{words}"
     );
     assert_eq!(
@@ -346,7 +350,7 @@ async fn every_fault_planted_in_a_stream_is_named_and_what_is_set_aside_is_no_ne
         Some(0)
     );
 
-    // The services take what they read: the dead letters are named, and not their messages as well.
+    // The services quarantine what they read. Now the audit reports only the dead letters.
     for name in ["orders", "payments"] {
         shop.stack.system.start(name).await.unwrap();
     }
@@ -364,7 +368,8 @@ async fn every_fault_planted_in_a_stream_is_named_and_what_is_set_aside_is_no_ne
     let mut found = kinds_and_ids(&shop.audit().await);
     found.sort();
     assert_eq!(found, expected);
-    // Sent again, they come back; dropped, they are done with, although both messages of each stay in the stream.
+    // Replayed, they come back. Dropped, they are no findings, although the messages stay in the
+    // stream.
     for letter in &letters {
         shop.replay(letter).await;
     }
@@ -386,7 +391,7 @@ async fn every_fault_planted_in_a_stream_is_named_and_what_is_set_aside_is_no_ne
 }
 
 #[tokio::test]
-async fn an_order_that_only_the_stream_knows_is_named() {
+async fn an_order_that_exists_only_in_the_stream_is_reported() {
     let mut shop = TestShop::start().await;
     shop.place_orders(1).await;
     shop.stack.system.stop("payments").await.unwrap();
@@ -399,14 +404,16 @@ async fn an_order_that_only_the_stream_knows_is_named() {
         [(FindingKind::FalseMessage, UNKNOWN_ORDER.to_owned())]
     );
     assert!(
-        report.findings[0].detail.contains("there is no such order"),
+        report.findings[0]
+            .detail
+            .contains("the order does not exist"),
         "{:?}",
         report.findings
     );
 }
 
 #[tokio::test]
-async fn without_the_broker_or_its_streams_the_audit_goes_on_and_says_so() {
+async fn without_the_broker_or_its_streams_the_audit_continues_and_says_so() {
     let mut shop = TestShop::start().await;
     shop.place_orders(1).await;
     let url = shop.stack.system.nats().url();
@@ -428,8 +435,8 @@ async fn without_the_broker_or_its_streams_the_audit_goes_on_and_says_so() {
         .unwrap();
     let words = String::from_utf8(shop.gozon_audit(&[], &url).stdout).unwrap();
     assert!(
-        words.contains("against 2 messages")
-            && words.contains("not looked at: stream PAYMENTS: it does not exist"),
+        words.contains("compared with 2 messages")
+            && words.contains("not checked: stream PAYMENTS: it does not exist"),
         "{words}"
     );
 
@@ -438,8 +445,7 @@ async fn without_the_broker_or_its_streams_the_audit_goes_on_and_says_so() {
     let words = String::from_utf8(away.stdout).unwrap();
     assert_eq!(away.status.code(), Some(0), "{words}");
     assert!(
-        words.contains("not looked at: the streams: NATS cannot be reached")
-            && words.contains("fits together"),
+        words.contains("not checked: the streams: NATS at ") && words.contains("fits together"),
         "{words}"
     );
     let words = String::from_utf8(shop.gozon_audit(&["--no-streams"], &url).stdout).unwrap();

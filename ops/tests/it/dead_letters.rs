@@ -1,4 +1,4 @@
-//! Dead letters: foreseen, sent again, taken away.
+//! Dead letters are shown, replayed with and without effect, and dropped.
 
 use messaging::{ReplayOutcome, TopologySettings};
 use ops::audit::FindingKind;
@@ -48,7 +48,7 @@ async fn f51_what_could_not_be_applied_is_applied_by_a_replay_once() {
         [FindingKind::Quarantined, FindingKind::DeadLetter]
     );
 
-    // While the bug is there, a replay comes back.
+    // While the bug exists, a replayed dead letter comes back.
     shop.replay(&letter).await;
     let back = shop
         .letter(|letter| letter.waits && letter.replays == 1)
@@ -58,11 +58,11 @@ async fn f51_what_could_not_be_applied_is_applied_by_a_replay_once() {
         "{back:?}"
     );
 
-    // Mended.
+    // The bug is fixed.
     execute("DROP TRIGGER refuse ON payments").await;
-    let foreseen = shop.dry_run(&back).await;
+    let dry_run = shop.dry_run(&back).await;
     assert_eq!(
-        foreseen,
+        dry_run,
         (ReplayOutcome::Applied, "The order is paid.".to_owned())
     );
     assert_eq!(shop.balance().await, 100, "a dry run changes nothing");
@@ -78,16 +78,16 @@ async fn f51_what_could_not_be_applied_is_applied_by_a_replay_once() {
     assert_eq!(
         shop.findings().await,
         [],
-        "a dead letter that was dealt with is no finding"
+        "a resolved dead letter is no finding"
     );
 
-    // Replayed by mistake: recognised, without effect.
-    let (foreseen, _) = shop.dry_run(&done).await;
-    assert_eq!(foreseen, ReplayOutcome::NothingToDo);
+    // Replayed once more by mistake: it is a duplicate and has no effect.
+    let (outcome, _) = shop.dry_run(&done).await;
+    assert_eq!(outcome, ReplayOutcome::NothingToDo);
     shop.replay(&done).await;
-    let taken = "SELECT sum(repeats)::bigint FROM inbox";
-    eventually("it is taken", SOON, async || {
-        let statement = sea_orm::Statement::from_string(sea_orm::DbBackend::Postgres, taken);
+    let repeats = "SELECT sum(repeats)::bigint FROM inbox";
+    eventually("the duplicate is recorded", SOON, async || {
+        let statement = sea_orm::Statement::from_string(sea_orm::DbBackend::Postgres, repeats);
         let repeats: Option<i64> = shop
             .databases
             .payments
@@ -113,7 +113,7 @@ async fn f51_what_could_not_be_applied_is_applied_by_a_replay_once() {
 }
 
 #[tokio::test]
-async fn what_contradicts_comes_back_however_often_it_is_sent() {
+async fn a_contradicting_message_comes_back_after_each_replay() {
     let mut shop = TestShop::start().await;
     let id = shop.place().await;
     eventually("the order is paid", SOON, async || {
@@ -121,7 +121,7 @@ async fn what_contradicts_comes_back_however_often_it_is_sent() {
     })
     .await;
 
-    // Somebody with the keys to the broker says the order for another amount.
+    // Somebody with the broker's credentials publishes the order with another amount.
     let mut headers = async_nats::HeaderMap::new();
     for (name, value) in [
         ("ce-specversion", "1.0"),
@@ -161,17 +161,17 @@ async fn what_contradicts_comes_back_however_often_it_is_sent() {
 }
 
 #[tokio::test]
-async fn a_dry_run_tells_another_reason_from_a_repetition() {
+async fn a_dry_run_reports_an_answer_with_another_reason_as_a_contradiction() {
     let mut shop = TestShop::start().await;
     let declined = loop {
         let id = shop.place().await;
-        let ended = eventually("it ends", SOON, async || {
+        let order = eventually("the order is final", SOON, async || {
             let order = shop.order(&id).await;
             (order["status"] != "NEW").then_some(order)
         })
         .await;
-        if ended["status"] == "CANCELLED" {
-            break ended;
+        if order["status"] == "CANCELLED" {
+            break order;
         }
     };
     let settled = PaymentSettled {
@@ -207,11 +207,11 @@ async fn a_dry_run_tells_another_reason_from_a_repetition() {
 }
 
 #[tokio::test]
-async fn the_topology_is_seen_and_mended() {
+async fn a_changed_stream_is_reported_and_corrected() {
     let shop = TestShop::start().await;
     let settings = TopologySettings::default();
     let jetstream = shop.broker.jetstream();
-    let seen = async |apply| {
+    let check = async |apply| {
         let items = topology::check(jetstream, &settings, apply).await.unwrap();
         items
             .into_iter()
@@ -225,30 +225,33 @@ async fn the_topology_is_seen_and_mended() {
         "consumer payments-order-placed",
         "consumer orders-payment-settled",
     ];
-    let in_order: Vec<_> = names
+    let expected: Vec<_> = names
         .map(|name| (name.to_owned(), true, Vec::<String>::new()))
         .to_vec();
-    eventually("all is there", SOON, async || {
-        (seen(Apply::CheckOnly).await == in_order).then_some(())
+    eventually("the topology exists", SOON, async || {
+        (check(Apply::CheckOnly).await == expected).then_some(())
     })
     .await;
 
     let mut config = orders::STREAMS[0].config(&settings);
     config.max_bytes = 1_000_000;
     jetstream.update_stream(config).await.unwrap();
-    let drifted = seen(Apply::CheckOnly).await;
+    let drifted = check(Apply::CheckOnly).await;
     assert_eq!(drifted[0].2, ["max_bytes is 1000000, not 1073741824"]);
-    let mended = topology::check(jetstream, &settings, Apply::Grow)
+    let corrected = topology::check(jetstream, &settings, Apply::Grow)
         .await
         .unwrap();
-    assert_eq!(mended[0].changed, ["max_bytes is 1000000, not 1073741824"]);
-    assert!(
-        mended[1..].iter().all(|item| item.changed.is_empty()),
-        "{mended:?}"
+    assert_eq!(
+        corrected[0].changed,
+        ["max_bytes is 1000000, not 1073741824"]
     );
-    assert_eq!(seen(Apply::CheckOnly).await, in_order);
+    assert!(
+        corrected[1..].iter().all(|item| item.changed.is_empty()),
+        "{corrected:?}"
+    );
+    assert_eq!(check(Apply::CheckOnly).await, expected);
 
-    // Told less than the services were: nothing is taken away, unless that is meant.
+    // With a smaller limit than the services have, nothing is changed without --shrink.
     let smaller = TopologySettings {
         stream_max_bytes: 1_000_000,
         ..settings.clone()
@@ -258,25 +261,25 @@ async fn the_topology_is_seen_and_mended() {
         .unwrap_err()
         .to_string();
     assert!(
-        refused.contains("stream ORDERS has 1073741824 bytes") && refused.contains("--shrink"),
+        refused.contains("stream ORDERS has max_bytes 1073741824") && refused.contains("--shrink"),
         "{refused}"
     );
-    assert_eq!(seen(Apply::CheckOnly).await, in_order);
+    assert_eq!(check(Apply::CheckOnly).await, expected);
     topology::check(jetstream, &smaller, Apply::Shrink)
         .await
         .unwrap();
-    assert_eq!(seen(Apply::CheckOnly).await[0].2, drifted[0].2);
+    assert_eq!(check(Apply::CheckOnly).await[0].2, drifted[0].2);
 }
 
 #[tokio::test]
-async fn an_order_is_shown_with_everything_about_it() {
+async fn an_order_is_shown_with_all_its_rows() {
     let shop = TestShop::start().await;
     let id = shop.place().await;
     eventually("the order is paid", SOON, async || {
         (shop.order(&id).await["status"] == "FINISHED").then_some(())
     })
     .await;
-    let shown = eventually("everything is published", SOON, async || {
+    let shown = eventually("all events are published", SOON, async || {
         let shown = ops::order::find(&shop.databases, id.parse().unwrap())
             .await
             .unwrap();
@@ -300,7 +303,7 @@ async fn an_order_is_shown_with_everything_about_it() {
     assert_eq!(
         shown.as_object().unwrap().len(),
         9,
-        "all of which `gozon order` shows"
+        "`gozon order` shows nine tables"
     );
     assert!(
         ops::order::find(&shop.databases, uuid::Uuid::nil())

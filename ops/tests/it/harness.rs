@@ -1,4 +1,4 @@
-//! An operator's shop: a running shop with one customer, its databases and its broker.
+//! A running system with one customer, and an operator's access to its databases and broker.
 
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ pub(crate) struct TestShop {
     pub(crate) broker: Broker,
 }
 
-/// The operator at the broker.
+/// Connects to the broker as user `ops`.
 pub(crate) async fn operator(stack: &TestStack) -> Broker {
     let password = stack.system.place().secrets.nats_ops.clone();
     let config = BrokerConfig {

@@ -1,4 +1,4 @@
-//! Faults planted in what a client recorded, and in what is there.
+//! Faults planted in a client's history, and in the databases.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ const WITHOUT_GRACE: Options = Options {
     late_after: Duration::from_secs(3600),
 };
 
-/// A client that writes down what it sees.
+/// A client that records its exchanges.
 struct Client {
     http: Http,
     begun: Instant,
@@ -56,7 +56,8 @@ impl Client {
     }
 }
 
-/// A lost answer and its repetition, a refused twin, a request without a key, a refusal, reads before and after.
+/// A lost answer and its retry, different content under a used key, a request without a key, a
+/// refused request, and reads before and after.
 async fn shopping(stack: &TestStack) -> Vec<Exchange> {
     let mut client = Client {
         http: Http::new(stack.system.address("gateway")),
@@ -94,7 +95,7 @@ async fn shopping(stack: &TestStack) -> Vec<Exchange> {
         )
         .await;
     let lamp = client.post("/v1/orders", "lamp", order(70)).await;
-    // The first answer was lost on its way: only the repetition said anything.
+    // The first answer was lost: only the retry was answered.
     client.post("/v1/orders", "lost", order(20)).await;
     let lost = client.seen.last_mut().unwrap();
     (lost.status, lost.answer) = (None, String::new());
@@ -126,7 +127,7 @@ async fn shopping(stack: &TestStack) -> Vec<Exchange> {
     );
     client.get("/v1/orders?user_id=alice").await;
     client.get("/v1/accounts/alice").await;
-    // A client that sent something and never heard of it again: it may have been done or not.
+    // A request without an answer: it may have been done or not.
     client.post("/v1/orders", "gone", order(1)).await;
     let gone = client.seen.last_mut().unwrap();
     (gone.status, gone.answer) = (None, String::new());
@@ -155,13 +156,13 @@ fn last_of<'a>(seen: &'a mut [Exchange], key: &str) -> &'a mut Exchange {
         .unwrap()
 }
 
-/// What is planted in what the client saw, and what must be named.
+/// Changes to the history, and what the audit must report.
 type Planted = (FindingKind, &'static str, fn(&mut Vec<Exchange>));
 
 const IN_HISTORIES: [Planted; 14] = [
     (
         FindingKind::Lost,
-        "answered with 201, and never made",
+        "answered with 201, but not stored",
         |seen| {
             let mut another = of(seen, "lamp").clone();
             another.key = Some("never".to_owned());
@@ -170,7 +171,7 @@ const IN_HISTORIES: [Planted; 14] = [
     ),
     (
         FindingKind::Lost,
-        "read as absent after it was there",
+        "read as absent after it was confirmed",
         |seen| {
             let mut read = seen.iter().find(|one| one.method == "GET").unwrap().clone();
             (read.status, read.answer) = (Some(404), String::new());
@@ -179,7 +180,7 @@ const IN_HISTORIES: [Planted; 14] = [
     ),
     (
         FindingKind::Lost,
-        "a request without a key, answered with 201, and never made",
+        "a request without a key, answered with 201, but not stored",
         |seen| {
             let mut another = seen
                 .iter()
@@ -192,29 +193,29 @@ const IN_HISTORIES: [Planted; 14] = [
     ),
     (
         FindingKind::Unexpected,
-        "an order for which nobody asked",
+        "an order that no request explains",
         |seen| seen.retain(|one| one.key.as_deref() != Some("gone")),
     ),
     (
         FindingKind::Unexpected,
-        "a deposit for which nobody asked",
+        "a deposit that no request explains",
         |seen| seen.retain(|one| one.key.as_deref() != Some("money")),
     ),
     (
         FindingKind::Unexpected,
-        "an order with a content for which nobody asked",
+        "an order whose content no request had",
         |seen| of(seen, "gone").body["amount"] = json!(2),
     ),
     (
         FindingKind::Unexpected,
-        "an order without a key for which nobody asked",
+        "an order without a key that no request explains",
         |seen| {
             seen.retain(|one| one.key.is_some() || one.method == "GET");
         },
     ),
     (
         FindingKind::DoubledKey,
-        "a repetition that says that it was done now",
+        "a repetition that is not marked as replayed",
         |seen| last_of(seen, "money").replayed = false,
     ),
     (
@@ -229,7 +230,7 @@ const IN_HISTORIES: [Planted; 14] = [
     ),
     (
         FindingKind::DeniedButDone,
-        "a refusal of what is there",
+        "a denial of what is stored",
         |seen| {
             let gone = of(seen, "gone");
             (gone.status, gone.answer) = (
@@ -240,7 +241,7 @@ const IN_HISTORIES: [Planted; 14] = [
     ),
     (
         FindingKind::DeniedButDone,
-        "a repetition of what was said not to be done",
+        "a repetition of what was denied",
         |seen| {
             let lost = of(seen, "lost");
             (lost.status, lost.answer) = (
@@ -251,7 +252,7 @@ const IN_HISTORIES: [Planted; 14] = [
     ),
     (
         FindingKind::RepetitionRefused,
-        "the same content refused as another",
+        "the same content refused as different content",
         |seen| {
             let mut repetition = of(seen, "lamp").clone();
             (repetition.status, repetition.answer) = (
@@ -263,7 +264,7 @@ const IN_HISTORIES: [Planted; 14] = [
     ),
     (
         FindingKind::OtherContentApplied,
-        "other content under a key answered with 201",
+        "different content under a used key answered with 201",
         |seen| {
             let answer = of(seen, "lamp").answer.clone();
             let other = seen
@@ -304,7 +305,7 @@ const BACKWARDS: [Planted; 3] = [
     ),
     (
         FindingKind::StatusBackwards,
-        "an order with two ends",
+        "an order with two final states",
         |seen| {
             let mut read = seen
                 .iter()
@@ -317,7 +318,7 @@ const BACKWARDS: [Planted; 3] = [
     ),
     (
         FindingKind::StatusBackwards,
-        "an end that is not the one that is there",
+        "a final state that is not the stored one",
         |seen| {
             for read in seen.iter_mut().filter(|one| one.method == "GET") {
                 read.answer = read.answer.replace("FINISHED", "CANCELLED");
@@ -326,7 +327,7 @@ const BACKWARDS: [Planted; 3] = [
     ),
 ];
 
-/// What is planted in which database.
+/// Changes to a database (true: payments), and what the audit must report.
 const IN_DATABASES: [(bool, FindingKind, &str); 5] = [
     (true, FindingKind::Lost, "DELETE FROM transfers WHERE idempotency_key = 'money'"),
     (false, FindingKind::Lost, "DELETE FROM orders WHERE idempotency_key = 'lamp'"),
@@ -341,7 +342,7 @@ const IN_DATABASES: [(bool, FindingKind, &str); 5] = [
     ),
 ];
 
-/// The exit code of the operator's tool.
+/// Returns the exit code of `gozon audit`.
 fn gozon_audit(stack: &TestStack, history: &History) -> Option<i32> {
     let folder = TemporaryFolder::new().unwrap();
     let file = folder.path().join("history.jsonl");
@@ -367,7 +368,10 @@ fn gozon_audit(stack: &TestStack, history: &History) -> Option<i32> {
         .unwrap();
     let words = String::from_utf8_lossy(&output.stdout);
     assert!(
-        words.contains(&format!("against {} exchanges", history.exchanges.len())),
+        words.contains(&format!(
+            "compared with {} exchanges",
+            history.exchanges.len()
+        )),
         "{words}{output:?}"
     );
     output.status.code()
@@ -381,7 +385,7 @@ async fn databases(stack: &TestStack, orders: &str, payments: &str) -> Databases
     }
 }
 
-fn besides(history: &History) -> CompareWith<'_> {
+fn with_history(history: &History) -> CompareWith<'_> {
     CompareWith {
         history: Some(history),
         streams: None,
@@ -393,17 +397,21 @@ fn kinds(report: &Report) -> Vec<FindingKind> {
 }
 
 #[tokio::test]
-async fn every_fault_planted_in_a_history_or_against_it_is_named_and_an_honest_one_is_clean() {
+async fn every_fault_planted_in_or_against_a_history_is_reported() {
     let mut stack = TestStack::start().await.unwrap();
     let seen = shopping(&stack).await;
     let live = databases(&stack, "orders", "payments").await;
     let honest = History {
         exchanges: seen.clone(),
     };
-    let report = audit_with(&live, Options::default(), besides(&honest))
+    let report = audit_with(&live, Options::default(), with_history(&honest))
         .await
         .unwrap();
-    assert_eq!(report.findings, [], "an honest history of a shop in order");
+    assert_eq!(
+        report.findings,
+        [],
+        "a true history of a healthy system has no findings"
+    );
     assert_eq!(report.exchanges, seen.len() as u64);
 
     assert_eq!(gozon_audit(&stack, &honest), Some(0));
@@ -414,7 +422,7 @@ async fn every_fault_planted_in_a_history_or_against_it_is_named_and_an_honest_o
     for (kind, words, plant) in IN_HISTORIES.into_iter().chain(BACKWARDS) {
         let mut exchanges = seen.clone();
         plant(&mut exchanges);
-        let report = audit_with(&live, WITHOUT_GRACE, besides(&History { exchanges }))
+        let report = audit_with(&live, WITHOUT_GRACE, with_history(&History { exchanges }))
             .await
             .unwrap();
         assert!(
@@ -424,7 +432,7 @@ async fn every_fault_planted_in_a_history_or_against_it_is_named_and_an_honest_o
         );
     }
 
-    // Copies need a database that nobody uses.
+    // PostgreSQL copies a database only while nobody is connected to it.
     live.orders.close().await.unwrap();
     live.payments.close().await.unwrap();
     for name in ["gateway", "orders", "payments"] {
@@ -451,7 +459,7 @@ async fn every_fault_planted_in_a_history_or_against_it_is_named_and_an_honest_o
             ))
             .await
             .unwrap();
-        let report = audit_with(&copies, WITHOUT_GRACE, besides(&honest))
+        let report = audit_with(&copies, WITHOUT_GRACE, with_history(&honest))
             .await
             .unwrap();
         assert!(

@@ -1,6 +1,6 @@
-//! The checker is not blind: every fault that is planted is named.
+//! The audit reports every planted fault, and the tool shows what is stored.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 mod audit;
 mod audit_streams;

@@ -1,4 +1,4 @@
-//! Looking into the streams, and filling them again.
+//! Streams, consumers and messages are shown; old events are published again.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use time::OffsetDateTime;
 
 use crate::harness::{SOON, TestShop};
 
-/// For so long the broker remembers ids.
+/// The broker's duplicate window.
 const WINDOW: Duration = Duration::from_secs(120);
 const FINISHED: &str = "gozon.orders.finished";
 
@@ -36,14 +36,13 @@ impl TestShop {
         .await
     }
 
-    /// The consumers of the services. The gateway has one of its own while it shows live events.
+    /// The consumers of the services, without the gateway's ephemeral one for live events.
     async fn consumers(&self) -> Option<Vec<ConsumerSummary>> {
         let found = consumers(self.broker.jetstream(), None).await.ok()?;
         Some(found.into_iter().filter(|one| one.durable).collect())
     }
 
-    /// How many consumers of ORDERS end with the process that reads with them.
-    async fn passing_consumers(&self) -> usize {
+    async fn ephemeral_consumers(&self) -> usize {
         let found = consumers(self.broker.jetstream(), Some("ORDERS"))
             .await
             .unwrap();
@@ -52,7 +51,7 @@ impl TestShop {
 }
 
 #[tokio::test]
-async fn streams_consumers_and_messages_are_shown_as_they_are() {
+async fn streams_consumers_and_messages_are_shown() {
     let shop = TestShop::start().await;
     let id = shop.paid().await;
     let jetstream = shop.broker.jetstream();
@@ -98,12 +97,12 @@ async fn streams_consumers_and_messages_are_shown_as_they_are() {
         .to_string();
     assert_eq!(
         error,
-        "there is no stream ORDRES, only DLQ, ORDERS, PAYMENTS"
+        "there is no stream ORDRES; the streams are DLQ, ORDERS, PAYMENTS"
     );
 
-    // The one of the gateway's live events.
-    eventually("live events are on", SOON, async || {
-        (shop.passing_consumers().await == 1).then_some(())
+    // The gateway's consumer for live events.
+    eventually("the gateway follows the stream", SOON, async || {
+        (shop.ephemeral_consumers().await == 1).then_some(())
     })
     .await;
     let listed = list(jetstream).await.unwrap().remove(1);
@@ -114,20 +113,20 @@ async fn streams_consumers_and_messages_are_shown_as_they_are() {
         false
     });
     let order = async {
-        // The consumer of `tail` must be there first; nothing else makes another one.
-        eventually("it is followed", SOON, async || {
-            (shop.passing_consumers().await == 2).then_some(())
+        // The consumer of `tail` must exist before the order is placed.
+        eventually("`tail` follows the stream", SOON, async || {
+            (shop.ephemeral_consumers().await == 2).then_some(())
         })
         .await;
         shop.paid().await
     };
-    let (followed_to_its_end, second) = tokio::join!(follow, order);
-    followed_to_its_end.unwrap();
+    let (tail_result, second) = tokio::join!(follow, order);
+    tail_result.unwrap();
     assert_eq!(followed, [second]);
 }
 
 #[tokio::test]
-async fn after_a_wiped_broker_old_events_are_published_again_on_demand_and_change_nothing() {
+async fn after_the_broker_was_wiped_old_events_are_resent_and_change_nothing() {
     let mut shop = TestShop::start().await;
     let began = OffsetDateTime::now_utc() - time::Duration::HOUR;
     let ids = [shop.paid().await, shop.paid().await];
@@ -165,27 +164,33 @@ async fn after_a_wiped_broker_old_events_are_published_again_on_demand_and_chang
         [&ids[0], &ids[1]]
     );
 
-    // Everything, also what the services read: they recognise it.
+    // All subjects, including those that the services read: they recognise duplicates.
     outbox::resend(&shop.databases, began, None, false, WINDOW)
         .await
         .unwrap();
-    eventually("all is published and taken", SOON, async || {
-        let waits = outbox::status(&shop.databases)
-            .await
-            .unwrap()
-            .iter()
-            .any(|outbox| outbox.pending > 0);
-        let taken = shop.consumers().await?;
-        (!waits && taken.len() == 2 && taken.iter().all(|one| (one.lag, one.unacked) == (0, 0)))
+    eventually(
+        "all events are published and acknowledged",
+        SOON,
+        async || {
+            let pending = outbox::status(&shop.databases)
+                .await
+                .unwrap()
+                .iter()
+                .any(|outbox| outbox.pending > 0);
+            let taken = shop.consumers().await?;
+            (!pending
+                && taken.len() == 2
+                && taken.iter().all(|one| (one.lag, one.unacked) == (0, 0)))
             .then_some(())
-    })
+        },
+    )
     .await;
     assert_eq!(shop.balance().await, 40);
     assert_eq!(shop.findings().await, []);
 }
 
 #[tokio::test]
-async fn what_was_pruned_is_not_missed_although_older_rows_were_published_again_since() {
+async fn pruned_rows_are_no_finding_even_if_older_rows_were_resent() {
     let mut shop = TestShop::start().await;
     for _ in 0..2 {
         shop.paid().await;
@@ -194,7 +199,7 @@ async fn what_was_pruned_is_not_missed_although_older_rows_were_published_again_
     for name in ["orders", "payments"] {
         shop.stack.system.stop(name).await.unwrap();
     }
-    // As an operator has them published again: these rows stay for longer than those that were made after them.
+    // As after a resend: these rows are kept longer than rows that were created after them.
     let again = format!(
         "UPDATE outbox SET published_at = now() + interval '1 hour' WHERE subject = '{FINISHED}'"
     );
@@ -220,15 +225,15 @@ async fn what_was_pruned_is_not_missed_although_older_rows_were_published_again_
     }
     assert_eq!(shop.findings().await, []);
 
-    // Of orders since then, none may be missing.
+    // An event of a newer order must not be missing.
     for name in ["orders", "payments"] {
         shop.stack.system.start(name).await.unwrap();
     }
     shop.paid().await;
-    let lost = "DELETE FROM outbox WHERE event_id = (SELECT placed_event_id FROM orders ORDER BY id DESC LIMIT 1)";
+    let delete_event = "DELETE FROM outbox WHERE event_id = (SELECT placed_event_id FROM orders ORDER BY id DESC LIMIT 1)";
     shop.databases
         .orders
-        .execute_unprepared(lost)
+        .execute_unprepared(delete_event)
         .await
         .unwrap();
     assert_eq!(shop.findings().await, [FindingKind::MissingEvent]);
