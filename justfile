@@ -80,67 +80,67 @@ example name='points' *arguments:
     @recipes/example.sh "$@"
 
 # Open psql on the database of orders or payments; more arguments go to psql
-[group('look')]
+[group('inspect')]
 [no-exit-message]
 psql database='orders' *arguments:
     @recipes/psql.sh "$@"
 
 # Check that orders, decisions, debits, balances and messages are consistent; exit code 1 if not
-[group('look')]
+[group('inspect')]
 [no-exit-message]
 audit *arguments:
     @recipes/gozon.sh audit "$@"
 
 # Run the operator's tool; --help lists its commands
-[group('look')]
+[group('inspect')]
 [no-exit-message]
 gozon *arguments:
     @recipes/gozon.sh "${@:---help}"
 
 # List the streams
-[group('look')]
+[group('inspect')]
 [no-exit-message]
 streams *arguments: (nats_cli "stream ls")
     @recipes/gozon.sh streams "$@"
 
 # List the consumers of a stream, with their lag
-[group('look')]
+[group('inspect')]
 [no-exit-message]
 consumers stream='ORDERS' *arguments: (nats_cli "consumer report " + stream)
     @recipes/gozon.sh consumers "$@"
 
 # Show the newest messages of a stream
-[group('look')]
+[group('inspect')]
 [no-exit-message]
 peek stream='ORDERS' count='10' *arguments: (nats_cli "stream view " + stream + " " + count)
     @recipes/gozon.sh peek "$@"
 
 # Follow a stream
-[group('look')]
+[group('inspect')]
 [no-exit-message]
 tail stream='ORDERS' *arguments: (nats_cli "subscribe --stream " + stream + " --new")
     @recipes/gozon.sh tail "$@"
 
 # Show how streams and consumers differ from what this version would create; --apply changes them
-[group('look')]
+[group('inspect')]
 [no-exit-message]
 topology *arguments: (nats_cli "stream info ORDERS")
     @recipes/gozon.sh topology "$@"
 
 # Show what waits to be published; `resend --since TIME` publishes again
-[group('look')]
+[group('inspect')]
 [no-exit-message]
 outbox *arguments: (nats_cli "stream subjects ORDERS")
     @recipes/gozon.sh outbox "$@"
 
 # Show everything that both databases hold about an order
-[group('look')]
+[group('inspect')]
 [no-exit-message]
 trace id *arguments: (nats_cli "stream view ORDERS  (look for ce-subject: " + id + ")")
     @recipes/gozon.sh order "$@"
 
 # Dead letters: ls, show ID, replay [--dry-run] [ID ...], drop ID
-[group('look')]
+[group('inspect')]
 [no-exit-message]
 dlq *arguments: (nats_cli "stream view DLQ")
     @recipes/gozon.sh dlq "${@:-ls}"

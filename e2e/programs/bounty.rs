@@ -1,5 +1,6 @@
-//! `just bounty`: removes one guard after the other and runs the test that covers it. The test must pass with
-//! the guard and fail without it; a test that passes without it proves nothing. Ends with a summary.
+//! `./dev bounty`: removes one guard after the other and runs the test that covers it. The test
+//! must pass with the guard and fail without it; a test that passes without it proves nothing. Ends
+//! with a summary.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -115,7 +116,7 @@ const CAUGHT_BY: [(&str, &str, &str); 20] = [
     ),
 ];
 
-/// Removes one guard after the other; a test must fail each time.
+/// Removes one guard after the other. Each time, the test that covers it must fail.
 #[derive(Parser)]
 struct Arguments {
     /// Only guards whose name contains this.
@@ -131,7 +132,7 @@ fn main() -> anyhow::Result<ExitCode> {
         .collect();
     ensure!(
         !chosen.is_empty(),
-        "no guard is named like {:?}",
+        "no guard has a name that contains {:?}",
         arguments.only
     );
 
@@ -155,7 +156,7 @@ fn main() -> anyhow::Result<ExitCode> {
         );
     }
 
-    println!("\nThe same with one guard removed:");
+    println!("\nEach test with its guard removed:");
     let mut missed = 0;
     for (guard, package, test) in &chosen {
         let run = programs.run(package, test, Some(guard))?;
@@ -191,7 +192,8 @@ struct Run {
     seconds: f32,
 }
 
-/// The integration tests of each package, as `./dev test` builds them: the program, and the folder to run it in.
+/// The integration tests of each package, as `./dev test` builds them: the program, and the folder
+/// to run it in.
 struct Programs(BTreeMap<String, (PathBuf, PathBuf)>);
 
 impl Programs {
@@ -231,8 +233,8 @@ impl Programs {
         Ok(Self(programs))
     }
 
-    /// Runs one test. Anything but one passed or one failed test is an error: a test that did not run proves
-    /// nothing.
+    /// Runs one test. Anything but one passed or one failed test is an error: a test that did not
+    /// run proves nothing.
     fn run(&self, package: &str, test: &str, removed: Option<&str>) -> anyhow::Result<Run> {
         let begun = Instant::now();
         let (program, folder) = self
@@ -251,28 +253,28 @@ impl Programs {
         let output = command
             .output()
             .with_context(|| format!("{} cannot be run", program.display()))?;
-        let said = format!(
+        let text = format!(
             "{}\n{}",
             String::from_utf8_lossy(&output.stdout),
             String::from_utf8_lossy(&output.stderr)
         );
-        let passed = said.contains("test result: ok. 1 passed; 0 failed");
-        let failed = said.contains("test result: FAILED. 0 passed; 1 failed");
+        let passed = text.contains("test result: ok. 1 passed; 0 failed");
+        let failed = text.contains("test result: FAILED. 0 passed; 1 failed");
         ensure!(
             passed != failed && passed == output.status.success(),
-            "{test} did not run:\n{said}"
+            "{test} did not run:\n{text}"
         );
         Ok(Run {
             passed,
-            why: why(&said),
+            why: why(&text),
             seconds: begun.elapsed().as_secs_f32(),
         })
     }
 }
 
 /// The panic message in one line.
-fn why(said: &str) -> String {
-    let message: Vec<&str> = said
+fn why(output: &str) -> String {
+    let message: Vec<&str> = output
         .lines()
         .skip_while(|line| !(line.starts_with("thread '") && line.contains("panicked at")))
         .skip(1)
@@ -294,14 +296,14 @@ mod tests {
     }
 
     #[test]
-    fn every_test_that_must_notice_exists() {
+    fn every_listed_test_exists() {
         let tests = e2e::test_names::all().unwrap();
         for (guard, package, path) in CAUGHT_BY {
             assert!(
                 tests
                     .iter()
                     .any(|test| test.package == package && test.path == path),
-                "{guard} is caught by {package} {path}, and there is no such test"
+                "{guard} is covered by {package} {path}, which does not exist"
             );
         }
     }

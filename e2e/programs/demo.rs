@@ -1,5 +1,6 @@
-//! `just demo`: twenty orders while payments is killed, messages are duplicated and the broker's disk is wiped. Prints
-//! each event as it happens, and at the end the result of an audit of both databases.
+//! `./dev demo`: twenty orders while payments is killed, messages are duplicated and the broker's
+//! disk is wiped. Prints each event as it happens, and at the end the result of an audit of both
+//! databases.
 
 use std::fmt;
 use std::io::{IsTerminal as _, Write as _};
@@ -21,7 +22,7 @@ use uuid::Uuid;
 
 const ORDERS: usize = 20;
 const PRICE: i64 = 100;
-/// There is money for this many of them.
+/// Alice's money is enough for this many of them.
 const AFFORDABLE: i64 = 15;
 /// After this many orders, messages of the first ones are delivered a second time.
 const REPEAT_AFTER: usize = 8;
@@ -39,13 +40,13 @@ const TIMERS: [(&str, &str); 2] = [
 // One thread: the kernel ends the processes of a stack when the thread that started them ends.
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<ExitCode> {
-    let teller = Teller {
+    let printer = Printer {
         begun: Instant::now(),
         colours: std::io::stdout().is_terminal(),
     };
-    teller.title("Twenty orders, and what can go wrong.");
-    teller
-        .say("PostgreSQL, NATS, orders, payments and gateway start, as processes of their own ...");
+    printer.title("Twenty orders, and everything that can go wrong.");
+    printer
+        .say("Starting PostgreSQL, NATS, orders, payments and gateway as separate processes ...");
     let timers = TIMERS
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .to_vec();
@@ -73,8 +74,8 @@ async fn main() -> anyhow::Result<ExitCode> {
         .await?
         .json();
     let money = paid_in["balance"].as_i64().context("a balance")?;
-    teller.say(format!(
-        "Alice has {money}. She orders {ORDERS} times for {PRICE}: there is money for {}.",
+    printer.say(format!(
+        "Alice has {money}. She places {ORDERS} orders of {PRICE} each: her money is enough for {}.",
         money / PRICE
     ));
 
@@ -82,21 +83,21 @@ async fn main() -> anyhow::Result<ExitCode> {
         shop.order().await?;
     }
     shop.until(|final_ones| final_ones == REPEAT_AFTER).await?;
-    teller.orders(&shop, "are paid.");
+    printer.orders(&shop, "are paid.");
 
     let broker = operator(&stack.system).await?;
     repeat(&broker, REPEATED).await?;
     let repeats = "SELECT coalesce(sum(repeats), 0)::bigint FROM inbox WHERE consumer = 'payments-order-placed'";
     until(async || Ok(count(&databases.payments, repeats).await? >= REPEATED as i64))
         .await
-        .context("the repetitions")?;
+        .context("payments has not received the duplicates")?;
     let recognised = count(&databases.payments, repeats).await?;
     let debits = count(&databases.payments, DEBITS).await?;
-    teller.fault(format!(
+    printer.fault(format!(
         "The requests for orders 1 and {REPEATED} are delivered a second time."
     ));
-    teller.say(format!(
-        "Payments recognises {recognised} repetitions. There are still {debits} debits."
+    printer.say(format!(
+        "Payments recognises {recognised} duplicates. There are still {debits} debits."
     ));
 
     while shop.orders.len() < KILL_AT {
@@ -104,32 +105,32 @@ async fn main() -> anyhow::Result<ExitCode> {
     }
     let pid = stack.system.pid("payments").context("payments runs")?;
     stack.system.kill("payments").await?;
-    teller.fault(format!(
-        "Order {KILL_AT} is placed, and in that moment payments is killed: kill -9 {pid}."
+    printer.fault(format!(
+        "Order {KILL_AT} is placed, and payments is killed at that moment: kill -9 {pid}."
     ));
     while shop.orders.len() < ORDERS {
         shop.order().await?;
     }
-    shop.look().await?;
-    teller.orders(
+    shop.refresh().await?;
+    printer.orders(
         &shop,
-        "are taken all the same. Those that are open wait for payments.",
+        "are accepted anyway. The open ones wait for payments.",
     );
 
     let nothing_waits = "SELECT count(*) FROM outbox WHERE published_at IS NULL";
     until(async || Ok(count(&databases.orders, nothing_waits).await? == 0))
         .await
-        .context("the requests are published")?;
-    let held = held(&broker).await?;
+        .context("the requests were not published")?;
+    let stored = stored_messages(&broker).await?;
     drop(broker);
     stack.system.kill("nats").await?;
     stack.system.wipe_nats()?;
-    teller.fault(format!(
-        "The broker is killed and its disk is wiped: {held} messages, acknowledged and gone."
+    printer.fault(format!(
+        "The broker is killed and its disk is wiped: {stored} acknowledged messages are gone."
     ));
     stack.system.start("nats").await?;
     stack.system.start("payments").await?;
-    teller.say("The broker is back, empty. Payments is back. Nobody repairs anything.");
+    printer.say("The broker restarts, empty. Payments restarts. Nobody intervenes.");
 
     shop.until(|final_ones| final_ones == ORDERS).await?;
     let asked_again = count(
@@ -137,13 +138,13 @@ async fn main() -> anyhow::Result<ExitCode> {
         "SELECT count(*) FROM orders WHERE asks > 0",
     )
     .await?;
-    teller.say(format!(
-        "Orders has asked again for {asked_again} orders that stayed NEW."
+    printer.say(format!(
+        "Orders has re-asked for {asked_again} orders that stayed NEW."
     ));
-    teller.orders(&shop, "are final.");
+    printer.orders(&shop, "are final.");
 
     let verdict = audited(&databases, &shop).await?;
-    teller.end(&verdict);
+    printer.summary(&verdict);
     stack.system.stop_all().await?;
     Ok(if verdict.is_good() {
         ExitCode::SUCCESS
@@ -176,7 +177,7 @@ impl Shop {
         Ok(())
     }
 
-    async fn look(&mut self) -> anyhow::Result<()> {
+    async fn refresh(&mut self) -> anyhow::Result<()> {
         for (id, status) in self.orders.iter_mut().filter(|(_, status)| status == "NEW") {
             *status = self.http.get(&format!("/v1/orders/{id}")).await?.json()["status"].clone();
         }
@@ -197,7 +198,7 @@ impl Shop {
     async fn until(&mut self, enough: impl Fn(usize) -> bool) -> anyhow::Result<()> {
         let deadline = Instant::now() + WITHIN;
         loop {
-            self.look().await?;
+            self.refresh().await?;
             if enough(self.final_ones()) {
                 return Ok(());
             }
@@ -212,7 +213,8 @@ impl Shop {
     }
 }
 
-/// Publishes the oldest requests again under new message ids, so that the broker does not deduplicate them.
+/// Publishes the oldest requests again under new message ids, so that the broker does not
+/// deduplicate them.
 async fn repeat(broker: &Broker, messages: u64) -> anyhow::Result<()> {
     let stream = broker.jetstream().get_stream("ORDERS").await?;
     let mut sequence = stream.cached_info().state.first_sequence;
@@ -235,7 +237,7 @@ async fn repeat(broker: &Broker, messages: u64) -> anyhow::Result<()> {
             .await?;
         ensure!(
             !ack.await?.duplicate,
-            "the broker has recognised the repetition"
+            "the broker has dropped the message as a duplicate"
         );
         repeated += 1;
     }
@@ -243,13 +245,13 @@ async fn repeat(broker: &Broker, messages: u64) -> anyhow::Result<()> {
 }
 
 /// The number of messages in the streams.
-async fn held(broker: &Broker) -> anyhow::Result<u64> {
-    let mut held = 0;
+async fn stored_messages(broker: &Broker) -> anyhow::Result<u64> {
+    let mut stored = 0;
     for name in ["ORDERS", "PAYMENTS"] {
         let stream: jetstream::stream::Stream = broker.jetstream().get_stream(name).await?;
-        held += stream.cached_info().state.messages;
+        stored += stream.cached_info().state.messages;
     }
-    Ok(held)
+    Ok(stored)
 }
 
 async fn until(mut check: impl AsyncFnMut() -> anyhow::Result<bool>) -> anyhow::Result<()> {
@@ -354,12 +356,12 @@ impl fmt::Display for Verdict {
 }
 
 /// Prints what happens.
-struct Teller {
+struct Printer {
     begun: Instant,
     colours: bool,
 }
 
-impl Teller {
+impl Printer {
     fn title(&self, words: &str) {
         self.print(&format!("\n{}\n", self.in_colour("1", words)));
     }
@@ -390,7 +392,7 @@ impl Teller {
         self.say(format!("{marks} {} orders {words}", shop.orders.len()));
     }
 
-    fn end(&self, verdict: &Verdict) {
+    fn summary(&self, verdict: &Verdict) {
         let Verdict {
             report,
             debits,
@@ -398,9 +400,9 @@ impl Teller {
             expected_balance,
         } = verdict;
         self.print("");
-        self.print("  The books, read in both databases:");
+        self.print("  Result, read from both databases:");
         self.print(&format!(
-            "    {} orders: {} FINISHED ●, {} CANCELLED ◌ for want of money, {} NEW",
+            "    {} orders: {} FINISHED ●, {} CANCELLED ◌ (insufficient funds), {} NEW",
             report.orders,
             verdict.status("FINISHED"),
             verdict.status("CANCELLED"),
@@ -411,7 +413,7 @@ impl Teller {
             report.decisions
         ));
         self.print(&format!(
-            "    Alice has {balance}, and should have {expected_balance}"
+            "    Alice has {balance}; expected: {expected_balance}"
         ));
         for finding in &report.findings {
             self.print(&self.in_colour(

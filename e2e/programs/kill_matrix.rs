@@ -1,5 +1,6 @@
-//! `just kill-matrix`: at every failpoint the process is killed, made to fail, and frozen, while orders are
-//! placed. After each run every order must be final and the audit must find nothing. Ends with a table.
+//! `./dev kill-matrix`: at every failpoint the process is killed, made to fail, and frozen, while
+//! orders are placed. After each run every order must be final and the audit must find nothing.
+//! Ends with a table.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -15,7 +16,7 @@ use stack::testing::TestStack;
 use tokio::time::Instant;
 
 const ACTIONS: [&str; 3] = ["kill", "error", "pause"];
-/// Short timers, so that healing is quick.
+/// Short timers, so that recovery is quick.
 const ACK_WAIT: Duration = Duration::from_millis(1000);
 const TIMERS: [(&str, &str); 3] = [
     ("GOZON_ACK_WAIT_MS", "1000"),
@@ -66,7 +67,7 @@ async fn main() -> anyhow::Result<ExitCode> {
     });
     ensure!(
         !runs.is_empty(),
-        "no failpoint is named like {:?}",
+        "no failpoint has a name that contains {:?}",
         arguments.only
     );
 
@@ -200,7 +201,8 @@ impl Matrix {
                 "not settled within {WITHIN:?}; failpoint reached: {}",
                 reached()
             );
-            // A process that died is restarted. One that froze is resumed when others have taken over its messages.
+            // A process that died is restarted. One that froze is resumed when others have taken
+            // over its messages.
             if system.ended(service).is_some() {
                 system.spawn(service)?;
             } else if system.is_paused(service) {
@@ -235,7 +237,8 @@ impl Matrix {
         self.audit().await
     }
 
-    /// Restarts the services without failpoints after a failed run, so that the next run does not fail for the same reason.
+    /// Restarts the services without failpoints after a failed run, so that the next run does not
+    /// fail for the same reason.
     async fn recover(&mut self) -> anyhow::Result<()> {
         let system = &mut self.stack.system;
         for service in ["orders", "payments", "gateway"] {
@@ -295,12 +298,12 @@ impl Matrix {
         ensure!(findings.is_empty(), "{}", findings.join("; "));
         ensure!(
             report.not_looked_at.is_empty(),
-            "not looked at: {}",
+            "not checked: {}",
             report.not_looked_at.join("; ")
         );
         ensure!(
             report.orders == self.orders as u64,
-            "{} orders are there, {} were placed",
+            "{} orders are stored, {} were placed",
             report.orders,
             self.orders
         );
@@ -327,7 +330,10 @@ async fn shopping(http: &Http, customer: &str, one: bool) -> anyhow::Result<()> 
     };
     if one {
         let ended = order(30).await?;
-        ensure!(ended["reason"] == "no_account", "it ended as {ended}");
+        ensure!(
+            ended["reason"] == "no_account",
+            "unexpected final state: {ended}"
+        );
         return Ok(());
     }
     until_done(

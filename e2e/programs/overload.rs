@@ -1,8 +1,10 @@
-//! `just overload`: sends five times the orders that the system can take. It must answer quickly, accept what it
-//! can, settle all it accepted, and reach full speed again afterwards. Prints figures; exit code 1 if it did not.
+//! `./dev overload`: sends five times the orders that the system can take. It must answer quickly,
+//! accept what it can, settle all it accepted, and reach full speed again afterwards. Prints
+//! figures; exit code 1 if it did not.
 //!
-//! A load generator on the same machine cannot send five times what the system can take: both share the processors.
-//! So the connection between orders and its database is slowed down, and the database becomes the bottleneck.
+//! A load generator on the same machine cannot send five times what the system can take: both share
+//! the processors. So the connection between orders and its database is slowed down, and the
+//! database becomes the bottleneck.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -25,7 +27,8 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 const CUSTOMERS: usize = 200;
-/// Enough to fill the batches in which orders are stored, and below every limit: this measures the capacity.
+/// Enough customers to fill the batches of orders, but below every limit: this measures the
+/// capacity.
 const WORKERS: usize = 400;
 const MEASURE: Duration = Duration::from_secs(5);
 /// Requests in flight: twice the gateway's limit, and no more connections than it accepts.
@@ -33,16 +36,18 @@ const OPEN_MAX: usize = 1000;
 const COME_AGAIN: Duration = Duration::from_millis(100);
 const TICK: Duration = Duration::from_millis(5);
 const SETTLED_WITHIN: Duration = Duration::from_secs(120);
-/// A client that gets no answer for longer gives up, so nearly every request must be answered before.
+/// A client that gets no answer for longer gives up, so nearly every request must be answered
+/// before.
 const ANSWER_P99_MAX: Duration = Duration::from_secs(3);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 /// The generator must send at least this share of its requests, or the run proves nothing.
 const SENT_SHARE_MIN: f64 = 0.9;
-/// The generator uses part of the machine, so slightly fewer orders may be accepted than without it.
+/// The generator uses part of the machine, so slightly fewer orders may be accepted than without
+/// it.
 const TAKEN_SHARE_MIN: f64 = 0.6;
 const RECOVERED_SHARE_MIN: f64 = 0.7;
 
-/// Sends more orders than the system can take.
+/// Sends more orders than the system can process.
 #[derive(Parser)]
 struct Arguments {
     /// How many times the capacity.
@@ -75,10 +80,10 @@ async fn main() -> anyhow::Result<ExitCode> {
         .enable_all()
         .build()?;
     let port = stack.system.port("postgres")?;
-    let way = network
+    let proxy = network
         .spawn(Proxy::open(Protocol::Postgres, port, Seed::new(1)))
         .await??;
-    stack.system.detour("orders", "postgres", way.port());
+    stack.system.detour("orders", "postgres", proxy.port());
     stack.system.start_all(|_, _| {}).await?;
     let shop = Shop {
         http: Http::new(stack.system.address("gateway")),
@@ -87,35 +92,35 @@ async fn main() -> anyhow::Result<ExitCode> {
     shop.open().await?;
 
     let slow = Duration::from_millis(arguments.slow_ms);
-    way.slow(slow, 0);
+    proxy.slow(slow, 0);
     // The first orders are a warm-up.
     shop.capacity(MEASURE / 2).await?;
     let before = shop.capacity(MEASURE).await?;
     println!(
-        "capacity before      {before:8.0} orders/s, {WORKERS} customers at a time, a slow way to the database"
+        "capacity before      {before:8.0} orders/s, {WORKERS} concurrent customers, slow connection to the database"
     );
 
     let rate = before * arguments.times;
     let seconds = Duration::from_secs(arguments.seconds);
-    let storm = shop.storm(rate, seconds).await;
-    let taken = storm.taken.len() as f64 / arguments.seconds as f64;
-    let sent = storm.sent as f64 / arguments.seconds as f64;
+    let result = shop.open_loop(rate, seconds).await;
+    let taken = result.taken.len() as f64 / arguments.seconds as f64;
+    let sent = result.sent as f64 / arguments.seconds as f64;
     println!(
-        "asked for            {rate:8.0} orders/s for {seconds:?}; {sent:.0} orders/s sent, {OPEN_MAX} at a time at most"
+        "planned              {rate:8.0} orders/s for {seconds:?}; {sent:.0} orders/s sent, at most {OPEN_MAX} in flight"
     );
     println!(
-        "taken                {taken:8.0} orders/s, answered after {}",
-        Quantiles::of(&storm.taken)
+        "accepted             {taken:8.0} orders/s, latency {}",
+        Quantiles::of(&result.taken)
     );
     println!(
-        "told to come again   {:8.0} orders/s, answered after {}",
-        storm.refused.len() as f64 / arguments.seconds as f64,
-        Quantiles::of(&storm.refused)
+        "rejected             {:8.0} orders/s, latency {}",
+        result.refused.len() as f64 / arguments.seconds as f64,
+        Quantiles::of(&result.refused)
     );
-    println!("other answers        {:?}", storm.others);
+    println!("other answers        {:?}", result.others);
 
     // Settling what was accepted is not measured, so the bottleneck is removed.
-    way.heal();
+    proxy.heal();
     let begun = Instant::now();
     let databases = checks::databases(&stack.system).await?;
     let settled = loop {
@@ -126,7 +131,7 @@ async fn main() -> anyhow::Result<ExitCode> {
         }
     };
     println!(
-        "all settled after    {:8.1} s, {} orders",
+        "all final after      {:8.1} s, {} orders",
         begun.elapsed().as_secs_f64(),
         settled.orders
     );
@@ -134,41 +139,46 @@ async fn main() -> anyhow::Result<ExitCode> {
         println!("  {} {} {}", finding.kind, finding.id, finding.detail);
     }
     let taken_in_all = shop.taken.get();
-    way.slow(slow, 0);
+    proxy.slow(slow, 0);
     let after = shop.capacity(MEASURE).await?;
     println!("capacity after       {after:8.0} orders/s");
 
     let mut good = true;
-    let all: Vec<Duration> = storm.taken.iter().chain(&storm.refused).copied().collect();
+    let all: Vec<Duration> = result
+        .taken
+        .iter()
+        .chain(&result.refused)
+        .copied()
+        .collect();
     for (holds, what) in [
         (
             sent >= rate * SENT_SHARE_MIN,
-            "as many came as were to come: else it proves nothing",
+            "the generator sent what was planned; otherwise the run proves nothing",
         ),
-        (!storm.refused.is_empty(), "some were told to come again"),
+        (!result.refused.is_empty(), "some orders were rejected"),
         (
-            storm.others.is_empty(),
-            "everyone is answered with 201, or with 503 or 429, a problem document and Retry-After",
+            result.others.is_empty(),
+            "every answer is 201, or 503 or 429 with a problem document and Retry-After",
         ),
         (
             Quantiles::of(&all).p99 <= ANSWER_P99_MAX,
-            "99 of 100 are answered within 3 s",
+            "p99 of the latency is at most 3 s",
         ),
         (
             taken >= before * TAKEN_SHARE_MIN,
-            "what can be taken is taken: no collapse",
+            "the rate of accepted orders does not collapse",
         ),
         (
             settled.findings.is_empty(),
-            "everything that was taken is settled, and the books are right",
+            "every accepted order is final, and the audit finds nothing",
         ),
         (
             settled.orders == taken_in_all,
-            "exactly the orders that were answered with 201 are there",
+            "exactly the orders answered with 201 are stored",
         ),
         (
             after >= before * RECOVERED_SHARE_MIN,
-            "it is as quick as before",
+            "the capacity is as before",
         ),
     ] {
         println!("{} {what}", if holds { "ok    " } else { "FAILED" });
@@ -189,7 +199,7 @@ struct Shop {
 }
 
 #[derive(Default)]
-struct Storm {
+struct OpenLoopResult {
     sent: usize,
     taken: Vec<Duration>,
     refused: Vec<Duration>,
@@ -218,7 +228,8 @@ impl Shop {
         Ok(())
     }
 
-    /// Orders per second in a closed loop: each customer waits for the answer before the next order.
+    /// Orders per second in a closed loop: each customer waits for the answer before the next
+    /// order.
     async fn capacity(&self, time: Duration) -> anyhow::Result<f64> {
         let begun = Instant::now();
         let taken = Cell::new(0_u64);
@@ -229,12 +240,13 @@ impl Shop {
                 number += WORKERS;
                 match answer {
                     Ok((201, _)) => taken.set(taken.get() + 1),
-                    // A batch took long, or too many connections at once: only full batches matter.
+                    // A batch was slow, or there were too many connections: only full batches
+                    // matter.
                     Ok((503, problem)) if problem["outcome"].is_null() => {
                         tokio::time::sleep(COME_AGAIN).await
                     }
                     other => anyhow::bail!(
-                        "an order was not taken although there is no overload: {other:?}"
+                        "an order was not accepted although there is no overload: {other:?}"
                     ),
                 }
             }
@@ -245,40 +257,40 @@ impl Shop {
             .into_iter()
             .collect::<anyhow::Result<()>>()?;
         let rate = taken.get() as f64 / begun.elapsed().as_secs_f64();
-        ensure!(rate > 0.0, "no order was taken");
+        ensure!(rate > 0.0, "no order was accepted");
         Ok(rate)
     }
 
     /// Orders in an open loop at a fixed rate, up to a number in flight.
-    async fn storm(&self, rate: f64, time: Duration) -> Storm {
-        let storm = RefCell::new(Storm::default());
+    async fn open_loop(&self, rate: f64, time: Duration) -> OpenLoopResult {
+        let result = RefCell::new(OpenLoopResult::default());
         let begun = Instant::now();
         let mut open = FuturesUnordered::new();
         let mut ticks = tokio::time::interval(TICK);
         let note = |(answer, took): (anyhow::Result<(u16, Value)>, Duration)| {
-            let mut storm = storm.borrow_mut();
+            let mut result = result.borrow_mut();
             match answer {
-                Ok((201, _)) => storm.taken.push(took),
+                Ok((201, _)) => result.taken.push(took),
                 Ok((503 | 429, problem))
                     if problem["code"].is_string() && problem["outcome"].is_null() =>
                 {
-                    storm.refused.push(took)
+                    result.refused.push(took)
                 }
                 Ok((status, problem)) => {
                     let what = format!("{status} {} {}", problem["code"], problem["outcome"]);
-                    *storm.others.entry(what).or_default() += 1;
+                    *result.others.entry(what).or_default() += 1;
                 }
-                Err(error) => *storm.others.entry(format!("{error:#}")).or_default() += 1,
+                Err(error) => *result.others.entry(format!("{error:#}")).or_default() += 1,
             }
         };
         while begun.elapsed() < time {
             tokio::select! {
                 _ = ticks.tick() => {
                     let due = (begun.elapsed().as_secs_f64() * rate) as usize;
-                    let sent = storm.borrow().sent;
+                    let sent = result.borrow().sent;
                     let now = due.saturating_sub(sent).min(OPEN_MAX - open.len());
                     open.extend((sent..sent + now).map(|number| self.order(number)));
-                    storm.borrow_mut().sent += now;
+                    result.borrow_mut().sent += now;
                 }
                 Some(answered) = open.next() => note(answered),
             }
@@ -286,7 +298,7 @@ impl Shop {
         while let Some(answered) = open.next().await {
             note(answered);
         }
-        storm.into_inner()
+        result.into_inner()
     }
 
     /// One order under a new key: status, problem if any, and latency.
@@ -351,7 +363,7 @@ impl std::fmt::Display for Quantiles {
         let ms = |time: Duration| time.as_secs_f64() * 1000.0;
         write!(
             f,
-            "p50 {:.0} ms, p99 {:.0} ms, at most {:.0} ms",
+            "p50 {:.0} ms, p99 {:.0} ms, max {:.0} ms",
             ms(self.p50),
             ms(self.p99),
             ms(self.max)

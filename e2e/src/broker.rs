@@ -21,11 +21,11 @@ pub async fn operator(system: &System) -> anyhow::Result<Broker> {
     Ok(broker)
 }
 
-/// Publishes the messages of a stream again under new message ids: the oldest ones, at most `at_most`. Returns how
-/// many.
-pub async fn replay(broker: &Broker, stream: &str, at_most: u64) -> anyhow::Result<u64> {
+/// Publishes the messages of a stream again under new message ids: the oldest ones, at most
+/// `at_most`. Returns how many.
+pub async fn replay_stream(broker: &Broker, stream: &str, at_most: u64) -> anyhow::Result<u64> {
     /// Acks in flight.
-    const TOGETHER: usize = 50;
+    const ACKS_MAX: usize = 50;
     let mut stream = broker.jetstream().get_stream(stream).await?;
     let state = stream.info().await?.state.clone();
     let end = state.last_sequence.min(
@@ -35,7 +35,7 @@ pub async fn replay(broker: &Broker, stream: &str, at_most: u64) -> anyhow::Resu
             .saturating_sub(1),
     );
     let mut acks: Vec<PublishAckFuture> = Vec::new();
-    let mut said = 0;
+    let mut published = 0;
     for sequence in state.first_sequence..=end {
         // Old messages may expire meanwhile.
         let Ok(message) = stream.direct_get(sequence).await else {
@@ -60,8 +60,8 @@ pub async fn replay(broker: &Broker, stream: &str, at_most: u64) -> anyhow::Resu
                 .publish_with_headers(message.subject.clone(), headers, message.payload.clone())
                 .await?,
         );
-        said += 1;
-        if acks.len() == TOGETHER {
+        published += 1;
+        if acks.len() == ACKS_MAX {
             for ack in acks.drain(..) {
                 anyhow::ensure!(
                     !ack.into_future().await?.duplicate,
@@ -76,5 +76,5 @@ pub async fn replay(broker: &Broker, stream: &str, at_most: u64) -> anyhow::Resu
             "a new message id is taken for an old one"
         );
     }
-    Ok(said)
+    Ok(published)
 }

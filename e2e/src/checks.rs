@@ -1,4 +1,4 @@
-//! What is checked at the end of a run: nothing is in progress any more, and the audit.
+//! Checks at the end of a run: nothing is in progress, and the audit finds nothing.
 
 use std::time::Duration;
 
@@ -21,7 +21,8 @@ pub async fn databases(system: &System) -> anyhow::Result<Databases> {
     })
 }
 
-/// Waits until no order is NEW and no outbox row is unpublished. Returns false if that is not so at the deadline.
+/// Waits until no order is NEW and no outbox row is unpublished. Returns false if that is not so at
+/// the deadline.
 pub async fn until_settled(databases: &Databases, deadline: Instant) -> anyhow::Result<bool> {
     let unpublished = "SELECT 1 FROM outbox WHERE published_at IS NULL LIMIT 1";
     loop {
@@ -46,8 +47,8 @@ async fn any(db: &DatabaseConnection, query: &str) -> anyhow::Result<bool> {
         .is_some())
 }
 
-/// Audits the databases of a system in which everything is final: nothing may be late or in progress. Also compares them
-/// with the streams and, if there is one, with the history of what clients were told.
+/// Audits a system in which everything is final: nothing may be late or in progress. Also compares
+/// the databases with the streams and, if given, with the clients' history.
 pub async fn audit_settled(
     system: &System,
     databases: &Databases,

@@ -1,5 +1,5 @@
-//! What the tests of the whole system (`tests/it`) and the programs (`programs`: demo, bench, overload, kill matrix,
-//! bounty, chaos) share.
+//! What the tests of the whole system (`tests/it`) and the programs (`programs`: demo, bench,
+//! overload, kill matrix, bounty, chaos) share.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ pub mod checks;
 pub mod load;
 pub mod test_names;
 
-/// Timers of the services, as short as possible: with the defaults, healing may take 10 minutes.
+/// Timers of the services, as short as possible: with the defaults, recovery may take 10 minutes.
 pub const SHORT_TIMERS: [(&str, &str); 3] = [
     ("GOZON_ACK_WAIT_MS", "1000"),
     ("GOZON_ASK_AGAIN_MS", "2000"),
@@ -23,7 +23,8 @@ pub const SHORT_TIMERS: [(&str, &str); 3] = [
 
 const RETRY_DELAY: Duration = Duration::from_millis(20);
 
-/// Sends a POST with a new key, and retries it as a client should: while the answer is 503, or there is none.
+/// Sends a POST with a new key, and retries it as a client should: while the answer is 503, or
+/// there is none.
 pub async fn until_done(
     http: &Http,
     path: &str,

@@ -1,4 +1,5 @@
-//! Simulated customers: they order, deposit, retry what was not answered, and record every exchange.
+//! Simulated customers: they order, deposit, retry what was not answered, and record every
+//! exchange.
 
 use std::cell::{Cell, RefCell};
 use std::path::Path;
@@ -34,7 +35,7 @@ pub struct Plan {
 
 /// Counts so far.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Seen {
+pub struct Counts {
     /// Orders of which the first request was sent.
     pub orders_begun: u64,
     /// Deposits of which the first request was sent.
@@ -51,18 +52,18 @@ pub struct Seen {
 pub struct Customers {
     http: Http,
     begun: Instant,
-    notebook: RefCell<Vec<Exchange>>,
-    seen: Cell<Seen>,
+    exchanges: RefCell<Vec<Exchange>>,
+    counts: Cell<Counts>,
     /// Orders that were not final when last read.
-    open: RefCell<Vec<String>>,
-    ended: RefCell<Vec<String>>,
+    open_orders: RefCell<Vec<String>>,
+    final_orders: RefCell<Vec<String>>,
     closing: Cell<bool>,
     /// Nothing is retried after this.
     give_up_at: Cell<Option<Instant>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Verdict {
+enum AnswerKind {
     Done,
     Refused,
     Unknown,
@@ -74,21 +75,20 @@ impl Customers {
         Self {
             http: Http::new(front),
             begun: Instant::now(),
-            notebook: RefCell::default(),
-            seen: Cell::default(),
-            open: RefCell::default(),
-            ended: RefCell::default(),
+            exchanges: RefCell::default(),
+            counts: Cell::default(),
+            open_orders: RefCell::default(),
+            final_orders: RefCell::default(),
             closing: Cell::new(false),
             give_up_at: Cell::new(None),
         }
     }
 
-    /// Counts so far.
-    pub fn seen(&self) -> Seen {
-        self.seen.get()
+    pub fn counts(&self) -> Counts {
+        self.counts.get()
     }
 
-    /// Starts no more than what is planned, and stops retrying at `give_up_at`.
+    /// From now on, sends only what is still planned, and stops retrying at `give_up_at`.
     pub fn close(&self, give_up_at: Instant) {
         self.closing.set(true);
         self.give_up_at.set(Some(give_up_at));
@@ -97,7 +97,7 @@ impl Customers {
     /// The record.
     pub fn into_history(self) -> History {
         History {
-            exchanges: self.notebook.into_inner(),
+            exchanges: self.exchanges.into_inner(),
         }
     }
 
@@ -108,8 +108,13 @@ impl Customers {
                 let mut seed = seed.clone();
                 async move {
                     let body = json!({ "user_id": user_id(user) });
-                    self.insist("/v1/accounts", &format!("account-{user}"), &body, &mut seed)
-                        .await;
+                    self.retry_until_done(
+                        "/v1/accounts",
+                        &format!("account-{user}"),
+                        &body,
+                        &mut seed,
+                    )
+                    .await;
                 }
             })
             .await;
@@ -121,31 +126,31 @@ impl Customers {
             .over
             .div_f64((plan.orders + plan.deposits).max(1) as f64);
         let begun = Instant::now();
-        let wishes = (0_u32..).map_while(|number| {
+        let requests = (0_u32..).map_while(|number| {
             let planned = planned.get(usize::try_from(number).ok()?).copied();
             let is_order = planned.or_else(|| {
                 (!self.closing.get()).then(|| seed.below(plan.orders + plan.deposits) < plan.orders)
             })?;
             Some((number, is_order, seed.branch()))
         });
-        stream::iter(wishes)
+        stream::iter(requests)
             .for_each_concurrent(IN_FLIGHT_MAX, |(number, is_order, seed)| async move {
                 tokio::time::sleep_until(begun + each * number).await;
-                self.wish(number, is_order, plan.users, seed).await;
+                self.send_one(number, is_order, plan.users, seed).await;
             })
             .await;
     }
 
-    /// One order or deposit, retried until it is done; sometimes sent twice concurrently, sometimes repeated, sometimes with
-    /// other content.
-    async fn wish(&self, number: u32, is_order: bool, users: u64, mut seed: Seed) {
-        let mut seen = self.seen.get();
+    /// Sends one order or deposit and retries it until it is done. Some requests are sent twice
+    /// concurrently, some are repeated, some are repeated with different content.
+    async fn send_one(&self, number: u32, is_order: bool, users: u64, mut seed: Seed) {
+        let mut counts = self.counts.get();
         *(if is_order {
-            &mut seen.orders_begun
+            &mut counts.orders_begun
         } else {
-            &mut seen.deposits_begun
+            &mut counts.deposits_begun
         }) += 1;
-        self.seen.set(seen);
+        self.counts.set(counts);
         let user = user_id(seed.below(users));
         let key = format!(
             "{}-{number}-{:016x}",
@@ -164,30 +169,30 @@ impl Customers {
                 json!({ "amount": amount + 1 }),
             )
         };
-        let dice = seed.below(100);
-        let done = if dice < 3 {
+        let roll = seed.below(100);
+        let done = if roll < 3 {
             let (mut one, mut twin) = (seed.branch(), seed.branch());
             let done = tokio::join!(
-                self.insist(&path, &key, &body, &mut one),
-                self.insist(&path, &key, &body, &mut twin)
+                self.retry_until_done(&path, &key, &body, &mut one),
+                self.retry_until_done(&path, &key, &body, &mut twin)
             );
             done.0.or(done.1)
         } else {
-            self.insist(&path, &key, &body, &mut seed).await
+            self.retry_until_done(&path, &key, &body, &mut seed).await
         };
         let Some(done) = done else { return };
-        let mut seen = self.seen.get();
+        let mut counts = self.counts.get();
         if is_order {
-            seen.orders += 1;
+            counts.orders += 1;
             let answer: Value = serde_json::from_str(&done.answer).unwrap_or_default();
-            self.open
+            self.open_orders
                 .borrow_mut()
                 .extend(answer["id"].as_str().map(str::to_owned));
         } else {
-            seen.deposits += 1;
+            counts.deposits += 1;
         }
-        self.seen.set(seen);
-        match dice {
+        self.counts.set(counts);
+        match roll {
             3..8 => drop(self.ask("POST", &path, Some(&key), &body).await),
             8..10 => drop(self.ask("POST", &path, Some(&key), &other).await),
             _ => {}
@@ -195,7 +200,7 @@ impl Customers {
     }
 
     /// Retries a POST under its key until it is done or rejected.
-    async fn insist(
+    async fn retry_until_done(
         &self,
         path: &str,
         key: &str,
@@ -205,14 +210,14 @@ impl Customers {
         let mut delay = RETRY_DELAY_MIN;
         loop {
             let exchange = self.ask("POST", path, Some(key), body).await;
-            match verdict(&exchange) {
-                Verdict::Done => return Some(exchange),
-                Verdict::Refused => return None,
-                Verdict::Unknown => {}
+            match answer_kind(&exchange) {
+                AnswerKind::Done => return Some(exchange),
+                AnswerKind::Refused => return None,
+                AnswerKind::Unknown => {}
             }
-            let mut seen = self.seen.get();
-            seen.unknown += 1;
-            self.seen.set(seen);
+            let mut counts = self.counts.get();
+            counts.unknown += 1;
+            self.counts.set(counts);
             if self
                 .give_up_at
                 .get()
@@ -233,11 +238,11 @@ impl Customers {
                 list.get(usize::try_from(number).unwrap_or(0) % list.len().max(1))
                     .cloned()
             };
-            let (dice, number) = (seed.below(10), seed.number());
-            let order = match dice {
+            let (roll, number) = (seed.below(10), seed.number());
+            let order = match roll {
                 0 | 1 => None,
-                2 => pick(&self.ended, number),
-                _ => pick(&self.open, number),
+                2 => pick(&self.final_orders, number),
+                _ => pick(&self.open_orders, number),
             };
             match order {
                 None => drop(
@@ -254,11 +259,11 @@ impl Customers {
                         .ask("GET", &format!("/v1/orders/{id}"), None, &Value::Null)
                         .await;
                     let answer: Value = serde_json::from_str(&read.answer).unwrap_or_default();
-                    if dice > 2
+                    if roll > 2
                         && matches!(answer["status"].as_str(), Some("FINISHED" | "CANCELLED"))
                     {
-                        self.open.borrow_mut().retain(|other| *other != id);
-                        self.ended.borrow_mut().push(id);
+                        self.open_orders.borrow_mut().retain(|other| *other != id);
+                        self.final_orders.borrow_mut().push(id);
                     }
                 }
             }
@@ -266,13 +271,16 @@ impl Customers {
         }
     }
 
-    /// Repeats at most `at_most` POSTs that were done, under their keys, spread evenly over the record.
+    /// Repeats at most `at_most` POSTs that were done, under their keys, spread evenly over the
+    /// record.
     pub async fn repeat(&self, at_most: usize) {
         let done: Vec<Exchange> = self
-            .notebook
+            .exchanges
             .borrow()
             .iter()
-            .filter(|exchange| exchange.method == "POST" && verdict(exchange) == Verdict::Done)
+            .filter(|exchange| {
+                exchange.method == "POST" && answer_kind(exchange) == AnswerKind::Done
+            })
             .cloned()
             .collect();
         let step = done.len().div_ceil(at_most.max(1)).max(1);
@@ -290,7 +298,7 @@ impl Customers {
     }
 
     /// Reads every order and every balance once.
-    pub async fn look_at_everything(&self, users: u64) -> anyhow::Result<()> {
+    pub async fn read_everything(&self, users: u64) -> anyhow::Result<()> {
         let mut cursor = String::new();
         loop {
             let page = self
@@ -349,7 +357,7 @@ impl Customers {
                 .is_some_and(|answer| answer.header("idempotency-replayed") == Some("true")),
             answer: answer.map(|answer| answer.text()).unwrap_or_default(),
         };
-        self.notebook.borrow_mut().push(exchange.clone());
+        self.exchanges.borrow_mut().push(exchange.clone());
         exchange
     }
 }
@@ -368,13 +376,13 @@ fn user_id(number: u64) -> String {
     format!("customer-{number}")
 }
 
-fn verdict(exchange: &Exchange) -> Verdict {
+fn answer_kind(exchange: &Exchange) -> AnswerKind {
     match exchange.status {
-        Some(200..300) => Verdict::Done,
-        // The concurrent twin is still in progress.
-        Some(409) | None => Verdict::Unknown,
-        Some(429) => Verdict::Unknown,
-        Some(400..500) => Verdict::Refused,
-        Some(_) => Verdict::Unknown,
+        Some(200..300) => AnswerKind::Done,
+        // A concurrent request with the same key is in progress.
+        Some(409) | None => AnswerKind::Unknown,
+        Some(429) => AnswerKind::Unknown,
+        Some(400..500) => AnswerKind::Refused,
+        Some(_) => AnswerKind::Unknown,
     }
 }

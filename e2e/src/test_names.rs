@@ -1,4 +1,5 @@
-//! The tests of the repository, read from its sources: documents and the bounty name tests, and those must exist.
+//! Finds all tests in the sources, to check that the tests named in documents and in the bounty
+//! exist.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,17 +9,17 @@ use anyhow::Context as _;
 /// The root of the repository.
 pub const REPOSITORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 
-/// A test function.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Test {
     /// The folder of its package.
     pub package: String,
-    /// Its name in the package's integration tests, such as `placing::bad_input_is_refused`; only its own name elsewhere.
+    /// In integration tests with the module, such as `placing::bad_input_is_refused`; elsewhere
+    /// only the name.
     pub path: String,
 }
 
 impl Test {
-    /// Its own name.
+    /// The name without the module.
     pub fn name(&self) -> &str {
         self.path.rsplit("::").next().unwrap_or(&self.path)
     }

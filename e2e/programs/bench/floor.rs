@@ -1,5 +1,5 @@
-//! What the parts can do at best, measured in the same run: PostgreSQL with one debit a transaction, and the broker with
-//! one PubAck a message.
+//! Baselines, measured in the same run: PostgreSQL with one debit per transaction, and the broker
+//! with one PubAck per message.
 
 use std::fs;
 use std::process::Stdio;
@@ -17,11 +17,11 @@ use stack::System;
 use tokio::process::Command;
 use uuid::Uuid;
 
-/// Messages on their way at once.
+/// Messages in flight.
 const WINDOW: usize = 256;
 const STREAM: &str = "BENCH";
 
-/// The tables that one debit touches, with the keys that payments has on them.
+/// The tables that one debit touches, with the same keys as in payments.
 const TABLES: &str = "
     CREATE TABLE inbox (consumer text, event_id uuid, stream_sequence bigint NOT NULL, delivered integer NOT NULL,
         received_at timestamptz NOT NULL DEFAULT now(), PRIMARY KEY (consumer, event_id));
@@ -42,7 +42,7 @@ INSERT INTO outbox (event_id, n, subject, headers, payload) VALUES (gen_random_u
 COMMIT;
 "#;
 
-/// Makes the floor's own database.
+/// Creates the baseline's own database.
 pub(crate) async fn prepare(system: &System) -> anyhow::Result<()> {
     let password = &system.place().secrets.postgres_payments;
     system.postgres().ensure_database("floor", password).await?;
@@ -56,7 +56,7 @@ pub(crate) async fn prepare(system: &System) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Debits a second with one transaction each, by so many clients.
+/// Debits per second by `clients` clients, one transaction each.
 pub(crate) async fn debits(system: &System, clients: u32, time: Duration) -> anyhow::Result<f64> {
     let folder = system.place().folder();
     let db = system.postgres().connect("floor").await?;
@@ -97,10 +97,10 @@ pub(crate) async fn debits(system: &System, clients: u32, time: Duration) -> any
             .parse()
             .ok()
     });
-    rate.with_context(|| format!("pgbench says no tps:\n{text}"))
+    rate.with_context(|| format!("pgbench printed no tps:\n{text}"))
 }
 
-/// Messages a second that the broker acknowledges, each with an id that it remembers.
+/// Messages per second that the broker acknowledges, each with a message id.
 pub(crate) async fn publishes(system: &System, time: Duration) -> anyhow::Result<f64> {
     let config = BrokerConfig {
         url: system.nats().url(),
@@ -121,7 +121,7 @@ pub(crate) async fn publishes(system: &System, time: Duration) -> anyhow::Result
         .jetstream()
         .get_or_create_stream(config)
         .await
-        .context("the stream of the floor cannot be made")?;
+        .context("the stream of the baseline cannot be created")?;
     let begun = Instant::now();
     let sent = futures_stream::iter(std::iter::repeat_n((), usize::MAX))
         .take_while(|()| std::future::ready(begun.elapsed() < time))
@@ -148,6 +148,6 @@ pub(crate) async fn publishes(system: &System, time: Duration) -> anyhow::Result
         .jetstream()
         .delete_stream(STREAM)
         .await
-        .context("the stream of the floor cannot be removed")?;
+        .context("the stream of the baseline cannot be deleted")?;
     Ok(rate)
 }

@@ -1,4 +1,4 @@
-//! Where the time of an order goes, from what its customer and both databases have noted about its way.
+//! Splits the latency of orders into legs, from timestamps of the client and of both databases.
 
 use std::collections::HashMap;
 
@@ -7,11 +7,11 @@ use sea_orm::{DbBackend, FromQueryResult, Statement};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use crate::load::Waited;
+use crate::load::TimedOrder;
 use crate::report::percentile;
 
-/// The way of an order in the order it goes: from the request, over the three transactions that place, charge and end it,
-/// to the answer.
+/// The legs in order: from the request through the three transactions that place, charge and settle
+/// the order, to the answer.
 pub(crate) const LEGS: [&str; 6] = [
     "sent_to_placing",
     "placing_to_published",
@@ -36,14 +36,14 @@ struct InPayments {
     published_at: OffsetDateTime,
 }
 
-/// Median milliseconds of each leg. The acknowledgement of a message is noted after its reader may have it already, so a
-/// leg that follows one can be shorter than nothing.
+/// Median milliseconds per leg. A publish is recorded when its acknowledgement arrives, and the
+/// consumer may have the message earlier, so the leg that follows a publish can be negative.
 pub(crate) async fn medians(
     databases: &Databases,
-    waited: &[Waited],
+    waited: &[TimedOrder],
 ) -> anyhow::Result<[f64; LEGS.len()]> {
     let ids: Vec<Uuid> = waited.iter().map(|one| one.id).collect();
-    let waited: HashMap<Uuid, &Waited> = waited.iter().map(|one| (one.id, one)).collect();
+    let waited: HashMap<Uuid, &TimedOrder> = waited.iter().map(|one| (one.id, one)).collect();
     let query = "SELECT o.id, o.created_at, b.published_at, e.created_at AS ending_at FROM orders o
                  JOIN outbox b ON b.event_id = o.placed_event_id AND b.n = 0 JOIN outbox e ON e.event_id = o.final_event_id
                  WHERE o.id = ANY($1) AND b.published_at IS NOT NULL";

@@ -1,4 +1,4 @@
-//! Load through the front door, and what the databases say became of it.
+//! Load through the gateway; results are read from the databases.
 
 use std::time::{Duration, Instant};
 
@@ -12,13 +12,13 @@ use time::OffsetDateTime;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-/// Clients that each wait for an answer before they send the next order.
+/// Each client waits for the answer before it sends the next order.
 pub(crate) const CLIENTS: usize = 64;
 pub(crate) const USERS: usize = 1000;
 pub(crate) const SETTLED_WITHIN: Duration = Duration::from_secs(120);
-pub(crate) const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+pub(crate) const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// What a closed loop of clients got done.
+/// The result of a closed loop of clients.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Saturation {
     pub(crate) accepted_per_s: f64,
@@ -26,13 +26,14 @@ pub(crate) struct Saturation {
     pub(crate) orders: u64,
     pub(crate) p50_ms: f64,
     pub(crate) p99_ms: f64,
-    /// Accepted and finished in each second.
+    /// Accepted and finished orders in each second.
     pub(crate) over_time: Vec<(u64, u64)>,
 }
 
-/// As many orders as go in, from `CLIENTS` clients, spread over `users` customers. Ends when all are final.
+/// Places as many orders as possible from `CLIENTS` clients, spread over `users` customers, and
+/// waits until all are final.
 pub(crate) async fn saturate(
-    doors: &[Http],
+    gateways: &[Http],
     orders: &DatabaseConnection,
     users: usize,
     time: Duration,
@@ -40,7 +41,7 @@ pub(crate) async fn saturate(
     let before = newest(orders).await?;
     let begun = Instant::now();
     let clients = (0..CLIENTS).map(async |client| {
-        let http = &doors[client % doors.len()];
+        let http = &gateways[client % gateways.len()];
         let mut number = client;
         while begun.elapsed() < time {
             place(http, &format!("user-{}", number % users)).await?;
@@ -98,7 +99,7 @@ pub(crate) async fn saturate(
     })
 }
 
-/// Places so many orders as fast as they go in, and does not wait for their end.
+/// Places orders as fast as possible, without waiting until they are final.
 pub(crate) async fn place_all(http: &Http, number: usize) -> anyhow::Result<()> {
     let all = stream::iter(0..number)
         .map(async |number| place(http, &format!("user-{}", number % USERS)).await);
@@ -107,38 +108,40 @@ pub(crate) async fn place_all(http: &Http, number: usize) -> anyhow::Result<()> 
         .await
 }
 
-/// An order whose customer waited for its end.
+/// An order whose client waited until it was final.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Waited {
+pub(crate) struct TimedOrder {
     pub(crate) id: Uuid,
-    /// When it was to be sent.
+    /// When it was due to be sent.
     pub(crate) due: OffsetDateTime,
-    /// When the answer was there that it is final.
+    /// When the answer arrived that it is final.
     pub(crate) answered: OffsetDateTime,
 }
 
-impl Waited {
+impl TimedOrder {
     pub(crate) fn milliseconds(&self) -> f64 {
         (self.answered - self.due).as_seconds_f64() * 1000.0
     }
 }
 
-/// So many orders a second, each sent when it is due, however slow the ones before it are, and followed to its end.
+/// Sends orders at a fixed rate, each when it is due, however slow the earlier ones are. Waits
+/// until each is final.
 pub(crate) async fn open_loop(
     http: &Http,
     per_second: u32,
     time: Duration,
-) -> anyhow::Result<Vec<Waited>> {
+) -> anyhow::Result<Vec<TimedOrder>> {
     let number = per_second * u32::try_from(time.as_secs())?;
     let (ticks, mut ticking) = mpsc::unbounded_channel();
-    // A thread of its own keeps time: the runtime's timers are up to a millisecond late, which is nobody's latency.
+    // A separate thread keeps time: the runtime's timers are up to a millisecond late, which would
+    // count as latency.
     let clock = std::thread::spawn(move || {
         let begun = Instant::now();
         for number in 0..number {
             let until_due = begun + Duration::from_secs(1) * number / per_second;
             std::thread::sleep(until_due.saturating_duration_since(Instant::now()));
             let late = until_due.elapsed();
-            // Nobody listens any more once an order has failed.
+            // The receiver is gone once an order has failed.
             if ticks
                 .send((number, OffsetDateTime::now_utc() - late))
                 .is_err()
@@ -153,7 +156,7 @@ pub(crate) async fn open_loop(
             let answer = http.get(&format!("/v1/orders/{id}?wait=30")).await?;
             let answered = OffsetDateTime::now_utc();
             match answer.json()["status"].as_str() {
-                Some("FINISHED") => Ok(Waited {
+                Some("FINISHED") => Ok(TimedOrder {
                     id: id.parse()?,
                     due,
                     answered,
@@ -176,7 +179,7 @@ async fn place(http: &Http, user: &str) -> anyhow::Result<String> {
     let answer = http
         .post("/v1/orders", Some(&Uuid::new_v4().to_string()), &body)
         .await?;
-    // Also a 429 or a 503: turned away orders would make the rest look fast.
+    // 429 and 503 are errors too: rejected orders would make the others look fast.
     anyhow::ensure!(
         answer.status == 201,
         "an order was answered with {}: {}",
@@ -189,7 +192,7 @@ async fn place(http: &Http, user: &str) -> anyhow::Result<String> {
         .context("an order has an id")
 }
 
-/// The newest order there is.
+/// The id of the newest order.
 pub(crate) async fn newest(orders: &DatabaseConnection) -> anyhow::Result<Uuid> {
     let row = orders
         .query_one_raw(Statement::from_string(
@@ -212,7 +215,7 @@ pub(crate) async fn until_settled(orders: &DatabaseConnection) -> anyhow::Result
     .await
 }
 
-/// Waits until a query says true.
+/// Waits until a query returns true.
 pub(crate) async fn until(db: &DatabaseConnection, query: &str) -> anyhow::Result<()> {
     let begun = Instant::now();
     loop {
@@ -220,7 +223,7 @@ pub(crate) async fn until(db: &DatabaseConnection, query: &str) -> anyhow::Resul
             .query_one_raw(Statement::from_string(DbBackend::Postgres, query))
             .await?;
         if row
-            .context("a question has an answer")?
+            .context("the query returns one row")?
             .try_get_by_index::<bool>(0)?
         {
             return Ok(());
@@ -229,6 +232,6 @@ pub(crate) async fn until(db: &DatabaseConnection, query: &str) -> anyhow::Resul
             begun.elapsed() < SETTLED_WITHIN,
             "not within {SETTLED_WITHIN:?}: {query}"
         );
-        tokio::time::sleep(LOOK_INTERVAL).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
 }

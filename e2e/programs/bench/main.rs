@@ -1,7 +1,8 @@
-//! `just bench`: how fast it is, against what the database and the broker can do in the same run.
+//! `./dev bench`: measures the whole system and, in the same run, what database and broker can do
+//! alone.
 //!
-//! Everything that is compared is measured in turns, so that a noisy moment hits all alike; the medians of the runs
-//! count. A run in which an order is turned away, or after which the audit finds anything, is a failed run.
+//! Everything that is compared is measured in turns, so that noise affects all alike; the medians
+//! of the runs count. A run fails if an order is rejected or the audit finds anything.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -28,65 +29,64 @@ mod usage;
 
 use load::Saturation;
 
-/// Orders in the backlog that payments works off.
+/// Orders in the backlog that payments processes.
 const BACKLOG: usize = 20_000;
 const ORDERS_PER_SECOND: u32 = 100;
-/// Processor time at rest is counted in hundredths of a second, so it takes a while until there is something to count.
+/// Long, because the kernel counts processor time in hundredths of a second.
 const REST: Duration = Duration::from_secs(40);
-/// The allocator keeps what it once had; what grows for ever grows by more.
+/// The allocator does not return all memory. A leak would grow by more than this.
 const SOAK_GROWTH_MAX_MIB: f64 = 8.0;
 const SOON: Duration = Duration::from_secs(60);
 
-/// Measures how fast the whole system is.
+/// Measures throughput, latency, CPU and memory of the whole system.
 #[derive(Parser)]
 struct Arguments {
-    /// How often everything is measured; the medians count.
+    /// Number of runs; the medians count.
     #[arg(long, default_value_t = 3)]
     runs: usize,
-    /// How long one measurement takes.
+    /// Duration of one measurement.
     #[arg(long, default_value_t = 8)]
     seconds: u64,
-    /// Measures end to end and the backlog, fills the tables with so many orders, and compares all that follows with it.
+    /// Also compare with tables that are filled with this many old orders.
     #[arg(long, default_value_t = 0)]
     prefilled: u64,
-    /// Measures nothing but these parts.
+    /// Measure only these parts.
     #[arg(long, value_enum, value_delimiter = ',', conflicts_with = "report")]
     only: Vec<Part>,
-    /// Also shows which statements take how much of PostgreSQL's time; that costs a little itself.
+    /// Also show PostgreSQL's time per statement. This slows PostgreSQL down slightly.
     #[arg(long)]
     statements: bool,
-    /// Another setting for PostgreSQL, to see what it is good for: `name=value`.
+    /// Change a setting of PostgreSQL, to measure its effect: `name=value`.
     #[arg(long = "set", conflicts_with = "report")]
     settings: Vec<String>,
-    /// Where the report goes; `latest.json` goes to target/bench in any case.
+    /// Folder for the report. `latest.json` is always written to target/bench.
     #[arg(long)]
     report: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Part {
-    /// What PostgreSQL and NATS can do by themselves
+    /// PostgreSQL and NATS alone
     Floor,
-    /// payments works off what lies in the stream
+    /// payments processes a full stream
     Backlog,
-    /// As many orders as can be taken, through HTTP
+    /// As many orders as possible through HTTP
     Saturation,
-    /// The same on one account
+    /// Saturation with a single account
     Hot,
-    /// The same with two replicas of each service
+    /// Saturation with two replicas of each service
     Replicas,
-    /// 100 orders a second
+    /// 100 orders per second
     Latency,
-    /// Nothing is asked of it
+    /// No load
     Rest,
-    /// 100 orders a second for so long that growing memory would show; only when it is named
+    /// 100 orders per second, long enough to show a memory leak; only if named
     Soak,
 }
 
 /// Figures by name, each with its unit in the name.
 type Figures = BTreeMap<String, f64>;
 
-/// What is measured.
 struct Bench {
     stack: TestStack,
     http: Http,
@@ -95,14 +95,14 @@ struct Bench {
     only: Vec<Part>,
 }
 
-/// What the plots show, of the last run.
+/// Data for the plots, from the last run.
 #[derive(Default)]
-struct Plotted {
+struct PlotData {
     latencies: Vec<f64>,
     saturation: Saturation,
 }
 
-// One thread: the processes of a stack end when the thread that started them does.
+// One thread: the kernel ends the processes of a stack when the thread that started them ends.
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
@@ -110,7 +110,7 @@ async fn main() -> anyhow::Result<()> {
     let binaries = program.parent().context("this program is in a folder")?;
     ensure!(
         !cfg!(debug_assertions),
-        "a debug build measures nothing: run `just bench`"
+        "a debug build measures nothing: run `./dev bench`"
     );
     let mut stack = TestStack::start_in(binaries, Vec::new()).await?;
     statements::configure(&mut stack.system, &arguments.settings, arguments.statements).await?;
@@ -124,8 +124,8 @@ async fn main() -> anyhow::Result<()> {
         only: arguments.only,
     };
     bench.assert_durable().await?;
-    say("durable: fsync, synchronous_commit and sync_interval are as they should be");
-    // Before all else: after load, the database still tidies up.
+    progress("durable: fsync, synchronous_commit and sync_interval are on");
+    // First, because the database vacuums after load.
     let mut at_rest = Figures::new();
     if bench.measures(Part::Rest) {
         bench.rest(&mut at_rest).await?;
@@ -139,32 +139,32 @@ async fn main() -> anyhow::Result<()> {
         Duration::from_secs(3),
     )
     .await?;
-    say("warm");
+    progress("warm");
     let mut empty = Vec::new();
     if arguments.prefilled > 0 {
         for number in 1..=arguments.runs {
-            say(format!("empty tables, run {number} of {}", arguments.runs));
+            progress(format!("empty tables, run {number} of {}", arguments.runs));
             let mut figures = Figures::new();
             bench.backlog(&mut figures).await?;
             bench.saturation(&mut figures).await?;
             empty.push(figures);
         }
-        say(format!(
+        progress(format!(
             "filling the tables with {} orders ...",
             arguments.prefilled
         ));
         bench.prefill(arguments.prefilled).await?;
     }
     if arguments.statements {
-        statements::forget(&bench.databases).await?;
+        statements::reset(&bench.databases).await?;
     }
 
     let mut runs = Vec::new();
-    let mut plotted = Plotted::default();
+    let mut plot_data = PlotData::default();
     for number in 1..=arguments.runs {
-        say(format!("run {number} of {}", arguments.runs));
+        progress(format!("run {number} of {}", arguments.runs));
         let mut figures = Figures::new();
-        plotted = bench.run(&mut figures).await?;
+        plot_data = bench.run(&mut figures).await?;
         runs.push(figures);
     }
     let mut figures = report::medians(&runs);
@@ -198,27 +198,27 @@ async fn main() -> anyhow::Result<()> {
     let found = audit::audit_with(&bench.databases, Options::default(), compare_with).await?;
     ensure!(
         found.findings.is_empty(),
-        "fast, but wrong: {:?}",
+        "the audit has findings: {:?}",
         found.findings
     );
     ensure!(
         found.not_looked_at.is_empty(),
-        "not audited: {}",
+        "not checked: {}",
         found.not_looked_at.join("; ")
     );
-    say(format!(
-        "audit: {} orders, databases and streams fit together",
+    progress(format!(
+        "audit: {} orders; databases and streams are consistent",
         found.orders
     ));
-    report::write(&figures, &plotted, binaries, arguments.report.as_deref())
+    report::write(&figures, &plot_data, binaries, arguments.report.as_deref())
 }
 
-fn say(text: impl std::fmt::Display) {
+fn progress(text: impl std::fmt::Display) {
     eprintln!("{text}");
 }
 
 impl Bench {
-    /// Durability is never traded: what would make the figures worthless stops the run.
+    /// Stops the run if durability is off: the figures would be worthless.
     async fn assert_durable(&self) -> anyhow::Result<()> {
         for db in [&self.databases.orders, &self.databases.payments] {
             for setting in ["fsync", "synchronous_commit", "full_page_writes"] {
@@ -260,7 +260,7 @@ impl Bench {
         Ok(())
     }
 
-    /// Old orders of one customer, all of them declined, with everything that is kept for ever.
+    /// Inserts old, declined orders of one customer, with all rows that are kept for ever.
     async fn prefill(&self, orders: u64) -> anyhow::Result<()> {
         let id = "('01000000-0000-7000-8000-' || lpad(to_hex(n), 12, '0'))::uuid";
         let old = "now() - interval '30 days'";
@@ -279,7 +279,7 @@ impl Bench {
                  SELECT {id}, 'old-' || n % 100000, 1, sha256(n::text::bytea), 'declined', 'no_account', {id}, {id}, {old} FROM {series}"
             ))
             .await?;
-        // Old orders were written out and vacuumed long ago; otherwise just that would be measured.
+        // Vacuum now; otherwise the measurement would include it.
         for (db, table) in [
             (&self.databases.orders, "orders"),
             (&self.databases.payments, "payments"),
@@ -291,21 +291,21 @@ impl Bench {
         Ok(())
     }
 
-    /// One turn of everything.
-    async fn run(&mut self, figures: &mut Figures) -> anyhow::Result<Plotted> {
-        let mut plotted = Plotted::default();
+    /// Measures everything once.
+    async fn run(&mut self, figures: &mut Figures) -> anyhow::Result<PlotData> {
+        let mut plot_data = PlotData::default();
         if self.measures(Part::Floor) {
             self.floors(figures).await?;
         }
         if self.measures(Part::Backlog) {
             self.backlog(figures).await?;
         }
-        // What the other two are compared with.
+        // The baseline of the next two.
         if self.measures(Part::Saturation)
             || self.measures(Part::Hot)
             || self.measures(Part::Replicas)
         {
-            plotted.saturation = self.saturation(figures).await?;
+            plot_data.saturation = self.saturation(figures).await?;
         }
         if self.measures(Part::Hot) {
             let hot = load::saturate(
@@ -315,8 +315,8 @@ impl Bench {
                 self.time,
             )
             .await?;
-            let ratio = hot.finished_per_s / plotted.saturation.finished_per_s;
-            say(format!(
+            let ratio = hot.finished_per_s / plot_data.saturation.finished_per_s;
+            progress(format!(
                 "  one account: {:.0} orders/s, {ratio:.2} of {} accounts",
                 hot.finished_per_s,
                 load::USERS
@@ -326,8 +326,8 @@ impl Bench {
         }
         if self.measures(Part::Replicas) {
             let twice = self.with_replicas().await?;
-            let ratio = twice.finished_per_s / plotted.saturation.finished_per_s;
-            say(format!(
+            let ratio = twice.finished_per_s / plot_data.saturation.finished_per_s;
+            progress(format!(
                 "  two replicas of each service: {:.0} orders/s, {ratio:.2} of one",
                 twice.finished_per_s
             ));
@@ -336,10 +336,11 @@ impl Bench {
         }
         if self.measures(Part::Latency) {
             let waited = load::open_loop(&self.http, ORDERS_PER_SECOND, self.time).await?;
-            plotted.latencies = waited.iter().map(load::Waited::milliseconds).collect();
-            plotted.latencies.sort_by(f64::total_cmp);
-            let [p50, p99] = [0.5, 0.99].map(|share| report::percentile(&plotted.latencies, share));
-            say(format!(
+            plot_data.latencies = waited.iter().map(load::TimedOrder::milliseconds).collect();
+            plot_data.latencies.sort_by(f64::total_cmp);
+            let [p50, p99] =
+                [0.5, 0.99].map(|share| report::percentile(&plot_data.latencies, share));
+            progress(format!(
                 "  at {ORDERS_PER_SECOND} orders/s: {p50:.1} ms p50, {p99:.1} ms p99 from POST to FINISHED"
             ));
             figures.insert("latency_100_p50_ms".to_owned(), p50);
@@ -348,17 +349,17 @@ impl Bench {
                 .into_iter()
                 .zip(legs::medians(&self.databases, &waited).await?)
             {
-                say(format!("    {leg}: {median:.2} ms"));
+                progress(format!("    {leg}: {median:.2} ms"));
                 figures.insert(format!("latency_100_{leg}_ms"), median);
             }
         }
         if self.only.contains(&Part::Soak) {
             self.soak(figures).await?;
         }
-        Ok(plotted)
+        Ok(plot_data)
     }
 
-    /// What it costs to be there.
+    /// CPU without load.
     async fn rest(&mut self, figures: &mut Figures) -> anyhow::Result<()> {
         let before = self.cpu()?;
         tokio::time::sleep(REST).await;
@@ -368,7 +369,7 @@ impl Bench {
             .zip(before.into_iter().zip(self.cpu()?))
         {
             let percent = (after - before) * 100.0 / REST.as_secs_f64();
-            say(format!("  at rest: {part} takes {percent:.2} % of a core"));
+            progress(format!("  at rest: {part} takes {percent:.2} % of a core"));
             figures.insert(format!("rest_cpu_{part}_percent_of_a_core"), percent);
             all += percent;
         }
@@ -376,7 +377,7 @@ impl Bench {
         Ok(())
     }
 
-    /// Memory at the end of a long time against that after its first quarter.
+    /// Compares memory at the end with memory after the first quarter of the time.
     async fn soak(&mut self, figures: &mut Figures) -> anyhow::Result<()> {
         load::open_loop(&self.http, ORDERS_PER_SECOND, self.time / 4).await?;
         let before = self.memory()?;
@@ -385,7 +386,7 @@ impl Bench {
             .into_iter()
             .zip(before.into_iter().zip(self.memory()?))
         {
-            say(format!(
+            progress(format!(
                 "  soak: {part} had {before:.1} MiB and has {after:.1} MiB"
             ));
             figures.insert(format!("soak_{part}_growth_mib"), after - before);
@@ -413,14 +414,14 @@ impl Bench {
         let time = self.time / 2;
         for clients in [1, 8, 32] {
             let rate = floor::debits(&self.stack.system, clients, time).await?;
-            say(format!(
-                "  floor: {rate:.0} debits/s, one a transaction, {clients} clients"
+            progress(format!(
+                "  floor: {rate:.0} debits/s, one per transaction, {clients} clients"
             ));
             figures.insert(format!("floor_c{clients}_debits_per_s"), rate);
         }
         let rate = floor::publishes(&self.stack.system, time).await?;
-        say(format!(
-            "  floor: {rate:.0} messages/s acknowledged by the broker, one by one"
+        progress(format!(
+            "  floor: {rate:.0} messages/s acknowledged individually by the broker"
         ));
         figures.insert("floor_publishes_per_s".to_owned(), rate);
         Ok(())
@@ -443,7 +444,7 @@ impl Bench {
             p99_ms,
             ..
         } = saturation;
-        say(format!(
+        progress(format!(
             "  end to end: {accepted_per_s:.0} orders/s accepted, {finished_per_s:.0}/s FINISHED, {p50_ms:.1} ms p50, {p99_ms:.1} ms p99"
         ));
         figures.insert("e2e_accepted_per_s".to_owned(), accepted_per_s);
@@ -459,7 +460,7 @@ impl Bench {
             figures.insert(format!("cpu_{part}_s_per_1000_orders"), per_thousand);
             total += per_thousand;
         }
-        say(format!("  CPU: {total:.3} s for 1,000 orders"));
+        progress(format!("  CPU: {total:.3} s for 1,000 orders"));
         figures.insert("cpu_s_per_1000_orders".to_owned(), total);
         Ok(saturation)
     }
@@ -471,7 +472,7 @@ impl Bench {
             .collect()
     }
 
-    /// Orders a second that payments decides and whose answers it publishes, when they all lie ready in the stream.
+    /// Orders per second that payments decides and answers when all requests are in the stream.
     async fn backlog(&mut self, figures: &mut Figures) -> anyhow::Result<()> {
         let Self {
             stack,
@@ -492,7 +493,7 @@ impl Bench {
             "SELECT NOT EXISTS (SELECT 1 FROM outbox WHERE published_at IS NULL)",
         )
         .await?;
-        // It would take a share of the machine.
+        // It would use part of the machine.
         system.stop("orders").await?;
         let broker = operator(system).await?;
         let answers = async || {
@@ -509,15 +510,16 @@ impl Bench {
         let answers_before = answers().await?;
         let before = ["postgres", "nats"].map(|part| usage::cpu_seconds(system, part));
         system.start("payments").await?;
-        // The broker is asked, for whom counting is nothing: the database would be kept from what is measured.
+        // Counts in the broker, which costs it nothing. Counting in the database would slow it
+        // down.
         let begun = Instant::now();
         while answers().await? < answers_before + BACKLOG as u64 {
             anyhow::ensure!(
                 begun.elapsed() < load::SETTLED_WITHIN,
-                "not all were answered within {:?}",
+                "not all orders were answered within {:?}",
                 load::SETTLED_WITHIN
             );
-            tokio::time::sleep(load::LOOK_INTERVAL).await;
+            tokio::time::sleep(load::POLL_INTERVAL).await;
         }
         let since = last.at.map_or_else(
             || "'-infinity'".to_owned(),
@@ -534,7 +536,7 @@ impl Bench {
             "SELECT count(*) / extract(epoch FROM max(o.published_at) - min(p.decided_at))::float8 AS rate {all}"
         );
         let Rate { rate } = one(&databases.payments, &query).await?;
-        say(format!(
+        progress(format!(
             "  backlog: {rate:.0} orders/s decided and answered"
         ));
         figures.insert("drain_decisions_per_s".to_owned(), rate);
@@ -568,8 +570,9 @@ impl Bench {
             };
             eventually("the replicas are ready", SOON, ready).await;
         }
-        let doors = [self.http.clone(), second];
-        let result = load::saturate(&doors, &self.databases.orders, load::USERS, self.time).await;
+        let gateways = [self.http.clone(), second];
+        let result =
+            load::saturate(&gateways, &self.databases.orders, load::USERS, self.time).await;
         for replica in replicas {
             replica.stop().await?;
         }

@@ -1,4 +1,4 @@
-//! What PostgreSQL itself says about where its time goes, and settings to try out.
+//! PostgreSQL's statistics per statement, and settings to try out.
 
 use anyhow::Context as _;
 use ops::audit::Databases;
@@ -7,7 +7,7 @@ use stack::System;
 
 const WIDTH: usize = 110;
 
-/// Changes settings of PostgreSQL. Some need a new start, so all get one.
+/// Changes settings of PostgreSQL and restarts it, since some need a restart.
 pub(crate) async fn configure(
     system: &mut System,
     settings: &[String],
@@ -48,8 +48,8 @@ async fn set(db: &DatabaseConnection, name: &str, value: &str) -> anyhow::Result
     Ok(())
 }
 
-/// Begins to count anew.
-pub(crate) async fn forget(databases: &Databases) -> anyhow::Result<()> {
+/// Resets the statistics.
+pub(crate) async fn reset(databases: &Databases) -> anyhow::Result<()> {
     databases
         .orders
         .execute_unprepared("SELECT pg_stat_statements_reset()")

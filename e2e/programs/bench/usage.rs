@@ -1,34 +1,34 @@
-//! Processor time and memory of the processes of a stack, as the kernel counts them.
+//! Processor time and memory of the stack's processes, from the kernel.
 
 use std::fs;
 
 use anyhow::Context as _;
 use stack::System;
 
-/// The parts that are counted: all but the load generator.
+/// All parts except the load generator.
 pub(crate) const PARTS: [&str; 5] = ["postgres", "nats", "orders", "payments", "gateway"];
 
-/// Processor seconds of a part since it was started, with all processes it has started.
+/// Processor seconds of a part since its start, including its child processes.
 pub(crate) fn cpu_seconds(system: &mut System, part: &str) -> anyhow::Result<f64> {
     let pid = system
         .pid(part)
-        .with_context(|| format!("{part} does not run"))?;
+        .with_context(|| format!("{part} is not running"))?;
     let mut ticks = times(pid)
-        .with_context(|| format!("{part} has gone"))?
+        .with_context(|| format!("{part} has exited"))?
         .own_and_reaped;
     for child in children(pid)? {
-        // One that ends meanwhile is counted by its parent from then on.
+        // If a child ends meanwhile, its time is added to its parent.
         ticks += times(child).map_or(0, |times| times.own);
     }
     Ok(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
 }
 
-/// The most memory a part has had, in MiB; without its children.
+/// Peak memory of a part in MiB, without its child processes.
 pub(crate) fn peak_memory_mib(system: &mut System, part: &str) -> anyhow::Result<f64> {
     memory(system, part, "VmHWM:")
 }
 
-/// The memory a part has now, in MiB; without its children.
+/// Current memory of a part in MiB, without its child processes.
 pub(crate) fn memory_mib(system: &mut System, part: &str) -> anyhow::Result<f64> {
     memory(system, part, "VmRSS:")
 }
@@ -36,12 +36,12 @@ pub(crate) fn memory_mib(system: &mut System, part: &str) -> anyhow::Result<f64>
 fn memory(system: &mut System, part: &str, which: &str) -> anyhow::Result<f64> {
     let pid = system
         .pid(part)
-        .with_context(|| format!("{part} does not run"))?;
+        .with_context(|| format!("{part} is not running"))?;
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status
         .lines()
         .find_map(|line| line.strip_prefix(which))
-        .context("the kernel counts no memory")?;
+        .context("the kernel reports no memory")?;
     let kib: f64 = line
         .trim()
         .trim_end_matches(" kB")
@@ -58,7 +58,7 @@ struct Times {
 
 fn times(pid: u32) -> Option<Times> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name of the program is in parentheses and may hold anything.
+    // The program's name is in parentheses and may contain anything.
     let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split_whitespace().collect();
     let number = |index: usize| fields.get(index)?.parse::<u64>().ok();
     let own = number(11)? + number(12)?;

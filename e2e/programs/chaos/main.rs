@@ -1,4 +1,5 @@
-//! `just chaos --seed N`: injects every kind of fault while customers order, and checks the promise.
+//! `./dev chaos --seed N`: injects every kind of fault while customers order, and checks the
+//! promise.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -13,8 +14,8 @@ mod report;
 mod run;
 mod settings;
 
-/// Injects every kind of fault while customers order. Exit code 0 only if the promise is kept and every kind of fault
-/// happened.
+/// Injects every kind of fault while customers order. Exit code 0 only if the promise is kept and
+/// every kind of fault happened.
 #[derive(Parser)]
 struct Arguments {
     /// Determines the schedule of faults and requests. Exact timing differs from run to run.

@@ -1,11 +1,12 @@
-//! The faults and their schedule: at a fixed rate, each kind at least once, in an order that the seed determines.
+//! The faults and their schedule: at a fixed rate, each kind at least once, in an order that the
+//! seed determines.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use e2e::broker::{operator, replay};
+use e2e::broker::{operator, replay_stream};
 use stack::proxy::Cut;
 use stack::seed::Seed;
 use stack::testing::TestStack;
@@ -14,7 +15,7 @@ use tokio::time::Instant;
 
 const START_WITHIN: Duration = Duration::from_secs(60);
 const CUTS_WITHIN: Duration = Duration::from_secs(45);
-/// A relay waits 4 seconds for each one and marks nothing meanwhile: during many in a row no other fault would reach it.
+/// A relay waits 4 seconds for each lost PubAck. Many in a row would hide all other faults from it.
 const LOST_PUBACKS: usize = 3;
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 /// Before the first fault, so that there is load.
@@ -23,14 +24,14 @@ const CALM: Duration = Duration::from_secs(2);
 const REPLAYED_MAX: u64 = 500;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Act {
+enum Action {
     Kill(&'static str),
     PostgresImmediate,
     Pause(&'static str),
     /// Kills everything at once and restarts it in any order.
     PowerCut,
     Wipe,
-    /// Makes the copy that [`Act::RollBack`] restores.
+    /// Copies the broker's data for [`Action::RollBack`].
     Copy,
     RollBack,
     DeleteStream,
@@ -49,10 +50,10 @@ struct Fault {
     name: &'static str,
     /// Each kind happens at least once.
     per_minute: f64,
-    act: Act,
+    act: Action,
 }
 
-const fn fault(name: &'static str, per_minute: f64, act: Act) -> Fault {
+const fn fault(name: &'static str, per_minute: f64, act: Action) -> Fault {
     Fault {
         name,
         per_minute,
@@ -64,32 +65,44 @@ const fn unknown(name: &'static str, service: &'static str, after: &'static str)
     fault(
         name,
         1.0,
-        Act::Lose(service, "postgres", Cut::CommitAnswer { after }, 1),
+        Action::Lose(service, "postgres", Cut::CommitAnswer { after }, 1),
     )
 }
 
 const FAULTS: [Fault; 33] = [
-    fault("kill -9 orders", 3.0, Act::Kill("orders")),
-    fault("kill -9 payments", 3.0, Act::Kill("payments")),
-    fault("kill -9 gateway", 2.0, Act::Kill("gateway")),
-    fault("kill -9 nats", 2.0, Act::Kill("nats")),
-    fault("crash of postgres (kill -9)", 0.34, Act::Kill("postgres")),
-    fault("immediate stop of postgres", 0.34, Act::PostgresImmediate),
-    fault("SIGSTOP of orders", 0.5, Act::Pause("orders")),
-    fault("SIGSTOP of payments", 0.5, Act::Pause("payments")),
-    fault("SIGSTOP of gateway", 0.34, Act::Pause("gateway")),
-    fault("SIGSTOP of nats", 0.5, Act::Pause("nats")),
-    fault("everything killed at once", 0.34, Act::PowerCut),
-    fault("broker wiped", 0.34, Act::Wipe),
-    fault("broker rolled back", 0.17, Act::RollBack),
-    fault("stream deleted", 0.34, Act::DeleteStream),
-    fault("consumer re-created", 0.34, Act::RecreateConsumer),
-    fault("stream replayed", 0.5, Act::Replay),
-    fault("all connections cut", 1.0, Act::CutAll),
-    fault("connections blocked one by one", 0.5, Act::Swizzle),
-    fault("slow network", 0.34, Act::Slow),
-    fault("black hole to postgres", 0.34, Act::BlackHole("postgres")),
-    fault("black hole to nats", 0.34, Act::BlackHole("nats")),
+    fault("kill -9 orders", 3.0, Action::Kill("orders")),
+    fault("kill -9 payments", 3.0, Action::Kill("payments")),
+    fault("kill -9 gateway", 2.0, Action::Kill("gateway")),
+    fault("kill -9 nats", 2.0, Action::Kill("nats")),
+    fault(
+        "crash of postgres (kill -9)",
+        0.34,
+        Action::Kill("postgres"),
+    ),
+    fault(
+        "immediate stop of postgres",
+        0.34,
+        Action::PostgresImmediate,
+    ),
+    fault("SIGSTOP of orders", 0.5, Action::Pause("orders")),
+    fault("SIGSTOP of payments", 0.5, Action::Pause("payments")),
+    fault("SIGSTOP of gateway", 0.34, Action::Pause("gateway")),
+    fault("SIGSTOP of nats", 0.5, Action::Pause("nats")),
+    fault("everything killed at once", 0.34, Action::PowerCut),
+    fault("broker wiped", 0.34, Action::Wipe),
+    fault("broker rolled back", 0.17, Action::RollBack),
+    fault("stream deleted", 0.34, Action::DeleteStream),
+    fault("consumer re-created", 0.34, Action::RecreateConsumer),
+    fault("stream replayed", 0.5, Action::Replay),
+    fault("all connections cut", 1.0, Action::CutAll),
+    fault("connections blocked one by one", 0.5, Action::Swizzle),
+    fault("slow network", 0.34, Action::Slow),
+    fault(
+        "black hole to postgres",
+        0.34,
+        Action::BlackHole("postgres"),
+    ),
+    fault("black hole to nats", 0.34, Action::BlackHole("nats")),
     unknown("unknown commit at intake", "orders", "INSERT INTO orders"),
     unknown(
         "unknown commit at deposit",
@@ -119,7 +132,7 @@ const FAULTS: [Fault; 33] = [
     fault(
         "COMMIT lost before the server",
         1.0,
-        Act::Lose(
+        Action::Lose(
             "orders",
             "postgres",
             Cut::CommitRequest {
@@ -131,27 +144,27 @@ const FAULTS: [Fault; 33] = [
     fault(
         "PubAck lost, orders",
         3.0,
-        Act::Lose("orders", "nats", Cut::PubAck, LOST_PUBACKS),
+        Action::Lose("orders", "nats", Cut::PubAck, LOST_PUBACKS),
     ),
     fault(
         "PubAck lost, payments",
         2.0,
-        Act::Lose("payments", "nats", Cut::PubAck, LOST_PUBACKS),
+        Action::Lose("payments", "nats", Cut::PubAck, LOST_PUBACKS),
     ),
     fault(
         "ack lost, payments",
         1.0,
-        Act::Lose("payments", "nats", Cut::Ack, 10),
+        Action::Lose("payments", "nats", Cut::Ack, 10),
     ),
     fault(
         "ack lost, orders",
         1.0,
-        Act::Lose("orders", "nats", Cut::Ack, 10),
+        Action::Lose("orders", "nats", Cut::Ack, 10),
     ),
     fault(
         "delivery lost, payments",
         1.0,
-        Act::Lose("payments", "nats", Cut::Delivery, 10),
+        Action::Lose("payments", "nats", Cut::Delivery, 10),
     ),
 ];
 
@@ -164,7 +177,7 @@ pub(crate) struct Nemesis {
     schedule: Vec<(Duration, usize)>,
     fired: BTreeMap<&'static str, u64>,
     copied: bool,
-    unexpected_ends: Vec<String>,
+    unexpected_exits: Vec<String>,
 }
 
 impl Nemesis {
@@ -188,15 +201,15 @@ impl Nemesis {
         }
         anyhow::ensure!(
             !deck.is_empty(),
-            "no fault is named like {only:?}; there are: {}",
+            "no fault has a name that contains {only:?}; the faults are: {}",
             FAULTS.each_ref().map(|fault| fault.name).join(", ")
         );
         seed.shuffle(&mut deck);
         // A rollback needs an earlier copy.
-        deck.sort_by_key(|index| u8::from(FAULTS[*index].act == Act::RollBack));
+        deck.sort_by_key(|index| u8::from(FAULTS[*index].act == Action::RollBack));
         if let Some(first) = deck
             .iter()
-            .position(|index| FAULTS[*index].act == Act::RollBack)
+            .position(|index| FAULTS[*index].act == Action::RollBack)
         {
             let rolls = deck.split_off(first);
             for roll in rolls {
@@ -219,7 +232,7 @@ impl Nemesis {
             schedule: times.zip(deck).collect(),
             fired,
             copied: false,
-            unexpected_ends: Vec::new(),
+            unexpected_exits: Vec::new(),
         })
     }
 
@@ -231,8 +244,8 @@ impl Nemesis {
         self.schedule.len()
     }
 
-    pub(crate) fn unexpected_ends(&self) -> &[String] {
-        &self.unexpected_ends
+    pub(crate) fn unexpected_exits(&self) -> &[String] {
+        &self.unexpected_exits
     }
 
     /// How often each kind of fault happened.
@@ -240,66 +253,68 @@ impl Nemesis {
         self.fired.clone()
     }
 
-    /// Runs the schedule. `words`: the number of faults done, a space, the current fault.
+    /// Runs the schedule. `status`: the number of faults done, a space, the current fault.
     pub(crate) async fn run(
         &mut self,
         begun: Instant,
-        words: &RefCell<String>,
+        status: &RefCell<String>,
     ) -> anyhow::Result<()> {
         let schedule = std::mem::take(&mut self.schedule);
         let has_roll_back = schedule
             .iter()
-            .any(|(_, index)| FAULTS[*index].act == Act::RollBack);
+            .any(|(_, index)| FAULTS[*index].act == Action::RollBack);
         for (number, (at, index)) in schedule.iter().enumerate() {
             tokio::time::sleep_until(begun + *at).await;
             let fault = &FAULTS[*index];
-            *words.borrow_mut() = format!("{number} {}", fault.name);
+            *status.borrow_mut() = format!("{number} {}", fault.name);
             self.count_cuts();
-            self.look_for_ends().await?;
+            self.check_processes().await?;
             if has_roll_back && !self.copied && number >= schedule.len() / 5 {
-                self.act(Act::Copy)
+                self.run_action(Action::Copy)
                     .await
                     .context("copying the broker's data")?;
             }
-            self.act(fault.act).await.with_context(|| fault.name)?;
-            if !matches!(fault.act, Act::Lose(..)) {
+            self.run_action(fault.act)
+                .await
+                .with_context(|| fault.name)?;
+            if !matches!(fault.act, Action::Lose(..)) {
                 *self.fired.entry(fault.name).or_default() += 1;
             }
         }
-        *words.borrow_mut() = format!("{} waiting for the last cuts", schedule.len());
+        *status.borrow_mut() = format!("{} waiting for the last cuts", schedule.len());
         // An armed cut fires when its message passes, and some messages exist only under load.
         let deadline = Instant::now() + CUTS_WITHIN;
         while self.edges.all().any(|proxy| proxy.waiting() > 0) && Instant::now() < deadline {
             tokio::time::sleep(RETRY_INTERVAL).await;
-            self.look_for_ends().await?;
+            self.check_processes().await?;
         }
         for proxy in self.edges.all() {
             proxy.disarm();
             proxy.heal();
         }
         self.count_cuts();
-        self.look_for_ends().await
+        self.check_processes().await
     }
 
-    async fn act(&mut self, act: Act) -> anyhow::Result<()> {
+    async fn run_action(&mut self, act: Action) -> anyhow::Result<()> {
         let system = &mut self.stack.system;
         match act {
-            Act::Kill(name) => {
+            Action::Kill(name) => {
                 system.kill(name).await?;
                 self.pause_up_to(400).await;
                 self.start(name).await
             }
-            Act::PostgresImmediate => {
+            Action::PostgresImmediate => {
                 system.stop_postgres_immediately().await?;
                 self.start("postgres").await
             }
-            Act::Pause(name) => {
+            Action::Pause(name) => {
                 system.pause(name)?;
                 // Longer than the broker's ack wait.
                 tokio::time::sleep(Duration::from_millis(1500 + self.seed.below(1500))).await;
                 self.stack.system.resume(name)
             }
-            Act::PowerCut => {
+            Action::PowerCut => {
                 let mut names = NAMES;
                 self.seed.shuffle(&mut names);
                 for name in names {
@@ -315,36 +330,36 @@ impl Nemesis {
                 }
                 Ok(())
             }
-            Act::Wipe => {
+            Action::Wipe => {
                 system.kill("nats").await?;
                 system.wipe_nats()?;
                 self.start("nats").await
             }
-            Act::Copy => {
+            Action::Copy => {
                 system.kill("nats").await?;
                 system.copy_nats()?;
                 self.copied = true;
                 self.start("nats").await
             }
-            Act::RollBack => {
+            Action::RollBack => {
                 system.kill("nats").await?;
                 system.roll_back_nats()?;
                 self.start("nats").await
             }
-            Act::DeleteStream => {
-                let stream = self.one_of(["ORDERS", "PAYMENTS"]);
-                self.at_the_broker(async |ops| {
+            Action::DeleteStream => {
+                let stream = self.pick(["ORDERS", "PAYMENTS"]);
+                self.with_broker(async |ops| {
                     ops.jetstream().delete_stream(stream).await?;
                     Ok(())
                 })
                 .await
             }
-            Act::RecreateConsumer => {
-                let (stream, consumer) = self.one_of([
+            Action::RecreateConsumer => {
+                let (stream, consumer) = self.pick([
                     ("ORDERS", "payments-order-placed"),
                     ("PAYMENTS", "orders-payment-settled"),
                 ]);
-                self.at_the_broker(async |ops| {
+                self.with_broker(async |ops| {
                     ops.jetstream()
                         .delete_consumer_from_stream(consumer, stream)
                         .await?;
@@ -352,53 +367,53 @@ impl Nemesis {
                 })
                 .await
             }
-            Act::Replay => {
-                let stream = self.one_of(["ORDERS", "PAYMENTS"]);
-                self.at_the_broker(async |ops| {
-                    replay(ops, stream, REPLAYED_MAX).await?;
+            Action::Replay => {
+                let stream = self.pick(["ORDERS", "PAYMENTS"]);
+                self.with_broker(async |ops| {
+                    replay_stream(ops, stream, REPLAYED_MAX).await?;
                     Ok(())
                 })
                 .await
             }
-            Act::CutAll => {
+            Action::CutAll => {
                 self.edges.all().for_each(stack::proxy::Proxy::cut);
                 Ok(())
             }
-            Act::Swizzle => {
-                let mut ways: Vec<_> = self.edges.all().cloned().collect();
-                self.seed.shuffle(&mut ways);
-                for way in &ways {
-                    way.hold();
+            Action::Swizzle => {
+                let mut proxies: Vec<_> = self.edges.all().cloned().collect();
+                self.seed.shuffle(&mut proxies);
+                for proxy in &proxies {
+                    proxy.hold();
                     self.pause_up_to(300).await;
                 }
-                self.seed.shuffle(&mut ways);
-                for way in &ways {
-                    way.heal();
+                self.seed.shuffle(&mut proxies);
+                for proxy in &proxies {
+                    proxy.heal();
                     self.pause_up_to(300).await;
                 }
                 Ok(())
             }
-            Act::Slow => {
-                let piece = self.one_of([0, 64, 512]);
+            Action::Slow => {
+                let piece = self.pick([0, 64, 512]);
                 let delay = if piece == 0 {
                     Duration::from_millis(200)
                 } else {
                     Duration::from_millis(2)
                 };
-                self.edges.all().for_each(|way| way.slow(delay, piece));
+                self.edges.all().for_each(|proxy| proxy.slow(delay, piece));
                 tokio::time::sleep(Duration::from_secs(3)).await;
                 self.edges.all().for_each(stack::proxy::Proxy::heal);
                 Ok(())
             }
-            Act::BlackHole(part) => {
-                let service = self.one_of(["orders", "payments"]);
-                let way = self.edges.between(service, part).clone();
-                way.black_hole();
+            Action::BlackHole(part) => {
+                let service = self.pick(["orders", "payments"]);
+                let proxy = self.edges.between(service, part).clone();
+                proxy.black_hole();
                 tokio::time::sleep(Duration::from_millis(1000 + self.seed.below(3000))).await;
-                way.heal();
+                proxy.heal();
                 Ok(())
             }
-            Act::Lose(service, part, cut, times) => {
+            Action::Lose(service, part, cut, times) => {
                 self.edges.between(service, part).arm(cut, times);
                 Ok(())
             }
@@ -408,7 +423,7 @@ impl Nemesis {
     /// Adds the cuts that the proxies counted.
     fn count_cuts(&mut self) {
         for fault in &FAULTS {
-            if let Act::Lose(service, part, cut, _) = fault.act
+            if let Action::Lose(service, part, cut, _) = fault.act
                 && let Some(count) = self.fired.get_mut(fault.name)
             {
                 *count = self.edges.between(service, part).fired(cut);
@@ -416,20 +431,20 @@ impl Nemesis {
         }
     }
 
-    /// No process may end by itself.
-    async fn look_for_ends(&mut self) -> anyhow::Result<()> {
+    /// Records every process that has exited although no fault killed it.
+    async fn check_processes(&mut self) -> anyhow::Result<()> {
         for name in NAMES {
             if let Some(status) = self.stack.system.ended(name) {
                 let log = stack::process::tail(&self.stack.system.place().log(name), 5);
-                self.unexpected_ends
-                    .push(format!("{name} ended by itself ({status}): {log}"));
+                self.unexpected_exits
+                    .push(format!("{name} exited unexpectedly ({status}): {log}"));
                 self.start(name).await?;
             }
         }
         Ok(())
     }
 
-    async fn at_the_broker(
+    async fn with_broker(
         &self,
         work: impl AsyncFn(&broker::Broker) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
@@ -437,7 +452,7 @@ impl Nemesis {
         let ops = tokio::time::timeout(START_WITHIN, operator(&self.stack.system))
             .await
             .context("the broker cannot be reached")??;
-        // A service may be re-creating what was just deleted.
+        // A service may be re-creating what this fault has just deleted.
         loop {
             match work(&ops).await {
                 Ok(()) => return Ok(()),
@@ -447,8 +462,8 @@ impl Nemesis {
         }
     }
 
-    /// Starts a part and waits until it is ready. PostgreSQL may need several attempts while children of the killed one
-    /// are still ending.
+    /// Starts a part and waits until it is ready. PostgreSQL may need several attempts while
+    /// children of the killed one are still ending.
     async fn start(&mut self, name: &'static str) -> anyhow::Result<()> {
         let deadline = Instant::now() + START_WITHIN;
         loop {
@@ -472,7 +487,7 @@ impl Nemesis {
         tokio::time::sleep(Duration::from_millis(self.seed.below(milliseconds))).await;
     }
 
-    fn one_of<T: Copy, const N: usize>(&mut self, things: [T; N]) -> T {
+    fn pick<T: Copy, const N: usize>(&mut self, things: [T; N]) -> T {
         things[usize::try_from(self.seed.below(N as u64)).unwrap_or(0)]
     }
 }

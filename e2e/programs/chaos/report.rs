@@ -5,7 +5,7 @@ use std::fmt;
 use std::process::Command;
 use std::time::Duration;
 
-use e2e::load::Seen;
+use e2e::load::Counts;
 use ops::audit::{self, FindingKind};
 use ops::history::History;
 use serde::Serialize;
@@ -41,18 +41,18 @@ pub(crate) struct Report {
     pub(crate) findings: BTreeMap<String, u64>,
     /// The first findings.
     pub(crate) first_findings: Vec<String>,
-    /// Why the promise was broken, or the run proves nothing. Empty if it was kept.
+    /// Why the promise was broken or the run proves nothing. Empty if the promise was kept.
     pub(crate) failures: Vec<String>,
 }
 
 impl Report {
     #[expect(
         clippy::too_many_arguments,
-        reason = "it is everything that is known, once"
+        reason = "called once, with everything that is known"
     )]
     pub(crate) fn new(
         settings: &Settings,
-        seen: Seen,
+        counts: Counts,
         history: &History,
         fired: BTreeMap<&'static str, u64>,
         unexpected_ends: &[String],
@@ -98,8 +98,8 @@ impl Report {
             ));
         }
         for (what, wanted, done) in [
-            ("orders", seen.orders_begun, done[0]),
-            ("deposits", seen.deposits_begun, done[1]),
+            ("orders", counts.orders_begun, done[0]),
+            ("deposits", counts.deposits_begun, done[1]),
         ] {
             if done != wanted {
                 failures.push(format!(
@@ -117,7 +117,7 @@ impl Report {
             audited
                 .not_looked_at
                 .iter()
-                .map(|what| format!("not looked at: {what}")),
+                .map(|what| format!("not checked: {what}")),
         );
         failures.extend(
             fired
@@ -127,14 +127,14 @@ impl Report {
         );
         Self {
             command: format!(
-                "just chaos --seed {} --seconds {} --orders {} --deposits {}",
+                "./dev chaos --seed {} --seconds {} --orders {} --deposits {}",
                 settings.seed, settings.seconds, settings.orders, settings.deposits
             ),
             commit: commit(),
             seed: settings.seed,
             seconds: took.as_secs_f64(),
-            orders: [seen.orders_begun, done[0]],
-            deposits: [seen.deposits_begun, done[1]],
+            orders: [counts.orders_begun, done[0]],
+            deposits: [counts.deposits_begun, done[1]],
             exchanges: history.exchanges.len() as u64,
             answers,
             unknown,
@@ -198,14 +198,17 @@ impl fmt::Display for Report {
         )?;
         writeln!(
             f,
-            "| outcome unknown to the client, sent again under its key | {} |",
+            "| requests with an unknown outcome, retried under their keys | {} |",
             self.unknown
         )?;
         writeln!(f, "| orders at the end | {} |", list(&self.by_status))?;
         let settled = self
             .settled_after_seconds
             .map_or_else(|| "never".to_owned(), |time| format!("{time:.1} s"));
-        writeln!(f, "| everything final, from the last fault | {settled} |")?;
+        writeln!(
+            f,
+            "| time from the last fault until every order was final | {settled} |"
+        )?;
         writeln!(
             f,
             "| lost | {} |",
@@ -218,7 +221,7 @@ impl fmt::Display for Report {
         )?;
         writeln!(
             f,
-            "| not asked for | {} |",
+            "| unexpected | {} |",
             self.found(&[FindingKind::Unexpected])
         )?;
         writeln!(
@@ -242,7 +245,7 @@ impl fmt::Display for Report {
         )?;
         writeln!(
             f,
-            "| findings of the audit, all in all | {} |",
+            "| findings of the audit, total | {} |",
             self.findings.values().sum::<u64>()
         )?;
         writeln!(f, "\n| fault | times |\n|---|---|")?;
@@ -258,14 +261,17 @@ impl fmt::Display for Report {
         };
         writeln!(
             f,
-            "\n{} faults, {} kills of single processes among them.",
+            "\n{} faults, including {} kills of single processes.",
             self.faults.values().sum::<u64>(),
             total("kill -9")
         )?;
         if self.holds() {
-            return writeln!(f, "\nEverything holds, and every kind of fault happened.");
+            return writeln!(
+                f,
+                "\nThe promise is kept, and every kind of fault happened."
+            );
         }
-        writeln!(f, "\nIt does NOT hold:\n")?;
+        writeln!(f, "\nThe promise is BROKEN, or the run proves nothing:\n")?;
         for failure in self.failures.iter().chain(&self.first_findings) {
             writeln!(f, "- {failure}")?;
         }

@@ -1,5 +1,5 @@
-//! The chaos run: a stack behind proxies, customers, and faults in an order that a seed determines; then no more
-//! faults, and the check of the promise.
+//! The chaos run: a stack behind proxies, customers, and faults in an order that a seed determines;
+//! then no more faults, and the check of the promise.
 
 use std::cell::RefCell;
 use std::io::{IsTerminal as _, Write as _};
@@ -23,7 +23,8 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 const TELL_INTERVAL: Duration = Duration::from_secs(10);
 const USERS: u64 = 100;
 
-/// Needs a runtime with one thread: the kernel ends processes when the thread that started them ends.
+/// Needs a runtime with one thread: the kernel ends processes when the thread that started them
+/// ends.
 pub(crate) async fn run(settings: &Settings) -> anyhow::Result<Report> {
     let mut seed = Seed::new(settings.seed);
     let mut environment: Vec<(String, String)> = SHORT_TIMERS
@@ -40,31 +41,31 @@ pub(crate) async fn run(settings: &Settings) -> anyhow::Result<Report> {
         over,
     };
     let customers = Customers::new(&edges.front());
-    let words = RefCell::new(String::new());
+    let status = RefCell::new(String::new());
     let mut nemesis = Nemesis::new(stack, edges, over, &settings.only, &mut seed)?;
     let faults = nemesis.planned();
     let begun = Instant::now();
 
     let (shop_seed, watch_seeds) = (seed.branch(), [seed.branch(), seed.branch()]);
     let [one_seed, other_seed] = watch_seeds;
-    let tell = async {
+    let report_progress = async {
         let mut last = String::new();
         loop {
-            let seen = customers.seen();
-            let (done, word) = words
+            let counts = customers.counts();
+            let (done, current) = status
                 .borrow()
                 .split_once(' ')
                 .map_or(("0".to_owned(), String::new()), |(a, b)| {
                     (a.to_owned(), b.to_owned())
                 });
             let line = format!(
-                "{:>4} s  {:>5}/{} orders  {:>4}/{} deposits  {:>4} unknown outcomes  {done}/{faults} faults  {word}",
+                "{:>4} s  {:>5}/{} orders  {:>4}/{} deposits  {:>4} unknown outcomes  {done}/{faults} faults  {current}",
                 begun.elapsed().as_secs(),
-                seen.orders,
-                plan.orders.max(seen.orders_begun),
-                seen.deposits,
-                plan.deposits.max(seen.deposits_begun),
-                seen.unknown
+                counts.orders,
+                plan.orders.max(counts.orders_begun),
+                counts.deposits,
+                plan.deposits.max(counts.deposits_begun),
+                counts.unknown
             );
             show(&line, &mut last);
             tokio::time::sleep(if std::io::stderr().is_terminal() {
@@ -81,31 +82,31 @@ pub(crate) async fn run(settings: &Settings) -> anyhow::Result<Report> {
             Instant::now()
         };
         let harm = async {
-            let harmed = nemesis.run(begun, &words).await;
+            let injected = nemesis.run(begun, &status).await;
             // A request that is not answered a minute after the last fault never will be.
             customers.close(Instant::now() + SETTLE_WITHIN);
-            harmed.map(|()| Instant::now())
+            injected.map(|()| Instant::now())
         };
         let (last_fault, last_customer) = tokio::join!(harm, shop);
         let last_fault = last_fault?;
-        *words.borrow_mut() = format!("{faults} waiting until everything is final");
+        *status.borrow_mut() = format!("{faults} waiting until everything is final");
         let databases = checks::databases(nemesis.system()).await?;
         // Orders placed after the last fault have less time.
         let deadline = (last_fault + SETTLE_WITHIN).max(last_customer + CALM_SETTLE_WITHIN);
         let settled = checks::until_settled(&databases, deadline).await?;
         let settled_after = settled.then(|| last_fault.elapsed());
-        customers.look_at_everything(plan.users).await?;
+        customers.read_everything(plan.users).await?;
         anyhow::Ok((databases, settled_after))
     };
     let (databases, settled_after) = tokio::select! {
         worked = work => worked?,
         () = customers.watch(plan.users, one_seed) => unreachable!("watching never ends"),
         () = customers.watch(plan.users, other_seed) => unreachable!("watching never ends"),
-        () = tell => unreachable!("telling never ends"),
+        () = report_progress => unreachable!("reporting never ends"),
     };
     eprintln!();
     let took = begun.elapsed();
-    let seen = customers.seen();
+    let counts = customers.counts();
     let history: History = customers.into_history();
     if let Some(path) = &settings.history {
         load::write(&history, path)
@@ -116,10 +117,10 @@ pub(crate) async fn run(settings: &Settings) -> anyhow::Result<Report> {
         checks::audit_settled(nemesis.system(), &databases, grace, Some(&history)).await?;
     Ok(Report::new(
         settings,
-        seen,
+        counts,
         &history,
         nemesis.fired(),
-        nemesis.unexpected_ends(),
+        nemesis.unexpected_exits(),
         audited,
         settled_after,
         took,

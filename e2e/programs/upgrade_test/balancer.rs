@@ -1,10 +1,11 @@
-//! A load balancer for connections: what stands between a gateway and the replicas of a service.
+//! A TCP load balancer between the gateway and the replicas of a service.
 
 use stack::ports::{free_port, local};
 use tokio::io::copy_bidirectional;
 use tokio::net::{TcpListener, TcpStream};
 
-/// Forwards each new connection to the next replica that accepts it, until the program ends. Returns the port.
+/// Forwards each new connection to the next replica that accepts it, until the program ends.
+/// Returns the port.
 pub(crate) async fn open(replicas: [u16; 2]) -> anyhow::Result<u16> {
     let port = free_port()?;
     let listener = TcpListener::bind(local(port)).await?;

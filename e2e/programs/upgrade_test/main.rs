@@ -1,5 +1,6 @@
-//! `just upgrade-test OLD`: builds an older commit, puts load on it, and replaces its processes one by one by this version.
-//! At the end every order must be final, without a dead letter and without a finding of the audit.
+//! `./dev upgrade-test OLD`: builds an older commit, puts load on it, and replaces its processes
+//! one by one with this version. At the end every order must be final, without dead letters and
+//! findings.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -20,7 +21,7 @@ use time::format_description::well_known::Rfc3339;
 use tokio::time::Instant;
 
 use old::Old;
-use upgrade::{End, Upgrade};
+use upgrade::{StopBy, Upgrade};
 
 mod balancer;
 mod old;
@@ -32,9 +33,9 @@ const PLAN: Plan = Plan {
     deposits: 60,
     over: Duration::from_secs(10),
 };
-/// So many more orders must be final after each step, before the next one.
+/// This many more orders must become final after each step, before the next one.
 const ORDERS_PER_STEP: u64 = 80;
-/// Orders placed while no payments runs.
+/// Orders placed while no replica of payments runs.
 const BACKLOG: u64 = 50;
 const STEP_WITHIN: Duration = Duration::from_secs(60);
 const SETTLED_WITHIN: Duration = Duration::from_secs(60);
@@ -45,18 +46,18 @@ const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// The broker's configuration of this version.
 const NATS_CONFIGURATION: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../nats/single.conf");
 
-/// Upgrades a system under load from an older commit to this one, replica by replica. Exit code 0 only if every order is
-/// final and the audit finds nothing.
+/// Upgrades a system under load from an older commit to this one, replica by replica. Exit code 0
+/// only if every order is final and the audit finds nothing.
 #[derive(Parser)]
 struct Arguments {
     /// The older commit: a hash, tag or branch.
     old: String,
-    /// Decides who orders what.
+    /// Determines who orders what.
     #[arg(long, default_value_t = 1)]
     seed: u64,
 }
 
-// One thread: the processes of a stack end when the thread that started them does.
+// One thread: the kernel ends the processes of a stack when the thread that started them ends.
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
     match run(Arguments::parse()).await {
@@ -104,7 +105,7 @@ async fn test(upgrade: &mut Upgrade, old: &Old, binaries: &Path, seed: u64) -> a
         let deadline = Instant::now() + SETTLED_WITHIN;
         let settled = checks::until_settled(&databases, deadline).await?;
         customers.repeat(REPEATED).await;
-        customers.look_at_everything(PLAN.users).await?;
+        customers.read_everything(PLAN.users).await?;
         anyhow::Ok(settled)
     };
     let settled = tokio::select! {
@@ -112,7 +113,7 @@ async fn test(upgrade: &mut Upgrade, old: &Old, binaries: &Path, seed: u64) -> a
         () = customers.watch(PLAN.users, watch_seed) => unreachable!("watching never ends"),
     };
     upgrade.ensure_all_run()?;
-    let seen = customers.seen();
+    let counts = customers.counts();
     let history = with_six_digits(customers.into_history());
     let grace = Duration::from_secs(2);
     let report = checks::audit_settled(upgrade.system(), &databases, grace, Some(&history)).await?;
@@ -126,15 +127,15 @@ async fn test(upgrade: &mut Upgrade, old: &Old, binaries: &Path, seed: u64) -> a
         report
             .not_looked_at
             .iter()
-            .map(|what| format!("not audited: {what}")),
+            .map(|what| format!("not checked: {what}")),
     );
     if !settled {
         failures.push(format!(
-            "an order is NEW or an event unpublished {SETTLED_WITHIN:?} after the last request"
+            "{SETTLED_WITHIN:?} after the last request, an order is NEW or an event is unpublished"
         ));
     }
-    if (seen.orders, seen.deposits) != (seen.orders_begun, seen.deposits_begun) {
-        failures.push(format!("not every request was done in the end: {seen:?}"));
+    if (counts.orders, counts.deposits) != (counts.orders_begun, counts.deposits_begun) {
+        failures.push(format!("not every request was done in the end: {counts:?}"));
     }
     let errors = internal_errors(&history);
     if errors > 0 {
@@ -144,9 +145,9 @@ async fn test(upgrade: &mut Upgrade, old: &Old, binaries: &Path, seed: u64) -> a
         "\n{} orders {:?}, {} deposits, {} requests, {} of them with an unknown outcome and retried.",
         report.orders,
         report.by_status,
-        seen.deposits,
+        counts.deposits,
         history.exchanges.len(),
-        seen.unknown
+        counts.unknown
     );
     for failure in failures.iter().take(FAILURES_SHOWN) {
         println!("  {failure}");
@@ -174,7 +175,7 @@ struct Steps<'a> {
 }
 
 impl Steps<'_> {
-    /// Old and new replicas of both services run beside each other for most of the time.
+    /// Old and new replicas of both services run side by side for most of the time.
     async fn replace_all(
         &self,
         upgrade: &mut Upgrade,
@@ -189,7 +190,7 @@ impl Steps<'_> {
         self.done("broker restarted with the new configuration")
             .await?;
         upgrade.install(binaries.to_owned());
-        upgrade.replace("orders", End::Stop).await?;
+        upgrade.replace("orders", StopBy::Sigterm).await?;
         self.done("first orders replaced (SIGTERM)").await?;
         upgrade.interrupt_payments().await?;
         self.answered(BACKLOG).await?;
@@ -198,11 +199,15 @@ impl Steps<'_> {
             "first payments replaced (SIGKILL) while the second one was frozen, with a backlog",
         )
         .await?;
-        upgrade.replace_second(Service::Orders, End::Kill).await?;
+        upgrade
+            .replace_second(Service::Orders, StopBy::Sigkill)
+            .await?;
         self.done("second orders replaced (SIGKILL)").await?;
-        upgrade.replace_second(Service::Payments, End::Stop).await?;
+        upgrade
+            .replace_second(Service::Payments, StopBy::Sigterm)
+            .await?;
         self.done("second payments replaced (SIGTERM)").await?;
-        upgrade.replace("gateway", End::Stop).await?;
+        upgrade.replace("gateway", StopBy::Sigterm).await?;
         self.done("gateway replaced (SIGTERM)").await
     }
 
@@ -220,7 +225,7 @@ impl Steps<'_> {
         println!(
             "{:>6.1} s  {what}; {} orders answered, {} final",
             self.begun.elapsed().as_secs_f32(),
-            self.customers.seen().orders,
+            self.customers.counts().orders,
             self.final_orders().await?
         );
         Ok(())
@@ -228,9 +233,9 @@ impl Steps<'_> {
 
     /// Waits until more orders are answered.
     async fn answered(&self, orders: u64) -> anyhow::Result<()> {
-        let wanted = self.customers.seen().orders + orders;
+        let wanted = self.customers.counts().orders + orders;
         let deadline = Instant::now() + STEP_WITHIN;
-        while self.customers.seen().orders < wanted {
+        while self.customers.counts().orders < wanted {
             ensure!(
                 Instant::now() < deadline,
                 "not {orders} more orders answered within {STEP_WITHIN:?}"

@@ -7,7 +7,7 @@ use anyhow::{Context as _, ensure};
 
 const REPOSITORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 
-/// An older version, built.
+/// A built older version.
 pub(crate) struct Old {
     /// The abbreviated commit.
     pub(crate) commit: String,
@@ -18,8 +18,8 @@ pub(crate) struct Old {
 }
 
 impl Old {
-    /// Checks the commit out into a worktree below `folder` and builds the services with a target folder of their own.
-    /// Both are kept, so that the next run is quick.
+    /// Checks the commit out into a worktree below `folder` and builds the services with a target
+    /// folder of their own. Both are kept, so that the next run is quick.
     pub(crate) fn build(name: &str, folder: &Path) -> anyhow::Result<Self> {
         let hash = git(&["rev-parse", "--verify", &format!("{name}^{{commit}}")])
             .with_context(|| {

@@ -1,4 +1,5 @@
-//! A system of two versions: two replicas each of orders and payments behind one gateway, replaced one by one.
+//! A system of two versions: two replicas each of orders and payments behind one gateway, replaced
+//! one by one.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -19,16 +20,14 @@ use crate::old::Old;
 const READY_WITHIN: Duration = Duration::from_secs(60);
 const POLL_INTERVAL: Duration = Duration::from_millis(30);
 
-/// How a replica is ended.
+/// The signal that ends a replica.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum End {
-    /// SIGTERM.
-    Stop,
-    /// SIGKILL.
-    Kill,
+pub(crate) enum StopBy {
+    Sigterm,
+    Sigkill,
 }
 
-/// Everything that runs. The first replicas are the services of the system; the second ones are beside it.
+/// All processes. The first replicas belong to the system; the second ones are started separately.
 pub(crate) struct Upgrade {
     stack: TestStack,
     second_ports: Ports,
@@ -76,7 +75,7 @@ impl Upgrade {
         Ok(folder.canonicalize()?)
     }
 
-    /// What is started from now on is the version in this folder.
+    /// From now on, starts the version in this folder.
     pub(crate) fn install(&mut self, binaries: PathBuf) {
         self.stack.system.install(binaries);
     }
@@ -90,22 +89,22 @@ impl Upgrade {
     }
 
     /// Replaces a part of the system: a first replica, or the gateway.
-    pub(crate) async fn replace(&mut self, name: &str, end: End) -> anyhow::Result<()> {
+    pub(crate) async fn replace(&mut self, name: &str, stop_by: StopBy) -> anyhow::Result<()> {
         let system = &mut self.stack.system;
-        match end {
-            End::Stop => system.stop(name).await?,
-            End::Kill => system.kill(name).await?,
+        match stop_by {
+            StopBy::Sigterm => system.stop(name).await?,
+            StopBy::Sigkill => system.kill(name).await?,
         }
         system.start(name).await
     }
 
-    /// Kills the first payments and freezes the second one, with the messages that it has taken.
+    /// Kills the first payments and freezes the second one, which holds unacknowledged messages.
     pub(crate) async fn interrupt_payments(&mut self) -> anyhow::Result<()> {
         self.second_payments.signal(Signal::STOP)?;
         self.stack.system.kill("payments").await
     }
 
-    /// Starts the first payments and lets the second one go on.
+    /// Starts the first payments and resumes the second one.
     pub(crate) async fn resume_payments(&mut self) -> anyhow::Result<()> {
         self.stack.system.start("payments").await?;
         self.second_payments.signal(Signal::CONT)
@@ -115,32 +114,32 @@ impl Upgrade {
     pub(crate) async fn replace_second(
         &mut self,
         service: Service,
-        end: End,
+        stop_by: StopBy,
     ) -> anyhow::Result<()> {
         let process = match service {
             Service::Orders => &mut self.second_orders,
             _ => &mut self.second_payments,
         };
-        match end {
-            End::Stop => stop(process).await?,
-            End::Kill => process.kill().await?,
+        match stop_by {
+            StopBy::Sigterm => stop(process).await?,
+            StopBy::Sigkill => process.kill().await?,
         }
         *process = start_second(&self.stack.system, service, &self.second_ports).await?;
         Ok(())
     }
 
-    /// Fails if a process ended without being asked to.
+    /// Fails if a process has exited unexpectedly.
     pub(crate) fn ensure_all_run(&mut self) -> anyhow::Result<()> {
         for name in NAMES {
             let ended = self.stack.system.ended(name);
-            ensure!(ended.is_none(), "{name} ended by itself: {ended:?}");
+            ensure!(ended.is_none(), "{name} exited unexpectedly: {ended:?}");
         }
         for (name, process) in [
             ("the second orders", &mut self.second_orders),
             ("the second payments", &mut self.second_payments),
         ] {
             let ended = process.ended();
-            ensure!(ended.is_none(), "{name} ended by itself: {ended:?}");
+            ensure!(ended.is_none(), "{name} exited unexpectedly: {ended:?}");
         }
         Ok(())
     }

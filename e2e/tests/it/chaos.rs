@@ -17,7 +17,7 @@ async fn a_short_chaos_run_keeps_the_promise() {
         String::from_utf8_lossy(&output.stderr)
     );
     assert!(
-        words.contains("Everything holds, and every kind of fault happened."),
+        words.contains("The promise is kept, and every kind of fault happened."),
         "{words}"
     );
 }

@@ -1,4 +1,4 @@
-//! The story: a customer, money, orders.
+//! The main scenario: a customer deposits money and places orders.
 
 use serde_json::json;
 
@@ -6,7 +6,7 @@ use crate::shop::Shop;
 
 #[tokio::test]
 async fn a_customer_orders_until_the_money_is_gone() {
-    let shop = Shop::open().await;
+    let shop = Shop::start().await;
 
     // Alice opens an account and deposits 1,000.
     let opened = shop
@@ -22,7 +22,7 @@ async fn a_customer_orders_until_the_money_is_gone() {
     assert_eq!(
         opened.header("cache-control"),
         Some("no-store"),
-        "nobody keeps copies of what is about money"
+        "answers about money must not be cached"
     );
     let paid_in = shop
         .http
@@ -62,7 +62,8 @@ async fn a_customer_orders_until_the_money_is_gone() {
     );
     assert_eq!(shop.balance("alice").await, 300);
 
-    // Her phone lost the answers and repeats all requests: it gets the same answers, and nothing is done twice.
+    // Her phone lost the answers and repeats all requests: it gets the same answers, and nothing is
+    // done twice.
     let again = shop
         .http
         .post("/v1/orders", Some("lamp"), &lamp)
@@ -127,7 +128,7 @@ async fn a_customer_orders_until_the_money_is_gone() {
 
 #[tokio::test]
 async fn the_gateway_shows_the_whole_api() {
-    let shop = Shop::open().await;
+    let shop = Shop::start().await;
     let document = shop.http.get("/openapi.json").await.unwrap().json();
     let paths: Vec<_> = document["paths"].as_object().unwrap().keys().collect();
     assert_eq!(

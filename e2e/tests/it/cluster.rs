@@ -6,7 +6,7 @@ use futures_util::StreamExt as _;
 use stack::ports::free_port;
 use stack::testing::{TestCluster, TestStack, eventually};
 
-use crate::faults::{CLIENTS, ORDERS_EACH, shop_while, with_customers};
+use crate::faults::{CLIENTS, ORDERS_EACH, place_orders_while, with_customers};
 use crate::shop::{SOON, Shop};
 
 async fn shop_with_a_cluster() -> (Shop, TestCluster) {
@@ -31,7 +31,7 @@ async fn shop_with_a_cluster() -> (Shop, TestCluster) {
     for name in ["postgres", "orders", "payments", "gateway"] {
         stack.system.start(name).await.unwrap();
     }
-    (with_customers(Shop::on(stack)).await, cluster)
+    (with_customers(Shop::with_stack(stack)).await, cluster)
 }
 
 #[tokio::test]
@@ -39,7 +39,7 @@ async fn f28_a_broker_cluster_loses_its_leader_then_two_then_all_three_servers()
     let (mut shop, mut cluster) = shop_with_a_cluster().await;
     let mut orders = 0;
     for killed in 1..=3 {
-        shop_while(&mut shop, async |_| {
+        place_orders_while(&mut shop, async |_| {
             let leader = eventually("a server leads", SOON, async || {
                 cluster.leader("ORDERS").await
             })
@@ -49,7 +49,7 @@ async fn f28_a_broker_cluster_loses_its_leader_then_two_then_all_three_servers()
                 cluster.kill(*number).await.unwrap();
             }
             if killed == 1 {
-                // Two of three continue without help.
+                // Two of three servers continue without intervention.
                 eventually("another server leads", SOON, async || {
                     cluster.leader("ORDERS").await
                 })
@@ -67,13 +67,13 @@ async fn f28_a_broker_cluster_loses_its_leader_then_two_then_all_three_servers()
     assert_eq!(shop.assert_settled(orders).await, 100);
 }
 
-/// The leader is frozen, another server takes over and is killed, and the first one resumes with its old state. In this
-/// schedule, clusters have been observed to lose acknowledged messages.
+/// The leader is frozen, another server takes over and is killed, and the first one resumes with
+/// its old state. In this schedule, clusters have been observed to lose acknowledged messages.
 #[tokio::test]
 async fn f29_a_frozen_cluster_leader_returns_while_its_successor_is_killed() {
     let (mut shop, mut cluster) = shop_with_a_cluster().await;
     for round in 1..=2 {
-        shop_while(&mut shop, async |_| {
+        place_orders_while(&mut shop, async |_| {
             let first = eventually("a server leads", SOON, async || {
                 cluster.leader("ORDERS").await
             })
@@ -95,9 +95,10 @@ async fn f29_a_frozen_cluster_leader_returns_while_its_successor_is_killed() {
     assert_eq!(shop.assert_settled(2 * CLIENTS * ORDERS_EACH).await, 100);
 }
 
-/// Two clients send the same message at once, as a relay does whose PubAck is late. While the first is being stored, the
-/// leader rejects the second as "in process"; a single server never does. A relay treats that as a failure, sends the row
-/// again, and then it is a duplicate. It is stored once.
+/// Two clients send the same message at once, as a relay does whose PubAck is late. While the first
+/// is being stored, the leader rejects the second as "in process"; a single server never does. A
+/// relay treats that as a failure, sends the row again, and then it is a duplicate. It is stored
+/// once.
 #[tokio::test]
 async fn f18_a_duplicate_sent_while_the_first_is_being_stored_is_stored_once() {
     const IN_PROCESS: u64 = 10158;
@@ -128,7 +129,7 @@ async fn f18_a_duplicate_sent_while_the_first_is_being_stored_is_stored_once() {
     while !in_process {
         assert!(
             stored < TRIES,
-            "{stored} pairs were sent, and no second one met the first"
+            "{stored} pairs were sent, but no second message arrived while the first was being stored"
         );
         let id = format!("probe-{stored}");
         let (one, other) = (send(&id).await, send(&id).await);

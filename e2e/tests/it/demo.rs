@@ -1,4 +1,4 @@
-//! The demo ends as it says.
+//! The demo ends with the expected result.
 
 use std::process::Command;
 

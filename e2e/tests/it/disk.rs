@@ -1,4 +1,5 @@
-//! A full or failing disk: nothing is accepted without being stored, and everything continues when there is space again.
+//! A full or failing disk: nothing is accepted without being stored, and everything continues when
+//! there is space again.
 
 use std::fs::File;
 use std::io::Write as _;
@@ -9,10 +10,10 @@ use sea_orm::ConnectionTrait as _;
 use serde_json::json;
 use stack::testing::{SmallDisk, TestStack, eventually};
 
-use crate::faults::{CLIENTS, ORDERS_EACH, shop_while, with_customers};
+use crate::faults::{CLIENTS, ORDERS_EACH, place_orders_while, with_customers};
 use crate::shop::{SOON, Shop};
 
-/// A test that the machine does not allow passes; `recipes/test.sh` reports it at the end.
+/// A test that cannot run on this machine passes, and `recipes/test.sh` reports it at the end.
 fn not_tested(why: &str) {
     let mut list = File::options()
         .create(true)
@@ -22,7 +23,8 @@ fn not_tested(why: &str) {
     writeln!(list, "{why}").unwrap();
 }
 
-/// A shop with the data of one part on a small disk. Needs root; otherwise the test reports that it did not run.
+/// A shop with the data of one part on a small disk. Needs root; otherwise the test reports that it
+/// did not run.
 async fn shop_on_a_small_disk(part: &str, megabytes: u32) -> Option<(Shop, SmallDisk)> {
     let mut stack = TestStack::prepare(Vec::new()).await.unwrap();
     let disk = match SmallDisk::mount(megabytes) {
@@ -40,7 +42,7 @@ async fn shop_on_a_small_disk(part: &str, megabytes: u32) -> Option<(Shop, Small
     })
     .unwrap();
     stack.system.start_all(|_, _| {}).await.unwrap();
-    Some((with_customers(Shop::on(stack)).await, disk))
+    Some((with_customers(Shop::with_stack(stack)).await, disk))
 }
 
 #[tokio::test]
@@ -48,7 +50,7 @@ async fn f12_nothing_is_lost_when_the_disk_of_the_database_is_full() {
     let Some((mut shop, disk)) = shop_on_a_small_disk("postgres", 400).await else {
         return;
     };
-    shop_while(&mut shop, async |shop| {
+    place_orders_while(&mut shop, async |shop| {
         disk.fill().unwrap();
         let refused = eventually("an order is refused", SOON, async || {
             let order =
@@ -64,7 +66,7 @@ async fn f12_nothing_is_lost_when_the_disk_of_the_database_is_full() {
         disk.free().unwrap();
         // It may have given up, so restart it, as its supervisor would.
         if shop.stack.system.ended("postgres").is_some() {
-            eventually("it is there again", SOON, async || {
+            eventually("it is running again", SOON, async || {
                 shop.stack.system.start("postgres").await.ok()
             })
             .await;
@@ -82,11 +84,11 @@ async fn f26_nothing_is_lost_when_the_disk_of_the_broker_is_full() {
     let Some((mut shop, disk)) = shop_on_a_small_disk("nats", 64).await else {
         return;
     };
-    shop_while(&mut shop, async |shop| {
+    place_orders_while(&mut shop, async |shop| {
         disk.fill().unwrap();
         let orders = shop.database("orders").await;
         eventually("an event cannot be published", SOON, async || {
-            shop.something_was_refused(&orders).await.then_some(())
+            shop.broker_rejected_a_message(&orders).await.then_some(())
         })
         .await;
         disk.free().unwrap();
@@ -98,10 +100,11 @@ async fn f26_nothing_is_lost_when_the_disk_of_the_broker_is_full() {
     assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);
 }
 
-/// fsync fails (F13): PostgreSQL does not continue as if nothing had happened, and neither do the services.
+/// fsync fails (F13): PostgreSQL does not continue as if nothing had happened, and neither do the
+/// services.
 #[tokio::test]
 async fn f13_nothing_is_lost_when_fsync_of_the_database_fails() {
-    let mut shop = with_customers(Shop::open().await).await;
+    let mut shop = with_customers(Shop::start().await).await;
     let postgres = shop.stack.system.pid("postgres").unwrap();
     // fsync fails in new sessions of the server, which flush the WAL when they commit.
     let failing = [
@@ -114,7 +117,7 @@ async fn f13_nothing_is_lost_when_fsync_of_the_database_fails() {
         "-p",
     ];
     let log = shop.stack.system.place().log("postgres");
-    shop_while(&mut shop, async |shop| {
+    place_orders_while(&mut shop, async |shop| {
         let strace = tokio::process::Command::new("strace")
             .args(failing)
             .arg(postgres.to_string())
@@ -155,8 +158,9 @@ async fn f13_nothing_is_lost_when_fsync_of_the_database_fails() {
             rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         }
         strace.wait().await.unwrap();
-        // PostgreSQL restarts by itself, or gives up now or soon; then restart it, as its supervisor would.
-        eventually("it is there again", SOON, async || {
+        // PostgreSQL restarts by itself, or gives up now or soon; then restart it, as its
+        // supervisor would.
+        eventually("it is running again", SOON, async || {
             if shop.stack.system.ended("postgres").is_some() {
                 shop.stack.system.start("postgres").await.ok()?;
             }

@@ -1,4 +1,5 @@
-//! The cost of an order in statements, messages and bytes: detects gradual slow-downs independently of the machine's load.
+//! The cost of an order in statements, messages and bytes. Detects performance regressions
+//! independently of the machine's load.
 
 use std::time::Instant;
 
@@ -15,14 +16,14 @@ const ORDERS: u64 = 30;
 
 /// Counters since the start.
 #[derive(Clone, Copy, Debug)]
-struct Counted {
+struct Counters {
     traffic: Traffic,
     wal_bytes: u64,
     stream_bytes: u64,
     stream_messages: u64,
 }
 
-/// The same per order.
+/// Counters per order.
 #[derive(Clone, Copy, Debug)]
 struct Cost {
     seconds: f64,
@@ -54,20 +55,20 @@ impl Meters {
             postgres.connect("payments").await.unwrap(),
         ];
         Self {
-            shop: Shop::on(stack),
+            shop: Shop::with_stack(stack),
             edges,
             databases,
         }
     }
 
     /// Waits until nothing is in progress, and reads the counters.
-    async fn read(&self) -> Counted {
+    async fn read(&self) -> Counters {
         for db in &self.databases {
-            let nothing_waits = async || {
+            let all_published = async || {
                 let query = "SELECT NOT EXISTS (SELECT 1 FROM outbox WHERE published_at IS NULL)";
                 text(db, query).await.parse::<bool>().unwrap().then_some(())
             };
-            eventually("all outboxes are empty", SOON, nothing_waits).await;
+            eventually("all outboxes are empty", SOON, all_published).await;
         }
         let mut traffic = Traffic::default();
         for service in ["orders", "payments"] {
@@ -88,7 +89,7 @@ impl Meters {
             "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint",
         )
         .await;
-        Counted {
+        Counters {
             traffic,
             wal_bytes: wal_bytes.parse().unwrap(),
             stream_bytes: jetstream["bytes"].as_u64().unwrap(),
@@ -102,7 +103,7 @@ impl Meters {
         orders(&self.shop).await;
         let after = self.read().await;
         let each =
-            |pick: fn(&Counted) -> u64| (pick(&after) - pick(&before)) as f64 / ORDERS as f64;
+            |pick: fn(&Counters) -> u64| (pick(&after) - pick(&before)) as f64 / ORDERS as f64;
         let cost = Cost {
             seconds: begun.elapsed().as_secs_f64() / ORDERS as f64,
             statements: each(|counted| counted.traffic.statements),
@@ -120,26 +121,26 @@ impl Meters {
 
 impl Cost {
     fn is_at_most(&self, limit: Self) {
-        // Relays and the reconciler poll every second; on a slow machine an order's share of that is
-        // larger.
-        let looks = self.seconds * 30.0;
+        // Relays and the reconciler poll every second; on a slow machine an order's share of that
+        // is larger.
+        let polls = self.seconds * 30.0;
         let pairs = [
-            ("statements", self.statements, limit.statements + looks),
+            ("statements", self.statements, limit.statements + polls),
             (
                 "round trips to PostgreSQL",
                 self.round_trips,
-                limit.round_trips + 2.0 * looks,
+                limit.round_trips + 2.0 * polls,
             ),
-            ("messages to NATS", self.messages, limit.messages + looks),
+            ("messages to NATS", self.messages, limit.messages + polls),
             (
                 "bytes of messages",
                 self.message_bytes,
-                limit.message_bytes + 100.0 * looks,
+                limit.message_bytes + 100.0 * polls,
             ),
             (
                 "bytes of WAL",
                 self.wal_bytes,
-                limit.wal_bytes + 100.0 * looks,
+                limit.wal_bytes + 100.0 * polls,
             ),
             ("bytes in streams", self.stream_bytes, limit.stream_bytes),
             (
@@ -171,7 +172,7 @@ async fn text(db: &DatabaseConnection, query: &str) -> String {
 async fn the_cost_of_an_order_stays_within_its_limits() {
     let meters = Meters::start().await;
     meters.shop.customer("alice", 1_000_000).await;
-    // Prepared statements, the first pages of tables and indexes.
+    // Warm up: prepared statements, and the first pages of tables and indexes.
     for _ in 0..10 {
         meters.shop.order("alice", 1).await;
     }
@@ -187,7 +188,7 @@ async fn the_cost_of_an_order_stays_within_its_limits() {
             join_all((0..ORDERS).map(|_| shop.order("alice", 1))).await;
         })
         .await;
-    // Up to a tenth above what was measured.
+    // Up to 10 % above the measured values.
     let limit = Cost {
         seconds: f64::INFINITY,
         statements: 27.0,
@@ -199,7 +200,7 @@ async fn the_cost_of_an_order_stays_within_its_limits() {
         stream_messages: 3.0,
     };
     one_by_one.is_at_most(limit);
-    // How many orders share a transaction depends on the machine, but they must share.
+    // The number of orders per transaction depends on the machine, but must be above one.
     at_once.is_at_most(Cost {
         statements: 15.0,
         round_trips: 25.0,

@@ -1,4 +1,5 @@
-//! Live status: the order events that a browser receives, through any gateway, with faults in between.
+//! Live status: the order events that a browser receives, through any gateway, with faults in
+//! between.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
@@ -24,17 +25,17 @@ use crate::shop::{SOON, Shop};
 struct Listener {
     stream: Opened,
     text: String,
-    ready: VecDeque<Heard>,
+    ready: VecDeque<ReceivedEvent>,
     last_event_id: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
-struct Heard {
+struct ReceivedEvent {
     kind: String,
     data: Value,
 }
 
-impl Heard {
+impl ReceivedEvent {
     fn order(&self) -> (String, String) {
         (
             self.data["order_id"].as_str().unwrap().to_owned(),
@@ -61,7 +62,7 @@ impl Listener {
             ready: VecDeque::new(),
             last_event_id: last_event_id.map(str::to_owned),
         };
-        // The first line of the server: from now on it delivers events.
+        // The server's first line confirms that it delivers events from now on.
         assert!(
             timeout(SOON, listener.read()).await.unwrap(),
             "{path} ends at once"
@@ -86,7 +87,7 @@ impl Listener {
             }
             if let Some(data) = field("data") {
                 let kind = field("event").unwrap_or("message").to_owned();
-                self.ready.push_back(Heard {
+                self.ready.push_back(ReceivedEvent {
                     kind,
                     data: serde_json::from_str(data).unwrap(),
                 });
@@ -97,7 +98,7 @@ impl Listener {
     }
 
     /// The next event; `None` if the stream has ended.
-    async fn next(&mut self) -> Option<Heard> {
+    async fn next(&mut self) -> Option<ReceivedEvent> {
         loop {
             if let Some(event) = self.ready.pop_front() {
                 return Some(event);
@@ -108,24 +109,24 @@ impl Listener {
         }
     }
 
-    async fn soon(&mut self) -> Heard {
+    async fn next_soon(&mut self) -> ReceivedEvent {
         timeout(SOON, self.next())
             .await
-            .expect("an event comes soon")
-            .expect("the stream goes on")
+            .expect("an event arrives in time")
+            .expect("the stream has not ended")
     }
 
     /// All events until this order is final.
-    async fn until_final(&mut self, order_id: &str) -> Vec<Heard> {
-        let mut heard = Vec::new();
+    async fn until_final(&mut self, order_id: &str) -> Vec<ReceivedEvent> {
+        let mut received = Vec::new();
         loop {
-            let event = self.soon().await;
+            let event = self.next_soon().await;
             let last = event.kind == "order"
                 && event.data["order_id"] == order_id
                 && event.data["status"] != "NEW";
-            heard.push(event);
+            received.push(event);
             if last {
-                return heard;
+                return received;
             }
         }
     }
@@ -192,7 +193,7 @@ async fn place(http: &Http, user: &str) -> String {
 async fn a_client_that_keeps_reconnecting_across_two_gateways_misses_no_event() {
     const ORDERS: usize = 1000;
     const CLIENTS: usize = 10;
-    let shop = Shop::open().await;
+    let shop = Shop::start().await;
     shop.customer("alice", 10_000).await;
     let second = Gateway::start(&shop, &[]).await;
     until_following(&shop.http).await;
@@ -206,13 +207,13 @@ async fn a_client_that_keeps_reconnecting_across_two_gateways_misses_no_event() 
     }));
     let first = Listener::open(&shop.http, "/v1/orders/events", None).await;
     let listening = async {
-        let (mut heard, mut reconnects) = (Vec::new(), 0);
+        let (mut received, mut reconnects) = (Vec::new(), 0);
         let mut listener = first;
         let deadline = Instant::now() + 2 * SOON;
-        while heard.len() < 2 * ORDERS && Instant::now() < deadline {
+        while received.len() < 2 * ORDERS && Instant::now() < deadline {
             let cut = Instant::now() + Duration::from_millis(200);
             while let Ok(event) = tokio::time::timeout_at(cut, listener.next()).await {
-                heard.push(event.expect("only we cut it"));
+                received.push(event.expect("only the client ends the stream"));
             }
             let door = if reconnects % 2 == 0 {
                 &second.http
@@ -223,18 +224,18 @@ async fn a_client_that_keeps_reconnecting_across_two_gateways_misses_no_event() 
                 Listener::open(door, "/v1/orders/events", listener.last_event_id.as_deref()).await;
             reconnects += 1;
         }
-        // Events still in flight would be too many.
+        // Wait, so that no event is still in flight.
         while let Ok(Some(event)) = timeout(Duration::from_millis(500), listener.next()).await {
-            heard.push(event);
+            received.push(event);
         }
-        (heard, reconnects)
+        (received, reconnects)
     };
-    let (ids, (heard, reconnects)) = tokio::join!(ordering, listening);
+    let (ids, (received, reconnects)) = tokio::join!(ordering, listening);
 
     assert!(reconnects > 3, "{reconnects}");
-    assert_eq!(heard.iter().find(|event| event.kind != "order"), None);
+    assert_eq!(received.iter().find(|event| event.kind != "order"), None);
     let mut statuses: HashMap<String, Vec<String>> = HashMap::new();
-    for event in &heard {
+    for event in &received {
         let (id, status) = event.order();
         statuses.entry(id).or_default().push(status);
     }
@@ -251,7 +252,7 @@ async fn a_client_that_keeps_reconnecting_across_two_gateways_misses_no_event() 
 
 #[tokio::test]
 async fn an_event_stream_delivers_only_what_was_subscribed() {
-    let shop = Shop::open().await;
+    let shop = Shop::start().await;
     until_following(&shop.http).await;
     shop.customer("alice", 1).await;
     let mut all = Listener::open(&shop.http, "/v1/orders/events", None).await;
@@ -259,27 +260,30 @@ async fn an_event_stream_delivers_only_what_was_subscribed() {
     let paid = place(&shop.http, "alice").await;
     let refused = place(&shop.http, "bob").await;
 
-    let heard = of_bob.until_final(&refused).await;
-    let told = &heard.last().unwrap().data;
+    let received = of_bob.until_final(&refused).await;
+    let data = &received.last().unwrap().data;
     assert_eq!(
-        heard.iter().map(Heard::order).collect::<Vec<_>>(),
+        received
+            .iter()
+            .map(ReceivedEvent::order)
+            .collect::<Vec<_>>(),
         [
             (refused.clone(), "NEW".to_owned()),
             (refused.clone(), "CANCELLED".to_owned())
         ]
     );
     assert_eq!(
-        (&told["user_id"], &told["amount"], &told["reason"]),
+        (&data["user_id"], &data["amount"], &data["reason"]),
         (&json!("bob"), &json!(1), &json!("no_account"))
     );
-    let at = OffsetDateTime::parse(told["at"].as_str().unwrap(), &Rfc3339).unwrap();
+    let at = OffsetDateTime::parse(data["at"].as_str().unwrap(), &Rfc3339).unwrap();
     assert!(
         (OffsetDateTime::now_utc() - at).abs() < time::Duration::minutes(2),
         "{at}"
     );
-    let heard = all.until_final(&paid).await;
+    let received = all.until_final(&paid).await;
     assert!(
-        heard
+        received
             .iter()
             .any(|event| event.order() == (paid.clone(), "NEW".to_owned()))
     );
@@ -287,19 +291,20 @@ async fn an_event_stream_delivers_only_what_was_subscribed() {
     // One order: first its current status, then each change.
     let mut one = Listener::open(&shop.http, &format!("/v1/orders/{paid}/events"), None).await;
     assert_eq!(
-        one.soon().await.order(),
+        one.next_soon().await.order(),
         (paid.clone(), "FINISHED".to_owned())
     );
     let another = place(&shop.http, "carol").await;
     let mut one = Listener::open(&shop.http, &format!("/v1/orders/{another}/events"), None).await;
-    let heard = one.until_final(&another).await;
+    let received = one.until_final(&another).await;
     assert_eq!(
-        heard.last().unwrap().order(),
+        received.last().unwrap().order(),
         (another.clone(), "CANCELLED".to_owned())
     );
-    assert!(heard.iter().all(|event| event.order().0 == another));
+    assert!(received.iter().all(|event| event.order().0 == another));
 
-    // A client that reconnects after a time without its own events continues after its last event, also with a parameter.
+    // A client that reconnects after a time without its own events continues after its last event,
+    // also with a parameter.
     let id = of_bob.last_event_id.clone().unwrap();
     let mut resumed = Listener::open(
         &shop.http,
@@ -340,7 +345,7 @@ async fn an_event_stream_delivers_only_what_was_subscribed() {
             "{path}"
         );
     }
-    // An id that no gateway has sent: the client must reload.
+    // An id that no gateway has sent: the client gets a reset and must reload.
     for foreign in [
         "abc",
         "7.-",
@@ -348,14 +353,14 @@ async fn an_event_stream_delivers_only_what_was_subscribed() {
         &id.replacen('.', "0.", 1),
     ] {
         let mut lost = Listener::open(&shop.http, "/v1/orders/events", Some(foreign)).await;
-        assert_eq!(lost.soon().await.kind, "reset", "{foreign}");
+        assert_eq!(lost.next_soon().await.kind, "reset", "{foreign}");
         assert_ne!(lost.last_event_id.as_deref(), Some(foreign));
     }
 }
 
 #[tokio::test]
 async fn event_streams_send_a_reset_after_the_broker_lost_everything() {
-    let mut shop = Shop::open().await;
+    let mut shop = Shop::start().await;
     until_following(&shop.http).await;
     shop.customer("alice", 100).await;
     let mut listener = Listener::open(&shop.http, "/v1/orders/events", None).await;
@@ -379,7 +384,7 @@ async fn event_streams_send_a_reset_after_the_broker_lost_everything() {
     shop.stack.system.start("nats").await.unwrap();
 
     for listener in [&mut listener, &mut waiting] {
-        assert_eq!(listener.soon().await.kind, "reset");
+        assert_eq!(listener.next_soon().await.kind, "reset");
     }
     // After reloading: the order that was placed meanwhile exists and becomes final.
     let read = shop
@@ -390,20 +395,21 @@ async fn event_streams_send_a_reset_after_the_broker_lost_everything() {
         .json();
     assert_eq!(read["status"], "FINISHED");
     let after = place(&shop.http, "alice").await;
-    let heard = listener.until_final(&after).await;
-    // After such a loss, events of final orders are published again; no client is told that they are NEW.
+    let received = listener.until_final(&after).await;
+    // After such a loss, events of final orders are published again; no client is data that they
+    // are NEW.
     assert!(
-        heard.iter().all(|event| event.order().0 != before),
-        "{heard:?}"
+        received.iter().all(|event| event.order().0 != before),
+        "{received:?}"
     );
     let mut late = Listener::open(&shop.http, "/v1/orders/events", Some(&old_id)).await;
-    assert_eq!(late.soon().await.kind, "reset");
+    assert_eq!(late.next_soon().await.kind, "reset");
     shop.assert_settled(3).await;
 }
 
 #[tokio::test]
 async fn replayed_events_change_no_status() {
-    let mut shop = Shop::open().await;
+    let mut shop = Shop::start().await;
     until_following(&shop.http).await;
     shop.customer("alice", 100).await;
     let mut listener = Listener::open(&shop.http, "/v1/orders/events", None).await;
@@ -419,34 +425,34 @@ async fn replayed_events_change_no_status() {
         ids.push(id);
     }
     let operator = shop.operator().await;
-    shop.replay_everything(&operator, "ORDERS", 12).await;
-    // A gateway that was started later knows it too.
+    shop.replay_stream(&operator, "ORDERS", 12).await;
+    // A gateway that is started later behaves in the same way.
     shop.stack.system.kill("gateway").await.unwrap();
     shop.stack.system.start("gateway").await.unwrap();
     until_following(&shop.http).await;
-    shop.replay_everything(&operator, "ORDERS", 24).await;
+    shop.replay_stream(&operator, "ORDERS", 24).await;
     let last = place(&shop.http, "alice").await;
 
     let mut again = Listener::open(&shop.http, "/v1/orders/events", Some(&beginning)).await;
-    let heard: Vec<_> = again
+    let received: Vec<_> = again
         .until_final(&last)
         .await
         .iter()
-        .map(Heard::order)
+        .map(ReceivedEvent::order)
         .collect();
     let expected: Vec<_> = ids
         .iter()
         .chain([&last])
         .flat_map(|id| ["NEW", "FINISHED"].map(|status| (id.clone(), status.to_owned())))
         .collect();
-    assert_eq!(heard, expected);
+    assert_eq!(received, expected);
 }
 
 #[tokio::test]
 async fn a_slow_event_client_is_disconnected_and_delays_no_other() {
     const BATCHES: usize = 40;
     const IN_BATCH: usize = 1000;
-    let shop = Shop::open().await;
+    let shop = Shop::start().await;
     let gateway = Gateway::start(&shop, &[("GOZON_EVENT_STREAMS_MAX", "2")]).await;
     // It sends the request and reads nothing.
     let socket = TcpSocket::new_v4().unwrap();
@@ -510,15 +516,15 @@ async fn a_slow_event_client_is_disconnected_and_delays_no_other() {
         }
     };
     let listening = async {
-        let mut heard = 0;
-        while heard < BATCHES * IN_BATCH {
-            assert_eq!(good.soon().await.kind, "order");
-            heard += 1;
+        let mut received = 0;
+        while received < BATCHES * IN_BATCH {
+            assert_eq!(good.next_soon().await.kind, "order");
+            received += 1;
         }
     };
     tokio::join!(publishing, listening);
     // The slow client no longer counts towards the limit.
-    eventually("the slow one is cut off", SOON, async || {
+    eventually("the slow client is disconnected", SOON, async || {
         gateway
             .http
             .open("/v1/orders/events", &[])
@@ -532,7 +538,7 @@ async fn a_slow_event_client_is_disconnected_and_delays_no_other() {
 
 #[tokio::test]
 async fn event_streams_end_when_the_gateway_stops() {
-    let shop = Shop::open().await;
+    let shop = Shop::start().await;
     let gateway = Gateway::start(&shop, &[]).await;
     let mut listener = Listener::open(&gateway.http, "/v1/orders/events", None).await;
     let begun = Instant::now();

@@ -25,7 +25,7 @@ impl Document {
         }
     }
 
-    /// The example of a body, beside its schema or in it.
+    /// The example of a body, next to its schema or inside it.
     fn example<'a>(&'a self, content: &'a Value) -> &'a Value {
         match &content["example"] {
             Value::Null => &self.follow(&content["schema"])["example"],
@@ -36,7 +36,7 @@ impl Document {
 
 #[tokio::test]
 async fn the_examples_work_when_executed_in_order() {
-    let shop = Shop::open().await;
+    let shop = Shop::start().await;
     let document = Document(shop.http.get("/openapi.json").await.unwrap().json());
     // Values from answers that later requests need, by operation and parameter.
     let mut links: BTreeMap<(String, String), String> = BTreeMap::new();

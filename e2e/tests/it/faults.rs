@@ -10,13 +10,13 @@ use stack::NAMES;
 use stack::http::Http;
 use stack::testing::eventually;
 
-use crate::shop::{SOON, Shop, fault_takes, until_done};
+use crate::shop::{SOON, Shop, fault_lasts, until_done};
 
 pub(crate) const CLIENTS: usize = 8;
 pub(crate) const ORDERS_EACH: usize = 15;
 
 /// Orders from several concurrent clients. `when` runs when a third of them is accepted.
-pub(crate) async fn shop_while(shop: &mut Shop, when: impl AsyncFnOnce(&mut Shop)) {
+pub(crate) async fn place_orders_while(shop: &mut Shop, when: impl AsyncFnOnce(&mut Shop)) {
     let total = CLIENTS * ORDERS_EACH;
     let (http, accepted) = (shop.http.clone(), AtomicUsize::new(0));
     let clients = join_all((0..CLIENTS).map(async |client| {
@@ -37,9 +37,9 @@ pub(crate) async fn shop_while(shop: &mut Shop, when: impl AsyncFnOnce(&mut Shop
     tokio::join!(clients, fault);
 }
 
-/// Four customers, each with money for 25 of 30 orders.
+/// Starts a system with four customers, each with money for 25 of 30 orders.
 async fn shop_with_customers() -> Shop {
-    with_customers(Shop::open().await).await
+    with_customers(Shop::start().await).await
 }
 
 pub(crate) async fn with_customers(shop: Shop) -> Shop {
@@ -51,10 +51,10 @@ pub(crate) async fn with_customers(shop: Shop) -> Shop {
 
 async fn killed_under_load(name: &str) {
     let mut shop = shop_with_customers().await;
-    shop_while(&mut shop, async |shop| {
+    place_orders_while(&mut shop, async |shop| {
         shop.stack.system.kill(name).await.unwrap();
         // PostgreSQL may need a second attempt while children of the killed one are still ending.
-        eventually("it is there again", SOON, async || {
+        eventually("it is running again", SOON, async || {
             shop.stack.system.start(name).await.ok()
         })
         .await;
@@ -63,7 +63,7 @@ async fn killed_under_load(name: &str) {
     assert_eq!(
         shop.assert_settled(CLIENTS * ORDERS_EACH).await,
         100,
-        "as many as there was money for"
+        "the money pays for this number of orders"
     );
     for user in 0..4 {
         assert_eq!(shop.balance(&format!("user-{user}")).await, 0);
@@ -97,9 +97,9 @@ async fn f09_the_database_is_killed_under_load() {
 
 #[tokio::test]
 async fn f24_the_broker_is_wiped_under_load() {
-    // Every message and every consumer is gone, acknowledged or not. Nobody intervenes.
+    // All messages and consumers are gone, whether acknowledged or not. Nobody intervenes.
     let mut shop = shop_with_customers().await;
-    shop_while(&mut shop, async |shop| {
+    place_orders_while(&mut shop, async |shop| {
         shop.stack.system.kill("nats").await.unwrap();
         shop.stack.system.wipe_nats().unwrap();
         shop.stack.system.start("nats").await.unwrap();
@@ -109,11 +109,11 @@ async fn f24_the_broker_is_wiped_under_load() {
     assert_eq!(
         shop.assert_settled(CLIENTS * ORDERS_EACH).await,
         100,
-        "as many as there was money for"
+        "the money pays for this number of orders"
     );
     assert!(
         begun.elapsed() < Duration::from_secs(20),
-        "it took {:?}, longer than noticing the loss takes",
+        "recovery took {:?}, so the loss was not noticed at once",
         begun.elapsed()
     );
 }
@@ -136,7 +136,7 @@ async fn f24_the_broker_is_wiped_while_every_answer_is_in_flight() {
         shop.database("payments").await,
     );
     eventually("every order is published", SOON, async || {
-        shop.nothing_waits(&orders).await.then_some(())
+        shop.all_published(&orders).await.then_some(())
     })
     .await;
     shop.stack.system.kill("orders").await.unwrap();
@@ -146,7 +146,7 @@ async fn f24_the_broker_is_wiped_while_every_answer_is_in_flight() {
     })
     .await;
     eventually("every answer is published", SOON, async || {
-        shop.nothing_waits(&payments).await.then_some(())
+        shop.all_published(&payments).await.then_some(())
     })
     .await;
 
@@ -158,12 +158,13 @@ async fn f24_the_broker_is_wiped_while_every_answer_is_in_flight() {
     assert_eq!(shop.assert_settled(20).await, 20);
     assert!(
         begun.elapsed() < Duration::from_secs(20),
-        "it took {:?}, longer than noticing the loss takes",
+        "recovery took {:?}, so the loss was not noticed at once",
         begun.elapsed()
     );
 }
 
-/// The broker restarts with an older copy of its data: it has lost what it acknowledged since (F25).
+/// The broker restarts with an older copy of its data: it has lost what it acknowledged since
+/// (F25).
 #[tokio::test]
 async fn f25_the_broker_is_restored_from_an_older_copy() {
     let mut shop = shop_with_customers().await;
@@ -177,7 +178,7 @@ async fn f25_the_broker_is_restored_from_an_older_copy() {
     shop.stack.system.kill("nats").await.unwrap();
     shop.stack.system.copy_nats().unwrap();
     shop.stack.system.start("nats").await.unwrap();
-    shop_while(&mut shop, async |shop| {
+    place_orders_while(&mut shop, async |shop| {
         shop.stack.system.kill("nats").await.unwrap();
         shop.stack.system.roll_back_nats().unwrap();
         shop.stack.system.start("nats").await.unwrap();
@@ -190,23 +191,24 @@ async fn f25_the_broker_is_restored_from_an_older_copy() {
 #[tokio::test]
 async fn f27_the_broker_is_frozen_for_six_seconds() {
     let mut shop = shop_with_customers().await;
-    shop_while(&mut shop, async |shop| {
+    place_orders_while(&mut shop, async |shop| {
         shop.stack.system.pause("nats").unwrap();
-        fault_takes(Duration::from_secs(6)).await;
+        fault_lasts(Duration::from_secs(6)).await;
         shop.stack.system.resume("nats").unwrap();
     })
     .await;
     assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);
 }
 
-/// Each service freezes for longer than the broker's ack wait, and resumes in the middle of its work (F6, F35).
+/// Each service freezes for longer than the broker's ack wait, and resumes in the middle of its
+/// work (F6, F35).
 #[tokio::test]
 async fn f35_each_service_is_frozen_for_two_seconds() {
     let mut shop = shop_with_customers().await;
-    shop_while(&mut shop, async |shop| {
+    place_orders_while(&mut shop, async |shop| {
         for name in ["payments", "orders", "gateway"] {
             shop.stack.system.pause(name).unwrap();
-            fault_takes(Duration::from_secs(2)).await;
+            fault_lasts(Duration::from_secs(2)).await;
             shop.stack.system.resume(name).unwrap();
         }
     })
@@ -219,11 +221,11 @@ async fn f35_each_service_is_frozen_for_two_seconds() {
 async fn f10_all_database_connections_are_terminated_repeatedly() {
     let mut shop = shop_with_customers().await;
     let postgres = shop.database("postgres").await;
-    shop_while(&mut shop, async |_| {
+    place_orders_while(&mut shop, async |_| {
         for _ in 0..20 {
             let ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname IN ('orders', 'payments')";
             postgres.execute_unprepared(ended).await.unwrap();
-            fault_takes(Duration::from_millis(50)).await;
+            fault_lasts(Duration::from_millis(50)).await;
         }
     })
     .await;
@@ -235,7 +237,7 @@ async fn f10_all_database_connections_are_terminated_repeatedly() {
 async fn f30_the_streams_are_deleted_under_load() {
     let mut shop = shop_with_customers().await;
     let ops = shop.operator().await;
-    shop_while(&mut shop, async |_| {
+    place_orders_while(&mut shop, async |_| {
         ops.jetstream().delete_stream("ORDERS").await.unwrap();
         ops.jetstream().delete_stream("PAYMENTS").await.unwrap();
     })
@@ -243,11 +245,12 @@ async fn f30_the_streams_are_deleted_under_load() {
     assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);
 }
 
-/// Everything that can be pruned is pruned, and then the whole history is replayed twice: nothing changes (F31, I1).
+/// Everything that can be pruned is pruned, and then the whole history is replayed twice: nothing
+/// changes (F31, I1).
 #[tokio::test]
 async fn f31_everything_is_pruned_and_both_streams_are_replayed_twice() {
     let mut shop = shop_with_customers().await;
-    shop_while(&mut shop, async |_| {}).await;
+    place_orders_while(&mut shop, async |_| {}).await;
     assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);
     let (orders, payments) = (
         shop.database("orders").await,
@@ -258,44 +261,47 @@ async fn f31_everything_is_pruned_and_both_streams_are_replayed_twice() {
             .await
             .unwrap();
     }
-    let before = shop.books(&orders, &payments).await;
+    let before = shop.permanent_rows(&orders, &payments).await;
 
     let ops = shop.operator().await;
-    let mut said = 0;
+    let mut published = 0;
     for _ in 0..2 {
         for stream in ["ORDERS", "PAYMENTS"] {
-            said += shop
-                .replay_everything(&ops, stream, CLIENTS * ORDERS_EACH)
+            published += shop
+                .replay_stream(&ops, stream, CLIENTS * ORDERS_EACH)
                 .await;
         }
     }
-    assert!(said >= 4 * CLIENTS * ORDERS_EACH, "{said} messages");
-    eventually("all of it is taken", SOON, async || {
-        shop.nothing_is_delivered(&ops).await.then_some(())
+    assert!(
+        published >= 4 * CLIENTS * ORDERS_EACH,
+        "{published} messages"
+    );
+    eventually("all replayed messages are acknowledged", SOON, async || {
+        shop.all_acknowledged(&ops).await.then_some(())
     })
     .await;
     assert_eq!(
-        shop.books(&orders, &payments).await,
+        shop.permanent_rows(&orders, &payments).await,
         before,
-        "not a byte has changed"
+        "no row has changed"
     );
-    assert!(shop.nothing_was_enqueued(&orders).await && shop.nothing_was_enqueued(&payments).await);
+    assert!(shop.outbox_is_empty(&orders).await && shop.outbox_is_empty(&payments).await);
 }
 
 /// Outbox and inbox do not grow with the number of orders; decisions are kept.
 #[tokio::test]
 async fn outbox_and_inbox_are_pruned_and_decisions_are_kept() {
-    let mut shop = with_customers(Shop::open_with(&[("GOZON_KEEP_SECONDS", "1")]).await).await;
+    let mut shop = with_customers(Shop::start_with(&[("GOZON_KEEP_SECONDS", "1")]).await).await;
     let (orders, payments) = (
         shop.database("orders").await,
         shop.database("payments").await,
     );
     for round in 1..=3 {
-        shop_while(&mut shop, async |_| {}).await;
+        place_orders_while(&mut shop, async |_| {}).await;
         shop.assert_settled(round * CLIENTS * ORDERS_EACH).await;
         for db in [&orders, &payments] {
-            eventually("what is old is gone", SOON, async || {
-                shop.nothing_was_enqueued(db).await.then_some(())
+            eventually("old rows are deleted", SOON, async || {
+                shop.outbox_is_empty(db).await.then_some(())
             })
             .await;
         }
@@ -308,7 +314,7 @@ async fn outbox_and_inbox_are_pruned_and_decisions_are_kept() {
 async fn outbox_and_inbox_stay_bounded_under_load() {
     /// Twelve times the retention.
     const LOAD: Duration = Duration::from_secs(12);
-    let shop = with_customers(Shop::open_with(&[("GOZON_KEEP_SECONDS", "1")]).await).await;
+    let shop = with_customers(Shop::start_with(&[("GOZON_KEEP_SECONDS", "1")]).await).await;
     let begun = Instant::now();
     let placed = AtomicUsize::new(0);
     let load = join_all((0..CLIENTS).map(async |client| {
@@ -355,7 +361,7 @@ async fn outbox_and_inbox_stay_bounded_under_load() {
     for (most, made) in most.into_iter().zip([2 * placed, placed, placed, placed]) {
         assert!(
             looks > 10 && most > 0 && most < made as i64 / 2,
-            "{most} of {made} rows were there at once, in {looks} looks"
+            "{most} of {made} rows existed at the same time, in {looks} samples"
         );
     }
 }
@@ -375,7 +381,7 @@ async fn count(db: &DatabaseConnection, table: &str) -> i64 {
 #[tokio::test]
 async fn f44_services_are_restarted_one_after_the_other_under_load() {
     let mut shop = shop_with_customers().await;
-    shop_while(&mut shop, async |shop| {
+    place_orders_while(&mut shop, async |shop| {
         for _ in 0..3 {
             for name in ["orders", "payments", "gateway"] {
                 let begun = Instant::now();
@@ -395,7 +401,7 @@ async fn f44_services_are_restarted_one_after_the_other_under_load() {
 
 #[tokio::test]
 async fn f05_an_unavailable_service_is_named_and_the_other_one_keeps_working() {
-    let mut shop = Shop::open().await;
+    let mut shop = Shop::start().await;
     shop.customer("alice", 100).await;
     shop.stack.system.stop("payments").await.unwrap();
     for answer in [
@@ -429,22 +435,23 @@ async fn f05_an_unavailable_service_is_named_and_the_other_one_keeps_working() {
 
     shop.stack.system.start("payments").await.unwrap();
     shop.stack.system.stop("orders").await.unwrap();
-    let away = shop.http.get("/v1/orders").await.unwrap();
-    assert_eq!(away.status, 503);
+    let unavailable = shop.http.get("/v1/orders").await.unwrap();
+    assert_eq!(unavailable.status, 503);
     assert!(
-        away.text()
+        unavailable
+            .text()
             .contains("Orders Service temporarily unavailable."),
         "{}",
-        away.text()
+        unavailable.text()
     );
-    eventually("the order is paid while orders is away", SOON, async || {
+    eventually("the order is paid while orders is down", SOON, async || {
         (shop.balance("alice").await == 40).then_some(())
     })
     .await;
     assert_eq!(
         shop.http.get("/readyz").await.unwrap().status,
         200,
-        "the gateway's health does not depend on others"
+        "the gateway's health does not depend on other services"
     );
 
     shop.stack.system.start("orders").await.unwrap();
@@ -453,12 +460,12 @@ async fn f05_an_unavailable_service_is_named_and_the_other_one_keeps_working() {
 
 #[tokio::test]
 async fn parts_may_start_in_any_order() {
-    let mut shop = Shop::open().await;
+    let mut shop = Shop::start().await;
     shop.customer("alice", 100).await;
     for name in NAMES {
         shop.stack.system.kill(name).await.unwrap();
     }
-    // Gateway first, database last: the opposite of the usual order.
+    // Gateway first, database last: the reverse of the usual order.
     for name in ["gateway", "payments", "orders"] {
         shop.stack.system.spawn(name).unwrap();
         let http = Http::new(shop.stack.system.address(name));
@@ -471,7 +478,7 @@ async fn parts_may_start_in_any_order() {
         .await;
     }
     shop.stack.system.start("nats").await.unwrap();
-    eventually("the database is there", SOON, async || {
+    eventually("the database is running", SOON, async || {
         shop.stack.system.start("postgres").await.ok()
     })
     .await;
@@ -489,20 +496,21 @@ async fn parts_may_start_in_any_order() {
     assert_eq!(shop.assert_settled(4).await, 3);
 }
 
-/// The stream has space for a few messages, and payments is down: most requests are evicted before they are read.
+/// The stream has space for a few messages, and payments is down: most requests are evicted before
+/// they are read.
 #[tokio::test]
 async fn f18_a_full_stream_evicts_requests_and_every_order_still_ends() {
-    let shop = Shop::open_with(&[
+    let shop = Shop::start_with(&[
         ("GOZON_STREAM_MAX_BYTES", "24000"),
         ("GOZON_ASK_AGAIN_MS", "1000"),
     ])
     .await;
     let mut shop = with_customers(shop).await;
     shop.stack.system.stop("payments").await.unwrap();
-    shop_while(&mut shop, async |_| {}).await;
+    place_orders_while(&mut shop, async |_| {}).await;
     let orders = shop.database("orders").await;
-    eventually("all is published", SOON, async || {
-        shop.nothing_waits(&orders).await.then_some(())
+    eventually("all events are published", SOON, async || {
+        shop.all_published(&orders).await.then_some(())
     })
     .await;
     let held = shop
@@ -515,7 +523,7 @@ async fn f18_a_full_stream_evicts_requests_and_every_order_still_ends() {
         .cached_info()
         .state
         .messages;
-    assert!(held < 60, "{held} messages fit");
+    assert!(held < 60, "the stream holds {held} messages");
     shop.stack.system.start("payments").await.unwrap();
     assert_eq!(shop.assert_settled(CLIENTS * ORDERS_EACH).await, 100);
 }
@@ -524,9 +532,9 @@ async fn f18_a_full_stream_evicts_requests_and_every_order_still_ends() {
 #[tokio::test]
 async fn f23_the_broker_is_unavailable_for_ten_seconds() {
     let mut shop = shop_with_customers().await;
-    shop_while(&mut shop, async |shop| {
+    place_orders_while(&mut shop, async |shop| {
         shop.stack.system.stop("nats").await.unwrap();
-        fault_takes(Duration::from_secs(10)).await;
+        fault_lasts(Duration::from_secs(10)).await;
         let placed = shop
             .http
             .post(
@@ -548,13 +556,13 @@ async fn f23_the_broker_is_unavailable_for_ten_seconds() {
 async fn f39_the_database_of_payments_is_unavailable_for_ten_seconds() {
     let mut shop = shop_with_customers().await;
     let server = shop.database("postgres").await;
-    shop_while(&mut shop, async |_| {
-        let away = "ALTER DATABASE payments ALLOW_CONNECTIONS false";
-        server.execute_unprepared(away).await.unwrap();
+    place_orders_while(&mut shop, async |_| {
+        let disallow = "ALTER DATABASE payments ALLOW_CONNECTIONS false";
+        server.execute_unprepared(disallow).await.unwrap();
         let end =
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'payments'";
         server.execute_unprepared(end).await.unwrap();
-        fault_takes(Duration::from_secs(10)).await;
+        fault_lasts(Duration::from_secs(10)).await;
         server
             .execute_unprepared("ALTER DATABASE payments ALLOW_CONNECTIONS true")
             .await

@@ -16,7 +16,7 @@ fn replayed(answer: &Answer) -> bool {
 
 #[tokio::test]
 async fn an_idempotency_key_is_per_user_and_bound_only_by_success() {
-    let shop = Shop::open().await;
+    let shop = Shop::start().await;
     let order = json!({ "user_id": "alice", "amount": 10 });
 
     // A rejected request binds nothing: corrected, it is accepted under the same key.
@@ -68,7 +68,8 @@ async fn an_idempotency_key_is_per_user_and_bound_only_by_success() {
     let placed = post(&shop, "/v1/orders", "lamp", &order).await;
     assert_eq!((placed.status, replayed(&placed)), (201, false));
 
-    // Bare or quoted, it is the same key. White space and field order of the JSON body do not matter.
+    // Bare or quoted, it is the same key. White space and field order of the JSON body do not
+    // matter.
     let headers = [
         ("content-type", "application/json"),
         ("idempotency-key", r#""lamp""#),
@@ -198,7 +199,7 @@ async fn an_idempotency_key_is_per_user_and_bound_only_by_success() {
     assert_eq!(
         shop.assert_settled(3).await,
         2,
-        "both of alice, none of bob, who has no account"
+        "both orders of alice are paid, but not that of bob, who has no account"
     );
     assert_eq!(shop.balance("alice").await, 100 + 5 - 10 - 10);
 }

@@ -1,4 +1,4 @@
-//! The part of the kill matrix that is quick enough for every test run: kill -9 at each failpoint.
+//! The part of the kill matrix that every test run includes: kill -9 at each failpoint.
 
 use std::process::Command;
 

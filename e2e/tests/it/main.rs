@@ -1,6 +1,6 @@
-//! Tests of the whole system through its front door, with real processes. `checkout` is the story; read it first.
+//! Tests of the whole system through the gateway, with real processes. Read `checkout` first.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 mod chaos;
 mod checkout;

@@ -34,7 +34,7 @@ impl Page {
 
 #[tokio::test]
 async fn every_service_exports_its_metrics() {
-    let shop = Shop::open().await;
+    let shop = Shop::start().await;
     shop.customer("alice", 100).await;
     assert_eq!(shop.order("alice", 60).await.0, "FINISHED");
     assert_eq!(shop.order("alice", 60).await.0, "CANCELLED");
@@ -50,7 +50,7 @@ async fn every_service_exports_its_metrics() {
             201
         );
     }
-    let orders = eventually("the last order has ended", SOON, async || {
+    let orders = eventually("the last order is final", SOON, async || {
         let page = Page::of(&shop, "orders").await;
         let is_final = page.value("gozon_orders_ended_total{outcome=\"paid\"}") == Some(2.0)
             // Gauges are read before the counters.
@@ -139,7 +139,7 @@ async fn every_service_exports_its_metrics() {
             4.0,
         ),
     ] {
-        // The broker may not answer in time for one page.
+        // The broker may answer too late for one scrape.
         let shown =
             async || (Page::of(&shop, service).await.value(series) == Some(value)).then_some(());
         eventually(series, SOON, shown).await;
@@ -158,7 +158,7 @@ async fn every_service_exports_its_metrics() {
 
 #[tokio::test]
 async fn client_input_creates_no_new_metric_series() {
-    let shop = Shop::open().await;
+    let shop = Shop::start().await;
     let send = async |round: &str| {
         for number in 0..20 {
             let path = format!("/v1/orders/{round}-{number}");
@@ -194,7 +194,7 @@ async fn client_input_creates_no_new_metric_series() {
 
 #[tokio::test]
 async fn backlog_metrics_show_age_and_are_absent_while_the_database_is_down() {
-    let mut shop = Shop::open().await;
+    let mut shop = Shop::start().await;
     shop.stack.system.kill("nats").await.unwrap();
     let body = json!({ "user_id": "alice", "amount": 1 });
     assert_eq!(
@@ -219,7 +219,7 @@ async fn backlog_metrics_show_age_and_are_absent_while_the_database_is_down() {
     assert_eq!(
         page.value("gozon_outbox_pending"),
         None,
-        "no old value is shown as new"
+        "an old value is not exported as current"
     );
     assert_eq!(
         page.value("gozon_orders_placed_total{result=\"stored\"}"),

@@ -1,4 +1,4 @@
-//! Documents name tests as proofs: those tests must exist.
+//! Documents name tests as proofs. These tests must exist.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -6,7 +6,8 @@ use std::path::Path;
 
 use e2e::test_names::{self, REPOSITORY};
 
-/// Test names are sentences. Shorter identifiers in documents are columns, settings or problem codes.
+/// Test names are sentences. Shorter identifiers in documents are columns, settings or problem
+/// codes.
 const WORDS_MIN: usize = 6;
 const FAULTS: std::ops::RangeInclusive<u32> = 1..=52;
 
@@ -19,22 +20,22 @@ fn names_of_tests() -> BTreeSet<String> {
     tests.iter().map(|test| test.name().to_owned()).collect()
 }
 
-/// What stands between backticks and looks like the name of a test.
-fn named(text: &str) -> Vec<&str> {
+/// Everything between backticks that looks like the name of a test.
+fn test_names_in(text: &str) -> Vec<&str> {
     let code = text.split('`').skip(1).step_by(2);
     code.filter(|code| {
         let is_identifier = code
             .bytes()
             .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_');
-        // Metrics.
-        let is_sentence = !faults_of(code).is_empty() || code.split('_').count() >= WORDS_MIN;
+        // Names of metrics are excluded.
+        let is_sentence = !fault_numbers(code).is_empty() || code.split('_').count() >= WORDS_MIN;
         is_identifier && is_sentence && !code.starts_with("gozon_")
     })
     .collect()
 }
 
 /// The numbers at the beginning of a name: 16 and 34 of `f16_f34_every_process`.
-fn faults_of(name: &str) -> Vec<u32> {
+fn fault_numbers(name: &str) -> Vec<u32> {
     let number = |word: &str| word.strip_prefix('f')?.parse().ok();
     name.split('_').map_while(number).collect()
 }
@@ -51,10 +52,10 @@ fn every_test_that_a_document_names_exists() {
         "e2e/FAULTS.md",
     ] {
         let text = read(document);
-        for name in named(&text) {
+        for name in test_names_in(&text) {
             assert!(
                 tests.contains(name),
-                "{document} names {name}, and there is no such test"
+                "{document} names the test {name}, which does not exist"
             );
             found += 1;
         }
@@ -76,14 +77,14 @@ fn every_fault_has_a_test_and_every_numbered_test_is_listed_with_its_fault() {
     for fault in FAULTS {
         let row = row(fault);
         assert!(
-            !named(row).is_empty() || row.contains("not tested"),
+            !test_names_in(row).is_empty() || row.contains("not tested"),
             "F{fault} has no test"
         );
     }
     for name in names_of_tests() {
-        for fault in faults_of(&name) {
+        for fault in fault_numbers(&name) {
             assert!(
-                named(row(fault)).contains(&name.as_str()),
+                test_names_in(row(fault)).contains(&name.as_str()),
                 "{name} is not listed with F{fault}"
             );
         }

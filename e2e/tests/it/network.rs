@@ -10,7 +10,7 @@ use stack::seed::Seed;
 use stack::testing::{TestStack, eventually, own_programs};
 use stack::{Edges, NAMES};
 
-use crate::shop::{SOON, Shop, fault_takes};
+use crate::shop::{SOON, Shop, fault_lasts};
 
 /// A dead connection is detected and replaced within this, also on a busy machine.
 const NOTICED_WITHIN: Duration = Duration::from_secs(40);
@@ -26,7 +26,7 @@ async fn shop_behind_proxies() -> (Shop, Edges) {
         TestStack::start_behind_proxies(&own_programs().unwrap(), environment, &mut seed)
             .await
             .unwrap();
-    (Shop::on(stack), edges)
+    (Shop::with_stack(stack), edges)
 }
 
 /// Places one order while `cut` loses messages; it must have fired `times` times.
@@ -38,16 +38,16 @@ async fn order_while_lost(
     cut: Cut,
     times: usize,
 ) {
-    let way = edges.between(service, part);
-    way.arm(cut, times);
+    let proxy = edges.between(service, part);
+    proxy.arm(cut, times);
     assert_eq!(
         shop.order("alice", 10).await,
         ("FINISHED".to_owned(), None),
         "{service}, {cut:?}"
     );
     // An ack, or a relay's update, may come after the order is final.
-    let fired = async || (way.fired(cut) == times as u64).then_some(());
-    eventually(&format!("{cut:?} at {service} was lost"), SOON, fired).await;
+    let fired = async || (proxy.fired(cut) == times as u64).then_some(());
+    eventually(&format!("{cut:?} at {service} has happened"), SOON, fired).await;
 }
 
 /// COMMIT reached the server or not; the client sees a closed connection in both cases (F8).
@@ -73,7 +73,7 @@ async fn f08_a_commit_whose_outcome_is_unknown_happens_exactly_once() {
     assert_eq!(
         shop.balance("alice").await,
         1000 - 10 * i64::try_from(orders).unwrap(),
-        "each is debited exactly once"
+        "each order is debited exactly once"
     );
 
     let after = "SET balance = balance + $2";
@@ -94,34 +94,39 @@ async fn f08_a_commit_whose_outcome_is_unknown_happens_exactly_once() {
     }
 }
 
-/// The same while every retry fails too: the client is told that the outcome is unknown, and a retry resolves it (I9).
+/// The service's own retries fail too: the client is told that the outcome is unknown, and a retry
+/// under the same key resolves it (I9).
 #[tokio::test]
 async fn f08_an_unknown_outcome_is_reported_and_a_retry_under_its_key_resolves_it() {
     let (shop, edges) = shop_behind_proxies().await;
     shop.customer("alice", 100).await;
-    let way = edges.between("orders", "postgres");
+    let proxy = edges.between("orders", "postgres");
     let cut = Cut::CommitAnswer {
         after: "INSERT INTO orders",
     };
-    way.arm(cut, 1000);
+    proxy.arm(cut, 1000);
     let body = json!({ "user_id": "alice", "amount": 10 });
     let answer = shop
         .http
         .post("/v1/orders", Some("lamp"), &body)
         .await
         .unwrap();
-    let said = answer.json();
+    let answer_body = answer.json();
     assert_eq!(
-        (answer.status, &said["outcome"], &said["idempotency_key"]),
+        (
+            answer.status,
+            &answer_body["outcome"],
+            &answer_body["idempotency_key"]
+        ),
         (503, &json!("unknown"), &json!("lamp")),
-        "{said}"
+        "{answer_body}"
     );
     assert!(
-        way.fired(cut) >= 2,
-        "it was tried again, and no try was answered"
+        proxy.fired(cut) >= 2,
+        "the service retried, and no attempt was answered"
     );
-    way.disarm();
-    let found_out = eventually("it can be asked again", SOON, async || {
+    proxy.disarm();
+    let found_out = eventually("the retry is answered", SOON, async || {
         shop.http
             .post("/v1/orders", Some("lamp"), &body)
             .await
@@ -132,7 +137,7 @@ async fn f08_an_unknown_outcome_is_reported_and_a_retry_under_its_key_resolves_i
     assert_eq!(
         found_out.header("idempotency-replayed"),
         Some("true"),
-        "it had been done the first time"
+        "the first attempt had succeeded"
     );
     assert_eq!(shop.assert_settled(1).await, 1);
 }
@@ -157,7 +162,7 @@ async fn f36_a_lost_puback_ack_or_delivery_only_causes_delay() {
                 ("FINISHED".to_owned(), None),
                 "{service}, {cut:?}"
             );
-            eventually("it was lost", SOON, async || {
+            eventually("the message was lost", SOON, async || {
                 (edges.between(service, "nats").fired(cut) == fired + times as u64).then_some(())
             })
             .await;
@@ -183,7 +188,7 @@ async fn f48_black_holed_connections_are_detected_and_replaced() {
         ("orders", "nats"),
         ("payments", "nats"),
     ] {
-        // Each of them was used, and data is waiting on each of them.
+        // Use each connection, so that data is in flight on each of them.
         assert_eq!(shop.order("alice", 10).await.0, "FINISHED");
         edges.between(service, part).black_hole();
         edges.between(service, part).heal();
@@ -194,7 +199,7 @@ async fn f48_black_holed_connections_are_detected_and_replaced() {
         };
         tokio::time::timeout(
             NOTICED_WITHIN,
-            eventually("an order ends", SOON, async || ended().await),
+            eventually("an order becomes final", SOON, async || ended().await),
         )
         .await
         .unwrap_or_else(|_| {
@@ -208,7 +213,8 @@ async fn f48_black_holed_connections_are_detected_and_replaced() {
     assert!(shop.assert_settled(orders).await >= orders);
 }
 
-/// While the connection to a database is black-holed, requests are answered, and the other service keeps working (F48).
+/// While the connection to a database is black-holed, requests are answered, and the other service
+/// keeps working (F48).
 #[tokio::test]
 async fn f48_no_request_hangs_while_a_connection_is_black_holed() {
     let (shop, edges) = shop_behind_proxies().await;
@@ -225,8 +231,8 @@ async fn f48_no_request_hangs_while_a_connection_is_black_holed() {
             json!({ "amount": 10 }),
         ),
     ] {
-        let way = edges.between(service, "postgres");
-        way.black_hole();
+        let proxy = edges.between(service, "postgres");
+        proxy.black_hole();
         let begun = Instant::now();
         for answer in join_all((0..5).map(|_| shop.http.post(request, None, &body))).await {
             let answer = answer.unwrap();
@@ -234,10 +240,10 @@ async fn f48_no_request_hangs_while_a_connection_is_black_holed() {
         }
         assert!(
             begun.elapsed() < ANSWERED_WITHIN,
-            "{service} took {:?} to say that its database is away",
+            "{service} took {:?} to report that its database is down",
             begun.elapsed()
         );
-        way.heal();
+        proxy.heal();
         let healed = async || {
             shop.http
                 .post(request, None, &body)
@@ -247,7 +253,7 @@ async fn f48_no_request_hangs_while_a_connection_is_black_holed() {
         };
         tokio::time::timeout(
             NOTICED_WITHIN,
-            eventually("it works again", SOON, async || healed().await),
+            eventually("the service works again", SOON, async || healed().await),
         )
         .await
         .unwrap();
@@ -269,7 +275,7 @@ async fn f48_no_request_hangs_while_a_connection_is_black_holed() {
         "/v1/orders/{}?wait=30",
         placed.json()["id"].as_str().unwrap()
     );
-    eventually("it is paid", SOON, async || {
+    eventually("the order is paid", SOON, async || {
         shop.http
             .get(&path)
             .await
@@ -290,7 +296,7 @@ async fn f47_a_slow_network_only_causes_delay() {
         (Duration::ZERO, 1),
         (Duration::from_millis(100), 512),
     ] {
-        edges.all().for_each(|way| way.slow(delay, piece));
+        edges.all().for_each(|proxy| proxy.slow(delay, piece));
         let ended = join_all((0..10).map(|_| shop.order("alice", 10))).await;
         assert_eq!(
             ended
@@ -320,17 +326,17 @@ async fn f49_connections_are_blocked_one_by_one_and_reopened_in_another_order() 
     let orders = join_all((0..40).map(|_| shop.until_done("/v1/orders", &body)));
     let swizzle = async {
         for _ in 0..3 {
-            let mut ways: Vec<_> = edges.all().cloned().collect();
-            seed.shuffle(&mut ways);
-            for way in &ways {
-                way.hold();
-                fault_takes(Duration::from_millis(100)).await;
+            let mut proxies: Vec<_> = edges.all().cloned().collect();
+            seed.shuffle(&mut proxies);
+            for proxy in &proxies {
+                proxy.hold();
+                fault_lasts(Duration::from_millis(100)).await;
             }
-            ways.iter().for_each(stack::proxy::Proxy::cut);
-            seed.shuffle(&mut ways);
-            for way in &ways {
-                way.heal();
-                fault_takes(Duration::from_millis(100)).await;
+            proxies.iter().for_each(stack::proxy::Proxy::cut);
+            seed.shuffle(&mut proxies);
+            for proxy in &proxies {
+                proxy.heal();
+                fault_lasts(Duration::from_millis(100)).await;
             }
         }
     };
@@ -350,7 +356,7 @@ async fn f52_all_processes_are_killed_at_once() {
         let body = json!({ "user_id": "alice", "amount": 10 });
         let orders = join_all((0..40).map(|_| crate::shop::until_done(&http, "/v1/orders", &body)));
         let power_cut = async {
-            fault_takes(Duration::from_millis(50)).await;
+            fault_lasts(Duration::from_millis(50)).await;
             let mut names = NAMES;
             for name in names {
                 shop.stack.system.kill(name).await.unwrap();
@@ -360,8 +366,9 @@ async fn f52_all_processes_are_killed_at_once() {
                 shop.stack.system.spawn(name).unwrap();
             }
             for name in names {
-                // PostgreSQL may need a second attempt while children of the killed one are still ending.
-                eventually("it is there again", SOON, async || {
+                // PostgreSQL may need a second attempt while children of the killed one are still
+                // ending.
+                eventually("it is running again", SOON, async || {
                     if shop.stack.system.pid(name).is_none() {
                         shop.stack.system.spawn(name).unwrap();
                     }

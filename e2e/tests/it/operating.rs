@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use e2e::broker::replay;
+use e2e::broker::replay_stream;
 use futures_util::future::join_all;
 use ops::audit::{self, Databases, FindingKind};
 use sea_orm::ConnectionTrait as _;
@@ -19,7 +19,7 @@ const AT_ONCE: audit::Options = audit::Options {
 
 /// Places three orders, copies one database, places four more orders, and restores the copy.
 async fn shop_with_a_restored_database(name: &'static str) -> Shop {
-    let mut shop = Shop::open().await;
+    let mut shop = Shop::start().await;
     shop.customer("alice", 100).await;
     for _ in 0..3 {
         assert_eq!(shop.order("alice", 10).await.0, "FINISHED");
@@ -61,8 +61,8 @@ async fn findings(shop: &Shop) -> Vec<FindingKind> {
     report.findings.iter().map(|finding| finding.kind).collect()
 }
 
-/// The database of payments is restored from a backup (F14): the audit names what is missing, and replaying the
-/// orders debits exactly that.
+/// The database of payments is restored from a backup (F14): the audit names what is missing, and
+/// replaying the orders debits exactly that.
 #[tokio::test]
 async fn f14_payments_restored_from_a_backup_is_reported_and_healed_by_replaying_the_orders() {
     let shop = shop_with_a_restored_database("payments").await;
@@ -73,11 +73,11 @@ async fn f14_payments_restored_from_a_backup_is_reported_and_healed_by_replaying
     assert_eq!(
         shop.balance("alice").await,
         70,
-        "as it was when the copy was made"
+        "the balance is that of the backup"
     );
     let ops = shop.operator().await;
-    replay(&ops, "ORDERS", u64::MAX).await.unwrap();
-    eventually("the four are debited again", SOON, async || {
+    replay_stream(&ops, "ORDERS", u64::MAX).await.unwrap();
+    eventually("the four orders are debited again", SOON, async || {
         (shop.balance("alice").await == 30).then_some(())
     })
     .await;
@@ -85,17 +85,17 @@ async fn f14_payments_restored_from_a_backup_is_reported_and_healed_by_replaying
     assert_eq!(findings(&shop).await, []);
 }
 
-/// The database of orders is restored from a backup (F14): the audit names debits for unknown orders,
-/// and their answers become dead letters.
+/// The database of orders is restored from a backup (F14): the audit names debits for unknown
+/// orders, and their answers become dead letters.
 #[tokio::test]
 async fn f14_orders_restored_from_a_backup_is_reported_and_nothing_is_debited_twice() {
     let shop = shop_with_a_restored_database("orders").await;
     assert_eq!(findings(&shop).await, [FindingKind::Unexpected; 4]);
     let ops = shop.operator().await;
-    replay(&ops, "PAYMENTS", u64::MAX).await.unwrap();
-    replay(&ops, "ORDERS", u64::MAX).await.unwrap();
-    eventually("all is taken", SOON, async || {
-        shop.nothing_is_delivered(&ops).await.then_some(())
+    replay_stream(&ops, "PAYMENTS", u64::MAX).await.unwrap();
+    replay_stream(&ops, "ORDERS", u64::MAX).await.unwrap();
+    eventually("all messages are acknowledged", SOON, async || {
+        shop.all_acknowledged(&ops).await.then_some(())
     })
     .await;
     assert_eq!(shop.balance("alice").await, 30);
@@ -112,12 +112,12 @@ async fn f14_orders_restored_from_a_backup_is_reported_and_nothing_is_debited_tw
     );
 }
 
-/// Far more concurrent requests than the limit (F50): each is answered, a rejection contains Retry-After, and
-/// all of them are done once when retried.
+/// Far more concurrent requests than the limit (F50): each is answered, a rejection contains
+/// Retry-After, and all of them are done once when retried.
 #[tokio::test]
 async fn f50_too_many_orders_at_once_are_rejected_with_retry_after_and_done_once() {
     const MANY: usize = 1500;
-    let shop = Shop::open().await;
+    let shop = Shop::start().await;
     shop.customer("alice", 1000).await;
     let body = json!({ "user_id": "alice", "amount": 1 });
     let answers = join_all((0..MANY).map(|number| {
@@ -146,7 +146,7 @@ async fn f50_too_many_orders_at_once_are_rejected_with_retry_after_and_done_once
     }
     assert_eq!(shop.http.get("/readyz").await.unwrap().status, 200);
     for number in again {
-        eventually("it is done", SOON, async || {
+        eventually("the request is done", SOON, async || {
             let answer = shop
                 .http
                 .post("/v1/orders", Some(&format!("order-{number}")), &body)
@@ -159,6 +159,6 @@ async fn f50_too_many_orders_at_once_are_rejected_with_retry_after_and_done_once
     assert_eq!(
         shop.assert_settled(MANY).await,
         1000,
-        "as many as there was money for"
+        "the money pays for this number of orders"
     );
 }

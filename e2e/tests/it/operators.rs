@@ -35,8 +35,8 @@ async fn publish(shop: &Shop, subject: &'static str, kind: &str, order_id: Uuid,
         .unwrap();
 }
 
-async fn letters(shop: &Shop, number: usize) -> Vec<Value> {
-    eventually("the dead letters are there", SOON, async || {
+async fn dead_letters(shop: &Shop, number: usize) -> Vec<Value> {
+    eventually("the dead letters are stored", SOON, async || {
         let items = shop.http.get("/v1/ops/dead-letters").await.unwrap().json()["items"]
             .as_array()
             .unwrap()
@@ -48,10 +48,10 @@ async fn letters(shop: &Shop, number: usize) -> Vec<Value> {
 
 #[tokio::test]
 async fn an_operator_sees_the_backlog_and_replays_a_dead_letter() {
-    let mut shop = Shop::open().await;
+    let mut shop = Shop::start().await;
     shop.customer("alice", 100).await;
     assert_eq!(shop.order("alice", 10).await.0, "FINISHED");
-    let flow = eventually("all is done", SOON, async || {
+    let flow = eventually("nothing is in progress", SOON, async || {
         let flow = shop.http.get("/v1/ops/flow").await.unwrap().json();
         let idle = |service: &str| {
             flow[service]["outbox_pending"] == 0 && flow[service]["consumer"]["ack_pending"] == 0
@@ -81,7 +81,7 @@ async fn an_operator_sees_the_backlog_and_replays_a_dead_letter() {
         &answer,
     )
     .await;
-    letters(&shop, 1).await;
+    dead_letters(&shop, 1).await;
     publish(
         &shop,
         OrderPlaced::SUBJECT,
@@ -90,7 +90,7 @@ async fn an_operator_sees_the_backlog_and_replays_a_dead_letter() {
         &json!({}),
     )
     .await;
-    let all = letters(&shop, 2).await;
+    let all = dead_letters(&shop, 2).await;
     let (poison, quarantined) = (&all[0], &all[1]);
     assert_eq!(
         (&poison["service"], &poison["kind"], &poison["waits"]),
@@ -122,7 +122,7 @@ async fn an_operator_sees_the_backlog_and_replays_a_dead_letter() {
         (&json!(unknown), answer.to_string().as_str())
     );
 
-    // One page after the other.
+    // Page by page.
     let page = shop
         .http
         .get("/v1/ops/dead-letters?limit=1")
@@ -148,7 +148,7 @@ async fn an_operator_sees_the_backlog_and_replays_a_dead_letter() {
         (&quarantined["id"], &Value::Null)
     );
 
-    // Rejected as before: it says why, and the dead letter stays.
+    // A replay is rejected as before, says why, and the dead letter stays.
     for (letter, outcome) in [(poison, "poison"), (quarantined, "quarantine")] {
         let path = format!(
             "/v1/ops/dead-letters/{}/replay",
@@ -166,7 +166,7 @@ async fn an_operator_sees_the_backlog_and_replays_a_dead_letter() {
             (&json!(outcome), &json!(false))
         );
     }
-    let again = letters(&shop, 2).await;
+    let again = dead_letters(&shop, 2).await;
     assert!(
         again
             .iter()
@@ -174,8 +174,8 @@ async fn an_operator_sees_the_backlog_and_replays_a_dead_letter() {
         "{again:?}"
     );
 
-    // The order exists now: a dry run shows what would happen, a replay does it once. Its request was
-    // published just now, so that it is not asked for again.
+    // Now the order exists. A dry run shows the effect; a replay has it once. The request counts as
+    // published just now, so that the order is not re-asked.
     let orders = shop.database("orders").await;
     let event = Uuid::now_v7();
     let restored = format!(
@@ -217,14 +217,14 @@ async fn an_operator_sees_the_backlog_and_replays_a_dead_letter() {
         "CANCELLED"
     );
     assert_eq!(post(&shop, &path).await.1["outcome"], "nothing_to_do");
-    let waits: Vec<Value> = letters(&shop, 2)
+    let waits: Vec<Value> = dead_letters(&shop, 2)
         .await
         .iter()
         .map(|letter| letter["waits"].clone())
         .collect();
     assert_eq!(waits, [json!(true), json!(false)]);
-    eventually("its end is published", SOON, async || {
-        shop.nothing_waits(&orders).await.then_some(())
+    eventually("its final event is published", SOON, async || {
+        shop.all_published(&orders).await.then_some(())
     })
     .await;
 
@@ -272,7 +272,7 @@ async fn an_operator_sees_the_backlog_and_replays_a_dead_letter() {
         );
     }
 
-    // One service down: the other one is shown.
+    // With one service down, the other one is still shown.
     shop.stack.system.stop("payments").await.unwrap();
     let flow = shop.http.get("/v1/ops/flow").await.unwrap();
     assert_eq!(

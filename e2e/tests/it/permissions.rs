@@ -36,7 +36,8 @@ impl User {
         Self { client, refusals }
     }
 
-    /// Whether publishing is denied. The server answers in order, so a violation arrives before the next pong.
+    /// Whether publishing is denied. The server answers in order, so a violation arrives before the
+    /// next pong.
     async fn may_not_publish(&mut self, subject: &str) {
         self.client
             .publish(subject.to_owned(), "{}".into())
@@ -232,12 +233,12 @@ async fn each_nats_user_can_do_its_work_and_nothing_else() {
         async_nats::connect(stack.system.nats().url())
             .await
             .is_err(),
-        "nobody enters without a name"
+        "a connection without a user name is rejected"
     );
 }
 
 #[tokio::test]
-async fn each_postgres_role_enters_its_own_database_only() {
+async fn each_postgres_role_can_only_connect_to_its_own_database() {
     let stack = TestStack::start().await.unwrap();
     let secrets = stack.system.place().secrets.clone();
     let postgres = stack.system.postgres();
@@ -259,7 +260,7 @@ async fn each_postgres_role_enters_its_own_database_only() {
     ] {
         assert!(
             enter(role, password, database).await.is_err(),
-            "{role} enters {database}"
+            "role {role} can connect to {database}"
         );
     }
     let db = enter("payments", payments, "payments").await.unwrap();

@@ -1,4 +1,4 @@
-//! A running system with customers: requests as clients send them, and checks in both databases.
+//! A running system with customers: sends requests as clients do, and checks both databases.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -20,26 +20,26 @@ pub(crate) struct Shop {
 }
 
 impl Shop {
-    pub(crate) async fn open() -> Self {
-        Self::open_with(&[]).await
+    pub(crate) async fn start() -> Self {
+        Self::start_with(&[]).await
     }
 
     /// With additional environment of the services.
-    pub(crate) async fn open_with(environment: &[(&str, &str)]) -> Self {
+    pub(crate) async fn start_with(environment: &[(&str, &str)]) -> Self {
         let environment = environment
             .iter()
             .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
             .collect();
-        Self::on(TestStack::start_with(environment).await.unwrap())
+        Self::with_stack(TestStack::start_with(environment).await.unwrap())
     }
 
     /// On a running stack.
-    pub(crate) fn on(stack: TestStack) -> Self {
+    pub(crate) fn with_stack(stack: TestStack) -> Self {
         let http = Http::new(stack.system.address("gateway"));
         Self { stack, http }
     }
 
-    /// Retries with the same key until it is done, as a client should.
+    /// Retries under the same key until the request is done, as a client should.
     pub(crate) async fn until_done(&self, path: &str, body: &Value) -> Answer {
         until_done(&self.http, path, body).await
     }
@@ -90,26 +90,31 @@ impl Shop {
         self.stack.system.postgres().connect(name).await.unwrap()
     }
 
-    /// Connected as the operator.
+    /// Connects to the broker as user `ops`.
     pub(crate) async fn operator(&self) -> Broker {
         e2e::broker::operator(&self.stack.system).await.unwrap()
     }
 
-    /// Publishes all messages of a stream again under new message ids; there must be at least `at_least`.
-    pub(crate) async fn replay_everything(
+    /// Publishes all messages of a stream again under new message ids; there must be at least
+    /// `at_least`.
+    pub(crate) async fn replay_stream(
         &self,
         broker: &Broker,
         stream: &str,
         at_least: usize,
     ) -> usize {
-        let said =
-            usize::try_from(e2e::broker::replay(broker, stream, u64::MAX).await.unwrap()).unwrap();
-        assert!(said >= at_least, "{said} messages in {stream}");
-        said
+        let published = usize::try_from(
+            e2e::broker::replay_stream(broker, stream, u64::MAX)
+                .await
+                .unwrap(),
+        )
+        .unwrap();
+        assert!(published >= at_least, "{published} messages in {stream}");
+        published
     }
 
     /// Whether both services have acknowledged everything in the streams.
-    pub(crate) async fn nothing_is_delivered(&self, broker: &Broker) -> bool {
+    pub(crate) async fn all_acknowledged(&self, broker: &Broker) -> bool {
         for (consumer, stream) in [
             ("payments-order-placed", "ORDERS"),
             ("orders-payment-settled", "PAYMENTS"),
@@ -127,8 +132,8 @@ impl Shop {
         true
     }
 
-    /// All rows that are kept for ever, byte for byte.
-    pub(crate) async fn books(
+    /// All rows that are never pruned, as text.
+    pub(crate) async fn permanent_rows(
         &self,
         orders: &DatabaseConnection,
         payments: &DatabaseConnection,
@@ -151,19 +156,19 @@ impl Shop {
         books
     }
 
-    pub(crate) async fn nothing_was_enqueued(&self, db: &DatabaseConnection) -> bool {
+    pub(crate) async fn outbox_is_empty(&self, db: &DatabaseConnection) -> bool {
         rows(db, "SELECT 1 FROM outbox").await.is_empty()
     }
 
     /// Whether everything that was enqueued in this database is published.
-    pub(crate) async fn nothing_waits(&self, db: &DatabaseConnection) -> bool {
+    pub(crate) async fn all_published(&self, db: &DatabaseConnection) -> bool {
         rows(db, "SELECT 1 FROM outbox WHERE published_at IS NULL")
             .await
             .is_empty()
     }
 
     /// Whether the broker rejected a message.
-    pub(crate) async fn something_was_refused(&self, db: &DatabaseConnection) -> bool {
+    pub(crate) async fn broker_rejected_a_message(&self, db: &DatabaseConnection) -> bool {
         !rows(
             db,
             "SELECT 1 FROM outbox WHERE published_at IS NULL AND attempts > 0",
@@ -184,8 +189,9 @@ impl Shop {
             .len()
     }
 
-    /// Every order is final, FINISHED if and only if its amount was debited exactly once from its user, and
-    /// every balance is the sum of the transfers (I1 to I4, I7). Returns the number of FINISHED orders.
+    /// Every order is final, FINISHED if and only if its amount was debited exactly once from its
+    /// user, and every balance is the sum of the transfers (I1 to I4, I7). Returns the number of
+    /// FINISHED orders.
     pub(crate) async fn assert_settled(&self, orders: usize) -> usize {
         let (orders_db, payments_db) = (
             self.database("orders").await,
@@ -211,11 +217,7 @@ impl Shop {
             )
         };
         let all = rows(&orders_db, "SELECT id, user_id, amount, status FROM orders").await;
-        assert_eq!(
-            all.len(),
-            orders,
-            "every order that was accepted is there, and no other"
-        );
+        assert_eq!(all.len(), orders, "exactly the accepted orders are stored");
         let finished: BTreeMap<_, _> = all
             .iter()
             .filter(|row| row.try_get::<String>("", "status").unwrap() == "FINISHED")
@@ -235,18 +237,15 @@ impl Shop {
              HAVING a.balance <> coalesce(sum(CASE t.kind WHEN 'deposit' THEN t.amount ELSE -t.amount END), 0) OR a.balance < 0",
         )
         .await;
-        assert!(
-            drift.is_empty(),
-            "balances are what the transfers make them"
-        );
+        assert!(drift.is_empty(), "each balance is the sum of the transfers");
         for db in [&orders_db, &payments_db] {
-            eventually("nothing waits in an outbox", SOON, async || {
-                self.nothing_waits(db).await.then_some(())
+            eventually("all outbox rows are published", SOON, async || {
+                self.all_published(db).await.then_some(())
             })
             .await;
             assert!(
                 rows(db, "SELECT 1 FROM dead_letters").await.is_empty(),
-                "nothing was dead-lettered"
+                "there are no dead letters"
             );
         }
         finished.len()
@@ -265,6 +264,6 @@ pub(crate) async fn until_done(http: &Http, path: &str, body: &Value) -> Answer 
 }
 
 /// The duration of a fault, not a wait for a condition.
-pub(crate) async fn fault_takes(time: Duration) {
+pub(crate) async fn fault_lasts(time: Duration) {
     tokio::time::sleep(time).await;
 }

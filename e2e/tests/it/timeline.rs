@@ -21,7 +21,7 @@ fn steps(timeline: &Value) -> Vec<String> {
 
 #[tokio::test]
 async fn a_timeline_shows_every_step_and_every_ignored_duplicate() {
-    let mut shop = Shop::open().await;
+    let mut shop = Shop::start().await;
     shop.customer("alice", 100).await;
     let placed = shop
         .until_done("/v1/orders", &json!({ "user_id": "alice", "amount": 30 }))
@@ -29,7 +29,7 @@ async fn a_timeline_shows_every_step_and_every_ignored_duplicate() {
         .json();
     let path = format!("/v1/orders/{}/timeline", placed["id"].as_str().unwrap());
     let whole = async |number: usize| {
-        eventually("all steps are there", SOON, async || {
+        eventually("the timeline has all steps", SOON, async || {
             let timeline = shop.http.get(&path).await.unwrap().json();
             (timeline["steps"].as_array().unwrap().len() == number).then_some(timeline)
         })
@@ -49,19 +49,19 @@ async fn a_timeline_shows_every_step_and_every_ignored_duplicate() {
         "orders enqueued",
         "orders published",
     ];
-    let mut told = steps(&timeline);
-    // A message may be received before its publisher has marked it, so these two can change places.
+    let mut steps_in_order = steps(&timeline);
+    // A message may arrive before its publisher has marked it, so these two steps may be swapped.
     let sorted = |mut steps: Vec<String>| {
         steps.sort();
         steps
     };
     assert_eq!(
-        sorted(told.clone()),
+        sorted(steps_in_order.clone()),
         sorted(expected.map(str::to_owned).to_vec())
     );
-    told.retain(|step| !step.ends_with("published"));
+    steps_in_order.retain(|step| !step.ends_with("published"));
     assert_eq!(
-        told,
+        steps_in_order,
         expected
             .into_iter()
             .filter(|step| !step.ends_with("published"))
@@ -96,8 +96,8 @@ async fn a_timeline_shows_every_step_and_every_ignored_duplicate() {
 
     // Everything is replayed.
     let ops = shop.operator().await;
-    shop.replay_everything(&ops, "ORDERS", 2).await;
-    shop.replay_everything(&ops, "PAYMENTS", 1).await;
+    shop.replay_stream(&ops, "ORDERS", 2).await;
+    shop.replay_stream(&ops, "PAYMENTS", 1).await;
     let timeline = whole(13).await;
     let mut repeated: Vec<_> = timeline["steps"]
         .as_array()
