@@ -1,107 +1,120 @@
-//! What can happen. A step is named after the part of the code that makes it, and a death by the failpoints that lie
-//! there, so that a path the model finds can be walked with the real processes.
+//! All actions. A step is named after the code that performs it, and a crash after the failpoints
+//! at that point, so that a path found by the model can be replayed with the real processes.
 
 use std::fmt;
 
-use crate::state::Way;
+use crate::state::Channel;
 
-/// One step of one process, one fault, or one thing that only a broken design does.
+/// One step of a process, a fault, or a step that only a broken design has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Action {
-    /// An order is placed and its transaction commits. Without the answer, the client tries again.
+    /// An order is placed and its transaction commits. Without an answer, the client retries.
     Place { order: usize, answered: bool },
-    /// A deposit, likewise.
+    /// A deposit commits. Without an answer, the client retries.
     Deposit { answered: bool },
-    /// A relay takes a waiting row.
+    /// A relay takes an unpublished row.
     Take {
-        way: Way,
+        channel: Channel,
         relay: usize,
         order: usize,
         n: u8,
     },
-    /// A relay publishes its row, and the PubAck comes: the message is stored, or known by its id and not stored again.
+    /// A relay publishes its row and gets the PubAck. The broker stores the message, or drops it as
+    /// a duplicate.
     Send {
-        way: Way,
+        channel: Channel,
         relay: usize,
         stored: bool,
     },
     /// A relay marks its row as published and commits.
-    Mark { way: Way, relay: usize },
-    /// A consumer is given one message.
+    Mark { channel: Channel, relay: usize },
+    /// A consumer fetches one message.
     Fetch {
-        way: Way,
-        hand: usize,
+        channel: Channel,
+        consumer: usize,
         order: usize,
         n: u8,
     },
-    /// A consumer is given everything that is ready, as one batch.
-    FetchAll { way: Way, hand: usize },
+    /// A consumer fetches all ready messages as one batch.
+    FetchAll { channel: Channel, consumer: usize },
     /// A consumer applies its batch and commits: `charge` in payments, `settle` in orders.
-    Apply { way: Way, hand: usize },
+    Apply { channel: Channel, consumer: usize },
     /// A consumer acknowledges its batch.
-    Ack { way: Way, hand: usize },
-    /// The reconciler asks again. `slow`: although nothing was lost, things only take long.
+    Ack { channel: Channel, consumer: usize },
+    /// The reconciler asks again. `slow`: nothing was lost, but something takes long.
     AskAgain { order: usize, slow: bool },
-    /// Relay or consumer finds that the broker came back empty.
+    /// Relay or consumer notices the broker loss.
     NoteLoss,
 
-    /// A process dies and starts again; with its memory goes what it held.
-    Die { place: Place, way: Way, twin: usize },
-    /// The broker loses one message that it had acknowledged.
-    Lose { way: Way, order: usize, n: u8 },
+    /// A process crashes and restarts; its memory is lost.
+    Die {
+        at: CrashPoint,
+        channel: Channel,
+        replica: usize,
+    },
+    /// The broker loses one acknowledged message.
+    Lose {
+        channel: Channel,
+        order: usize,
+        n: u8,
+    },
     /// The broker loses everything.
     Wipe,
-    /// A message of any age is delivered once more: a replay, a copy, a consumer made anew, a broker rolled back.
-    Replay { way: Way, order: usize, n: u8 },
+    /// A message of any age is delivered again, for example after a stream replay, a re-created
+    /// consumer or a broker rollback.
+    Replay {
+        channel: Channel,
+        order: usize,
+        n: u8,
+    },
 
     /// Broken: the message is published before the commit.
-    PublishBeside { order: usize },
-    /// Broken: half of the work is done, and the rest in a second transaction.
-    Halfway { hand: usize },
-    /// Broken: what decides is pruned.
+    PublishBeforeCommit { order: usize },
+    /// Broken: the work is split into two transactions, and this is the first one.
+    ApplyHalf { consumer: usize },
+    /// Broken: the row that recognises a duplicate is pruned.
     Prune { order: usize },
-    /// Broken: orders cancels what takes too long.
+    /// Broken: orders cancels an order that takes too long.
     TimeOut { order: usize },
 }
 
-/// Where a process can die, as far as the model can tell places apart.
+/// Where a process can crash, as far as the model distinguishes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Place {
-    /// Before the order is committed: nothing has happened.
+pub enum CrashPoint {
+    /// Before the order is committed: no effect.
     BeforePlaced,
-    /// The order is committed, its client is not answered.
+    /// The order is committed, but its client is not answered.
     AfterPlaced,
-    /// Before the deposit is committed: nothing has happened.
+    /// Before the deposit is committed: no effect.
     BeforeDeposited,
-    /// The deposit is committed, its client is not answered.
+    /// The deposit is committed, but its client is not answered.
     AfterDeposited,
-    /// A relay holds a row; what it published may be stored.
+    /// A relay holds a row; its message may be stored.
     RowTaken,
-    /// A relay has the PubAck and has not marked the row.
-    PubAckCame,
-    /// A relay has marked the row: nothing is left in its memory.
+    /// A relay has the PubAck but has not marked the row.
+    PubAckReceived,
+    /// A relay has marked the row and holds nothing.
     RowMarked,
-    /// A consumer holds a batch, its transaction not committed.
+    /// A consumer holds a batch; its transaction is not committed.
     BatchFetched,
-    /// A consumer has committed and not acknowledged.
+    /// A consumer has committed but not acknowledged.
     BatchCommitted,
-    /// A consumer has acknowledged: nothing is left in its memory.
+    /// A consumer has acknowledged and holds nothing.
     BatchAcknowledged,
-    /// The reconciler has not committed: nothing has happened.
+    /// The reconciler has not committed: no effect.
     BeforeAsked,
-    /// The reconciler has committed: nothing is left in its memory.
+    /// The reconciler has committed and holds nothing.
     AfterAsked,
 }
 
-impl Place {
-    /// All.
+impl CrashPoint {
     pub const ALL: [Self; 12] = [
         Self::BeforePlaced,
         Self::AfterPlaced,
         Self::BeforeDeposited,
         Self::AfterDeposited,
         Self::RowTaken,
-        Self::PubAckCame,
+        Self::PubAckReceived,
         Self::RowMarked,
         Self::BatchFetched,
         Self::BatchCommitted,
@@ -110,8 +123,8 @@ impl Place {
         Self::AfterAsked,
     ];
 
-    /// The failpoints of the code that lie here. A transaction that does not commit has done nothing, so all places
-    /// inside one are one place.
+    /// The failpoints of the code at this point. A transaction without a commit has no effect, so
+    /// all failpoints inside one transaction are one crash point.
     pub const fn failpoints(self) -> &'static [&'static str] {
         match self {
             Self::BeforePlaced => &[
@@ -124,7 +137,7 @@ impl Place {
             Self::BeforeDeposited => &["deposit.after_add", "deposit.before_commit"],
             Self::AfterDeposited => &["deposit.after_commit"],
             Self::RowTaken => &["relay.after_take", "relay.after_send"],
-            Self::PubAckCame => &["relay.after_puback", "relay.before_commit"],
+            Self::PubAckReceived => &["relay.after_puback", "relay.before_commit"],
             Self::RowMarked => &["relay.after_mark", "relay.after_commit"],
             Self::BatchFetched => &[
                 "consumer.after_fetch",
@@ -146,12 +159,12 @@ impl Place {
     }
 }
 
-/// Failpoints that the model leaves out: an account is opened before the story begins, and moves no money.
-pub const LEFT_OUT: [&str; 2] = ["account.before_commit", "account.after_commit"];
+/// Failpoints outside the model: the account exists from the start, and opening it moves no money.
+pub const NOT_MODELLED: [&str; 2] = ["account.before_commit", "account.after_commit"];
 
 impl Action {
-    /// Whether it is something that goes wrong, or that nobody may rely on. What is left must be enough to settle
-    /// everything.
+    /// Whether it is a fault, or something that the protocol must not rely on. All other actions
+    /// together must be enough to settle every order.
     pub fn is_fault(self) -> bool {
         match self {
             Self::Place { answered, .. } | Self::Deposit { answered } => !answered,
@@ -170,31 +183,31 @@ impl Action {
             | Self::Apply { .. }
             | Self::Ack { .. }
             | Self::NoteLoss
-            | Self::PublishBeside { .. }
-            | Self::Halfway { .. } => false,
+            | Self::PublishBeforeCommit { .. }
+            | Self::ApplyHalf { .. } => false,
         }
     }
 }
 
-/// The service whose process does something on this way: its relay sends, the other's consumer reads.
-fn sender(way: Way) -> &'static str {
-    match way {
-        Way::Requests => "orders",
-        Way::Answers => "payments",
+/// The service whose relay publishes on this channel.
+fn sender(channel: Channel) -> &'static str {
+    match channel {
+        Channel::Requests => "orders",
+        Channel::Answers => "payments",
     }
 }
 
-fn reader(way: Way) -> &'static str {
-    match way {
-        Way::Requests => "payments",
-        Way::Answers => "orders",
+fn reader(channel: Channel) -> &'static str {
+    match channel {
+        Channel::Requests => "payments",
+        Channel::Answers => "orders",
     }
 }
 
-fn message(way: Way, order: usize, n: u8) -> String {
-    let kind = match way {
-        Way::Requests => "request",
-        Way::Answers => "answer",
+fn message(channel: Channel, order: usize, n: u8) -> String {
+    let kind = match channel {
+        Channel::Requests => "request",
+        Channel::Answers => "answer",
     };
     let again = if n == 0 {
         String::new()
@@ -217,82 +230,104 @@ impl fmt::Display for Action {
             } => {
                 write!(
                     f,
-                    "place: order {order} is stored, its client learns nothing ({})",
-                    Place::AfterPlaced
+                    "place: order {order} is stored, its client gets no answer ({})",
+                    CrashPoint::AfterPlaced
                 )
             }
             Self::Deposit { answered: true } => write!(f, "deposit: stored and answered"),
             Self::Deposit { answered: false } => {
                 write!(
                     f,
-                    "deposit: stored, its client learns nothing ({})",
-                    Place::AfterDeposited
+                    "deposit: stored, its client gets no answer ({})",
+                    CrashPoint::AfterDeposited
                 )
             }
-            Self::Take { way, order, n, .. } => write!(
+            Self::Take {
+                channel, order, n, ..
+            } => write!(
                 f,
                 "relay of {} takes {}",
-                sender(way),
-                message(way, order, n)
+                sender(channel),
+                message(channel, order, n)
             ),
             Self::Send {
-                way, stored: true, ..
-            } => write!(f, "relay of {} sends, the broker stores", sender(way)),
+                channel,
+                stored: true,
+                ..
+            } => write!(
+                f,
+                "relay of {} publishes, the broker stores",
+                sender(channel)
+            ),
             Self::Send {
-                way, stored: false, ..
-            } => write!(f, "relay of {} sends, the broker knows the id", sender(way)),
-            Self::Mark { way, .. } => write!(f, "relay of {} marks its row", sender(way)),
-            Self::Fetch { way, order, n, .. } => write!(
+                channel,
+                stored: false,
+                ..
+            } => write!(
+                f,
+                "relay of {} publishes, the broker drops a duplicate",
+                sender(channel)
+            ),
+            Self::Mark { channel, .. } => write!(f, "relay of {} marks its row", sender(channel)),
+            Self::Fetch {
+                channel, order, n, ..
+            } => write!(
                 f,
                 "consumer of {} fetches {}",
-                reader(way),
-                message(way, order, n)
+                reader(channel),
+                message(channel, order, n)
             ),
-            Self::FetchAll { way, .. } => {
-                write!(f, "consumer of {} fetches everything", reader(way))
+            Self::FetchAll { channel, .. } => {
+                write!(f, "consumer of {} fetches all messages", reader(channel))
             }
             Self::Apply {
-                way: Way::Requests, ..
+                channel: Channel::Requests,
+                ..
             } => write!(f, "charge: payments commits its batch"),
             Self::Apply {
-                way: Way::Answers, ..
+                channel: Channel::Answers,
+                ..
             } => write!(f, "settle: orders commits its batch"),
-            Self::Ack { way, .. } => write!(f, "consumer of {} acknowledges", reader(way)),
+            Self::Ack { channel, .. } => write!(f, "consumer of {} acknowledges", reader(channel)),
             Self::AskAgain { order, slow: false } => {
-                write!(f, "reconcile: order {order} is asked for again")
+                write!(f, "reconcile: order {order} is re-asked")
             }
             Self::AskAgain { order, slow: true } => {
-                write!(f, "reconcile: order {order} is asked for again, needlessly")
+                write!(f, "reconcile: order {order} is re-asked needlessly")
             }
-            Self::NoteLoss => write!(f, "reconcile: the loss is noted"),
-            Self::Die { place, way, .. } => {
-                let of_relay = matches!(place, Place::RowTaken | Place::PubAckCame);
+            Self::NoteLoss => write!(f, "reconcile: the broker loss is noted"),
+            Self::Die { at, channel, .. } => {
+                let of_relay = matches!(at, CrashPoint::RowTaken | CrashPoint::PubAckReceived);
                 write!(
                     f,
-                    "{} dies at {place}",
-                    if of_relay { sender(way) } else { reader(way) }
+                    "{} crashes at {at}",
+                    if of_relay {
+                        sender(channel)
+                    } else {
+                        reader(channel)
+                    }
                 )
             }
-            Self::Lose { way, order, n } => {
-                write!(f, "the broker loses {}", message(way, order, n))
+            Self::Lose { channel, order, n } => {
+                write!(f, "the broker loses {}", message(channel, order, n))
             }
             Self::Wipe => write!(f, "the broker loses everything"),
-            Self::Replay { way, order, n } => {
-                write!(f, "{} comes once more", message(way, order, n))
+            Self::Replay { channel, order, n } => {
+                write!(f, "{} is delivered again", message(channel, order, n))
             }
-            Self::PublishBeside { order } => {
+            Self::PublishBeforeCommit { order } => {
                 write!(f, "place: order {order} is published before it is stored")
             }
-            Self::Halfway { .. } => write!(f, "charge: half of it"),
-            Self::Prune { order } => write!(f, "the row that knew order {order} is pruned"),
+            Self::ApplyHalf { .. } => write!(f, "charge: first half"),
+            Self::Prune { order } => write!(f, "the row that recognises order {order} is pruned"),
             Self::TimeOut { order } => {
-                write!(f, "orders cancels order {order}, which takes too long")
+                write!(f, "orders cancels order {order} because it takes too long")
             }
         }
     }
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for CrashPoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.failpoints().join(" or "))
     }

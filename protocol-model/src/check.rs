@@ -1,4 +1,4 @@
-//! Runs the checker over a model and says what came of it.
+//! Runs the model checker and returns its results.
 
 use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
@@ -10,27 +10,27 @@ use crate::model::Protocol;
 use crate::properties::I7;
 use crate::recovery;
 
-/// Far above what the small models have; they are meant to stay small.
+/// Limit for small models, far above their size.
 const SMALL: usize = 3_000_000;
 
-/// What a safety check found.
+/// Result of a safety check.
 #[derive(Debug)]
 pub struct Safety {
-    /// Different states.
+    /// Distinct states.
     pub states: usize,
     /// Steps between them.
     pub steps: usize,
-    /// Steps of the longest way that had to be looked at.
+    /// Length of the longest path explored.
     pub depth: usize,
-    /// How long it took.
+    /// Duration.
     pub took: Duration,
-    /// Properties that do not hold, each with a way there.
+    /// Violated properties, each with a path to the violation.
     pub violated: Vec<(&'static str, Vec<Action>)>,
-    /// What should happen somewhere and never does: the model would prove nothing.
+    /// What must be reachable but is not: then the model proves nothing.
     pub never: Vec<&'static str>,
 }
 
-/// Every state, or up to the first violation.
+/// Checks every state, or stops at the first violation.
 pub fn safety(protocol: &Protocol, threads: NonZeroUsize, until_first_violation: bool) -> Safety {
     let begun = Instant::now();
     let mut checker = protocol.checker().threads(threads.get());
@@ -57,7 +57,7 @@ pub fn safety(protocol: &Protocol, threads: NonZeroUsize, until_first_violation:
     }
 }
 
-/// The first property that a broken design violates, and the shortest way there.
+/// The first property that a broken design violates, and the shortest path to the violation.
 pub fn caught(protocol: &Protocol) -> anyhow::Result<Option<(&'static str, Vec<Action>)>> {
     let violated: Vec<&str> = safety(protocol, NonZeroUsize::MIN, true)
         .violated
@@ -69,11 +69,11 @@ pub fn caught(protocol: &Protocol) -> anyhow::Result<Option<(&'static str, Vec<A
         .into_iter()
         .find(|property| violated.contains(&property.name))
     {
-        let way = recovery::shortest_way(protocol, SMALL, |state| {
+        let path = recovery::shortest_path(protocol, SMALL, |state| {
             !(property.condition)(protocol, state)
         })?;
-        return Ok(Some((property.name, way)));
+        return Ok(Some((property.name, path)));
     }
     let recovery = recovery::check(protocol, SMALL)?;
-    Ok((recovery.stuck > 0).then_some((I7, recovery.way)))
+    Ok((recovery.stuck > 0).then_some((I7, recovery.path)))
 }

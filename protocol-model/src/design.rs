@@ -1,20 +1,20 @@
-//! The design with all its guards, and the broken designs: each lacks one, and each is caught.
+//! The design with all its guards, and the broken designs: each lacks one guard and must be caught.
 
 use crate::model::Protocol;
 use crate::properties::{I1, I2, I4, I5, I6, I7, I8};
 
-/// A rule of the design. A broken design lacks exactly one.
+/// A rule of the design. A broken design lacks exactly one guard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Guard {
     /// An order that has a decision is not decided again.
     Decision,
-    /// It is the decision that says so, not the inbox, which is pruned.
+    /// A decided order is recognised by its decision, not by the inbox, which is pruned.
     DecisionDecides,
-    /// No decision is ever pruned.
+    /// Decisions are never pruned.
     DecisionForEver,
-    /// A refusal is a decision too.
+    /// A refusal is stored as a decision.
     RefusalStored,
-    /// Two messages about one order in one batch are one.
+    /// Two messages about one order in a batch have the effect of one.
     BatchDistinct,
     /// The balance is read under a lock that is held until the commit.
     AccountLock,
@@ -22,13 +22,13 @@ pub enum Guard {
     OneTransaction,
     /// A re-ask with a new number is answered again.
     ReArm,
-    /// What stays NEW is asked for again.
+    /// An order that stays NEW is re-asked.
     Reconciler,
-    /// ... after some time, whether or not a loss was noticed.
+    /// It is re-asked after some time, whether or not a broker loss was noticed.
     Timer,
-    /// ... however often it was asked for.
-    ForEver,
-    /// A re-ask has a message id of its own.
+    /// It is re-asked without a limit.
+    UnlimitedAsks,
+    /// Each re-ask has its own message id.
     FreshMessageId,
     /// A row is marked as published after its PubAck.
     PubAckFirst,
@@ -36,60 +36,59 @@ pub enum Guard {
     CommitBeforeAck,
     /// The request is an outbox row of the transaction that stores the order.
     Outbox,
-    /// Nothing is published about what is not committed.
+    /// Nothing is published before its transaction is committed.
     CommitFirst,
-    /// A key makes one order.
+    /// One key creates one order.
     OrderKey,
-    /// A key makes one deposit.
+    /// One key creates one deposit.
     DepositKey,
-    /// Only a NEW order is ended.
+    /// Only a NEW order becomes final.
     StatusGuard,
-    /// Orders cancels nothing by itself.
+    /// orders never cancels by itself.
     OnlyPaymentsDecides,
 }
 
-/// How long the broker recognises ids.
+/// How long the broker remembers message ids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Window {
-    /// Now and then.
+    /// For an arbitrary time.
     Unreliable,
     /// For ever.
     Endless,
 }
 
-/// The design, whole or without one guard.
+/// The design, complete or without one guard.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Design {
-    /// The guard that is missing.
+    /// The missing guard.
     pub broken: Option<Guard>,
-    /// Whether nothing asks again. The reconciler would heal what some guards prevent: without them orders take
-    /// longer, and nobody would see it here.
+    /// Whether there is no reconciler. It would hide the absence of some guards: without them
+    /// orders only take longer, which the model cannot see.
     pub without_reconciler: bool,
 }
 
 impl Design {
-    /// Whether the design has a guard.
     pub fn has(self, guard: Guard) -> bool {
         self.broken != Some(guard) && !(self.without_reconciler && guard == Guard::Reconciler)
     }
 }
 
-/// A design without one of its guards.
+/// A design without one guard.
 #[derive(Clone, Copy, Debug)]
 pub struct Broken {
-    /// What is wrong with it.
+    /// What the design does wrong.
     pub name: &'static str,
-    /// The smallest model that shows it.
+    /// The smallest model that reveals it.
     pub protocol: Protocol,
     /// The property that it violates.
     pub violates: &'static str,
 }
 
-/// One order, one of everything, nothing lost.
+/// One order, one process of each kind, no losses.
 pub const SMALLEST: Protocol = Protocol {
     orders: 1,
     relays: 1,
-    workers: 1,
+    payments_consumers: 1,
     losses: 0,
     slow: 0,
     money: 1,
@@ -105,7 +104,7 @@ const LOSSY: Protocol = Protocol {
     losses: 1,
     ..SMALLEST
 };
-/// Nothing is lost, and nothing asks again: even so, every order ends.
+/// Without losses, every order becomes final even without a reconciler.
 pub const WITHOUT_LOSS_OR_RECONCILER: Protocol = Protocol {
     design: Design {
         broken: None,
@@ -131,10 +130,9 @@ const fn broken(
     }
 }
 
-/// The broken designs.
 pub const BROKEN: [Broken; 20] = [
     broken(
-        "every delivery is decided afresh",
+        "every delivery is decided again",
         Guard::Decision,
         Protocol {
             money: 2,
@@ -185,7 +183,7 @@ pub const BROKEN: [Broken; 20] = [
         Guard::AccountLock,
         Protocol {
             orders: 2,
-            workers: 2,
+            payments_consumers: 2,
             ..SMALLEST
         },
         I4,
@@ -200,16 +198,16 @@ pub const BROKEN: [Broken; 20] = [
         I1,
     ),
     broken("a re-ask is not answered again", Guard::ReArm, LOSSY, I7),
-    broken("nothing asks again", Guard::Reconciler, LOSSY, I7),
+    broken("nothing is re-asked", Guard::Reconciler, LOSSY, I7),
     broken(
-        "only a loss that was noticed is asked for again",
+        "re-asks happen only after a noticed loss",
         Guard::Timer,
         LOSSY,
         I7,
     ),
     broken(
-        "it is asked again only once",
-        Guard::ForEver,
+        "an order is re-asked only once",
+        Guard::UnlimitedAsks,
         Protocol {
             losses: 2,
             ..SMALLEST
@@ -217,7 +215,7 @@ pub const BROKEN: [Broken; 20] = [
         I7,
     ),
     broken(
-        "a re-ask has the first message id",
+        "a re-ask reuses the first message id",
         Guard::FreshMessageId,
         Protocol {
             window: Window::Endless,
@@ -249,9 +247,14 @@ pub const BROKEN: [Broken; 20] = [
         SMALLEST,
         I8,
     ),
-    broken("a key may make two orders", Guard::OrderKey, SMALLEST, I5),
     broken(
-        "a key may make two deposits",
+        "one key may create two orders",
+        Guard::OrderKey,
+        SMALLEST,
+        I5,
+    ),
+    broken(
+        "one key may create two deposits",
         Guard::DepositKey,
         Protocol {
             deposit: true,
@@ -260,13 +263,13 @@ pub const BROKEN: [Broken; 20] = [
         I5,
     ),
     broken(
-        "an end is stored whatever the status",
+        "a final status is stored whatever the current status is",
         Guard::StatusGuard,
         SMALLEST,
         I6,
     ),
     broken(
-        "orders cancels what takes too long",
+        "orders cancels an order that takes too long",
         Guard::OnlyPaymentsDecides,
         SMALLEST,
         I2,

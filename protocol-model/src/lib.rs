@@ -1,10 +1,11 @@
-//! The protocol of Gozon, model-checked: every way in which steps, deaths, losses and repetitions can follow each other,
-//! within bounds, is tried, and the promise looked at after each.
+//! A model of Gozon's protocol. The checker tries every possible order of steps, crashes, losses
+//! and repetitions, within bounds, and checks the promise in every state.
 //!
-//! `just model` runs it at length. The tests run the small models and show that each guard of the design is needed:
-//! without it, a property is violated, with the shortest way there.
+//! `./dev model` runs the large models. The tests run the small ones and show that each guard of
+//! the design is needed: without it, a property is violated, and the shortest path to that is
+//! known.
 //!
-//! The failpoints of the code have their places in the model ([`action::Place`]).
+//! Each failpoint of the code belongs to a crash point of the model ([`action::CrashPoint`]).
 
 pub mod action;
 pub mod check;

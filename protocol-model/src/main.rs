@@ -1,5 +1,5 @@
-//! `just model`: the large models, then whether everything can still be settled, then the broken designs. Ends with a
-//! table; exit code 0 only if all is as it should be.
+//! `./dev model`: checks the large models, then that every state can still be settled, then that
+//! each broken design is caught. Prints a table; exit code 0 only if every result is as expected.
 
 use std::num::NonZeroUsize;
 use std::process::ExitCode;
@@ -11,16 +11,16 @@ use protocol_model::design::{BROKEN, SMALLEST, WITHOUT_LOSS_OR_RECONCILER, Windo
 use protocol_model::model::Protocol;
 use protocol_model::recovery;
 
-/// What the safety run must cover together.
+/// Minimum number of states of all safety models together.
 const STATES_MIN: usize = 50_000_000;
-/// Above every model of [`RECOVERY`].
+/// Limit for a model of [`RECOVERY`], above all of them.
 const RECOVERY_MAX: usize = 5_000_000;
 
-/// Models whose every state is looked at.
+/// Models for which every state is checked.
 const SAFETY: [Protocol; 8] = [
     Protocol {
         relays: 2,
-        workers: 2,
+        payments_consumers: 2,
         losses: 1,
         money: 0,
         deposit: true,
@@ -40,20 +40,20 @@ const SAFETY: [Protocol; 8] = [
         ..SMALLEST
     },
     Protocol {
-        workers: 2,
+        payments_consumers: 2,
         losses: 2,
         ..SMALLEST
     },
     Protocol {
         relays: 2,
-        workers: 2,
+        payments_consumers: 2,
         losses: 1,
         window: Window::Endless,
         ..SMALLEST
     },
     Protocol {
         orders: 2,
-        workers: 2,
+        payments_consumers: 2,
         ..SMALLEST
     },
     Protocol {
@@ -68,11 +68,11 @@ const SAFETY: [Protocol; 8] = [
     },
 ];
 
-/// Models whose every state must lead to the end.
+/// Models for which every state must be able to settle.
 const RECOVERY: [Protocol; 7] = [
     Protocol {
         relays: 2,
-        workers: 2,
+        payments_consumers: 2,
         losses: 1,
         ..SMALLEST
     },
@@ -104,19 +104,19 @@ const RECOVERY: [Protocol; 7] = [
     WITHOUT_LOSS_OR_RECONCILER,
 ];
 
-/// Checks the protocol by trying everything that can happen.
+/// Checks the protocol by exploring all possible sequences of steps and faults.
 #[derive(Parser)]
 struct Arguments {
-    /// Only large models whose name contains this, and nothing else.
+    /// Check only large models whose name contains this.
     #[arg(default_value = "")]
     only: String,
     /// Threads for the large models.
     #[arg(long, default_value = "1")]
     threads: NonZeroUsize,
-    /// Leaves the large models out.
+    /// Skip the large models.
     #[arg(long)]
     small: bool,
-    /// Also shows the way to each violation.
+    /// Print the path to each violation.
     #[arg(long)]
     ways: bool,
 }
@@ -137,9 +137,9 @@ fn main() -> anyhow::Result<ExitCode> {
         states += found.states;
         steps += found.steps;
         let verdict = match (found.violated.first(), found.never.first()) {
-            (None, None) => "all hold".to_owned(),
-            (Some((property, way)), _) => format!("VIOLATED {property}: {}", words(way)),
-            (None, Some(property)) => format!("VACUOUS: never {property}"),
+            (None, None) => "all properties hold".to_owned(),
+            (Some((property, path)), _) => format!("VIOLATED {property}: {}", path_text(path)),
+            (None, Some(property)) => format!("VACUOUS: never reached: {property}"),
         };
         wrong += found.violated.len() + found.never.len();
         let (counted, took) = (thousands(found.states), seconds(found.took));
@@ -165,22 +165,20 @@ fn main() -> anyhow::Result<ExitCode> {
     }
     if states < STATES_MIN && !arguments.small {
         println!(
-            "  TOO FEW: at least {} states were to be looked at",
+            "  TOO FEW: at least {} states are required",
             thousands(STATES_MIN)
         );
         wrong += 1;
     }
 
-    println!(
-        "\nFrom every state, faults included, everything can be settled without further faults:"
-    );
+    println!("\nFrom every state, every order can become final without further faults:");
     for protocol in RECOVERY {
         let begun = Instant::now();
         let found = recovery::check(&protocol, RECOVERY_MAX)?;
         let verdict = if found.stuck == 0 {
-            "none is stuck".to_owned()
+            "no state is stuck".to_owned()
         } else {
-            format!("{} STUCK: {}", found.stuck, words(&found.way))
+            format!("{} STUCK: {}", found.stuck, path_text(&found.path))
         };
         wrong += usize::from(found.stuck > 0);
         let (counted, took) = (thousands(found.states), seconds(begun.elapsed()));
@@ -192,13 +190,13 @@ fn main() -> anyhow::Result<ExitCode> {
         );
     }
 
-    println!("\nEach of these lacks one guard:");
+    println!("\nBroken designs, each without one guard:");
     for broken in BROKEN {
         let verdict = match caught(&broken.protocol)? {
-            Some((property, way)) if property == broken.violates => {
-                let steps = format!("{property}, in {} steps", way.len());
+            Some((property, path)) if property == broken.violates => {
+                let steps = format!("{property}, in {} steps", path.len());
                 if arguments.ways {
-                    format!("{steps}\n      {}", words(&way))
+                    format!("{steps}\n      {}", path_text(&path))
                 } else {
                     steps
                 }
@@ -232,7 +230,7 @@ fn name(protocol: &Protocol) -> String {
     let Protocol {
         orders,
         relays,
-        workers,
+        payments_consumers,
         losses,
         slow,
         money,
@@ -246,7 +244,7 @@ fn name(protocol: &Protocol) -> String {
     let mut parts = vec![
         plural(orders, "order"),
         plural(relays, "relay"),
-        plural(workers, "worker"),
+        plural(payments_consumers, "consumer"),
     ];
     if losses > 0 {
         parts.push(format!("{losses} lost"));
@@ -267,8 +265,8 @@ fn name(protocol: &Protocol) -> String {
     parts.join(", ")
 }
 
-fn words(way: &[protocol_model::action::Action]) -> String {
-    way.iter()
+fn path_text(path: &[protocol_model::action::Action]) -> String {
+    path.iter()
         .map(ToString::to_string)
         .collect::<Vec<_>>()
         .join("\n      ")

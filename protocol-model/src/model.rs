@@ -1,22 +1,23 @@
-//! The protocol as a model: which steps are possible in a state, and what each does.
+//! The model: which steps are possible in a state, and what each does.
 //!
-//! What makes it small without making it blind:
-//! - A transaction is one step. A process that dies before the commit has done nothing.
-//! - Timers may fire at any moment, so no clock is needed. `reconciliation.lost_at` only makes an order due earlier, and
-//!   is modelled where a broken design has nothing else.
-//! - A message that was ever published may come once more at any time. This covers redelivery, replays, consumers made
-//!   anew, and a broker rolled back to an older copy.
-//! - The broker may or may not recognise an id that it had: its memory has a window, which is always in the wrong
-//!   place. With [`Window::Endless`] it never forgets.
-//! - Relays do not exclude each other here. The row locks only save work.
+//! Simplifications that hide no behaviour:
+//! - A transaction is one step. A process that crashes before the commit has had no effect.
+//! - Timers may fire at any moment, so no clock is needed. `reconciliation.lost_at` only makes an
+//!   order due earlier, so it is modelled only for the broken design that relies on it.
+//! - Any message that was ever published may be delivered again at any time. This covers
+//!   redelivery, replays, re-created consumers, and a broker rolled back to an older copy.
+//! - The broker may or may not recognise an old message id, because its duplicate window may have
+//!   passed. With [`Window::Endless`] it always does.
+//! - Relays do not exclude each other. In the code, row locks only save work.
 
 use stateright::{Model, Property};
 
-use crate::action::{Action, Place};
+use crate::action::{Action, CrashPoint};
 use crate::design::{Design, Guard, Window};
 use crate::properties;
 use crate::state::{
-    BALANCE_ZERO, Hand, ORDERS_MAX, Order, Relay, State, TWINS_MAX, Way, client, decision, status,
+    BALANCE_ZERO, Channel, Consumer, ORDERS_MAX, Order, REPLICAS_MAX, Relay, State, client,
+    decision, status,
 };
 
 /// Highest number of a message.
@@ -24,31 +25,30 @@ const N_MAX: u8 = 3;
 
 const IDLE: u8 = 0;
 const TAKEN: u8 = 1;
-const PUBACK_CAME: u8 = 2;
+const PUBACK_RECEIVED: u8 = 2;
 const FETCHED: u8 = 1;
-const HALFWAY: u8 = 2;
+const HALF_APPLIED: u8 = 2;
 const COMMITTED: u8 = 3;
 
-/// How much of everything there is.
+/// The bounds and the design of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Protocol {
-    /// Orders, all of one account and one price.
+    /// Orders of one account, all with the same price.
     pub orders: usize,
     /// Relays of each service.
     pub relays: usize,
     /// Consumers in payments.
-    pub workers: usize,
+    pub payments_consumers: usize,
     /// How often the broker may lose something.
     pub losses: u8,
-    /// How often an order may be asked for again although nothing was lost.
+    /// How often an order may be re-asked although nothing was lost.
     pub slow: u8,
-    /// Money at the beginning, in prices.
+    /// Initial balance, in prices.
     pub money: u8,
-    /// Whether there is a deposit of one price at some time.
+    /// Whether one price is deposited at some time.
     pub deposit: bool,
-    /// How long the broker recognises ids.
+    /// How long the broker remembers message ids.
     pub window: Window,
-    /// What is built, or broken.
     pub design: Design,
 }
 
@@ -60,43 +60,47 @@ fn numbers(set: u8) -> impl Iterator<Item = u8> {
     (0..=N_MAX).filter(move |n| set & bit(*n) != 0)
 }
 
-fn index(way: Way) -> usize {
-    match way {
-        Way::Requests => 0,
-        Way::Answers => 1,
+fn index(channel: Channel) -> usize {
+    match channel {
+        Channel::Requests => 0,
+        Channel::Answers => 1,
     }
 }
 
 impl Protocol {
-    fn hands(&self, way: Way) -> usize {
-        match way {
-            Way::Requests => self.workers,
-            Way::Answers => 1,
+    fn consumers(&self, channel: Channel) -> usize {
+        match channel {
+            Channel::Requests => self.payments_consumers,
+            Channel::Answers => 1,
         }
     }
 
-    fn is(&self, guard: Guard) -> bool {
+    fn has(&self, guard: Guard) -> bool {
         self.design.has(guard)
     }
 
     /// The id under which message n is published.
     fn message_id(&self, n: u8) -> u8 {
-        if self.is(Guard::FreshMessageId) { n } else { 0 }
+        if self.has(Guard::FreshMessageId) {
+            n
+        } else {
+            0
+        }
     }
 
-    /// Whether something about the order is still on its way, so that asking again is only impatience.
-    fn is_under_way(&self, state: &State, order: usize) -> bool {
+    /// Whether a row or message about the order is in flight, so that a re-ask is needless.
+    fn is_in_flight(&self, state: &State, order: usize) -> bool {
         let row = state.orders[order];
         let of_order = |relay: &Relay| relay.phase() != IDLE && usize::from(relay.order()) == order;
-        Way::BOTH
+        Channel::BOTH
             .iter()
-            .any(|way| row.waiting(*way) != 0 || row.ready(*way) != 0)
+            .any(|channel| row.waiting(*channel) != 0 || row.ready(*channel) != 0)
             || state.relays.iter().flatten().any(of_order)
             || state
-                .hands
+                .consumers
                 .iter()
                 .flatten()
-                .any(|hand| hand.held(order) != 0)
+                .any(|consumer| consumer.held(order) != 0)
     }
 
     fn client_actions(&self, state: &State, actions: &mut Vec<Action>) {
@@ -111,11 +115,11 @@ impl Protocol {
                     answered: false,
                 });
             }
-            if !self.is(Guard::CommitFirst)
-                && row.client() == client::SILENT
-                && row.requests_said() == 0
+            if !self.has(Guard::CommitFirst)
+                && row.client() == client::NOT_SENT
+                && row.requests_published() == 0
             {
-                actions.push(Action::PublishBeside { order });
+                actions.push(Action::PublishBeforeCommit { order });
             }
         }
         if self.deposit && state.shared.deposit_client() != client::ANSWERED {
@@ -124,51 +128,54 @@ impl Protocol {
         }
     }
 
-    fn relay_actions(&self, state: &State, way: Way, actions: &mut Vec<Action>) {
-        let relays = &state.relays[index(way)];
+    fn relay_actions(&self, state: &State, channel: Channel, actions: &mut Vec<Action>) {
+        let relays = &state.relays[index(channel)];
         if relays.iter().filter(|relay| relay.phase() != IDLE).count() < self.relays {
-            // Idle ones stand first.
+            // Idle relays come first.
             for (order, row) in state.orders[..self.orders].iter().enumerate() {
-                actions.extend(numbers(row.waiting(way)).map(|n| Action::Take {
-                    way,
+                actions.extend(numbers(row.waiting(channel)).map(|n| Action::Take {
+                    channel,
                     relay: 0,
                     order,
                     n,
                 }));
             }
         }
-        for (twin, relay) in distinct(relays) {
+        for (replica, relay) in distinct(relays) {
             match relay.phase() {
                 TAKEN => {
-                    let said = state.orders[usize::from(relay.order())].said(way)
+                    let published = state.orders[usize::from(relay.order())].published(channel)
                         & bit(self.message_id(relay.n()))
                         != 0;
-                    if !(said && self.window == Window::Endless) {
+                    if !(published && self.window == Window::Endless) {
                         actions.push(Action::Send {
-                            way,
-                            relay: twin,
+                            channel,
+                            relay: replica,
                             stored: true,
                         });
                     }
-                    if said {
+                    if published {
                         actions.push(Action::Send {
-                            way,
-                            relay: twin,
+                            channel,
+                            relay: replica,
                             stored: false,
                         });
                     }
                     actions.push(Action::Die {
-                        place: Place::RowTaken,
-                        way,
-                        twin,
+                        at: CrashPoint::RowTaken,
+                        channel,
+                        replica,
                     });
                 }
-                PUBACK_CAME => {
-                    actions.push(Action::Mark { way, relay: twin });
+                PUBACK_RECEIVED => {
+                    actions.push(Action::Mark {
+                        channel,
+                        relay: replica,
+                    });
                     actions.push(Action::Die {
-                        place: Place::PubAckCame,
-                        way,
-                        twin,
+                        at: CrashPoint::PubAckReceived,
+                        channel,
+                        replica,
                     });
                 }
                 _ => {}
@@ -176,53 +183,70 @@ impl Protocol {
         }
     }
 
-    fn consumer_actions(&self, state: &State, way: Way, actions: &mut Vec<Action>) {
-        let hands = &state.hands[index(way)];
-        if hands.iter().filter(|hand| hand.phase() != IDLE).count() < self.hands(way) {
+    fn consumer_actions(&self, state: &State, channel: Channel, actions: &mut Vec<Action>) {
+        let consumers = &state.consumers[index(channel)];
+        if consumers
+            .iter()
+            .filter(|consumer| consumer.phase() != IDLE)
+            .count()
+            < self.consumers(channel)
+        {
             let mut ready = 0;
             for (order, row) in state.orders[..self.orders].iter().enumerate() {
-                ready += row.ready(way).count_ones();
-                actions.extend(numbers(row.ready(way)).map(|n| Action::Fetch {
-                    way,
-                    hand: 0,
+                ready += row.ready(channel).count_ones();
+                actions.extend(numbers(row.ready(channel)).map(|n| Action::Fetch {
+                    channel,
+                    consumer: 0,
                     order,
                     n,
                 }));
             }
             if ready > 1 {
-                actions.push(Action::FetchAll { way, hand: 0 });
+                actions.push(Action::FetchAll {
+                    channel,
+                    consumer: 0,
+                });
             }
         }
-        for (twin, hand) in distinct(hands) {
-            match hand.phase() {
+        for (replica, consumer) in distinct(consumers) {
+            match consumer.phase() {
                 FETCHED => {
-                    let in_halves = way == Way::Requests
-                        && (!self.is(Guard::AccountLock) || !self.is(Guard::OneTransaction));
+                    let in_halves = channel == Channel::Requests
+                        && (!self.has(Guard::AccountLock) || !self.has(Guard::OneTransaction));
                     actions.push(if in_halves {
-                        Action::Halfway { hand: twin }
+                        Action::ApplyHalf { consumer: replica }
                     } else {
-                        Action::Apply { way, hand: twin }
+                        Action::Apply {
+                            channel,
+                            consumer: replica,
+                        }
                     });
                     actions.push(Action::Die {
-                        place: Place::BatchFetched,
-                        way,
-                        twin,
+                        at: CrashPoint::BatchFetched,
+                        channel,
+                        replica,
                     });
                 }
-                HALFWAY => {
-                    actions.push(Action::Apply { way, hand: twin });
+                HALF_APPLIED => {
+                    actions.push(Action::Apply {
+                        channel,
+                        consumer: replica,
+                    });
                     actions.push(Action::Die {
-                        place: Place::BatchFetched,
-                        way,
-                        twin,
+                        at: CrashPoint::BatchFetched,
+                        channel,
+                        replica,
                     });
                 }
                 COMMITTED => {
-                    actions.push(Action::Ack { way, hand: twin });
+                    actions.push(Action::Ack {
+                        channel,
+                        consumer: replica,
+                    });
                     actions.push(Action::Die {
-                        place: Place::BatchCommitted,
-                        way,
-                        twin,
+                        at: CrashPoint::BatchCommitted,
+                        channel,
+                        replica,
                     });
                 }
                 _ => {}
@@ -230,18 +254,23 @@ impl Protocol {
         }
     }
 
-    fn healing_actions(&self, state: &State, actions: &mut Vec<Action>) {
+    fn recovery_actions(&self, state: &State, actions: &mut Vec<Action>) {
         for (order, row) in state.orders[..self.orders].iter().enumerate() {
             let published = row.requests_waiting() & bit(row.asks()) == 0;
-            let due = row.due() == 1 || self.is(Guard::Timer);
-            let another = row.asks() < if self.is(Guard::ForEver) { N_MAX } else { 1 };
-            if self.is(Guard::Reconciler)
+            let due = row.due() == 1 || self.has(Guard::Timer);
+            let another = row.asks()
+                < if self.has(Guard::UnlimitedAsks) {
+                    N_MAX
+                } else {
+                    1
+                };
+            if self.has(Guard::Reconciler)
                 && row.status() == status::NEW
                 && published
                 && due
                 && another
             {
-                if !self.is_under_way(state, order) {
+                if !self.is_in_flight(state, order) {
                     actions.push(Action::AskAgain { order, slow: false });
                 } else if state.shared.slow_left() > 0 {
                     actions.push(Action::AskAgain { order, slow: true });
@@ -259,13 +288,17 @@ impl Protocol {
             actions.push(Action::Wipe);
         }
         for (order, row) in state.orders[..self.orders].iter().enumerate() {
-            for way in Way::BOTH {
+            for channel in Channel::BOTH {
                 if may_lose {
-                    actions.extend(numbers(row.ready(way)).map(|n| Action::Lose { way, order, n }));
+                    actions.extend(numbers(row.ready(channel)).map(|n| Action::Lose {
+                        channel,
+                        order,
+                        n,
+                    }));
                 }
                 actions.extend(
-                    numbers(row.said(way) & !row.ready(way)).map(|n| Action::Replay {
-                        way,
+                    numbers(row.published(channel) & !row.ready(channel)).map(|n| Action::Replay {
+                        channel,
                         order,
                         n,
                     }),
@@ -279,16 +312,16 @@ impl Protocol {
             if knows {
                 actions.push(Action::Prune { order });
             }
-            if !self.is(Guard::OnlyPaymentsDecides) && row.status() == status::NEW {
+            if !self.has(Guard::OnlyPaymentsDecides) && row.status() == status::NEW {
                 actions.push(Action::TimeOut { order });
             }
         }
     }
 
     /// One transaction of payments.
-    fn charge(&self, state: &mut State, hand: Hand) {
+    fn charge(&self, state: &mut State, consumer: Consumer) {
         for order in 0..self.orders {
-            let held = hand.held(order);
+            let held = consumer.held(order);
             let Some(ask) = numbers(held).last() else {
                 continue;
             };
@@ -300,26 +333,27 @@ impl Protocol {
                 _ => row.decision() != decision::NONE,
             };
             if decided {
-                if ask > row.last_ask() && self.is(Guard::ReArm) {
+                if ask > row.last_ask() && self.has(Guard::ReArm) {
                     row.set_last_ask(ask);
                     row.set_answers_waiting(row.answers_waiting() | bit(ask));
                 }
                 continue;
             }
             let enough = state.shared.balance() > BALANCE_ZERO;
-            let noted = hand.phase() == HALFWAY && hand.noted() & bit(order as u8) != 0;
+            let noted =
+                consumer.phase() == HALF_APPLIED && consumer.noted() & bit(order as u8) != 0;
             let paid = match self.design.broken {
                 Some(Guard::AccountLock) | Some(Guard::OneTransaction) => noted,
                 _ => enough,
             };
             if paid {
-                // A batch without de-duplication decides each of its messages as if it were alone.
-                let times = if self.is(Guard::BatchDistinct) {
+                // Without de-duplication, each message of the batch is decided separately.
+                let times = if self.has(Guard::BatchDistinct) {
                     1
                 } else {
                     held.count_ones() as u8
                 };
-                if self.is(Guard::OneTransaction) {
+                if self.has(Guard::OneTransaction) {
                     state
                         .shared
                         .set_balance(state.shared.balance().saturating_sub(times));
@@ -337,30 +371,30 @@ impl Protocol {
         }
     }
 
-    /// What a broken design does before the transaction of [`Self::charge`].
-    fn halfway(&self, state: &mut State, hand: usize) {
-        let mut held = state.hands[0][hand];
+    /// The first transaction of a broken design, before that of [`Self::charge`].
+    fn apply_half(&self, state: &mut State, consumer: usize) {
+        let mut held = state.consumers[0][consumer];
         let mut noted = 0;
         for order in (0..self.orders).filter(|order| held.held(*order) != 0) {
             let row = &mut state.orders[order];
             if row.decision() == decision::NONE && state.shared.balance() > BALANCE_ZERO {
                 noted |= bit(order as u8);
-                if !self.is(Guard::OneTransaction) {
+                if !self.has(Guard::OneTransaction) {
                     state.shared.set_balance(state.shared.balance() - 1);
                     row.set_debits((row.debits() + 1).min(3));
                 }
             }
         }
         held.set_noted(noted);
-        held.set_phase(HALFWAY);
-        state.hands[0][hand] = held;
+        held.set_phase(HALF_APPLIED);
+        state.consumers[0][consumer] = held;
     }
 
     /// One transaction of orders.
-    fn settle(&self, state: &mut State, hand: Hand) {
-        for order in (0..self.orders).filter(|order| hand.held(*order) != 0) {
+    fn settle(&self, state: &mut State, consumer: Consumer) {
+        for order in (0..self.orders).filter(|order| consumer.held(*order) != 0) {
             let row = &mut state.orders[order];
-            if row.status() == status::NEW || !self.is(Guard::StatusGuard) {
+            if row.status() == status::NEW || !self.has(Guard::StatusGuard) {
                 row.set_status(if row.decision() == decision::PAID {
                     status::FINISHED
                 } else {
@@ -373,14 +407,14 @@ impl Protocol {
     }
 
     fn place(&self, row: &mut Order, answered: bool) {
-        if row.status() == status::ABSENT || !self.is(Guard::OrderKey) {
+        if row.status() == status::ABSENT || !self.has(Guard::OrderKey) {
             row.set_made((row.made() + 1).min(3));
             if row.status() == status::ABSENT {
                 row.set_status(status::NEW);
             }
             match self.design.broken {
-                // Who dies before the answer has not published either.
-                Some(Guard::Outbox) if answered => Self::store(row, Way::Requests, 0, 0),
+                // A process that crashes before it answers has not published either.
+                Some(Guard::Outbox) if answered => Self::store(row, Channel::Requests, 0, 0),
                 Some(Guard::Outbox | Guard::CommitFirst) => {}
                 _ => row.set_requests_waiting(row.requests_waiting() | bit(0)),
             }
@@ -388,17 +422,17 @@ impl Protocol {
         row.set_client(if answered {
             client::ANSWERED
         } else {
-            client::UNSURE
+            client::UNKNOWN
         });
     }
 
-    fn forget_relay(state: &mut State, way: Way, relay: usize) -> Relay {
-        std::mem::take(&mut state.relays[index(way)][relay])
+    fn reset_relay(state: &mut State, channel: Channel, relay: usize) -> Relay {
+        std::mem::take(&mut state.relays[index(channel)][relay])
     }
 
-    fn store(row: &mut Order, way: Way, id: u8, n: u8) {
-        row.set_said(way, row.said(way) | bit(id));
-        row.set_ready(way, row.ready(way) | bit(n));
+    fn store(row: &mut Order, channel: Channel, id: u8, n: u8) {
+        row.set_published(channel, row.published(channel) | bit(id));
+        row.set_ready(channel, row.ready(channel) | bit(n));
     }
 
     fn apply_action(&self, state: &mut State, action: Action) {
@@ -406,7 +440,7 @@ impl Protocol {
             Action::Place { order, answered } => self.place(&mut state.orders[order], answered),
             Action::Deposit { answered } => {
                 let shared = &mut state.shared;
-                let times = if self.is(Guard::DepositKey) { 1 } else { 2 };
+                let times = if self.has(Guard::DepositKey) { 1 } else { 2 };
                 if shared.deposited() < times {
                     shared.set_deposited(shared.deposited() + 1);
                     shared.set_balance(shared.balance() + 1);
@@ -414,66 +448,70 @@ impl Protocol {
                 shared.set_deposit_client(if answered {
                     client::ANSWERED
                 } else {
-                    client::UNSURE
+                    client::UNKNOWN
                 });
             }
             Action::Take {
-                way,
+                channel,
                 relay,
                 order,
                 n,
             } => {
-                let taken = &mut state.relays[index(way)][relay];
+                let taken = &mut state.relays[index(channel)][relay];
                 taken.set_phase(TAKEN);
                 taken.set_order(order as u8);
                 taken.set_n(n);
-                if !self.is(Guard::PubAckFirst) {
+                if !self.has(Guard::PubAckFirst) {
                     let row = &mut state.orders[order];
-                    row.set_waiting(way, row.waiting(way) & !bit(n));
+                    row.set_waiting(channel, row.waiting(channel) & !bit(n));
                 }
             }
-            Action::Send { way, relay, stored } => {
-                let taken = &mut state.relays[index(way)][relay];
-                taken.set_phase(PUBACK_CAME);
+            Action::Send {
+                channel,
+                relay,
+                stored,
+            } => {
+                let taken = &mut state.relays[index(channel)][relay];
+                taken.set_phase(PUBACK_RECEIVED);
                 let (order, n) = (usize::from(taken.order()), taken.n());
                 if stored {
-                    Self::store(&mut state.orders[order], way, self.message_id(n), n);
+                    Self::store(&mut state.orders[order], channel, self.message_id(n), n);
                 }
             }
-            Action::Mark { way, relay } => {
-                let taken = Self::forget_relay(state, way, relay);
+            Action::Mark { channel, relay } => {
+                let taken = Self::reset_relay(state, channel, relay);
                 let row = &mut state.orders[usize::from(taken.order())];
-                row.set_waiting(way, row.waiting(way) & !bit(taken.n()));
+                row.set_waiting(channel, row.waiting(channel) & !bit(taken.n()));
             }
             Action::Fetch {
-                way,
-                hand,
+                channel,
+                consumer,
                 order,
                 n,
             } => {
-                state.hands[index(way)][hand].hold(order, bit(n));
-                self.fetched(state, way, hand);
+                state.consumers[index(channel)][consumer].hold(order, bit(n));
+                self.fetched(state, channel, consumer);
             }
-            Action::FetchAll { way, hand } => {
+            Action::FetchAll { channel, consumer } => {
                 for order in 0..self.orders {
-                    let ready = state.orders[order].ready(way);
-                    state.hands[index(way)][hand].hold(order, ready);
+                    let ready = state.orders[order].ready(channel);
+                    state.consumers[index(channel)][consumer].hold(order, ready);
                 }
-                self.fetched(state, way, hand);
+                self.fetched(state, channel, consumer);
             }
-            Action::Apply { way, hand } => {
-                let held = state.hands[index(way)][hand];
-                match way {
-                    Way::Requests => self.charge(state, held),
-                    Way::Answers => self.settle(state, held),
+            Action::Apply { channel, consumer } => {
+                let held = state.consumers[index(channel)][consumer];
+                match channel {
+                    Channel::Requests => self.charge(state, held),
+                    Channel::Answers => self.settle(state, held),
                 }
-                let held = &mut state.hands[index(way)][hand];
+                let held = &mut state.consumers[index(channel)][consumer];
                 held.set_noted(0);
                 held.set_phase(COMMITTED);
             }
-            Action::Ack { way, hand } => {
-                let held = std::mem::take(&mut state.hands[index(way)][hand]);
-                Self::acknowledge(state, way, held);
+            Action::Ack { channel, consumer } => {
+                let held = std::mem::take(&mut state.consumers[index(channel)][consumer]);
+                Self::acknowledge(state, channel, held);
             }
             Action::AskAgain { order, slow } => {
                 let row = &mut state.orders[order];
@@ -494,16 +532,18 @@ impl Protocol {
                 state.shared.set_unnoticed(0);
             }
             Action::Die {
-                place: Place::RowTaken | Place::PubAckCame,
-                way,
-                twin,
+                at: CrashPoint::RowTaken | CrashPoint::PubAckReceived,
+                channel,
+                replica,
             } => {
-                Self::forget_relay(state, way, twin);
+                Self::reset_relay(state, channel, replica);
             }
-            Action::Die { way, twin, .. } => state.hands[index(way)][twin] = Hand::default(),
-            Action::Lose { way, order, n } => {
+            Action::Die {
+                channel, replica, ..
+            } => state.consumers[index(channel)][replica] = Consumer::default(),
+            Action::Lose { channel, order, n } => {
                 let row = &mut state.orders[order];
-                row.set_ready(way, row.ready(way) & !bit(n));
+                row.set_ready(channel, row.ready(channel) & !bit(n));
                 state.shared.set_losses_left(state.shared.losses_left() - 1);
             }
             Action::Wipe => {
@@ -512,20 +552,22 @@ impl Protocol {
                     row.set_answers_ready(0);
                 }
                 state.shared.set_losses_left(state.shared.losses_left() - 1);
-                state.shared.set_unnoticed(u8::from(!self.is(Guard::Timer)));
+                state
+                    .shared
+                    .set_unnoticed(u8::from(!self.has(Guard::Timer)));
             }
-            Action::Replay { way, order, n } => {
+            Action::Replay { channel, order, n } => {
                 let row = &mut state.orders[order];
-                row.set_ready(way, row.ready(way) | bit(n));
+                row.set_ready(channel, row.ready(channel) | bit(n));
             }
-            Action::PublishBeside { order } => {
-                Self::store(&mut state.orders[order], Way::Requests, 0, 0)
+            Action::PublishBeforeCommit { order } => {
+                Self::store(&mut state.orders[order], Channel::Requests, 0, 0)
             }
-            Action::Halfway { hand } => self.halfway(state, hand),
+            Action::ApplyHalf { consumer } => self.apply_half(state, consumer),
             Action::Prune { order } => {
                 let row = &mut state.orders[order];
                 row.set_inbox(0);
-                if !self.is(Guard::DecisionForEver) {
+                if !self.has(Guard::DecisionForEver) {
                     row.set_decision(decision::NONE);
                 }
             }
@@ -537,28 +579,28 @@ impl Protocol {
         }
     }
 
-    fn fetched(&self, state: &mut State, way: Way, hand: usize) {
-        let held = &mut state.hands[index(way)][hand];
+    fn fetched(&self, state: &mut State, channel: Channel, consumer: usize) {
+        let held = &mut state.consumers[index(channel)][consumer];
         held.set_phase(FETCHED);
         let held = *held;
-        if !self.is(Guard::CommitBeforeAck) {
-            Self::acknowledge(state, way, held);
+        if !self.has(Guard::CommitBeforeAck) {
+            Self::acknowledge(state, channel, held);
         }
     }
 
-    fn acknowledge(state: &mut State, way: Way, held: Hand) {
+    fn acknowledge(state: &mut State, channel: Channel, held: Consumer) {
         for (order, row) in state.orders.iter_mut().enumerate() {
-            row.set_ready(way, row.ready(way) & !held.held(order));
+            row.set_ready(channel, row.ready(channel) & !held.held(order));
         }
     }
 }
 
-/// Of twins that hold the same, the first: the others would only do the same.
-fn distinct<T: Copy + PartialEq>(twins: &[T; TWINS_MAX]) -> impl Iterator<Item = (usize, T)> {
-    let twins = *twins;
-    (0..TWINS_MAX)
-        .filter(move |at| *at == 0 || twins[at - 1] != twins[*at])
-        .map(move |at| (at, twins[at]))
+/// The first of several replicas in the same state: the others would only do the same.
+fn distinct<T: Copy + PartialEq>(replicas: &[T; REPLICAS_MAX]) -> impl Iterator<Item = (usize, T)> {
+    let replicas = *replicas;
+    (0..REPLICAS_MAX)
+        .filter(move |at| *at == 0 || replicas[at - 1] != replicas[*at])
+        .map(move |at| (at, replicas[at]))
 }
 
 impl Model for Protocol {
@@ -567,7 +609,9 @@ impl Model for Protocol {
 
     fn init_states(&self) -> Vec<State> {
         assert!(
-            self.orders <= ORDERS_MAX && self.relays <= TWINS_MAX && self.workers <= TWINS_MAX,
+            self.orders <= ORDERS_MAX
+                && self.relays <= REPLICAS_MAX
+                && self.payments_consumers <= REPLICAS_MAX,
             "more than a state can hold"
         );
         assert!(
@@ -582,24 +626,24 @@ impl Model for Protocol {
             orders: [Order::default(); ORDERS_MAX],
             shared,
             relays: Default::default(),
-            hands: Default::default(),
+            consumers: Default::default(),
         }]
     }
 
     fn actions(&self, state: &State, actions: &mut Vec<Action>) {
         self.client_actions(state, actions);
-        for way in Way::BOTH {
-            self.relay_actions(state, way, actions);
-            self.consumer_actions(state, way, actions);
+        for channel in Channel::BOTH {
+            self.relay_actions(state, channel, actions);
+            self.consumer_actions(state, channel, actions);
         }
-        self.healing_actions(state, actions);
+        self.recovery_actions(state, actions);
         self.faults(state, actions);
     }
 
     fn next_state(&self, state: &State, action: Action) -> Option<State> {
         let mut next = *state;
         self.apply_action(&mut next, action);
-        next.arrange();
+        next.normalise();
         (next != *state).then_some(next)
     }
 

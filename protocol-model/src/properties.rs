@@ -1,33 +1,24 @@
-//! What must hold in every state, by the names of ARCHITECTURE.md. That every order can still be settled ([`I7`]) is
-//! no property of one state: see [`recovery`](crate::recovery).
+//! The properties that must hold in every state, with the names of ARCHITECTURE.md. [`I7`], that
+//! every order can still be settled, is not a property of one state: see
+//! [`recovery`](crate::recovery).
 
 use stateright::Property;
 
 use crate::model::Protocol;
 use crate::state::{BALANCE_ZERO, Order, State, client, decision, status};
 
-/// At most one debit.
 pub const I1: &str = "I1 at most one debit per order";
-/// The end says what was debited.
 pub const I2: &str = "I2 FINISHED if and only if debited";
-/// Money is conserved.
 pub const I3: &str = "I3 balance = deposits - debits";
-/// No negative balance.
 pub const I4: &str = "I4 no negative balance";
-/// What was answered exists once.
-pub const I5: &str = "I5 one key, one effect; what was answered exists";
-/// Final is final.
-pub const I6: &str = "I6 an order ends once, and says so once";
-/// No order hangs.
+pub const I5: &str = "I5 one key has one effect; every confirmed effect exists";
+pub const I6: &str = "I6 an order becomes final once, with one final event";
 pub const I7: &str = "I7 every order can still be settled";
-/// Nothing comes from nothing.
-pub const I8: &str = "I8 nothing is decided that nobody placed";
+pub const I8: &str = "I8 only placed orders are decided";
 
-/// Not vacuous: some order is paid.
+// These three must be reachable; otherwise the model proves nothing.
 const FINISHED: &str = "an order is FINISHED";
-/// Not vacuous: some order is refused.
 const CANCELLED: &str = "an order is CANCELLED";
-/// Not vacuous: a decision is answered twice.
 const ANSWERED_AGAIN: &str = "a re-ask is answered again";
 
 fn each(protocol: &Protocol, state: &State, holds: impl Fn(Order) -> bool) -> bool {
@@ -42,7 +33,7 @@ fn some(protocol: &Protocol, state: &State, holds: impl Fn(Order) -> bool) -> bo
         .any(|order| holds(*order))
 }
 
-/// All properties that make sense for this model.
+/// All properties that apply to this model.
 pub fn all(protocol: &Protocol) -> Vec<Property<Protocol>> {
     let mut all = vec![
         Property::<Protocol>::always(I1, |protocol, state| {
@@ -95,14 +86,14 @@ pub fn all(protocol: &Protocol) -> Vec<Property<Protocol>> {
     }
     if protocol.losses + protocol.slow > 0 {
         let again = |protocol: &Protocol, state: &State| {
-            some(protocol, state, |order| order.answers_said() > 1)
+            some(protocol, state, |order| order.answers_published() > 1)
         };
         all.push(Property::<Protocol>::sometimes(ANSWERED_AGAIN, again));
     }
     all
 }
 
-/// Everything is done: every order is final, and nothing is on its way.
+/// Whether every order is final and nothing is in flight.
 pub fn is_settled(protocol: &Protocol, state: &State) -> bool {
     each(protocol, state, |order| {
         order.is_final()

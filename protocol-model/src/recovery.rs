@@ -1,6 +1,6 @@
-//! I7: from every state that can be reached, faults included, a settled state can be reached without further faults
-//! (in the language of temporal logic, AG EF settled). The checker knows properties of one state and of one path; this
-//! is one of the whole graph, so it is walked backwards here.
+//! I7: from every reachable state, including those after faults, a settled state can be reached
+//! without further faults (in temporal logic: AG EF settled). The checker supports properties of a
+//! state or a path; this is a property of the graph, so this module searches the graph backwards.
 
 use std::collections::HashMap;
 
@@ -12,36 +12,35 @@ use crate::model::Protocol;
 use crate::properties::is_settled;
 use crate::state::State;
 
-/// What was found.
 #[derive(Debug)]
 pub struct Recovery {
-    /// States looked at.
+    /// Reachable states.
     pub states: usize,
     /// Steps between them.
     pub steps: usize,
-    /// States from which nothing leads to the end.
+    /// States from which no settled state can be reached.
     pub stuck: usize,
-    /// The shortest way into one.
-    pub way: Vec<Action>,
+    /// The shortest path to a stuck state.
+    pub path: Vec<Action>,
 }
 
-/// Looks at the whole graph, if it is no larger than `states_max`.
+/// Checks the whole graph. Fails if it has more than `states_max` states.
 pub fn check(protocol: &Protocol, states_max: usize) -> anyhow::Result<Recovery> {
     let mut graph = Graph::explore(protocol, states_max, |_| false)?;
     let steps = graph.steps;
     let can_settle = graph.backwards_from_settled(protocol);
-    // States are numbered in the order in which they were reached, so the first is one of the nearest.
+    // States are numbered in breadth-first order, so the first one has a shortest path.
     let first_stuck = can_settle.iter().position(|can| !can);
     Ok(Recovery {
         states: graph.states.len(),
         steps,
         stuck: can_settle.iter().filter(|can| !**can).count(),
-        way: first_stuck.map_or_else(Vec::new, |stuck| graph.way_to(protocol, stuck)),
+        path: first_stuck.map_or_else(Vec::new, |stuck| graph.path_to(protocol, stuck)),
     })
 }
 
-/// The shortest way into a state for which `wrong` holds; empty if there is none.
-pub fn shortest_way(
+/// The shortest path to a state for which `wrong` holds; empty if there is none.
+pub fn shortest_path(
     protocol: &Protocol,
     states_max: usize,
     wrong: impl Fn(&State) -> bool,
@@ -51,20 +50,20 @@ pub fn shortest_way(
         .states
         .iter()
         .position(wrong)
-        .map_or_else(Vec::new, |state| graph.way_to(protocol, state)))
+        .map_or_else(Vec::new, |state| graph.path_to(protocol, state)))
 }
 
 struct Graph {
     states: Vec<State>,
-    /// From which state each was reached first.
+    /// The state from which each state was reached first.
     parents: Vec<u32>,
-    /// Steps that are no faults, as (from, to).
+    /// Steps other than faults, as (from, to).
     sound: Vec<(u32, u32)>,
     steps: usize,
 }
 
 impl Graph {
-    /// State after state, the nearest first, up to the first that is `enough`.
+    /// Explores breadth-first, up to the first state for which `enough` holds.
     fn explore(
         protocol: &Protocol,
         states_max: usize,
@@ -108,7 +107,7 @@ impl Graph {
         Ok(graph)
     }
 
-    /// Which states can reach a settled one.
+    /// For each state, whether it can reach a settled one.
     fn backwards_from_settled(&mut self, protocol: &Protocol) -> Vec<bool> {
         self.sound.sort_unstable_by_key(|(_, to)| *to);
         let mut can: Vec<bool> = self
@@ -133,8 +132,8 @@ impl Graph {
         can
     }
 
-    fn way_to(&self, protocol: &Protocol, state: usize) -> Vec<Action> {
-        let mut way = Vec::new();
+    fn path_to(&self, protocol: &Protocol, state: usize) -> Vec<Action> {
+        let mut path = Vec::new();
         let mut at = state;
         while at != 0 {
             let parent = self.parents[at] as usize;
@@ -143,10 +142,10 @@ impl Graph {
             let leads_here = |action: &Action| {
                 protocol.next_state(&self.states[parent], *action) == Some(self.states[at])
             };
-            way.extend(actions.into_iter().find(leads_here));
+            path.extend(actions.into_iter().find(leads_here));
             at = parent;
         }
-        way.reverse();
-        way
+        path.reverse();
+        path
     }
 }

@@ -1,14 +1,14 @@
-//! One state of the system, packed into 32 bytes: tens of millions of them are kept in memory.
+//! A state of the system, packed into 32 bytes: tens of millions of states are kept in memory.
 
 use std::fmt;
 use std::hash::{Hash, Hasher};
 
-/// Orders in one model, at most.
+/// Maximum number of orders in a model.
 pub const ORDERS_MAX: usize = 2;
-/// Relays or consumers of one kind, at most.
-pub const TWINS_MAX: usize = 2;
+/// Maximum number of relays or consumers of one kind.
+pub const REPLICAS_MAX: usize = 2;
 
-/// A word of named fields, each a few bits wide.
+/// Defines an integer with named bit fields.
 macro_rules! packed {
     ($(#[$doc:meta])* $name:ident($word:ty) { $($fields:tt)* }) => {
         $(#[$doc])*
@@ -49,7 +49,7 @@ macro_rules! packed {
         };
     };
     (@debug $self:ident, $debug:expr; $($(#[$doc:meta])* $get:ident, $set:ident: $width:literal;)*) => {
-        // Only what is not zero: most of it is, most of the time.
+        // Shows only fields that are not zero; most fields are zero.
         {
             let mut debug = $debug;
             $(if $self.$get() != 0 { debug.field(stringify!($get), &$self.$get()); })*
@@ -58,94 +58,88 @@ macro_rules! packed {
     };
 }
 
-/// What the sender of a request knows.
+/// What a client knows about its request.
 pub mod client {
-    /// It has not sent it yet.
-    pub const SILENT: u8 = 0;
-    /// It got no answer, and will send it again under the same key.
-    pub const UNSURE: u8 = 1;
-    /// It got a 2xx.
+    pub const NOT_SENT: u8 = 0;
+    /// No answer: the client will retry under the same key.
+    pub const UNKNOWN: u8 = 1;
+    /// Answered with 2xx.
     pub const ANSWERED: u8 = 2;
 }
 
 /// `orders.status`.
 pub mod status {
-    /// There is no such order.
     pub const ABSENT: u8 = 0;
-    /// Accepted, not yet decided as far as orders knows.
+    /// Accepted; orders knows no decision.
     pub const NEW: u8 = 1;
-    /// Paid.
     pub const FINISHED: u8 = 2;
-    /// Not paid.
     pub const CANCELLED: u8 = 3;
 }
 
 /// `payments.outcome`.
 pub mod decision {
-    /// There is no decision.
     pub const NONE: u8 = 0;
-    /// Debited.
     pub const PAID: u8 = 1;
-    /// Not debited.
     pub const DECLINED: u8 = 2;
 }
 
 packed! {
-    /// Everything about one order: its row, its decision, both outboxes, both streams.
+    /// Everything about one order: its row, its decision, both outboxes and both streams.
     ///
-    /// A field that ends in `waiting`, `said` or `ready` is a set of message numbers: bit n is the n-th ask, bit 0 the
-    /// first sending.
+    /// A field that ends in `waiting`, `published` or `ready` is a set of message numbers: bit 0 is
+    /// the first message, bit n the n-th re-ask.
     Order(u64) {
-        /// What its client knows.
+        /// See [`client`].
         client, set_client: 2;
-        /// How many orders this one intent has made; counted up to 3.
+        /// Orders created by this one key, counted up to 3.
         made, set_made: 2;
         /// `orders.status`.
         status, set_status: 2;
         /// `orders.asks`.
         asks, set_asks: 2;
-        /// How often its end was stored and told (`OrderFinished` or `OrderCancelled`).
+        /// Number of final events (`OrderFinished` or `OrderCancelled`).
         told, set_told: 2;
-        /// Requests in the outbox of orders that are not marked as published.
+        /// Unpublished requests in the outbox of orders.
         requests_waiting, set_requests_waiting: 4;
-        /// Requests that the broker has ever stored: it may recognise their ids, and they may come again.
-        requests_said, set_requests_said: 4;
-        /// Requests in the stream that are not acknowledged: delivered, again and again.
+        /// Requests that the broker has ever stored: it may recognise their ids, and may deliver
+        /// them again.
+        requests_published, set_requests_published: 4;
+        /// Unacknowledged requests in the stream, which are redelivered.
         requests_ready, set_requests_ready: 4;
         /// `payments.outcome`.
         decision, set_decision: 2;
-        /// Debits of this order; counted up to 3.
+        /// Debits of this order, counted up to 3.
         debits, set_debits: 2;
         /// `payments.last_ask`.
         last_ask, set_last_ask: 2;
-        /// Answers in the outbox of payments that are not marked as published.
+        /// Unpublished answers in the outbox of payments.
         answers_waiting, set_answers_waiting: 4;
         /// Answers that the broker has ever stored.
-        answers_said, set_answers_said: 4;
-        /// Answers in the stream that are not acknowledged.
+        answers_published, set_answers_published: 4;
+        /// Unacknowledged answers in the stream.
         answers_ready, set_answers_ready: 4;
-        /// Whether the inbox of payments has it. Only where a broken design asks the inbox.
+        /// Whether the inbox of payments has it. Used only by a broken design.
         inbox, set_inbox: 1;
-        /// Whether its last request was published before a loss that was noticed (`reconciliation.lost_at`). Only
-        /// where that alone makes an order due.
+        /// Whether its last request was published before a noticed loss (`reconciliation.lost_at`).
+        /// Used only by the design where nothing else makes an order due.
         due, set_due: 1;
     }
 }
 
 packed! {
-    /// What all orders share: one account, the deposit into it, and how much may still go wrong.
+    /// State shared by all orders: the account, the deposit, and the remaining faults.
     Shared(u32) {
-        /// The balance in prices, shifted by [`BALANCE_ZERO`] so that a broken design may go below.
+        /// The balance in prices, plus [`BALANCE_ZERO`], so that a broken design can go below zero.
         balance, set_balance: 4;
-        /// What the client of the deposit knows.
+        /// What the client of the deposit knows: see [`client`].
         deposit_client, set_deposit_client: 2;
         /// How often the deposit was made.
         deposited, set_deposited: 2;
         /// Losses that may still happen.
         losses_left, set_losses_left: 2;
-        /// How often an order may still be asked for again although nothing was lost.
+        /// How often an order may still be re-asked although nothing was lost.
         slow_left, set_slow_left: 2;
-        /// Whether the broker came back empty and nobody has noticed. Only where noticing matters.
+        /// Whether a broker loss is not noticed yet. Used only where noticing matters.
         unnoticed, set_unnoticed: 1;
     }
 }
@@ -156,9 +150,9 @@ pub const BALANCE_ZERO: u8 = 4;
 packed! {
     /// A relay and the row it holds. The default is idle.
     Relay(u8) {
-        /// 0 idle, 1 taken, 2 the PubAck is there.
+        /// 0 idle, 1 row taken, 2 PubAck received.
         phase, set_phase: 2;
-        /// Which order the row is about.
+        /// The order that the row is about.
         order, set_order: 1;
         /// Number of the row.
         n, set_n: 2;
@@ -167,10 +161,10 @@ packed! {
 
 packed! {
     /// A consumer and the batch it holds. The default is idle.
-    Hand(u16) {
-        /// 0 idle, 1 fetched, 2 in the middle (broken designs only), 3 committed.
+    Consumer(u16) {
+        /// 0 idle, 1 fetched, 2 half applied (broken designs only), 3 committed.
         phase, set_phase: 2;
-        /// What was found out in the middle: bit i for order i (broken designs only).
+        /// Result of the first half: bit i for order i (broken designs only).
         noted, set_noted: 2;
         /// Message numbers about order 0.
         first, set_first: 4;
@@ -179,7 +173,7 @@ packed! {
     }
 }
 
-impl Hand {
+impl Consumer {
     /// The message numbers about an order.
     pub fn held(self, order: usize) -> u8 {
         if order == 0 {
@@ -199,96 +193,93 @@ impl Hand {
     }
 }
 
-/// Which way a message travels.
+/// The direction of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Way {
+pub enum Channel {
     /// From orders to payments: `OrderPlaced`.
     Requests,
     /// From payments to orders: `PaymentSettled`.
     Answers,
 }
 
-impl Way {
-    /// Both.
+impl Channel {
     pub const BOTH: [Self; 2] = [Self::Requests, Self::Answers];
 }
 
 impl Order {
-    /// Rows that wait in the outbox.
-    pub fn waiting(self, way: Way) -> u8 {
-        match way {
-            Way::Requests => self.requests_waiting(),
-            Way::Answers => self.answers_waiting(),
+    /// Unpublished outbox rows.
+    pub fn waiting(self, channel: Channel) -> u8 {
+        match channel {
+            Channel::Requests => self.requests_waiting(),
+            Channel::Answers => self.answers_waiting(),
         }
     }
 
     /// Writes [`Self::waiting`].
-    pub fn set_waiting(&mut self, way: Way, numbers: u8) {
-        match way {
-            Way::Requests => self.set_requests_waiting(numbers),
-            Way::Answers => self.set_answers_waiting(numbers),
+    pub fn set_waiting(&mut self, channel: Channel, numbers: u8) {
+        match channel {
+            Channel::Requests => self.set_requests_waiting(numbers),
+            Channel::Answers => self.set_answers_waiting(numbers),
         }
     }
 
     /// Messages that the broker has ever stored.
-    pub fn said(self, way: Way) -> u8 {
-        match way {
-            Way::Requests => self.requests_said(),
-            Way::Answers => self.answers_said(),
+    pub fn published(self, channel: Channel) -> u8 {
+        match channel {
+            Channel::Requests => self.requests_published(),
+            Channel::Answers => self.answers_published(),
         }
     }
 
-    /// Writes [`Self::said`].
-    pub fn set_said(&mut self, way: Way, numbers: u8) {
-        match way {
-            Way::Requests => self.set_requests_said(numbers),
-            Way::Answers => self.set_answers_said(numbers),
+    /// Writes [`Self::published`].
+    pub fn set_published(&mut self, channel: Channel, numbers: u8) {
+        match channel {
+            Channel::Requests => self.set_requests_published(numbers),
+            Channel::Answers => self.set_answers_published(numbers),
         }
     }
 
-    /// Messages that are delivered.
-    pub fn ready(self, way: Way) -> u8 {
-        match way {
-            Way::Requests => self.requests_ready(),
-            Way::Answers => self.answers_ready(),
+    /// Unacknowledged messages.
+    pub fn ready(self, channel: Channel) -> u8 {
+        match channel {
+            Channel::Requests => self.requests_ready(),
+            Channel::Answers => self.answers_ready(),
         }
     }
 
     /// Writes [`Self::ready`].
-    pub fn set_ready(&mut self, way: Way, numbers: u8) {
-        match way {
-            Way::Requests => self.set_requests_ready(numbers),
-            Way::Answers => self.set_answers_ready(numbers),
+    pub fn set_ready(&mut self, channel: Channel, numbers: u8) {
+        match channel {
+            Channel::Requests => self.set_requests_ready(numbers),
+            Channel::Answers => self.set_answers_ready(numbers),
         }
     }
 
-    /// FINISHED or CANCELLED.
     pub fn is_final(self) -> bool {
         matches!(self.status(), status::FINISHED | status::CANCELLED)
     }
 }
 
-/// One state.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct State {
-    /// The orders; those that the model does not have stay zero.
+    /// Unused orders stay zero.
     pub orders: [Order; ORDERS_MAX],
-    /// What they share.
     pub shared: Shared,
     /// Relays of orders, then of payments.
-    pub relays: [[Relay; TWINS_MAX]; 2],
+    pub relays: [[Relay; REPLICAS_MAX]; 2],
     /// Consumers of payments, then of orders.
-    pub hands: [[Hand; TWINS_MAX]; 2],
+    pub consumers: [[Consumer; REPLICAS_MAX]; 2],
 }
 
 impl State {
-    /// Twins are alike, so their order means nothing: one state stands for all arrangements.
-    pub fn arrange(&mut self) {
+    /// Sorts equal replicas, since their order has no meaning: one state represents all
+    /// permutations.
+    pub fn normalise(&mut self) {
         for relays in &mut self.relays {
             relays.sort_unstable();
         }
-        for hands in &mut self.hands {
-            hands.sort_unstable();
+        for consumers in &mut self.consumers {
+            consumers.sort_unstable();
         }
     }
 }
@@ -301,7 +292,7 @@ impl Hash for State {
                 .fold(0, |joined, word| (joined << 16) | u64::from(*word))
         };
         let [[a, b], [c, d]] = self.relays;
-        let [[e, f], [g, h]] = self.hands;
+        let [[e, f], [g, h]] = self.consumers;
         hasher.write_u64(self.orders[0].0);
         hasher.write_u64(self.orders[1].0);
         hasher.write_u64(
@@ -317,15 +308,19 @@ impl fmt::Debug for State {
             orders,
             shared,
             relays,
-            hands,
+            consumers,
         } = self;
         write!(f, "{orders:?} {shared:?}")?;
         let busy = |phase: u8| phase != 0;
         for relay in relays.iter().flatten().filter(|relay| busy(relay.phase())) {
             write!(f, " {relay:?}")?;
         }
-        for hand in hands.iter().flatten().filter(|hand| busy(hand.phase())) {
-            write!(f, " {hand:?}")?;
+        for consumer in consumers
+            .iter()
+            .flatten()
+            .filter(|consumer| busy(consumer.phase()))
+        {
+            write!(f, " {consumer:?}")?;
         }
         Ok(())
     }

@@ -1,25 +1,25 @@
-//! The small models, whole; each broken design; and the names.
+//! Checks the small models, each broken design, and the names of failpoints.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::collections::BTreeSet;
 use std::num::NonZeroUsize;
 
-use protocol_model::action::{LEFT_OUT, Place};
+use protocol_model::action::{CrashPoint, NOT_MODELLED};
 use protocol_model::check::{caught, safety};
 use protocol_model::design::{BROKEN, SMALLEST, WITHOUT_LOSS_OR_RECONCILER, Window};
 use protocol_model::model::Protocol;
 use protocol_model::recovery;
 
-/// One order, with everything that can happen to it.
+/// One order with all kinds of faults.
 const ONE_ORDER: Protocol = Protocol {
     relays: 2,
-    workers: 2,
+    payments_consumers: 2,
     losses: 1,
     ..SMALLEST
 };
 
-/// The models of the tests are small.
+/// Limit for the small models of the tests.
 const STATES_MAX: usize = 2_000_000;
 
 #[test]
@@ -29,7 +29,7 @@ fn one_order_keeps_every_promise_whatever_happens() {
     assert!(found.never.is_empty(), "{:?}", found.never);
     assert!(
         found.states > 1_000_000,
-        "only {} states: the model has lost something",
+        "only {} states: the model lacks actions",
         found.states
     );
 }
@@ -45,7 +45,7 @@ fn from_every_state_every_order_can_still_be_settled() {
         },
         Protocol {
             losses: 1,
-            workers: 2,
+            payments_consumers: 2,
             window: Window::Endless,
             ..SMALLEST
         },
@@ -62,7 +62,7 @@ fn from_every_state_every_order_can_still_be_settled() {
             0,
             "{protocol:?}: {:?}",
             found
-                .way
+                .path
                 .iter()
                 .map(ToString::to_string)
                 .collect::<Vec<_>>()
@@ -71,13 +71,13 @@ fn from_every_state_every_order_can_still_be_settled() {
 }
 
 #[test]
-fn every_broken_design_violates_the_property_that_its_guard_is_for() {
+fn every_broken_design_violates_the_property_of_its_guard() {
     for broken in BROKEN {
-        let (property, way) = caught(&broken.protocol)
+        let (property, path) = caught(&broken.protocol)
             .unwrap()
-            .unwrap_or_else(|| panic!("nobody notices: {}", broken.name));
-        assert_eq!(property, broken.violates, "{}: {:?}", broken.name, way);
-        assert!(!way.is_empty());
+            .unwrap_or_else(|| panic!("not caught: {}", broken.name));
+        assert_eq!(property, broken.violates, "{}: {:?}", broken.name, path);
+        assert!(!path.is_empty());
     }
 }
 
@@ -87,7 +87,7 @@ fn the_same_models_with_their_guards_violate_nothing() {
     for broken in BROKEN {
         let mut whole = broken.protocol;
         whole.design.broken = None;
-        // Two orders and two workers are for `just model`.
+        // Two orders and two consumers are left to `./dev model`.
         if whole.orders == 1 && !seen.contains(&whole) {
             assert_eq!(caught(&whole).unwrap(), None, "{} whole", broken.name);
             seen.push(whole);
@@ -96,15 +96,15 @@ fn the_same_models_with_their_guards_violate_nothing() {
 }
 
 #[test]
-fn every_failpoint_of_the_code_has_its_place_in_the_model() {
+fn every_failpoint_belongs_to_a_crash_point_of_the_model() {
     let of_code: BTreeSet<&str> = failpoint::ALL.iter().map(|(name, _)| *name).collect();
-    let places = Place::ALL
+    let places = CrashPoint::ALL
         .iter()
         .flat_map(|place| place.failpoints())
-        .chain(&LEFT_OUT);
+        .chain(&NOT_MODELLED);
     let mut of_model = BTreeSet::new();
     for name in places {
-        assert!(of_model.insert(*name), "{name} has two places");
+        assert!(of_model.insert(*name), "{name} belongs to two crash points");
     }
     assert_eq!(of_model, of_code);
 }
