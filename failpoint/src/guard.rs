@@ -1,72 +1,73 @@
-//! Guards that a test takes away, one at a time, to see that something notices.
+//! Guards that the bounty removes one at a time, to prove that a test fails without each of them.
 //!
-//! Only in debug builds, and only where `GOZON_REMOVED_GUARD` names one. A release build has no trace of it.
+//! A guard can be removed only in debug builds, and only with `GOZON_REMOVED_GUARD`. A release
+//! build does not even contain the names.
 
-/// Every guard that can be taken away, and what the service does without it. `just bounty` runs each; a name that is not
-/// here does not compile.
+/// Every removable guard, and what the service does without it. `./dev bounty` removes each of
+/// them. Other names do not compile.
 pub const GUARDS: &[(&str, &str)] = &[
     (
         "place.outbox_row",
-        "an order is stored without the fact that it was placed",
+        "an order is stored without its OrderPlaced event",
     ),
     (
         "place.idempotency_key",
-        "a repeated request makes another order",
+        "a repeated request creates another order",
     ),
     ("relay.puback", "outbox rows are marked without a PubAck"),
     (
         "consumer.ack_after_commit",
         "messages are acknowledged before the transaction begins",
     ),
-    (
-        "charge.decision_check",
-        "decisions that exist are not looked at",
-    ),
+    ("charge.decision_check", "existing decisions are ignored"),
     (
         "charge.decision_over_inbox",
-        "the inbox says whether an order is decided",
+        "the inbox determines whether an order is decided",
     ),
     (
         "charge.one_decision_in_a_batch",
-        "each message of a batch is decided by itself",
+        "each message of a batch is decided separately",
     ),
-    ("charge.refusal_stored", "a refusal leaves no decision"),
+    (
+        "charge.refusal_stored",
+        "a refusal is not stored as a decision",
+    ),
     (
         "charge.same_request",
-        "a decided order is not compared with what is asked",
+        "a decided order is not compared with the request",
     ),
-    ("charge.enough_money", "the balance is not looked at"),
+    ("charge.enough_money", "the balance is not checked"),
     ("charge.re_arm", "a re-ask is not answered again"),
     (
         "account.lock",
-        "accounts are read without a lock, and numbers of entries may repeat",
+        "accounts are read without a lock, and entry numbers may repeat",
     ),
     (
         "deposit.idempotency_key",
-        "a repeated request makes another deposit",
+        "a repeated request creates another deposit",
     ),
     (
         "payments.append_only",
         "transfers and decisions can be changed and deleted",
     ),
-    ("settle.status_guard", "a final order is ended again"),
+    ("settle.status_guard", "a final order becomes final again"),
     (
         "settle.same_content",
         "an answer about another user or amount is applied",
     ),
     ("orders.final", "final orders can be changed"),
-    ("reconcile.ask_again", "nothing is asked for again"),
-    ("reconcile.lost_at", "a loss that was noticed is not noted"),
+    ("reconcile.ask_again", "no order is re-asked"),
+    ("reconcile.lost_at", "a noticed broker loss is not recorded"),
     (
         "reconcile.fresh_message_id",
-        "a re-ask has the message id of the first request",
+        "a re-ask reuses the message id of the first request",
     ),
 ];
 
-/// The environment variable that names the guard to take away.
+/// The environment variable that names the guard to remove.
 pub const REMOVED_GUARD: &str = "GOZON_REMOVED_GUARD";
 
-/// Whether this guard is taken away. In a release build always `false`.
+/// Whether this guard is removed. In a release build always `false`.
 #[macro_export]
 macro_rules! removed {
     ($name:literal) => {{
@@ -84,7 +85,7 @@ macro_rules! removed {
     }};
 }
 
-/// Whether `name` is listed. For the check at compile time.
+/// Whether `name` is in [`GUARDS`]; checked at compile time.
 pub const fn is_guard(name: &str) -> bool {
     let mut index = 0;
     while index < GUARDS.len() {
@@ -96,7 +97,7 @@ pub const fn is_guard(name: &str) -> bool {
     false
 }
 
-/// Whether the environment says so.
+/// Whether the environment removes this guard.
 #[cfg(debug_assertions)]
 pub fn is_removed(name: &str) -> bool {
     use std::sync::OnceLock;
@@ -106,7 +107,7 @@ pub fn is_removed(name: &str) -> bool {
         let removed = std::env::var(REMOVED_GUARD).ok()?;
         tracing::error!(
             guard = removed,
-            "A guard is taken away; this is no service to rely on"
+            "A guard is removed for a test; do not use this service for real money"
         );
         Some(removed)
     });

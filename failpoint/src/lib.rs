@@ -1,7 +1,7 @@
-//! Named places between two steps that touch the outside, where a test makes the process die, fail or freeze.
+//! Failpoints: named points in the code where a test makes the process crash, fail or freeze.
 //!
-//! Only in debug builds, and only where `GOZON_FAILPOINT` names one: `relay.after_send=kill`. A release build has no
-//! trace of them, not even their names.
+//! A failpoint is active only in debug builds, and only if `GOZON_FAILPOINT` names it:
+//! `relay.after_send=kill`. A release build does not even contain the names.
 
 #![warn(missing_docs)]
 
@@ -13,7 +13,8 @@ mod guard;
 pub use guard::is_removed;
 pub use guard::{GUARDS, REMOVED_GUARD, is_guard};
 
-/// Every failpoint, with the services that have it. The kill matrix runs each; a name that is not here does not compile.
+/// Every failpoint, with the services that have it. The kill matrix tests each of them. Other names
+/// do not compile.
 pub const ALL: &[(&str, &[&str])] = &[
     ("gateway.before_forward", &["gateway"]),
     ("gateway.after_forward", &["gateway"]),
@@ -50,10 +51,10 @@ pub const ALL: &[(&str, &[&str])] = &[
     ("deposit.after_commit", &["payments"]),
 ];
 
-/// The environment variable that names a failpoint and what happens there.
+/// The environment variable with the failpoint and its action: kill, error or pause.
 pub const VARIABLE: &str = "GOZON_FAILPOINT";
 
-/// Whether `name` is listed. For the check at compile time.
+/// Whether `name` is in [`ALL`]; checked at compile time.
 pub const fn is_listed(name: &str) -> bool {
     let mut index = 0;
     while index < ALL.len() {
@@ -79,7 +80,7 @@ const fn same(a: &[u8], b: &[u8]) -> bool {
     true
 }
 
-/// A failure that a test has ordered.
+/// A failure injected by a test.
 #[derive(Debug)]
 pub struct Injected(pub &'static str);
 
@@ -91,7 +92,8 @@ impl fmt::Display for Injected {
 
 impl std::error::Error for Injected {}
 
-/// A place where the process may be made to die, fail (`Err(Injected)`) or freeze. In a release build always `Ok(())`.
+/// A failpoint: the process may be killed, frozen, or fail with `Err(Injected)`. In a release build
+/// always `Ok(())`.
 #[macro_export]
 macro_rules! failpoint {
     ($name:literal) => {{
@@ -109,8 +111,8 @@ macro_rules! failpoint {
     }};
 }
 
-/// The failpoint `<work>.<step>` of a piece of work whose name is only known at run time. Work that
-/// has no such failpoint passes. In a release build always `Ok(())`.
+/// The failpoint `<work>.<step>` of work whose name is only known at run time. Returns `Ok(())` if
+/// there is no such failpoint. In a release build always `Ok(())`.
 pub fn of_work(work: &str, step: &str) -> Result<(), Injected> {
     #[cfg(debug_assertions)]
     {
@@ -124,7 +126,7 @@ pub fn of_work(work: &str, step: &str) -> Result<(), Injected> {
     Ok(())
 }
 
-/// Does what the environment orders for this place, the first time it is reached.
+/// Performs the configured action when the failpoint is reached for the first time.
 #[cfg(debug_assertions)]
 pub fn hit(name: &'static str) -> Result<(), Injected> {
     use std::sync::OnceLock;
@@ -132,15 +134,18 @@ pub fn hit(name: &'static str) -> Result<(), Injected> {
 
     use rustix::process::{Signal, getpid, kill_process};
 
-    static ORDERED: OnceLock<Option<(String, String)>> = OnceLock::new();
+    static CONFIGURED: OnceLock<Option<(String, String)>> = OnceLock::new();
     static DONE: AtomicBool = AtomicBool::new(false);
-    let ordered = ORDERED.get_or_init(|| {
-        let order = std::env::var(VARIABLE).ok()?;
-        order
+    let configured = CONFIGURED.get_or_init(|| {
+        let value = std::env::var(VARIABLE).ok()?;
+        value
             .split_once('=')
             .map(|(name, action)| (name.to_owned(), action.to_owned()))
     });
-    let Some((_, action)) = ordered.as_ref().filter(|(ordered, _)| ordered == name) else {
+    let Some((_, action)) = configured
+        .as_ref()
+        .filter(|(configured, _)| configured == name)
+    else {
         return Ok(());
     };
     if DONE.swap(true, Ordering::SeqCst) {
@@ -152,7 +157,7 @@ pub fn hit(name: &'static str) -> Result<(), Injected> {
         "pause" => Signal::STOP,
         _ => return Err(Injected(name)),
     };
-    // Sending a signal to oneself cannot fail for want of permission.
+    // A process is always permitted to signal itself.
     let _ = kill_process(getpid(), signal);
     Ok(())
 }
@@ -165,6 +170,9 @@ mod tests {
     fn only_listed_names_are_known() {
         assert!(is_listed("relay.after_send"));
         assert!(!is_listed("relay.after_sen") && !is_listed("relay.after_sends") && !is_listed(""));
-        assert!(failpoint!("relay.after_send").is_ok(), "nothing is ordered");
+        assert!(
+            failpoint!("relay.after_send").is_ok(),
+            "no action is configured"
+        );
     }
 }

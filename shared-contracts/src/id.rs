@@ -1,4 +1,4 @@
-//! Ids as types of their own, so that one cannot stand where another is meant.
+//! Ids as separate types, so that one kind of id cannot be used in place of another.
 
 use std::fmt;
 use std::str::FromStr;
@@ -16,12 +16,12 @@ macro_rules! uuid_id {
         pub struct $name(Uuid);
 
         impl $name {
-            /// Mints a new one: UUIDv7, so ids made later sort later and indexes grow at their end.
+            /// Creates a UUIDv7: newer ids sort after older ones, so indexes grow at their end.
             pub fn mint() -> Self {
                 Self(Uuid::now_v7())
             }
 
-            /// The bare UUID, for databases.
+            /// The plain UUID, for databases.
             pub fn as_uuid(self) -> Uuid {
                 self.0
             }
@@ -54,19 +54,20 @@ uuid_id! {
     OrderId
 }
 uuid_id! {
-    /// A fact: minted in the transaction that makes it, constant over re-sends.
+    /// An event. Created in the transaction that enqueues the event, and the same each time the
+    /// event is published.
     EventId
 }
 
-/// A customer, named by the shop: 1 to 64 characters of `A-Z a-z 0-9 . _ -`. Not `.` or `..`: in the path of a URL these
-/// are steps and no names, so nobody could ever ask for such an account.
+/// A customer, named by the shop: 1 to 64 characters of `A-Z a-z 0-9 . _ -`, but not `.` or `..`,
+/// which a URL path cannot contain as names.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[cfg_attr(feature = "schema", schemars(extend("pattern" = UserId::PATTERN, "maxLength" = UserId::LENGTH_MAX)))]
 pub struct UserId(String);
 
-/// The text is no user id.
+/// The text is not a valid user id.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "must be 1 to 64 characters of A-Z, a-z, 0-9, '.', '_' or '-', and neither '.' nor '..' alone"
@@ -76,7 +77,7 @@ pub struct InvalidUserId;
 impl UserId {
     /// In characters.
     pub const LENGTH_MAX: usize = 64;
-    /// Together with [`UserId::LENGTH_MAX`], the rule for schemas.
+    /// With [`UserId::LENGTH_MAX`], the rule for schemas.
     #[cfg(any(feature = "schema", feature = "openapi"))]
     const PATTERN: &str = r"^(\.?[A-Za-z0-9_-]|\.\.[A-Za-z0-9._-])[A-Za-z0-9._-]*$";
 
@@ -84,15 +85,17 @@ impl UserId {
     pub fn parse(text: impl Into<String>) -> Result<Self, InvalidUserId> {
         let text = text.into();
         let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
-        let step = matches!(text.as_str(), "." | "..");
-        if (1..=Self::LENGTH_MAX).contains(&text.len()) && text.bytes().all(allowed) && !step {
+        let path_segment = matches!(text.as_str(), "." | "..");
+        if (1..=Self::LENGTH_MAX).contains(&text.len())
+            && text.bytes().all(allowed)
+            && !path_segment
+        {
             Ok(Self(text))
         } else {
             Err(InvalidUserId)
         }
     }
 
-    /// The text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -157,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn later_ids_sort_later() {
+    fn newer_ids_sort_after_older_ones() {
         let ids: Vec<_> = (0..1000).map(|_| OrderId::mint()).collect();
         assert!(ids.is_sorted());
     }

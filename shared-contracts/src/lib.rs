@@ -1,4 +1,4 @@
-//! What the services say to each other: events, ids and money. Pure data, no I/O.
+//! The contract between the services: events, ids and money. Pure data, no I/O.
 //!
 //! | event | subject | stream | from -> to |
 //! |---|---|---|---|
@@ -7,9 +7,9 @@
 //! | [`OrderFinished`] | `gozon.orders.finished` | ORDERS | orders -> gateway, anyone |
 //! | [`OrderCancelled`] | `gozon.orders.cancelled` | ORDERS | orders -> gateway, anyone |
 //!
-//! Events travel as CloudEvents in binary mode: the attributes are message headers (see [`header`]), the body is
-//! plain JSON. Readers tolerate unknown fields; a change that an old reader would misunderstand gets a new
-//! [`Event::TYPE`].
+//! Events travel as CloudEvents in binary mode: the attributes are message headers (see
+//! [`header`]), the body is plain JSON. Consumers tolerate unknown fields. A change that old
+//! consumers would misunderstand needs a new [`Event::TYPE`].
 
 mod id;
 mod money;
@@ -27,29 +27,29 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use uuid::Uuid;
 
-/// Stream that holds what `orders` says.
+/// Stream of the events of `orders`.
 pub const ORDERS_STREAM: &str = "ORDERS";
-/// Stream that holds what `payments` says.
+/// Stream of the events of `payments`.
 pub const PAYMENTS_STREAM: &str = "PAYMENTS";
-/// Stream of copies of dead letters, for tools; the table in the database is the truth.
+/// Stream of copies of dead letters, for tools; the table in the database is authoritative.
 pub const DLQ_STREAM: &str = "DLQ";
 
-/// A fact that one service publishes for others.
+/// A fact that a service publishes for others.
 pub trait Event: Serialize + DeserializeOwned + Send + Sync + 'static {
-    /// Subject it is published on.
+    /// The subject it is published on.
     const SUBJECT: &'static str;
-    /// Stream that stores the subject.
+    /// The stream that stores the subject.
     const STREAM: &'static str;
-    /// CloudEvents type, with the version of the body's shape.
+    /// CloudEvents type, with the version of the body.
     const TYPE: &'static str;
-    /// CloudEvents source: the service that says it.
+    /// CloudEvents source: the publishing service.
     const SOURCE: &'static str;
 
-    /// What the event belongs to, for example an order (CloudEvents `subject`). Dead letters and
-    /// timelines are found by it.
+    /// The id of the entity that the event belongs to, for example of an order (CloudEvents
+    /// `subject`). Dead letters and timelines are looked up by it.
     fn key(&self) -> Uuid;
 
-    /// Which part of that it is about, for example a refund of the order.
+    /// The id of the part that the event is about, for example of a refund of the order.
     fn about(&self) -> Option<Uuid> {
         None
     }
@@ -59,25 +59,26 @@ pub trait Event: Serialize + DeserializeOwned + Send + Sync + 'static {
 pub mod header {
     /// CloudEvents version, always [`SPEC_VERSION`](super::SPEC_VERSION).
     pub const SPEC_VERSION: &str = "ce-specversion";
-    /// Event id: minted once, the same over every re-send. What readers recognise a repetition by.
+    /// Event id: created once and the same each time the event is published. Consumers recognise
+    /// duplicates by it.
     pub const ID: &str = "ce-id";
     /// Event type with its version.
     pub const TYPE: &str = "ce-type";
-    /// Service that says it.
+    /// The publishing service.
     pub const SOURCE: &str = "ce-source";
-    /// When the fact was made, RFC 3339.
+    /// When the event was created, RFC 3339.
     pub const TIME: &str = "ce-time";
-    /// Order it is about.
+    /// Id of the entity that the event belongs to: see [`Event::key`](super::Event::key).
     pub const SUBJECT: &str = "ce-subject";
-    /// Which re-ask this is (1, 2, ...); absent on the first request.
+    /// Number of the re-ask (1, 2, ...); absent on the first request.
     pub const ASK: &str = "Gozon-Ask";
     /// W3C trace context.
     pub const TRACEPARENT: &str = "traceparent";
-    /// The broker's de-duplication id. Only saves work; correctness never rests on it.
+    /// The broker's de-duplication id. It only saves work; correctness does not depend on it.
     pub const MESSAGE_ID: &str = "Nats-Msg-Id";
-    /// The broker refuses the message if its subject is stored by another stream.
+    /// The broker rejects the message if another stream stores its subject.
     pub const EXPECTED_STREAM: &str = "Nats-Expected-Stream";
 }
 
-/// The CloudEvents version that is spoken.
+/// Version of the CloudEvents specification.
 pub const SPEC_VERSION: &str = "1.0";

@@ -5,22 +5,22 @@ use std::fmt;
 use serde::de::{Error, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
-/// Most that an account may hold, in minor units: below 2^53, so that it is exact in JavaScript too.
+/// Maximum balance of an account in minor units: below 2^53, so that JavaScript represents it
+/// exactly.
 pub const BALANCE_MAX: i64 = 9_000_000_000_000_000;
 
-/// What one order costs or one deposit adds, in minor units: 1 to [`Amount::MAX`].
+/// Amount of an order or deposit in minor units: 1 to [`Amount::MAX`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[cfg_attr(feature = "schema", schemars(extend("minimum" = 1, "maximum" = Amount::MAX)))]
 pub struct Amount(i64);
 
-/// The number is no amount.
+/// The number is not a valid amount.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("must be an integer from 1 to {}, in minor units", Amount::MAX)]
 pub struct InvalidAmount;
 
 impl Amount {
-    /// Largest amount.
     pub const MAX: i64 = 1_000_000_000_000;
 
     /// Checks and wraps `minor_units`.
@@ -32,13 +32,13 @@ impl Amount {
         }
     }
 
-    /// The number of minor units.
     pub fn minor_units(self) -> i64 {
         self.0
     }
 }
 
-/// By hand, so that every error names the rule: a derived one would say "expected i64" for a text.
+/// Written by hand so that every error states the rule: the derived one says "expected i64" for a
+/// string.
 impl<'de> Deserialize<'de> for Amount {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct AmountVisitor;

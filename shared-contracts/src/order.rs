@@ -1,20 +1,19 @@
-//! What `orders` says.
+//! Events of `orders`.
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::{Amount, DeclineReason, Event, ORDERS_STREAM, OrderId, UserId};
 
-/// An order was accepted and waits for its payment. `payments` answers with
-/// [`PaymentSettled`](crate::PaymentSettled).
+/// An order was accepted and waits for its payment. `payments` answers with `PaymentSettled`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct OrderPlaced {
     /// The order.
     pub order_id: OrderId,
-    /// Who pays.
+    /// The customer who pays.
     pub user_id: UserId,
-    /// What it costs.
+    /// The price, in minor units.
     pub amount: Amount,
 }
 
@@ -24,9 +23,9 @@ pub struct OrderPlaced {
 pub struct OrderFinished {
     /// The order.
     pub order_id: OrderId,
-    /// Who paid.
+    /// The customer who paid.
     pub user_id: UserId,
-    /// What was debited.
+    /// The debited amount, in minor units.
     pub amount: Amount,
 }
 
@@ -36,9 +35,9 @@ pub struct OrderFinished {
 pub struct OrderCancelled {
     /// The order.
     pub order_id: OrderId,
-    /// Whose order.
+    /// The customer.
     pub user_id: UserId,
-    /// What it would have cost.
+    /// The price, in minor units. Nothing was debited.
     pub amount: Amount,
     /// Why it was not paid.
     pub reason: DeclineReason,

@@ -1,4 +1,4 @@
-//! What `payments` says.
+//! Events of `payments`.
 
 use std::fmt;
 
@@ -7,31 +7,31 @@ use uuid::Uuid;
 
 use crate::{Amount, Event, OrderId, PAYMENTS_STREAM, UserId};
 
-/// How the payment of an order ended. Decided once, for ever.
+/// The outcome of an order's payment. It is decided once and never changes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct PaymentSettled {
     /// The order.
     pub order_id: OrderId,
-    /// Who was asked to pay.
+    /// The customer.
     pub user_id: UserId,
-    /// How much.
+    /// The price, in minor units.
     pub amount: Amount,
     /// Whether the money was debited.
     #[serde(flatten)]
     pub outcome: PaymentOutcome,
 }
 
-/// Whether the money was debited; on the wire `outcome` and `reason`.
+/// Whether the money was debited; fields `outcome` and `reason` in JSON.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(tag = "outcome", rename_all = "snake_case")]
 pub enum PaymentOutcome {
-    /// Debited, once.
+    /// The amount was debited.
     Paid,
-    /// Not debited, and never will be.
+    /// Nothing was debited, and nothing ever will be.
     Declined {
-        /// Why.
+        /// Why nothing was debited.
         reason: DeclineReason,
     },
 }
@@ -49,7 +49,7 @@ pub enum DeclineReason {
 }
 
 impl DeclineReason {
-    /// As it is written on the wire and in databases.
+    /// The value in JSON and in databases.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::InsufficientFunds => "insufficient_funds",
@@ -57,7 +57,7 @@ impl DeclineReason {
         }
     }
 
-    /// Reads what [`as_str`](Self::as_str) wrote.
+    /// The inverse of [`as_str`](Self::as_str).
     pub fn parse(text: &str) -> Option<Self> {
         [Self::InsufficientFunds, Self::NoAccount]
             .into_iter()
@@ -66,7 +66,7 @@ impl DeclineReason {
 }
 
 impl PaymentOutcome {
-    /// The word on the wire and in databases.
+    /// The value in JSON and in databases.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Paid => "paid",
@@ -74,7 +74,7 @@ impl PaymentOutcome {
         }
     }
 
-    /// Why it was declined, if it was.
+    /// The reason, if it was declined.
     pub fn reason(self) -> Option<DeclineReason> {
         match self {
             Self::Paid => None,
@@ -82,7 +82,7 @@ impl PaymentOutcome {
         }
     }
 
-    /// Reads the pair of columns that a database holds.
+    /// Parses the columns `outcome` and `reason`.
     pub fn parse(outcome: &str, reason: Option<&str>) -> Option<Self> {
         match (outcome, reason) {
             ("paid", None) => Some(Self::Paid),

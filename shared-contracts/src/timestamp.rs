@@ -1,4 +1,5 @@
-//! How times are written: RFC 3339, UTC, always six digits of fraction, so that the order of texts is the order of times.
+//! Format of times: RFC 3339 in UTC with exactly six fractional digits, so that text order is time
+//! order.
 
 use serde::Serializer;
 use time::{OffsetDateTime, UtcOffset};
@@ -40,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_time_has_six_digits_of_fraction_in_utc() {
+    fn a_time_has_six_fractional_digits_and_is_in_utc() {
         for (from, to) in [
             ("2026-11-21T10:00:00Z", "2026-11-21T10:00:00.000000Z"),
             ("2026-11-21T10:00:00.25Z", "2026-11-21T10:00:00.250000Z"),

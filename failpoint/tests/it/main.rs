@@ -1,12 +1,12 @@
-//! What a build carries of failpoints and of guards that can be taken away.
+//! Only debug builds contain failpoints and removable guards.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::path::PathBuf;
 use std::process::Command;
 
 fn probe(release: bool) -> PathBuf {
-    // A folder of its own: cargo holds the lock of the usual one while it runs tests.
+    // A separate folder, because cargo locks the usual one while it runs tests.
     let target = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("probe");
     let mut cargo = Command::new(env!("CARGO"));
     cargo
@@ -36,7 +36,7 @@ fn probe(release: bool) -> PathBuf {
         .join("examples/probe")
 }
 
-fn runs_into_it(program: &PathBuf) -> bool {
+fn failpoint_fires(program: &PathBuf) -> bool {
     let output = Command::new(program)
         .env(failpoint::VARIABLE, "relay.after_send=error")
         .output()
@@ -44,7 +44,7 @@ fn runs_into_it(program: &PathBuf) -> bool {
     !output.stdout.is_empty()
 }
 
-fn takes_away(program: &PathBuf) -> bool {
+fn guard_is_removed(program: &PathBuf) -> bool {
     let output = Command::new(program)
         .env(failpoint::REMOVED_GUARD, "relay.puback")
         .output()
@@ -60,28 +60,28 @@ fn contains(program: &PathBuf, text: &str) -> bool {
 }
 
 #[test]
-fn a_release_build_has_no_failpoint_and_keeps_its_guards_and_a_debug_build_does_not() {
+fn only_a_debug_build_has_failpoints_and_removable_guards() {
     let debug = probe(false);
     assert!(
-        runs_into_it(&debug)
+        failpoint_fires(&debug)
             && contains(&debug, "relay.after_send")
             && contains(&debug, failpoint::VARIABLE)
     );
     let release = probe(true);
     assert!(
-        !runs_into_it(&release),
+        !failpoint_fires(&release),
         "a release build obeys {}",
         failpoint::VARIABLE
     );
     assert!(!contains(&release, "relay.after_send") && !contains(&release, failpoint::VARIABLE));
 
     assert!(
-        takes_away(&debug)
+        guard_is_removed(&debug)
             && contains(&debug, "relay.puback")
             && contains(&debug, failpoint::REMOVED_GUARD)
     );
     assert!(
-        !takes_away(&release),
+        !guard_is_removed(&release),
         "a release build obeys {}",
         failpoint::REMOVED_GUARD
     );

@@ -1,6 +1,7 @@
-//! The events as they look on the wire. A golden file per event and version: a change here is a change of contract.
+//! The JSON of the events: one golden file per event and version. A changed file is a changed
+//! contract.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 mod schemas;
 
@@ -47,13 +48,13 @@ fn assert_golden<E: Event + Debug + PartialEq>(event: &E, golden: &str) {
     assert_eq!(
         serde_json::to_value(event).unwrap(),
         golden_value,
-        "{} is written differently",
+        "{} is serialized differently",
         E::TYPE
     );
     assert_eq!(
         serde_json::from_str::<E>(golden).unwrap(),
         *event,
-        "{} is read differently",
+        "{} is deserialized differently",
         E::TYPE
     );
 
@@ -103,7 +104,7 @@ fn every_event_reads_and_writes_its_golden_file() {
 }
 
 #[test]
-fn an_event_with_a_bad_value_is_not_read() {
+fn an_event_with_an_invalid_value_is_rejected() {
     let good = serde_json::to_value(placed()).unwrap();
     for (field, bad) in [
         ("amount", Value::from(0)),

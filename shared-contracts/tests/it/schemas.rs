@@ -1,5 +1,5 @@
-//! The documents for readers in other languages, made from the types: a JSON Schema for each event, and one AsyncAPI
-//! document. They are committed; a test that finds them different says how to make them anew.
+//! Documents for other languages, generated from the types: a JSON Schema for each event, and an
+//! AsyncAPI document. They are committed, and these tests fail if they are outdated.
 
 use std::path::PathBuf;
 
@@ -11,8 +11,7 @@ use shared_contracts::{
 
 const UPDATE: &str = "GOZON_UPDATE_SNAPSHOTS";
 
-/// What the documents say about an event.
-struct Described {
+struct DescribedEvent {
     name: &'static str,
     subject: &'static str,
     stream: &'static str,
@@ -26,8 +25,8 @@ struct Described {
 fn describe<E: Event + schemars::JsonSchema>(
     readers: &'static [&'static str],
     golden: &'static [&'static str],
-) -> Described {
-    // One schema without references, in the dialect that every tool reads.
+) -> DescribedEvent {
+    // One schema without references, in the dialect that most tools support.
     let settings = schemars::generate::SchemaSettings::draft07()
         .with(|settings| settings.inline_subschemas = true);
     let mut schema = settings
@@ -36,7 +35,7 @@ fn describe<E: Event + schemars::JsonSchema>(
         .to_value();
     schema["$id"] = Value::from(format!("urn:gozon:event:{}", E::TYPE));
     let name = schema["title"].as_str().unwrap().to_owned();
-    Described {
+    DescribedEvent {
         name: String::leak(name),
         subject: E::SUBJECT,
         stream: E::STREAM,
@@ -48,7 +47,7 @@ fn describe<E: Event + schemars::JsonSchema>(
     }
 }
 
-fn events() -> [Described; 4] {
+fn events() -> [DescribedEvent; 4] {
     [
         describe::<OrderPlaced>(
             &["payments"],
@@ -72,7 +71,7 @@ fn events() -> [Described; 4] {
     ]
 }
 
-fn headers(event: &Described) -> Value {
+fn headers(event: &DescribedEvent) -> Value {
     let text = |description: &str| json!({ "type": "string", "description": description });
     let id = |description: &str| json!({ "type": "string", "format": "uuid", "description": description });
     json!({
@@ -80,32 +79,32 @@ fn headers(event: &Described) -> Value {
         "required": [header::SPEC_VERSION, header::ID, header::TYPE, header::SOURCE, header::TIME, header::SUBJECT, header::MESSAGE_ID],
         "properties": {
             header::SPEC_VERSION: { "type": "string", "const": SPEC_VERSION },
-            header::ID: id("The fact; the same over every re-send. What readers recognise a repetition by."),
+            header::ID: id("Event id, the same each time the event is published. Consumers recognise duplicates by it."),
             header::TYPE: { "type": "string", "const": event.kind },
             header::SOURCE: { "type": "string", "const": event.source },
-            header::TIME: { "type": "string", "format": "date-time", "description": "When the fact was made." },
-            header::SUBJECT: id("The order."),
-            header::MESSAGE_ID: text("The broker's de-duplication id: the event id, or with `.r<n>` behind it for the n-th re-ask."),
-            header::ASK: { "type": "string", "pattern": "^[0-9]+$", "description": "Which re-ask this is; absent on the first sending." },
+            header::TIME: { "type": "string", "format": "date-time", "description": "When the event was created." },
+            header::SUBJECT: id("The order that the event is about."),
+            header::MESSAGE_ID: text("The broker's de-duplication id: the event id, followed by `.r<n>` for the n-th re-ask."),
+            header::ASK: { "type": "string", "pattern": "^[0-9]+$", "description": "Number of the re-ask; absent on the first message." },
             header::EXPECTED_STREAM: { "type": "string", "const": event.stream },
             header::TRACEPARENT: text("W3C trace context."),
         }
     })
 }
 
-fn asyncapi(events: &[Described]) -> Value {
+fn asyncapi(events: &[DescribedEvent]) -> Value {
     let mut document = json!({
         "asyncapi": "3.0.0",
         "info": {
             "title": "Gozon events",
             "version": env!("CARGO_PKG_VERSION"),
-            "description": "What the services say to each other over NATS JetStream, as CloudEvents in binary mode: attributes are \
-                            message headers, the body is plain JSON. Every message may come more than once and in any order; \
-                            readers recognise a repetition by `ce-id` and tolerate unknown fields.",
+            "description": "Events between the services over NATS JetStream, as CloudEvents in binary mode: attributes are \
+                            message headers, the body is plain JSON. Messages may be delivered more than once and in any order. \
+                            Consumers must recognise duplicates by `ce-id` and tolerate unknown fields.",
             "license": { "name": "MIT OR Apache-2.0" }
         },
         "defaultContentType": "application/json",
-        "servers": { "local": { "host": "127.0.0.1:4222", "protocol": "nats", "description": "As `./dev up` starts it." } },
+        "servers": { "local": { "host": "127.0.0.1:4222", "protocol": "nats", "description": "The server that `./dev up` starts." } },
         "channels": {},
         "operations": {},
         "components": { "messages": {} }
@@ -127,19 +126,20 @@ fn asyncapi(events: &[Described]) -> Value {
                 .collect::<Vec<_>>()
         });
         let channel = json!({ "$ref": format!("#/channels/{}", event.name) });
-        document["operations"][format!("{} says {}", event.source, event.name).replace(' ', "_")] = json!({ "action": "send", "channel": channel, "summary": format!("{} publishes it from its outbox.", event.source) });
+        document["operations"]
+            [format!("{} publishes {}", event.source, event.name).replace(' ', "_")] = json!({ "action": "send", "channel": channel, "summary": format!("{} publishes the event from its outbox.", event.source) });
         for reader in event.readers {
-            document["operations"][format!("{reader} takes {}", event.name).replace(' ', "_")] = json!({ "action": "receive", "channel": channel, "summary": format!("{reader} takes it with a durable consumer.") });
+            document["operations"][format!("{reader} receives {}", event.name).replace(' ', "_")] = json!({ "action": "receive", "channel": channel, "summary": format!("{reader} receives the event with a durable consumer.") });
         }
     }
     document["channels"]["DeadLetters"] = json!({
         "address": "gozon.dlq.{service}",
-        "description": format!("Copies of dead letters, for tools, in stream {DLQ_STREAM}; the tables are the truth."),
-        "parameters": { "service": { "enum": ["orders", "payments"], "description": "Who could not apply the message." } },
+        "description": format!("Copies of dead letters, for tools, in stream {DLQ_STREAM}. The tables are authoritative."),
+        "parameters": { "service": { "enum": ["orders", "payments"], "description": "The service that could not apply the message." } },
         "messages": { "DeadLetter": {
             "name": "gozon.dead_letter.v1",
             "contentType": "application/json",
-            "payload": { "type": "object", "description": "What became of the message, for people and tools; no contract." }
+            "payload": { "type": "object", "description": "The dead letter, for people and tools. This format is not part of the contract." }
         } }
     });
     document
@@ -153,14 +153,11 @@ fn assert_committed(path: &str, document: &Value) {
         std::fs::write(&file, &text).unwrap();
     }
     let committed = std::fs::read_to_string(&file).unwrap_or_default();
-    assert_eq!(
-        committed, text,
-        "{path} is not what the types say: ./dev schemas makes it anew"
-    );
+    assert_eq!(committed, text, "{path} is outdated: run ./dev schemas");
 }
 
 #[test]
-fn the_committed_schemas_are_those_of_the_types() {
+fn the_committed_schemas_match_the_types() {
     for event in events() {
         assert_committed(
             &format!("schemas/{}.schema.json", event.kind),
@@ -170,12 +167,12 @@ fn the_committed_schemas_are_those_of_the_types() {
 }
 
 #[test]
-fn the_committed_asyncapi_document_is_that_of_the_types() {
+fn the_committed_asyncapi_document_matches_the_types() {
     assert_committed("asyncapi.json", &asyncapi(&events()));
 }
 
 #[test]
-fn a_schema_accepts_the_golden_files_and_refuses_what_the_types_refuse() {
+fn a_schema_accepts_and_rejects_the_same_as_the_types() {
     for event in events() {
         let validator = jsonschema::draft7::new(&event.schema).unwrap();
         for golden in event.golden {
@@ -217,7 +214,7 @@ fn a_schema_accepts_the_golden_files_and_refuses_what_the_types_refuse() {
                 without.as_object_mut().unwrap().remove(field);
                 assert!(
                     !validator.is_valid(&without),
-                    "{} does not need {field}",
+                    "{} does not require {field}",
                     event.kind
                 );
             }
