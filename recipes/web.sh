@@ -74,7 +74,7 @@ run() { # run HOW_MANY_FILES_AT_ONCE NAME ...
 }
 run_all() {
   local failed=0
-  run 2 looks shop reload views || failed=1
+  run 2 layout shop reload views || failed=1
   # These stop services, so nothing else may run beside them.
   run 1 flow live || failed=1
   return $failed

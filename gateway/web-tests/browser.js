@@ -1,4 +1,5 @@
-// A browser that is looked after: whatever a page complains about, asks elsewhere for, or the policy forbids, fails its test.
+// A supervised browser: a test fails if a page logs errors, requests another origin or violates the
+// policy.
 
 import assert from 'node:assert/strict';
 import { mkdirSync, readFileSync } from 'node:fs';
@@ -6,11 +7,11 @@ import { createRequire } from 'node:module';
 import { after } from 'node:test';
 import { base } from './stack.js';
 
-// By `require`, because modules do not look into NODE_PATH.
+// With `require`, because ES modules ignore NODE_PATH.
 const require = createRequire(import.meta.url);
 const { chromium, selectors } = require('playwright-core');
 const AXE = readFileSync(require.resolve('axe-core/axe.min.js'), 'utf8');
-// Who needs it is failing, also on a busy machine.
+// Long enough for a busy machine: whoever needs more has failed.
 const DEADLINE_MS = 60_000;
 const SEVERE = ['serious', 'critical'];
 
@@ -20,8 +21,9 @@ selectors.setTestIdAttribute('data-test');
 let started;
 after(async () => (await started)?.close());
 
-/// A test with a browser of its own: `{ page, open, context }`. `options` are those of a context, and
-/// `tolerated`: complaints that the test causes on purpose; `path`: what the page begins with; `noPage`: it opens its own.
+/// A test with its own browser context: `{ page, open, context }`. `options` are context options,
+/// and `tolerated`: errors that the test causes on purpose; `path`: the first URL; `noPage`: open
+/// no page.
 export function browsing(options, body) {
   if (!body) return browsing({}, options);
   const { tolerated = [], path = '', noPage = false, ...rest } = options;
@@ -62,7 +64,7 @@ export function browsing(options, body) {
   };
 }
 
-/// The user of a first visit, after its order was paid.
+/// Makes a first visit with the demo account; returns its user after the order was paid.
 export async function startDemo(page) {
   await page.getByTestId('demo').click();
   await orderWith(page, 'FINISHED').waitFor();
@@ -73,17 +75,17 @@ export function orderWith(page, status) {
   return page.locator(`[data-test=order][data-status=${status}]`);
 }
 
-/// The balance that is shown, in minor units.
+/// The displayed balance, in minor units.
 export async function balance(page) {
   return Number(await page.getByTestId('balance').getAttribute('data-minor'));
 }
 
-/// Until what is there by now has been drawn, and who observes it was told.
+/// Waits until all pending changes are rendered and observers have run.
 export function drawn(page) {
   return page.evaluate(() => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(resolve)))));
 }
 
-/// Holds back the requests to `pattern`, until `release` is called. `asked` counts them.
+/// Holds the requests to `pattern` until `release` is called. `asked` counts them.
 export async function held(context, pattern) {
   let release;
   const released = new Promise((resolve) => { release = resolve; });
@@ -91,15 +93,15 @@ export async function held(context, pattern) {
   await context.route(pattern, async (route) => {
     hold.asked += 1;
     await released;
-    // The page may have given it up by now.
+    // The page may have cancelled it meanwhile.
     await route.continue().catch(() => {});
   });
   return hold;
 }
 
-/// What axe-core finds that keeps somebody from using the page.
+/// Accessibility violations that axe-core finds.
 export async function severe(page) {
-  // Through the debugger, which the page's policy does not bind.
+  // Through the debugger, to which the page's policy does not apply.
   const debug = await page.context().newCDPSession(page);
   await debug.send('Runtime.evaluate', { expression: AXE });
   const violations = await page.evaluate(async () => (await axe.run()).violations.map(({ id, impact, nodes }) => ({ id, impact, where: nodes.map((node) => `${node.target} ${node.failureSummary}`) })));

@@ -1,4 +1,4 @@
-// What an operator sees and does.
+// The operator's view.
 
 import assert from 'node:assert/strict';
 import { randomUUID } from 'node:crypto';
@@ -12,7 +12,7 @@ function headers(type, subject) {
   return { 'ce-specversion': '1.0', 'ce-id': randomUUID(), 'ce-type': type, 'ce-subject': subject };
 }
 
-test('for each service the flow tells what waits, for how long, and how fast it goes', browsing({ tolerated: AWAY }, async ({ page }) => {
+test('the flow view shows backlog, age and rates of each service', browsing({ tolerated: AWAY }, async ({ page }) => {
   const user = await customer();
   await page.getByTestId('nav-flow').click();
   for (const service of ['orders', 'payments']) {
@@ -22,7 +22,7 @@ test('for each service the flow tells what waits, for how long, and how fast it 
   await page.getByTestId('service-orders').filter({ hasText: 'orders-payment-settled' }).waitFor();
   await page.getByTestId('service-payments').filter({ hasText: 'payments-order-placed' }).waitFor();
   await paid(user, 1);
-  // The plots show what is over: five seconds at a time.
+  // The plots show completed intervals of five seconds.
   await page.getByTestId('rates').locator('.figure').filter({ hasText: 'Finished' }).filter({ hasNotText: 'peak 0/s' }).waitFor();
   await without('payments', async () => {
     await order(user, 1);
@@ -33,8 +33,8 @@ test('for each service the flow tells what waits, for how long, and how fast it 
   await page.getByTestId('service-payments').getByTestId('outbox').waitFor();
 }));
 
-test('messages that were set aside show why; those that can be are applied again, after a preview, once', browsing(async ({ page }) => {
-  // One that nobody can read, and an answer that came before its order (a database that was restored, say).
+test('dead letters show their cause and are replayed once, after a preview', browsing(async ({ page }) => {
+  // An unreadable message, and an answer about an unknown order, as after a restored database.
   const user = await customer();
   const [unreadable, unknown] = [randomUUID(), randomUUID()];
   await publish('orders', 'gozon.orders.placed', headers('gozon.order.placed.v9', unreadable), '<b>garbage</b>');
@@ -50,7 +50,7 @@ test('messages that were set aside show why; those that can be are applied again
   await garbage.getByText('Message', { exact: true }).click();
   assert.equal(await garbage.locator('pre').last().textContent(), '<b>garbage</b>');
 
-  // Neither helps yet.
+  // A replay of either has no effect yet.
   await page.getByTestId('replay-all').click();
   const dialog = page.getByTestId('replay-dialog');
   await dialog.getByTestId('replay-useless').waitFor();
@@ -60,7 +60,7 @@ test('messages that were set aside show why; those that can be are applied again
   await page.keyboard.press('Escape');
   await dialog.waitFor({ state: 'detached' });
 
-  // With its request, published just now: so it is not asked for again meanwhile.
+  // Insert the order with a request that counts as published just now, so that it is not re-asked.
   await sql('orders', `WITH request AS (
       INSERT INTO outbox (event_id, subject, headers, payload, published_at, stream_sequence)
       VALUES ('${randomUUID()}', 'gozon.orders.placed', '{}', '{}', now(), 1) RETURNING event_id)
@@ -82,7 +82,7 @@ test('messages that were set aside show why; those that can be are applied again
   assert.equal(await page.getByTestId('status').first().getAttribute('data-status'), 'CANCELLED');
 }));
 
-test('when older messages cannot be read, they can be asked for again', browsing({ tolerated: [/net::ERR_FAILED/] }, async ({ page, context }) => {
+test('loading older dead letters can be retried after an error', browsing({ tolerated: [/net::ERR_FAILED/] }, async ({ page, context }) => {
   let fails = true;
   await context.route('**/v1/ops/dead-letters?*', (route) => {
     const older = route.request().url().includes('cursor=');
@@ -99,7 +99,7 @@ test('when older messages cannot be read, they can be asked for again', browsing
   assert.equal(await letters.getByTestId('problem').count(), 0);
 }));
 
-test('an order counts once, however often it is told', browsing({ noPage: true }, async ({ open, context }) => {
+test('the rates count an order once, however often its event is repeated', browsing({ noPage: true }, async ({ open, context }) => {
   const order_id = randomUUID();
   const at = new Date().toISOString();
   const events = ['NEW', 'NEW', 'FINISHED', 'FINISHED'].map((status, n) => `id: ${n}\nevent: order\ndata: ${JSON.stringify({ order_id, user_id: 'nobody', amount: 1, status, at })}\n\n`);

@@ -1,4 +1,4 @@
-// Orders as they change: in several tabs, and whatever happens to the connection.
+// Live orders, in several tabs and with lost connections.
 
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
@@ -8,7 +8,7 @@ import { wire } from './wire.js';
 
 const AWAY = [/net::ERR_/, /status of 50[234]/];
 
-/// What the page is told by the gateway: `NEW id` and so on. To be called before it connects.
+/// Collects the events that the page gets, as `NEW id` and so on. Call it before the page connects.
 async function told(page) {
   const debug = await page.context().newCDPSession(page);
   await debug.send('Network.enable');
@@ -27,7 +27,7 @@ function connection(page, state) {
   return page.locator(`[data-test=connection][data-state=${state}]`).waitFor();
 }
 
-/// With a connection that can be cut.
+/// A test whose connection can be cut.
 function overWire(body) {
   return browsing({ noPage: true, tolerated: AWAY }, async ({ open }) => {
     const line = await wire();
@@ -39,7 +39,7 @@ function overWire(body) {
   });
 }
 
-test('what is done in one tab shows in another', browsing(async ({ page, open }) => {
+test('a change in one tab is shown in another', browsing(async ({ page, open }) => {
   const user = await startDemo(page);
   const second = await open();
   await orderWith(second, 'FINISHED').waitFor();
@@ -51,7 +51,7 @@ test('what is done in one tab shows in another', browsing(async ({ page, open })
   for (const tab of [page, second]) await eventually(async () => assert.equal(await balance(tab), 100_000 - 1_299 - 450));
 }));
 
-test('the balance moves while orders end quickly', browsing(async ({ page, context }) => {
+test('the balance is updated while many orders become final quickly', browsing(async ({ page, context }) => {
   const user = await startDemo(page);
   await eventually(async () => assert.equal(await balance(page), 100_000 - 1_299));
   const cut = [];
@@ -67,7 +67,7 @@ test('the balance moves while orders end quickly', browsing(async ({ page, conte
   assert.deepEqual(cut, []);
 }));
 
-test('while the connection is away the pill says so; afterwards everything shows that happened meanwhile, and every event has come', overWire(async (page, line) => {
+test('a lost connection is shown, and afterwards the page has every event and every change', overWire(async (page, line) => {
   const user = await startDemo(page);
   await page.goto(`${line.url}/#/orders?user_id=${user}`);
   const events = await told(page);
@@ -75,7 +75,7 @@ test('while the connection is away the pill says so; afterwards everything shows
   line.cut();
   await connection(page, 'reconnecting');
   assert.match(await page.getByTestId('connection').textContent(), /Reconnecting/);
-  // More than a page of the list.
+  // More than one page of the list.
   const meanwhile = await Promise.all(Array.from({ length: 25 }, (_, n) => paid(user, 100 + n, `Meanwhile ${n}`)));
   assert.deepEqual(events, []);
   line.mend();
@@ -89,7 +89,7 @@ test('while the connection is away the pill says so; afterwards everything shows
   await eventually(async () => assert.equal(await balance(page), await balanceOf(user)));
 }));
 
-test('what is ordered while the connection is away is placed once, when it is back', overWire(async (page, line) => {
+test('an order placed while the connection is lost is placed once when it is back', overWire(async (page, line) => {
   const user = await startDemo(page);
   line.cut();
   await page.getByTestId('buy-tea').click();
@@ -100,7 +100,7 @@ test('what is ordered while the connection is away is placed once, when it is ba
   assert.equal(await balanceOf(user), 100_000 - 1_299 - 450);
 }));
 
-test('what happens while the gateway is stopped is told when it is back', browsing({ tolerated: AWAY }, async ({ page }) => {
+test('changes while the gateway is stopped are shown when it is back', browsing({ tolerated: AWAY }, async ({ page }) => {
   const user = await customer();
   await page.goto(`${base}/#/orders`);
   const events = await told(page);
@@ -123,7 +123,7 @@ test('what happens while the gateway is stopped is told when it is back', browsi
   await eventually(() => events.includes(`FINISHED ${id}`));
 }));
 
-test('while payments is away an order waits, its timeline says who does not answer, and it goes on by itself', browsing({ tolerated: AWAY }, async ({ page }) => {
+test('while payments is down, the timeline names it, and the order continues by itself afterwards', browsing({ tolerated: AWAY }, async ({ page }) => {
   await startDemo(page);
   await without('payments', async () => {
     await page.getByTestId('buy-tea').click();
@@ -141,7 +141,7 @@ test('while payments is away an order waits, its timeline says who does not answ
   await page.getByTestId('under-way').waitFor({ state: 'detached' });
 }));
 
-test('an order that comes into a filtered list by ending is shown there', browsing({ tolerated: AWAY, noPage: true }, async ({ open }) => {
+test('an order whose new status matches a filter appears in the filtered list', browsing({ tolerated: AWAY, noPage: true }, async ({ open }) => {
   const user = await customer();
   let page;
   await without('payments', async () => {

@@ -1,4 +1,5 @@
-// Requests that change something happen once, whatever happens to the page, and the page says what became of them.
+// Requests have their effect once, whatever happens to the page, and the page reports their
+// results.
 
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
@@ -9,7 +10,8 @@ const ABORTED = [/net::ERR_FAILED/];
 
 const isOrder = (request) => request.method() === 'POST' && new URL(request.url()).pathname === '/v1/orders';
 
-/// Does `what` to the requests that `which` picks, and tells their keys. `stop` lets those pass that come later.
+/// Calls `what` for the requests that `which` selects, and collects their keys. After `stop`, later
+/// requests pass.
 async function intercept(context, which, what) {
   const keys = [];
   let stopped = false;
@@ -18,25 +20,25 @@ async function intercept(context, which, what) {
     keys.push(route.request().headers()['idempotency-key']);
     await what(route, keys.length);
   });
-  // Without unroute, which would let those go on that hang.
+  // No unroute: it would release the requests that hang.
   return { keys, stop: () => { stopped = true; } };
 }
 
-/// It arrives, and its answer does not.
+/// The request arrives, but its answer is lost.
 const losesAnswer = (arrived) => async (route) => {
   await route.fetch();
   arrived?.();
-  // Neither an answer nor an error: as when the connection hangs.
+  // Neither an answer nor an error, like a connection that hangs.
 };
 
-test('an order that had not arrived when the page was left is placed after it, once', browsing({ tolerated: ABORTED }, async ({ page, context }) => {
+test('an order that had not arrived before a reload is placed once after it', browsing({ tolerated: ABORTED }, async ({ page, context }) => {
   const user = await startDemo(page);
   let away = true;
   const sent = await intercept(context, isOrder, (route) => (away ? route.abort() : route.continue()));
   await page.getByTestId('buy-tea').click();
   await page.getByTestId('unanswered').waitFor();
   assert.equal((await ordersOf(user)).length, 1);
-  // Not before the page is left, or it asks again itself.
+  // Only now, or the page retries before the reload.
   await page.reload({ waitUntil: 'commit' });
   away = false;
   const note = page.getByTestId('resumed');
@@ -53,7 +55,7 @@ test('an order that had not arrived when the page was left is placed after it, o
   assert.equal((await ordersOf(user)).length, 2);
 }));
 
-test('an order whose answer was lost when the page was left is not placed again', browsing(async ({ page, context }) => {
+test('an order whose answer was lost by a reload is not placed again', browsing(async ({ page, context }) => {
   const user = await startDemo(page);
   let arrived = false;
   const sent = await intercept(context, isOrder, losesAnswer(() => { arrived = true; }));
@@ -72,7 +74,7 @@ test('an order whose answer was lost when the page was left is not placed again'
   assert.equal(await balanceOf(user), 100_000 - 1_299 - 450);
 }));
 
-test('answers that are lost, while the page stays, are asked for under the same key', browsing({ tolerated: ABORTED }, async ({ page, context }) => {
+test('without a reload, a lost answer is requested again under the same key', browsing({ tolerated: ABORTED }, async ({ page, context }) => {
   const user = await startDemo(page);
   const sent = await intercept(context, isOrder, async (route, times) => {
     const response = await route.fetch();
@@ -87,7 +89,7 @@ test('answers that are lost, while the page stays, are asked for under the same 
   assert.equal((await ordersOf(user)).length, 2);
 }));
 
-test('a first visit that is left in the middle goes on with the same account', browsing(async ({ page, context }) => {
+test('an interrupted first visit continues with the same account', browsing(async ({ page, context }) => {
   let deposited = '';
   const sent = await intercept(context, (request) => request.url().endsWith('/deposits'), (route) => losesAnswer(() => { deposited = route.request().url(); })(route));
   await page.getByTestId('demo').click();
@@ -102,7 +104,7 @@ test('a first visit that is left in the middle goes on with the same account', b
   assert.equal((await ordersOf(user)).length, 1);
 }));
 
-test('a second tab leaves a request alone while the first works on it, and takes over when that is closed', browsing(async ({ page, context, open }) => {
+test('a second tab takes over a pending request only when the first tab is closed', browsing(async ({ page, context, open }) => {
   const user = await startDemo(page);
   let arrived = 0;
   const sent = await intercept(context, isOrder, losesAnswer(() => { arrived += 1; }));
@@ -119,7 +121,7 @@ test('a second tab leaves a request alone while the first works on it, and takes
   assert.equal((await ordersOf(user)).length, 2);
 }));
 
-test('a request that nobody waits for any more is forgotten, and the page says that it may have been done', browsing({ tolerated: ABORTED }, async ({ page, context }) => {
+test('after giving up a request, the page says that it may have been done', browsing({ tolerated: ABORTED }, async ({ page, context }) => {
   const user = await startDemo(page);
   const sent = await intercept(context, isOrder, (route) => route.abort());
   await page.getByTestId('buy-tea').click();
@@ -133,7 +135,7 @@ test('a request that nobody waits for any more is forgotten, and the page says t
   assert.equal((await ordersOf(user)).length, 1);
 }));
 
-test('a request that hangs is given up at once', browsing({ tolerated: ABORTED }, async ({ page, context }) => {
+test('a request that hangs can be given up at once', browsing({ tolerated: ABORTED }, async ({ page, context }) => {
   await startDemo(page);
   const sent = await intercept(context, isOrder, (route, times) => times === 1 && route.abort());
   await page.getByTestId('buy-tea').click();
@@ -142,7 +144,7 @@ test('a request that hangs is given up at once', browsing({ tolerated: ABORTED }
   await page.getByTestId('problem').filter({ hasText: 'it may have been done' }).waitFor({ timeout: 5_000 });
 }));
 
-test('of a request that is given up after a reload it is said that it may have been done, and where that shows', browsing({ tolerated: ABORTED }, async ({ page, context }) => {
+test('after giving up a resumed request, the page says where its outcome is visible', browsing({ tolerated: ABORTED }, async ({ page, context }) => {
   const user = await startDemo(page);
   let arrived = false;
   await intercept(context, isOrder, async (route, times) => {
@@ -160,7 +162,7 @@ test('of a request that is given up after a reload it is said that it may have b
   await orderWith(page, 'FINISHED').filter({ hasText: 'Tea' }).waitFor();
 }));
 
-test('of what is refused in the middle, what was done before is not called undone', browsing({ tolerated: [/status of 422/] }, async ({ page, context }) => {
+test('when a later step is rejected, the earlier steps are still shown as done', browsing({ tolerated: [/status of 422/] }, async ({ page, context }) => {
   let refuse = false;
   const refused = { status: 422, code: 'balance_limit_exceeded', title: 'Too much', detail: 'It would be too much.' };
   const sent = await intercept(context, (request) => request.url().endsWith('/deposits'), async (route) => {
@@ -176,7 +178,7 @@ test('of what is refused in the middle, what was done before is not called undon
   assert.doesNotMatch(await note.innerText(), /nothing was done/);
 }));
 
-test('money is added once, however often one clicks while it is', browsing(async ({ page, context }) => {
+test('several clicks add money only once', browsing(async ({ page, context }) => {
   const user = await startDemo(page);
   let release;
   const released = new Promise((resolve) => { release = resolve; });

@@ -1,4 +1,4 @@
-// What a customer does, and sees happen.
+// The customer's view.
 
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
@@ -7,7 +7,7 @@ import { balanceOf, customer, eventually, get, order, ordersOf } from './stack.j
 
 const LAMP = 1_299;
 
-test('the one button of a first visit opens an account, adds money, and an order is paid', browsing(async ({ page }) => {
+test('the demo button opens an account, adds money and places an order, which is paid', browsing(async ({ page }) => {
   const buttons = page.locator('main button');
   assert.equal(await buttons.count(), 1);
   const user = await startDemo(page);
@@ -16,7 +16,7 @@ test('the one button of a first visit opens an account, adds money, and an order
   assert.deepEqual((await ordersOf(user)).map(({ status, amount }) => [status, amount]), [['FINISHED', LAMP]]);
 }));
 
-test('the balance changes as orders are paid, those of another client too', browsing(async ({ page }) => {
+test('the balance is updated by paid orders, including those of another client', browsing(async ({ page }) => {
   const user = await startDemo(page);
   await eventually(async () => assert.equal(await balance(page), 100_000 - LAMP));
   await page.evaluate(() => { window.stayed = true; });
@@ -33,7 +33,7 @@ test('the balance changes as orders are paid, those of another client too', brow
   assert.equal(await balanceOf(user), await balance(page));
 }));
 
-test('an order that cannot be paid ends cancelled and says why, and costs nothing', browsing(async ({ page }) => {
+test('an order that cannot be paid is cancelled with a reason and costs nothing', browsing(async ({ page }) => {
   const user = await startDemo(page);
   await page.getByTestId('buy-bike').click();
   const cancelled = orderWith(page, 'CANCELLED');
@@ -45,7 +45,7 @@ test('an order that cannot be paid ends cancelled and says why, and costs nothin
   await page.locator('[data-test=step][data-step=decided]').filter({ hasText: 'nothing debited' }).waitFor();
 }));
 
-test('a wrong amount is answered beside its field, by the page or by the API, and nothing is ordered', browsing({ tolerated: [/status of 422/] }, async ({ page }) => {
+test('an invalid amount is reported at its field, by the page or by the API, and nothing is ordered', browsing({ tolerated: [/status of 422/] }, async ({ page }) => {
   const user = await startDemo(page);
   const field = page.getByTestId('order-amount');
   const error = page.getByTestId('order-amount-error');
@@ -64,7 +64,7 @@ test('a wrong amount is answered beside its field, by the page or by the API, an
   await eventually(async () => assert.equal((await ordersOf(user))[0].amount, 1));
 }));
 
-test('a description stays text, whatever it holds', browsing(async ({ page }) => {
+test('a description is shown as text, whatever it contains', browsing(async ({ page }) => {
   await startDemo(page);
   const markup = '<img src=x onerror="document.title=1"><b>bold</b> &amp; \u202e';
   await page.getByTestId('order-amount').fill('1');
@@ -79,7 +79,7 @@ test('a description stays text, whatever it holds', browsing(async ({ page }) =>
   assert.equal(await page.locator('main img, main b').count(), 0);
 }));
 
-test('a Russian browser is spoken to in Russian, and the choice of another language is remembered', browsing({ locale: 'ru-RU', noPage: true }, async ({ open }) => {
+test('a Russian browser gets Russian texts, and another chosen language is remembered', browsing({ locale: 'ru-RU', noPage: true }, async ({ open }) => {
   const page = await open();
   assert.equal(await page.locator('html').getAttribute('lang'), 'ru');
   assert.equal(await page.getByTestId('nav-shop').textContent(), 'Магазин');
@@ -96,7 +96,7 @@ test('a Russian browser is spoken to in Russian, and the choice of another langu
   assert.match(await page.title(), /^Shop/);
 }));
 
-test('an account is opened by its name, and one shops with either of two', browsing({ tolerated: [/status of 404/] }, async ({ page }) => {
+test('an account is opened by name, and the user can switch between two accounts', browsing({ tolerated: [/status of 404/] }, async ({ page }) => {
   const rich = await customer(5_000);
   const name = `${rich}-new`;
   await page.getByTestId('nav-accounts').click();
@@ -118,7 +118,7 @@ test('an account is opened by its name, and one shops with either of two', brows
   assert.equal(await balanceOf(rich), 5_000);
 }));
 
-test('while it is not known how many digits the currency has, no amount is typed or sent', browsing({ tolerated: [/status of 503/] }, async ({ page, context }) => {
+test('while the digits of the currency are unknown, no amount can be entered or sent', browsing({ tolerated: [/status of 503/] }, async ({ page, context }) => {
   const user = await customer(5_000);
   let away = true;
   await context.route(`**/v1/accounts/${user}`, (route) => (away ? route.fulfill({ status: 503, json: { status: 503, code: 'service_unavailable', title: 'Away' } }) : route.fallback()));
@@ -133,7 +133,7 @@ test('while it is not known how many digits the currency has, no amount is typed
   await eventually(async () => assert.deepEqual((await ordersOf(user)).map(({ amount }) => amount), [LAMP]));
 }));
 
-test('another language keeps what was typed, and says in it what is wrong', browsing(async ({ page }) => {
+test('switching the language keeps the input and translates its error', browsing(async ({ page }) => {
   await startDemo(page);
   await page.getByTestId('order-amount').fill('much');
   await page.getByTestId('order-description').fill('A present');

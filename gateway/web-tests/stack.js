@@ -1,4 +1,4 @@
-// The stack that the tests run against: its API, its broker, its databases, its services.
+// Access to the stack under test: API, broker, databases and services.
 
 import assert from 'node:assert/strict';
 import { execFile } from 'node:child_process';
@@ -16,7 +16,8 @@ const POLL_MS = 40;
 
 export const base = GOZON_GATEWAY;
 
-/// Until `check` neither throws nor answers something false (undefined is well); its last error if that takes too long.
+/// Waits until `check` neither throws nor returns false (undefined is a success). On a timeout
+/// throws its last error.
 export async function eventually(check, deadlineMs = DEADLINE_MS) {
   const deadline = Date.now() + deadlineMs;
   for (;;) {
@@ -48,7 +49,7 @@ export async function post(path, body) {
 
 let customers = 0;
 
-/// A new customer with money.
+/// Creates a customer with money.
 export async function customer(money = 100_000, name = `customer-${process.pid}-${++customers}`) {
   await post('/v1/accounts', { user_id: name });
   if (money) await post(`/v1/accounts/${name}/deposits`, { amount: money });
@@ -59,7 +60,7 @@ export function order(user, amount, description = '') {
   return post('/v1/orders', { user_id: user, amount, description });
 }
 
-/// The order as it ended.
+/// The order, when it is final.
 export async function ended(id) {
   return eventually(async () => {
     const order = await get(`/v1/orders/${id}?wait=10`);
@@ -67,7 +68,7 @@ export async function ended(id) {
   });
 }
 
-/// The same, without the gateway.
+/// The same without the gateway.
 export async function endedInside(id) {
   const orders = `http://127.0.0.1:${ORDERS_PORT}`;
   await eventually(async () => (await (await fetch(`${orders}/v1/orders/${id}`)).json()).status !== 'NEW');
@@ -87,7 +88,7 @@ export async function balanceOf(user) {
   return (await get(`/v1/accounts/${user}`)).balance;
 }
 
-/// All steps of an order that ended, its last message published.
+/// All steps of a final order, after its last message is published.
 export async function timeline(id, steps = 11) {
   return eventually(async () => {
     const timeline = await get(`/v1/orders/${id}/timeline`);
@@ -95,7 +96,7 @@ export async function timeline(id, steps = 11) {
   });
 }
 
-/// Runs `work` while a service (or the gateway) is stopped; it is ready again afterwards.
+/// Runs `work` while a service or the gateway is stopped, and waits until it is ready again.
 export async function without(service, work) {
   await stop(service);
   try {
@@ -109,7 +110,7 @@ export function stop(service) {
   return stack('stop', service);
 }
 
-/// Until it is ready.
+/// Waits until it is ready.
 export function start(service) {
   return stack('start', service);
 }
@@ -135,13 +136,13 @@ export async function publish(user, subject, headers, body) {
     socket.setEncoding('utf8').on('data', (text) => { answer += text; });
     socket.write(`CONNECT ${JSON.stringify({ user, pass: secrets[`nats_${user}`], verbose: false, headers: true })}\r\nSUB ${inbox} 1\r\n`);
     socket.write(Buffer.concat([Buffer.from(`HPUB ${subject} ${inbox} ${head.length} ${head.length + payload.length}\r\n`), head, payload, Buffer.from('\r\n')]));
-    await eventually(() => /^\{"stream":/m.test(answer)).catch(() => assert.fail(`the broker did not take it: ${answer}`));
+    await eventually(() => /^\{"stream":/m.test(answer)).catch(() => assert.fail(`the broker did not store it: ${answer}`));
   } finally {
     socket.destroy();
   }
 }
 
-/// Says a message of this order's timeline once more, as a service that has lost its memory would.
+/// Publishes a message of the order's timeline again, as a service without its database would.
 export async function sayAgain(id, user) {
   const { steps } = await get(`/v1/orders/${id}/timeline`);
   const { event_id, message } = steps.find((step) => step.service === user && step.step === 'enqueued');

@@ -1,4 +1,4 @@
-// Lists, timelines, statements: what is shown is what is there.
+// Lists, timelines and statements show what is stored.
 
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
@@ -15,13 +15,13 @@ function steps(page) {
   return page.getByTestId('step').evaluateAll((steps) => steps.map(({ dataset }) => `${dataset.service} ${dataset.step}`));
 }
 
-/// As text that stands in a shell.
+/// The text of the shell commands.
 async function commands(within) {
   await within.locator('summary').click();
   return within.locator('code').allTextContents();
 }
 
-test('a timeline shows every step from the request to the end, its time, and its message with headers and payload', browsing({ permissions: ['clipboard-read', 'clipboard-write'] }, async ({ page }) => {
+test('a timeline shows every step with its time, and its message with headers and payload', browsing({ permissions: ['clipboard-read', 'clipboard-write'] }, async ({ page }) => {
   const user = await customer(1_000);
   const id = await paid(user, 70, 'A present');
   const { steps: told } = await timeline(id);
@@ -54,7 +54,7 @@ test('a timeline shows every step from the request to the end, its time, and its
   assert.equal(just, `just trace ${id}`);
 }));
 
-test('messages that come again are drawn as ignored, and change nothing', browsing(async ({ page }) => {
+test('duplicate messages are shown as ignored and change nothing', browsing(async ({ page }) => {
   const user = await customer(1_000);
   const id = await paid(user, 70);
   await timeline(id);
@@ -76,7 +76,7 @@ test('messages that come again are drawn as ignored, and change nothing', browsi
   assert.equal(await balanceOf(user), 930);
 }));
 
-test('a statement adds up to the balance, page after page, and its entries lead to their orders', browsing(async ({ page }) => {
+test('a statement adds up to the balance on every page and links to its orders', browsing(async ({ page }) => {
   const user = await customer(10_000);
   const ids = await Promise.all(Array.from({ length: 60 }, () => paid(user, 100)));
   const entries = (await get(`/v1/accounts/${user}/entries?limit=100`)).items;
@@ -95,7 +95,7 @@ test('a statement adds up to the balance, page after page, and its entries lead 
   await sums.filter({ hasText: 'All 62 entries' }).waitFor();
 }));
 
-test('a statement that does not add up is said to be wrong (the API answers here with an entry too few)', browsing(async ({ page, context }) => {
+test('a statement that does not add up is reported (here the API omits an entry)', browsing(async ({ page, context }) => {
   const user = await customer(10_000);
   await paid(user, 100);
   await paid(user, 200);
@@ -109,7 +109,7 @@ test('a statement that does not add up is said to be wrong (the API answers here
   assert.equal(await page.getByTestId('sums').getAttribute('data-match'), 'false');
 }));
 
-test('orders are filtered by status and user, found by their id, and read page after page', browsing({ tolerated: [/status of 404/] }, async ({ page }) => {
+test('orders are filtered by status and user, found by id, and loaded page by page', browsing({ tolerated: [/status of 404/] }, async ({ page }) => {
   const user = await customer(10_000);
   const other = await customer(10_000);
   await Promise.all(Array.from({ length: 24 }, (_, n) => paid(user, 10 + n)));
@@ -118,7 +118,7 @@ test('orders are filtered by status and user, found by their id, and read page a
   await paid(other, 1);
   await page.getByTestId('nav-orders').click();
   const shown = () => page.getByTestId('order').evaluateAll((rows) => rows.map((row) => row.dataset.id));
-  // Which one comes first, other tests decide meanwhile.
+  // Other tests place orders too, so the first row is not known.
   await eventually(async () => assert.ok((await shown()).length >= 20));
   await page.getByTestId('search').fill(user);
   await page.keyboard.press('Enter');
@@ -145,12 +145,12 @@ test('orders are filtered by status and user, found by their id, and read page a
   await page.locator('[data-test=problem][data-code=order_not_found]').waitFor();
 }));
 
-test('a list asks the accounts of its orders for their currency, until one knows it', browsing({ noPage: true, tolerated: [/status of 404/] }, async ({ open, context }) => {
+test('a list requests the accounts of its orders until one of them has the currency', browsing({ noPage: true, tolerated: [/status of 404/] }, async ({ open, context }) => {
   const user = await customer(5_000);
   const nobody = `${user}-nobody`;
   const ids = [(await order(nobody, 1_299)).id, await paid(user, 1_299)];
   const items = [await ended(ids[0]), await get(`/v1/orders/${ids[1]}`)];
-  // Other tests order meanwhile.
+  // Other tests place orders meanwhile.
   await context.route('**/v1/orders?*', (route) => route.fulfill({ json: { items, next_cursor: null } }));
   const accounts = await held(context, `**/v1/accounts/${user}`);
   const page = await open('#/orders');
@@ -160,7 +160,7 @@ test('a list asks the accounts of its orders for their currency, until one knows
   for (const id of ids) await amount(id).filter({ hasText: '₽12.99' }).waitFor();
 }));
 
-test('a statement begins anew when more was debited than a page holds, and adds up', browsing(async ({ page, context }) => {
+test('a statement restarts when more than a page of entries is new, and adds up', browsing(async ({ page, context }) => {
   const user = await customer(10_000);
   await page.goto(`${base}/#/accounts/${user}`);
   const sums = page.getByTestId('sums');
@@ -173,7 +173,7 @@ test('a statement begins anew when more was debited than a page holds, and adds 
   await sums.filter({ hasText: 'All 56 entries add up to the balance' }).waitFor();
 }));
 
-test('when older entries cannot be read, those that were stay, and they can be asked for again', browsing({ tolerated: [/net::ERR_FAILED/] }, async ({ page, context }) => {
+test('after an error, loading older entries can be retried, and the loaded ones stay', browsing({ tolerated: [/net::ERR_FAILED/] }, async ({ page, context }) => {
   const user = await customer(10_000);
   await Promise.all(Array.from({ length: 52 }, () => paid(user, 100)));
   await page.goto(`${base}/#/accounts/${user}`);
@@ -189,7 +189,7 @@ test('when older entries cannot be read, those that were stay, and they can be a
   assert.equal(await page.getByTestId('problem').count(), 0);
 }));
 
-test('older orders that come after another user was chosen stay away', browsing(async ({ page, context }) => {
+test('older orders that arrive after another user was selected are ignored', browsing(async ({ page, context }) => {
   const [user, other] = [await customer(10_000), await customer(10_000)];
   await Promise.all(Array.from({ length: 22 }, () => paid(user, 1)));
   const id = await paid(other, 2);
@@ -209,7 +209,7 @@ test('older orders that come after another user was chosen stay away', browsing(
   assert.deepEqual(await shown(), [id]);
 }));
 
-test('everything can be done with the keyboard: search, rows, views, help', browsing(async ({ page }) => {
+test('the keyboard controls search, rows, views and help', browsing(async ({ page }) => {
   const user = await customer(10_000);
   for (const what of ['one', 'two', 'three']) await paid(user, 1, what);
   const focus = () => page.evaluate(() => document.activeElement.dataset.test ?? document.activeElement.textContent);
@@ -244,7 +244,7 @@ test('everything can be done with the keyboard: search, rows, views, help', brow
     await page.keyboard.press(key);
     await page.locator(`main[data-view=${view}]`).waitFor();
   }
-  // A keyboard without Latin letters, pressed at the same places.
+  // A keyboard layout without Latin letters; the same physical keys.
   for (const [key, code] of [['п', 'KeyG'], ['щ', 'KeyO']]) {
     await page.evaluate((pressed) => document.body.dispatchEvent(new KeyboardEvent('keydown', { ...pressed, bubbles: true })), { key, code });
   }
@@ -257,7 +257,7 @@ test('everything can be done with the keyboard: search, rows, views, help', brow
   assert.equal(await page.evaluate(() => document.activeElement.tagName), 'H1');
 }));
 
-test('where there is nothing, the page says so', browsing({ path: '#/nowhere' }, async ({ page }) => {
+test('an unknown address shows that the page was not found', browsing({ path: '#/nowhere' }, async ({ page }) => {
   assert.equal(await page.locator('h1').textContent(), 'There is nothing here');
   assert.equal(await page.title(), 'There is nothing here · Gozon');
   await page.locator('main').getByRole('link', { name: 'Shop' }).click();

@@ -1,4 +1,4 @@
-// What lies between a browser and the gateway: it can be cut, and mended.
+// A connection between browser and gateway that can be cut and restored.
 
 import { connect, createServer } from 'node:net';
 import { base } from './stack.js';

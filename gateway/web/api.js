@@ -1,4 +1,4 @@
-// The REST API: what is read, what is sent, and problem documents (RFC 9457) as errors.
+// The REST API: reads, writes, and problem documents (RFC 9457) as errors.
 
 const TIMEOUT_MS = 20_000;
 
@@ -9,12 +9,12 @@ export class Problem extends Error {
     this.retryAfterSeconds = retryAfterSeconds;
   }
 
-  /// Whether the request may have been done all the same, or may be done later: only sending it again tells.
+  /// Whether the outcome is unknown, or a retry may succeed. Only a retry resolves it.
   get isOpen() {
     return this.status === 0 || this.status >= 500 || [408, 429].includes(this.status) || this.code === 'request_in_progress';
   }
 
-  /// What is wrong with one field of the request.
+  /// The error of one field of the request.
   at(pointer) {
     return this.errors.find((error) => error.pointer === pointer)?.detail;
   }
@@ -24,7 +24,7 @@ export async function read(path, { signal, timeoutMs = TIMEOUT_MS } = {}) {
   return (await request(path, { signal }, timeoutMs)).body;
 }
 
-/// The answer, and whether it is the repeated answer to an earlier request with this key.
+/// Returns the answer, and whether it was replayed from an earlier request with this key.
 export async function send(path, body, key, signal) {
   const headers = { 'content-type': 'application/json', 'idempotency-key': key };
   const { body: answer, response } = await request(path, { method: 'POST', headers, body: JSON.stringify(body), signal });
@@ -45,7 +45,7 @@ async function request(path, options, timeoutMs = TIMEOUT_MS) {
     body = await response.json();
   } catch (error) {
     if (options.signal?.aborted) throw error;
-    // An answer that is not JSON came from something between us and the gateway.
+    // An answer that is not JSON comes from a proxy in front of the gateway.
     throw new Problem({ status: response && !response.ok ? response.status : 0 }, retryAfter(response));
   }
   if (!response.ok) throw new Problem(body, retryAfter(response));

@@ -13,7 +13,7 @@ import { Flow } from './views/flow.js';
 import { Orders } from './views/orders.js';
 import { Shop } from './views/shop.js';
 import { Timeline } from './views/timeline.js';
-import { Outcomes } from './views/outcomes.js';
+import { RequestNotes } from './views/request-notes.js';
 
 const SECTIONS = ['shop', 'orders', 'accounts', 'flow'];
 
@@ -37,7 +37,7 @@ export function App() {
       </div>
     </header>
     <main id="main" data-view=${view}>
-      <${Outcomes} />
+      <${RequestNotes} />
       <${View} view=${view} id=${id} query=${query} />
     </main>
     <footer class="bottom">
@@ -54,7 +54,7 @@ function View({ view, id, query }) {
     case 'orders': return id ? html`<${Timeline} key=${id} id=${id} />` : html`<${Orders} status=${query.status} userId=${query.user_id} />`;
     case 'accounts': return html`<${Accounts} key=${id} userId=${id} />`;
     case 'flow': return html`<${Flow} />`;
-    default: return html`<h1 tabindex="-1">${t('nowhere')}</h1><p><a href=${links.shop()}>${t('nav.shop')}</a></p>`;
+    default: return html`<h1 tabindex="-1">${t('not-found')}</h1><p><a href=${links.shop()}>${t('nav.shop')}</a></p>`;
   }
 }
 
@@ -68,10 +68,10 @@ function skip(event) {
 }
 
 function title(view, id) {
-  return `${SECTIONS.includes(view) ? id ?? t(`nav.${view}`) : t('nowhere')} · Gozon`;
+  return `${SECTIONS.includes(view) ? id ?? t(`nav.${view}`) : t('not-found')} · Gozon`;
 }
 
-/// A new view is a new page to who cannot see it: its title is told and its heading gets the focus.
+/// For screen readers a new view is a new page: announces its title and focuses its heading.
 function useFocusOnRoute(view, id, spoken) {
   const [first, setFirst] = useState(true);
   useEffect(() => {

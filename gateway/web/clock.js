@@ -1,11 +1,11 @@
-// Times and durations in words.
+// Formats times and durations.
 
 import { language } from './i18n.js';
 import { store } from './store.js';
 
 const UNITS = [['day', 86_400], ['hour', 3_600], ['minute', 60], ['second', 1]];
 
-/// The time, for what is told relative to it.
+/// The current time, for relative times.
 export const now = store(Date.now());
 setInterval(() => document.hidden || now.set(Date.now()), 1_000);
 
@@ -25,7 +25,7 @@ export function timeOfDay(at) {
   return new Intl.DateTimeFormat(language.get(), options).format(new Date(at));
 }
 
-/// Milliseconds since the epoch, with the fraction that the API tells and Date does not keep.
+/// Milliseconds since the epoch, with the microseconds of the API, which Date would drop.
 export function precise(at) {
   const [, second, fraction = ''] = /^(.*?)(?:\.(\d+))?Z$/.exec(at) ?? [, at];
   return Date.parse(`${second}Z`) + 1000 * Number(`0.${fraction || 0}`);

@@ -1,4 +1,4 @@
-// Words in the reader's language.
+// Texts in the user's language.
 
 import { recall, remember } from './storage.js';
 import { store } from './store.js';
@@ -22,14 +22,15 @@ export function choose(tag) {
   return speak(tag);
 }
 
-/// `values` fill the places in braces; an entry with forms ({ one, few, many, other }) goes by `values.n`.
+/// `values` replace the names in braces. An entry with plural forms ({ one, few, many, other }) is
+/// selected by `values.n`.
 export function t(name, values = {}) {
   const entry = words[name] ?? name;
   const text = typeof entry === 'string' ? entry : entry[new Intl.PluralRules(language.get()).select(values.n)] ?? entry.other;
-  return text.replace(/\{(\w+)\}/g, (_, place) => values[place] ?? '');
+  return text.replace(/\{(\w+)\}/g, (_, name) => values[name] ?? '');
 }
 
-/// The words for something that the API names, or what the API itself says.
+/// The text for a name of the API, or the API's own text if there is none.
 export function tOr(name, otherwise) {
   return name in words ? t(name) : otherwise;
 }

@@ -1,4 +1,5 @@
-// The keyboard: `/` searches, `j` and `k` go through lists, `g` and a letter go to a view, `?` tells so.
+// Keyboard shortcuts: `/` searches, `j` and `k` move in lists, `g` and a letter open a view, `?`
+// shows them all.
 
 import { useEffect } from './vendor/htm-preact.js';
 import { go, links } from './router.js';
@@ -29,7 +30,7 @@ export function useKeys({ onHelp }) {
   }, []);
 }
 
-/// On a layout without Latin letters, what is at the same place on one that has them.
+/// On a layout without Latin letters, returns the Latin character at the same position.
 function keyOf({ key, code, shiftKey }) {
   const [, letter] = /^Key([A-Z])$/.exec(code) ?? [];
   if (letter && /^\P{ASCII}$/u.test(key)) return shiftKey ? letter : letter.toLowerCase();
@@ -40,7 +41,7 @@ function search() {
   if (!focusSearch()) go(links.orders());
 }
 
-/// From row to row: each has one link that it is about.
+/// Moves the focus from row to row. Each row has one main link.
 function step(by) {
   const rows = [...document.querySelectorAll('[data-row] a.order-link')];
   const here = rows.indexOf(document.activeElement);

@@ -1,17 +1,17 @@
-// How orders ended. What is final is final: whatever is read or told later about the time before, it stays.
+// The newest known state of orders. A final state stays, whatever older data arrives later.
 
 const ENDS_MAX = 10_000;
 
 const ends = new Map();
 
-/// A change that was told.
+/// Records a change from an event.
 export function note(change) {
   if (change.status === 'NEW') return;
   ends.set(change.order_id, { status: change.status, reason: change.reason, updated_at: change.at });
   if (ends.size > ENDS_MAX) ends.delete(ends.keys().next().value);
 }
 
-/// An order that was read, as far as it is known by now.
+/// The order with its newest known state.
 export function latest(order) {
   if (order.status !== 'NEW') {
     note({ order_id: order.id, status: order.status, reason: order.reason, at: order.updated_at });

@@ -1,7 +1,7 @@
 // Starts the page.
 
 import { html, render } from './vendor/htm-preact.js';
-import { resumeAll } from './errands.js';
+import { resumePending } from './pending-requests.js';
 import { speak } from './i18n.js';
 import { connect } from './live.js';
 import { count } from './rates.js';
@@ -9,6 +9,6 @@ import { App } from './app.js';
 
 count();
 connect();
-resumeAll();
+resumePending();
 await speak();
 render(html`<${App} />`, document.getElementById('page'));

@@ -1,11 +1,11 @@
-// Amounts: integers of minor units, never fractions of anything.
+// Amounts are integers of minor units, never fractions.
 
 import { read } from './api.js';
 import { language } from './i18n.js';
 import { recall, remember } from './storage.js';
 import { store } from './store.js';
 
-/// Of all accounts alike; accounts tell it.
+/// The currency of all accounts. It is part of the account resource.
 export const currency = store(recall('currency', null));
 
 export function learnCurrency(account) {
@@ -13,19 +13,19 @@ export function learnCurrency(account) {
   remember('currency', account.currency);
 }
 
-/// Whose accounts were asked for already: not everybody who orders has one.
-const asked = new Set();
+/// Users whose accounts were already requested. Some users who order have no account.
+const requested = new Set();
 
-/// Lists of orders do not tell the currency. Any of their accounts does.
+/// Lists of orders do not contain the currency, but any account does.
 export async function askCurrency(userIds) {
   for (const userId of userIds) {
     if (currency.get()) return;
-    if (asked.has(userId)) continue;
-    asked.add(userId);
+    if (requested.has(userId)) continue;
+    requested.add(userId);
     const problem = await read(`/v1/accounts/${encodeURIComponent(userId)}`).then(learnCurrency, (problem) => problem);
     if (!problem?.isOpen) continue;
-    // Who asks next asks again.
-    asked.delete(userId);
+    // The next caller retries.
+    requested.delete(userId);
     return;
   }
 }
@@ -34,7 +34,8 @@ export function money(minor, { signed = false } = {}) {
   return format(signed ? 'exceptZero' : 'auto').format(decimal(minor));
 }
 
-/// What somebody typed, as minor units; null if it is no amount, or if nobody knows yet how many digits the currency has.
+/// Parses an input as minor units. Returns null if it is not an amount, or if the number of digits
+/// of the currency is not known yet.
 export function parseMoney(text) {
   if (!currency.get()) return null;
   const match = /^(\d{1,13})(?:[.,](\d*))?$/.exec(text.replace(/[\s\u00a0\u202f]/g, ''));
@@ -52,7 +53,7 @@ function digits() {
   return format('auto').resolvedOptions().maximumFractionDigits;
 }
 
-/// As text, because a fraction of a large number is not exact.
+/// As a string, because large numbers with a fraction are not exact.
 function decimal(minor) {
   const places = digits();
   const text = String(Math.abs(minor)).padStart(places + 1, '0');

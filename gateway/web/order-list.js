@@ -1,23 +1,23 @@
-// A list of orders, newest first, that stays up to date: pages that were read, and what the events tell since.
+// A live list of orders, newest first: pages that were read, updated by events.
 
 import { read } from './api.js';
 import { latest } from './known.js';
-import { onChange, opened } from './live.js';
+import { onChange, reloads } from './live.js';
 import { askCurrency } from './money.js';
 import { useStore } from './store.js';
 import { useCallback, useEffect, useRef, useState } from './vendor/htm-preact.js';
 
-/// Events are shown together, so that a busy shop does not keep the browser busy.
+/// Events within this time are rendered together, so that many events do not overload the browser.
 const GATHER_MS = 200;
-/// Events tell little of an order that is not shown yet: the newest page is read for the rest, at most this often.
+/// Events contain only part of a new order, so the newest page is read again, at most this often.
 const READ_AGAIN_MS = 1_000;
 const RETRY_MS = 2_000;
-/// Beyond those that were asked for. Then the list begins anew with the newest.
+/// Orders beyond the requested pages. With more, the list restarts with the newest page.
 const GROWTH_MAX = 200;
 
-/// { orders, problem, more, loadMore }. `orders` is undefined until the first page is there.
+/// Returns { orders, problem, more, loadMore }. `orders` is undefined until the first page is read.
 export function useOrderList({ userId, status, limit = 20 }) {
-  const turn = useStore(opened);
+  const reloadCount = useStore(reloads);
   const filter = `${userId ?? ''} ${status ?? ''}`;
   const [state, setState] = useState({ filter });
   const timers = useRef({});
@@ -35,13 +35,13 @@ export function useOrderList({ userId, status, limit = 20 }) {
   }, [filter, limit]);
 
   useEffect(() => {
-    const leaving = new AbortController();
+    const abort = new AbortController();
     const readNewest = async () => {
       try {
-        const page = await readPage(null, leaving.signal);
+        const page = await readPage(null, abort.signal);
         setState((before) => withNewest(before.filter === filter ? before : {}, page, filter));
       } catch (problem) {
-        if (leaving.signal.aborted) return;
+        if (abort.signal.aborted) return;
         setState((before) => ({ ...(before.filter === filter ? before : {}), filter, problem }));
         if (problem.isOpen) timers.current.retry = setTimeout(readNewest, Math.max(RETRY_MS, 1000 * problem.retryAfterSeconds));
       }
@@ -67,22 +67,22 @@ export function useOrderList({ userId, status, limit = 20 }) {
     });
     readNewest();
     return () => {
-      leaving.abort();
+      abort.abort();
       stop();
       Object.values(timers.current).forEach(clearTimeout);
       timers.current = {};
     };
-  }, [filter, limit, turn]);
+  }, [filter, limit, reloadCount]);
 
   const current = state.filter === filter ? state : {};
   const loadMore = async () => {
-    // The list may be another one by then, or have begun anew.
+    // Meanwhile the filter may have changed, or the list may have restarted.
     const unlessLeft = (change) => setState((before) => (before.filter === filter && before.more === current.more ? change(before) : before));
     try {
       const page = await readPage(current.more);
       unlessLeft((before) => {
         const orders = merged(before.orders, page.items);
-        return { ...before, orders, more: page.next_cursor, asked: orders.length, problem: undefined };
+        return { ...before, orders, more: page.next_cursor, requested: orders.length, problem: undefined };
       });
     } catch (problem) {
       unlessLeft((before) => ({ ...before, problem }));
@@ -92,13 +92,14 @@ export function useOrderList({ userId, status, limit = 20 }) {
   return { orders, problem: current.problem, more: current.more, loadMore };
 }
 
-/// The newest page may have pushed others down; those that were read stay, unless there is a gap to them.
+/// Puts the newest page in front of the orders that were read before, unless there is a gap between
+/// them.
 function withNewest(before, page, filter) {
   const known = new Set(before.orders?.map(({ id }) => id));
   const joins = !page.next_cursor || page.items.some(({ id }) => known.has(id));
   const orders = merged(before.orders ?? [], page.items);
-  if (!joins || orders.length > (before.asked ?? 0) + GROWTH_MAX) return { filter, orders: page.items, more: page.next_cursor, asked: page.items.length };
-  return { ...before, filter, orders, more: before.orders ? before.more : page.next_cursor, asked: before.asked ?? page.items.length, problem: undefined };
+  if (!joins || orders.length > (before.requested ?? 0) + GROWTH_MAX) return { filter, orders: page.items, more: page.next_cursor, requested: page.items.length };
+  return { ...before, filter, orders, more: before.orders ? before.more : page.next_cursor, requested: before.requested ?? page.items.length, problem: undefined };
 }
 
 /// Ids are made in time order.
@@ -111,7 +112,7 @@ function withChanges(orders, changes) {
   const known = new Map(orders.map((order) => [order.id, order]));
   for (const { order_id: id, status, reason, at, order } of changes) {
     const before = known.get(id) ?? order;
-    if (before) known.set(id, { ...before, told: true, ...(status !== 'NEW' && { status, reason, updated_at: at }) });
+    if (before) known.set(id, { ...before, changed: true, ...(status !== 'NEW' && { status, reason, updated_at: at }) });
   }
   return merged([...known.values()], []);
 }

@@ -1,4 +1,4 @@
-// How many orders come and end each second, counted from the events since this page was opened.
+// Rates of placed and final orders, counted from events since this page was opened.
 
 import { onChange } from './live.js';
 
@@ -7,7 +7,7 @@ const BUCKETS = 60;
 const COUNTED_MAX = 20_000;
 
 const buckets = new Map();
-/// What this page does itself it learns twice, and events may come again.
+/// Counts each change once: own changes arrive twice, and events may be repeated.
 const countedAlready = new Set();
 
 export function count() {
@@ -24,8 +24,8 @@ export function count() {
   });
 }
 
-/// Per second, oldest first. The bucket that is being filled is left out.
+/// Rates per second, oldest first, without the bucket that is still being filled.
 export function rates(status) {
   const newest = Math.floor(Date.now() / BUCKET_MS) - 1;
-  return Array.from({ length: BUCKETS }, (_, place) => (1000 * (buckets.get(newest - BUCKETS + 1 + place)?.[status] ?? 0)) / BUCKET_MS);
+  return Array.from({ length: BUCKETS }, (_, index) => (1000 * (buckets.get(newest - BUCKETS + 1 + index)?.[status] ?? 0)) / BUCKET_MS);
 }

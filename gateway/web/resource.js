@@ -1,39 +1,40 @@
-// Something that is read from the API for as long as it is shown.
+// Reads a resource of the API for as long as it is shown.
 
 import { read } from './api.js';
 import { useEffect, useRef, useState } from './vendor/htm-preact.js';
 
 const RETRY_MS = 2_000;
 
-/// { data, problem, reload }. What was read stays while it is read again; while a service is away it is asked again.
-/// A read that is under way is finished first, and followed by one more: so events in quick succession hold up nothing.
+/// Returns { data, problem, reload }. Old data stays while it is read again, and an unavailable
+/// service is retried. A reload during a read starts one more read after it, so quick events cause
+/// no pile-up.
 export function useResource(path, again = 0) {
   const [state, setState] = useState({});
   const reload = useRef();
   useEffect(() => {
-    const leaving = new AbortController();
+    const abort = new AbortController();
     let reading = false;
-    let asked = false;
+    let requested = false;
     let timer;
     const readNow = async () => {
       clearTimeout(timer);
-      asked = true;
+      requested = true;
       if (!path || reading) return;
       reading = true;
-      while (asked) {
-        asked = false;
-        const result = await read(path, { signal: leaving.signal }).then((data) => ({ data }), (problem) => ({ problem }));
-        if (leaving.signal.aborted) return;
+      while (requested) {
+        requested = false;
+        const result = await read(path, { signal: abort.signal }).then((data) => ({ data }), (problem) => ({ problem }));
+        if (abort.signal.aborted) return;
         setState((before) => ({ path, data: before.path === path ? before.data : undefined, ...result }));
         if (!result.problem?.isOpen) continue;
-        asked = false;
+        requested = false;
         timer = setTimeout(readNow, Math.max(RETRY_MS, 1000 * result.problem.retryAfterSeconds));
       }
       reading = false;
     };
     reload.current = readNow;
     return () => {
-      leaving.abort();
+      abort.abort();
       clearTimeout(timer);
     };
   }, [path]);

@@ -1,4 +1,5 @@
-// Where the page is, told by the fragment of its address: reloading stays there, and a link can be shared.
+// The current view is in the URL fragment, so that it survives a reload and can be shared as a
+// link.
 
 import { store } from './store.js';
 
@@ -19,7 +20,7 @@ export function go(link) {
   location.hash = link;
 }
 
-/// Changes the address without a step back to where it was: for filters, while they are typed.
+/// Changes the URL without a history entry, for filters that are being typed.
 export function replace(link) {
   history.replaceState(null, '', link);
   route.set(parse(link));

@@ -1,6 +1,6 @@
-// The same from a shell: with curl, with a recipe of this repository, with the nats CLI.
+// The equivalent shell commands: curl, a recipe of this repository, and the nats CLI.
 
-/// Where the broker is, the page is not told: the reader's nats context or NATS_URL says it.
+/// The page does not know the broker's address; the nats CLI takes it from its context or NATS_URL.
 const NATS = 'nats --user viewer --password viewer';
 
 export function curl(path) {

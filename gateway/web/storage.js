@@ -1,4 +1,5 @@
-// What outlives a reload. Where the browser keeps nothing (private windows, a full disk), the page works without.
+// Data that survives a reload. If the browser stores nothing (private window, full disk), the page
+// works without it.
 
 const PREFIX = 'gozon.';
 
@@ -6,7 +7,7 @@ export function remember(name, value) {
   try {
     localStorage.setItem(PREFIX + name, JSON.stringify(value));
   } catch {
-    // Remembering is a convenience; the caller goes on.
+    // Storage is optional, so the error is ignored.
   }
 }
 
@@ -22,7 +23,7 @@ export function forget(name) {
   try {
     localStorage.removeItem(PREFIX + name);
   } catch {
-    // As above.
+    // Ignored, as above.
   }
 }
 

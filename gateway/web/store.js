@@ -1,4 +1,4 @@
-// A value that many parts of the page look at, and are told when it changes.
+// An observable value that several parts of the page share.
 
 import { useEffect, useState } from './vendor/htm-preact.js';
 
@@ -21,7 +21,7 @@ export function store(value) {
 export function useStore(source) {
   const [value, setValue] = useState(source.get());
   useEffect(() => {
-    // It may have changed between drawing and here.
+    // The value may have changed between rendering and this effect.
     setValue(source.get());
     return source.subscribe(setValue);
   }, [source]);

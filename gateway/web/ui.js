@@ -1,4 +1,4 @@
-// Small parts that all views are made of.
+// Components that all views share.
 
 import { html, useEffect, useRef, useState } from './vendor/htm-preact.js';
 import { absolute, now, relative } from './clock.js';
@@ -9,20 +9,20 @@ import { store, useStore } from './store.js';
 
 const COPIED_MS = 1_500;
 
-/// After what had the focus is gone.
+/// For use after the focused element has been removed.
 export function focusTitle() {
   document.querySelector('main h1')?.focus({ preventScroll: true });
 }
 
 let searchNext = false;
 
-/// What a new view begins with: its title, unless it was opened to search in it.
+/// Focuses the title of a new view, or its search field if the view was opened for a search.
 export function focusView() {
   if (!searchNext || !focusSearch()) focusTitle();
   searchNext = false;
 }
 
-/// Whether there is something to search here; else the next view is searched.
+/// Focuses the search field. Returns false if there is none; then the next view focuses its own.
 export function focusSearch() {
   const field = document.querySelector('[data-search]');
   field?.focus();
@@ -30,12 +30,12 @@ export function focusSearch() {
   return Boolean(field);
 }
 
-/// What a screen reader says next.
+/// Text for screen readers.
 export const announcement = store('');
 
 export function announce(text) {
   announcement.set('');
-  // A region whose text does not change says nothing.
+  // A live region is only read out when its text changes.
   setTimeout(() => announcement.set(text), 50);
 }
 
@@ -66,7 +66,7 @@ export function Copy({ text, label = t('copy') }) {
     announce(t('copied'));
     setTimeout(() => setCopied(false), COPIED_MS);
   };
-  // Without a secure connection browsers have no clipboard for pages.
+  // Pages without a secure connection have no access to the clipboard.
   if (!navigator.clipboard) return null;
   return html`<button type="button" class="copy" onClick=${copy} aria-label=${label} title=${label} data-test="copy">${copied ? '✓' : html`<${Icon} name="copy" />`}</button>`;
 }
@@ -77,25 +77,26 @@ export function ProblemNote({ problem }) {
     <strong>${title}</strong>
     ${problem.errors.length > 1 ? html`<ul lang="en">${problem.errors.map(({ pointer, detail }) => html`<li key=${pointer}><code>${pointer}</code> ${detail}</li>`)}</ul>`
       : problem.detail && html`<p lang="en">${problem.detail}</p>`}
-    ${problem.step && html`<p><${WhereItShows} step=${problem.step} /></p>`}
+    ${problem.step && html`<p><${OutcomeLink} step=${problem.step} /></p>`}
     ${problem.request_id && html`<p class="quiet">${t('request-id')} <code>${problem.request_id}</code> <${Copy} text=${problem.request_id} label=${t('copy-request-id')} /></p>`}
   </div>`;
 }
 
-/// Where to look whether a request was done whose outcome is not known.
-export function WhereItShows({ step }) {
+/// A link to where the outcome of an unresolved request is visible.
+export function OutcomeLink({ step }) {
   const user = step.body.user_id ?? decodeURIComponent(step.path.split('/')[3]);
-  const place = step.kind === 'order' ? 'orders' : 'account';
-  return html`${t('given-up.look')} <a href=${place === 'orders' ? links.orders({ user_id: user }) : links.account(user)}>${t(`given-up.${place}`, { user })}</a>`;
+  const page = step.kind === 'order' ? 'orders' : 'account';
+  return html`${t('given-up.check')} <a href=${page === 'orders' ? links.orders({ user_id: user }) : links.account(user)}>${t(`given-up.${page}`, { user })}</a>`;
 }
 
-/// What is said beside a field: by the page, or by the API about the place that `pointer` names.
+/// The error text for the field that the JSON pointer names, in the user's language if there is
+/// one.
 export function fieldError(problem, pointer) {
-  const said = problem?.at?.(pointer);
-  return said && tOr(`field.${pointer}`, said);
+  const message = problem?.at?.(pointer);
+  return message && tOr(`field.${pointer}`, message);
 }
 
-/// A labelled field; `error` is what is wrong with it.
+/// An input with label, hint and error text.
 export function Field({ name, label, hint, error, children, ...attributes }) {
   const described = [hint && `${name}-hint`, error && `${name}-error`].filter(Boolean).join(' ') || undefined;
   return html`<div class="field">
@@ -109,12 +110,12 @@ export function Field({ name, label, hint, error, children, ...attributes }) {
   </div>`;
 }
 
-/// Space for what is being read, so that nothing jumps when it comes.
-export function Waiting({ rows = 3 }) {
+/// Placeholder rows while data is loading, so that the layout does not shift.
+export function LoadingRows({ rows = 3 }) {
   return html`<div class="waiting" aria-busy="true" aria-label=${t('loading')}>${Array.from({ length: rows }, () => html`<div class="waiting-row"></div>`)}</div>`;
 }
 
-/// The same, without this page.
+/// The equivalent commands.
 export function Shell({ commands }) {
   return html`<details class="shell" data-test="shell">
     <summary>${t('shell')}</summary>
@@ -124,7 +125,7 @@ export function Shell({ commands }) {
   </details>`;
 }
 
-/// Opens at once, above everything else; the browser keeps the focus inside and Escape closes it.
+/// A modal dialog, open at once. The browser keeps the focus inside, and Escape closes it.
 export function Dialog({ title, onClose, children, ...attributes }) {
   const dialog = useRef();
   useEffect(() => dialog.current.showModal(), []);

@@ -1,6 +1,7 @@
-// Who shops in this browser. The API keeps no list of customers for everybody to read; this browser remembers its own.
+// The customers of this browser. The API has no public list of customers, so the browser remembers
+// them.
 
-import { resumed } from './errands.js';
+import { resumed } from './pending-requests.js';
 import { recall, remember } from './storage.js';
 import { store } from './store.js';
 
@@ -8,7 +9,7 @@ const USERS_MAX = 20;
 
 export const users = store(recall('users', []));
 
-/// The one who shops now, or null.
+/// The current customer, or null.
 export const shopper = store(recall('shopper', null));
 
 export function shopAs(userId) {
@@ -18,13 +19,13 @@ export function shopAs(userId) {
   remember('shopper', userId);
 }
 
-// An account whose making was met by a reload.
+// Selects an account whose creation was interrupted by a reload.
 resumed.subscribe((outcomes) => {
   const { steps, answers } = outcomes.at(-1) ?? {};
   if (answers?.length && steps[0].kind === 'account') shopAs(steps[0].body.user_id);
 });
 
-/// A name that nobody has: 40 random bits.
+/// A unique name: 40 random bits.
 export function demoName() {
   const bytes = crypto.getRandomValues(new Uint8Array(5));
   return `demo-${Array.from(bytes, (byte) => byte.toString(16).padStart(2, '0')).join('')}`;

@@ -1,9 +1,9 @@
-// Whose money it is, how much there is, and how to add some.
+// The current account: its user, its balance, and a deposit form.
 
 import { html, useEffect, useRef, useState } from '../vendor/htm-preact.js';
-import { begin } from '../errands.js';
+import { submit } from '../pending-requests.js';
 import { t } from '../i18n.js';
-import { onChange, opened } from '../live.js';
+import { onChange, reloads } from '../live.js';
 import { currency, learnCurrency, money, parseMoney } from '../money.js';
 import { useResource } from '../resource.js';
 import { links } from '../router.js';
@@ -13,10 +13,10 @@ import { shopAs, users } from '../users.js';
 
 const QUICK = [10_000, 50_000, 100_000];
 
-/// The account as it is, read again whenever one of its orders has ended.
+/// The account, read again whenever one of its orders becomes final.
 export function useAccount(userId) {
-  const turn = useStore(opened);
-  const { data: account, problem, reload } = useResource(userId && `/v1/accounts/${encodeURIComponent(userId)}`, turn);
+  const reloadCount = useStore(reloads);
+  const { data: account, problem, reload } = useResource(userId && `/v1/accounts/${encodeURIComponent(userId)}`, reloadCount);
   useEffect(() => onChange((change) => change.user_id === userId && change.status !== 'NEW' && reload()), [userId]);
   useEffect(() => {
     if (account) learnCurrency(account);
@@ -47,7 +47,7 @@ export function AccountCard({ userId }) {
   </section>`;
 }
 
-/// The balance, and for a moment by how much it changed.
+/// The balance, and for a moment its last change.
 function Balance({ account }) {
   const before = useRef();
   const [change, setChange] = useState();
@@ -74,7 +74,7 @@ function TopUp({ userId, onAdded }) {
     setProblem(undefined);
     setSending(true);
     try {
-      await begin([{ kind: 'deposit', path: `/v1/accounts/${encodeURIComponent(userId)}/deposits`, body: { amount: minor } }]);
+      await submit([{ kind: 'deposit', path: `/v1/accounts/${encodeURIComponent(userId)}/deposits`, body: { amount: minor } }]);
       setAmount('');
       announce(t('shop.added', { amount: money(minor) }));
       onAdded();
@@ -105,7 +105,7 @@ function TopUp({ userId, onAdded }) {
   </form>`;
 }
 
-/// For a name that has no account yet.
+/// Form for a user without an account.
 export function OpenAccount({ userId, onOpened }) {
   const [problem, setProblem] = useState();
   const [sending, setSending] = useState(false);
@@ -113,7 +113,7 @@ export function OpenAccount({ userId, onOpened }) {
     setProblem(undefined);
     setSending(true);
     try {
-      await begin([{ kind: 'account', path: '/v1/accounts', body: { user_id: userId } }]);
+      await submit([{ kind: 'account', path: '/v1/accounts', body: { user_id: userId } }]);
       shopAs(userId);
       onOpened();
     } catch (refused) {

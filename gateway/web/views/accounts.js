@@ -1,4 +1,4 @@
-// An account: what is there, how it came about, and whether it adds up.
+// An account: balance, statement, and whether the entries add up.
 
 import { html, useEffect, useState } from '../vendor/htm-preact.js';
 import { read } from '../api.js';
@@ -8,7 +8,7 @@ import { useResource } from '../resource.js';
 import { go, links } from '../router.js';
 import { curl, just } from '../shell.js';
 import { useStore } from '../store.js';
-import { Copy, Field, Money, OrderLink, ProblemNote, Shell, Waiting, When } from '../ui.js';
+import { Copy, Field, Money, OrderLink, ProblemNote, Shell, LoadingRows, When } from '../ui.js';
 import { shopAs, users } from '../users.js';
 import { Sparkline } from './sparkline.js';
 import { OpenAccount, useAccount } from './account-card.js';
@@ -79,7 +79,7 @@ function Account({ userId }) {
     <${Shell} commands=${[curl(path), curl(`${path}/entries`), just('psql payments'), just('audit')]} />`;
 }
 
-/// The entries that were read, and the account as it was beside them.
+/// The entries read so far, with the account as read at the same time.
 function useStatement(userId, account) {
   const [state, setState] = useState({});
   const [problem, setProblem] = useState();
@@ -90,7 +90,7 @@ function useStatement(userId, account) {
   }, [newest.data]);
   const readMore = async (cursor) => {
     const page = await read(`${path}&cursor=${cursor}`);
-    // Unless it has begun anew meanwhile, or this page was asked for twice.
+    // Ignored if the list has restarted meanwhile, or if this page was requested twice.
     setState((before) => (before.next === cursor ? { entries: [...before.entries, ...page.items], next: page.next_cursor } : before));
     return page.next_cursor;
   };
@@ -106,7 +106,8 @@ function useStatement(userId, account) {
   return { ...state, problem: newest.problem ?? problem, loadMore, loadAll };
 }
 
-/// The two are read one after the other: money may have moved in between. What still differs then is shown.
+/// Account and entries are read one after the other, so money may move in between. If they differ,
+/// reads again, and shows a difference that persists.
 function useAgainIfDiffers(account, entries, reload) {
   const [tries, setTries] = useState(0);
   const differs = account && entries?.length > 0 && entries[0].balance_after !== account.balance;
@@ -121,7 +122,8 @@ function useAgainIfDiffers(account, entries, reload) {
   }, [differs, tries]);
 }
 
-/// The newest page put before what was read; entries are counted, so that a gap shows. Then it begins anew.
+/// Puts the newest page in front of the entries read before. Entry numbers reveal a gap; then the
+/// list restarts.
 function joined({ entries, next }, page) {
   const anew = { entries: page.items, next: page.next_cursor };
   if (!entries?.length || !page.items.length) return anew;
@@ -130,7 +132,7 @@ function joined({ entries, next }, page) {
 }
 
 function Statement({ account, entries, next, problem, loadMore, loadAll }) {
-  if (!entries) return problem ? html`<${ProblemNote} problem=${problem} />` : html`<${Waiting} rows=${6} />`;
+  if (!entries) return problem ? html`<${ProblemNote} problem=${problem} />` : html`<${LoadingRows} rows=${6} />`;
   if (!entries.length) return html`<p class="empty">${t('account.empty')} <code>just order 1299 ${account.user_id}</code></p>`;
   return html`
     <${Check} account=${account} entries=${entries} next=${next} loadAll=${loadAll} />
@@ -147,9 +149,9 @@ function Statement({ account, entries, next, problem, loadMore, loadAll }) {
     ${next && html`<p class="card-foot"><button type="button" class="button" onClick=${loadMore} data-test="more">${t('more')}</button></p>`}`;
 }
 
-/// Added up here, from what the API tells, and compared with the balance that it tells.
+/// Adds up the entries here and compares the sum with the balance that the API returns.
 function Check({ account, entries, next, loadAll }) {
-  const wrong = entries.find((entry, place) => entry.balance_after - entry.amount !== (entries[place + 1]?.balance_after ?? (next ? entry.balance_after - entry.amount : 0)));
+  const wrong = entries.find((entry, index) => entry.balance_after - entry.amount !== (entries[index + 1]?.balance_after ?? (next ? entry.balance_after - entry.amount : 0)));
   const matches = !wrong && entries[0].balance_after === account.balance;
   return html`<p class=${`check ${matches ? 'is-good' : 'is-bad'}`} role="status" data-test="sums" data-match=${String(matches)}>
     <span aria-hidden="true">${matches ? '✓' : '✗'}</span>

@@ -1,17 +1,17 @@
-// Messages that were not applied: why, what they say, and applying them again, after seeing what that would do.
+// Dead letters: their causes, and their replay after a preview.
 
 import { html, useEffect, useState } from '../vendor/htm-preact.js';
 import { act, read } from '../api.js';
 import { t, tOr } from '../i18n.js';
 import { useResource } from '../resource.js';
 import { curl, curlPost, just } from '../shell.js';
-import { Dialog, OrderLink, ProblemNote, Shell, Waiting, When, announce } from '../ui.js';
+import { Dialog, OrderLink, ProblemNote, Shell, LoadingRows, When, announce } from '../ui.js';
 
 const PAGE = 50;
-/// Where applying again helps; the others would only be refused as before.
+/// Outcomes of a dry run for which a replay makes sense; the others would fail as before.
 const USEFUL = ['applied', 'nothing_to_do'];
 
-/// `setAside`: how many there are now in each service that answers; the list is read again when that changes.
+/// `setAside`: the current number per available service. The list is read again when it changes.
 export function DeadLetters({ setAside }) {
   const { data, problem, reload } = useResource(`/v1/ops/dead-letters?limit=${PAGE}`, setAside);
   const [olderProblem, setOlderProblem] = useState();
@@ -23,7 +23,7 @@ export function DeadLetters({ setAside }) {
   const loadMore = async () => {
     try {
       const page = await read(`/v1/ops/dead-letters?limit=${PAGE}&cursor=${next}`);
-      // Unless the list has begun anew meanwhile, or this page was asked for twice.
+      // Ignored if the list has restarted meanwhile, or if this page was requested twice.
       setOlder((before) => (before === older ? [...older, page] : before));
       setOlderProblem(undefined);
     } catch (failed) {
@@ -41,7 +41,7 @@ export function DeadLetters({ setAside }) {
       ${open.length > 1 && html`<button type="button" class="button" onClick=${() => setChosen(open)} data-test="replay-all">${t('dlq.preview-all', { n: open.length })}</button>`}
     </div>
     ${problem && html`<${ProblemNote} problem=${problem} />`}
-    ${!letters && !problem && html`<${Waiting} rows=${2} />`}
+    ${!letters && !problem && html`<${LoadingRows} rows=${2} />`}
     ${data?.unavailable.map((service) => html`<div key=${service} class="note note-waiting" role="status" data-test="letters-missing"><strong>${t('timeline.missing', { service })}</strong><p>${t('dlq.missing')}</p></div>`)}
     ${letters && !letters.length && !data.unavailable.length && html`<p class="empty">${t('dlq.none')}</p>`}
     <ul class="letters">${letters?.map((letter) => html`<${Letter} key=${letter.id} letter=${letter} onReplay=${() => setChosen([letter])} />`)}</ul>
@@ -72,15 +72,15 @@ function Letter({ letter, onReplay }) {
   </li>`;
 }
 
-/// First what it would do; only then it can be done.
+/// Shows the result of a dry run first; only then a replay is possible.
 function Replay({ letters, onDone, onClose }) {
   const [preview, setPreview] = useState();
   const [results, setResults] = useState();
   const [problem, setProblem] = useState();
   const replay = async (which, dryRun) => {
-    const said = [];
-    for (const { id } of which) said.push(await act(`/v1/ops/dead-letters/${id}/replay?dry_run=${dryRun}`));
-    return said;
+    const replays = [];
+    for (const { id } of which) replays.push(await act(`/v1/ops/dead-letters/${id}/replay?dry_run=${dryRun}`));
+    return replays;
   };
   const useful = preview?.filter(({ outcome }) => USEFUL.includes(outcome)) ?? [];
   const apply = async () => {
@@ -99,7 +99,7 @@ function Replay({ letters, onDone, onClose }) {
   const shown = results ?? preview;
   return html`<${Dialog} title=${t('dlq.title')} onClose=${onClose} data-test="replay-dialog">
     ${problem && html`<${ProblemNote} problem=${problem} />`}
-    ${!shown && !problem && html`<${Waiting} rows=${2} />`}
+    ${!shown && !problem && html`<${LoadingRows} rows=${2} />`}
     ${shown && html`
       <p><strong data-test="replay-summary">${results ? t('dlq.did') : t('dlq.would')} ${summary(shown)}</strong></p>
       <ul class="previews" tabindex="0">${shown.map((one) => html`<li key=${one.id} data-test="preview" data-outcome=${one.outcome}><span class="badge">${t(`replay.${one.outcome}`)}</span> <span lang="en">${one.detail}</span></li>`)}</ul>

@@ -1,4 +1,4 @@
-// For who operates it: what waits where, for how long, how fast it goes, and what was set aside.
+// The operator's view: backlog, its age, rates and dead letters.
 
 import { html, useEffect, useState } from '../vendor/htm-preact.js';
 import { read } from '../api.js';
@@ -6,18 +6,18 @@ import { duration } from '../clock.js';
 import { language, t } from '../i18n.js';
 import { rates } from '../rates.js';
 import { curl, just, nats } from '../shell.js';
-import { ProblemNote, Shell, Waiting } from '../ui.js';
+import { ProblemNote, Shell, LoadingRows } from '../ui.js';
 import { DeadLetters } from './dead-letters.js';
 import { Sparkline } from './sparkline.js';
 
 const ASK_MS = 2_000;
-/// Five minutes.
+/// Number of samples in five minutes.
 const SAMPLES_MAX = 150;
-/// As the alarms in the README.
+/// Older backlog is highlighted.
 const OUTBOX_AGE_MAX_S = 60;
 const NEW_AGE_MAX_S = 180;
 
-/// Kept while other views are shown.
+/// Samples are kept while other views are shown.
 const samples = [];
 
 export function Flow() {
@@ -26,7 +26,7 @@ export function Flow() {
   return html`
     <h1 tabindex="-1">${t('nav.flow')}</h1>
     ${problem && html`<${ProblemNote} problem=${problem} />`}
-    ${!flow && !problem && html`<${Waiting} rows=${16} />`}
+    ${!flow && !problem && html`<${LoadingRows} rows=${16} />`}
     ${flow && html`
       <${Rates} />
       <div class="services">
@@ -39,17 +39,17 @@ export function Flow() {
 function useFlow() {
   const [state, setState] = useState({ flow: samples.at(-1) });
   useEffect(() => {
-    const leaving = new AbortController();
+    const abort = new AbortController();
     let timer;
     const ask = async () => {
       if (!document.hidden) {
         try {
-          const flow = await read('/v1/ops/flow', { signal: leaving.signal });
+          const flow = await read('/v1/ops/flow', { signal: abort.signal });
           samples.push(flow);
           if (samples.length > SAMPLES_MAX) samples.shift();
           setState({ flow });
         } catch (problem) {
-          if (leaving.signal.aborted) return;
+          if (abort.signal.aborted) return;
           setState((before) => ({ ...before, problem }));
         }
       }
@@ -57,7 +57,7 @@ function useFlow() {
     };
     ask();
     return () => {
-      leaving.abort();
+      abort.abort();
       clearTimeout(timer);
     };
   }, []);
@@ -83,7 +83,7 @@ function Service({ name, flow }) {
       ${flow.new_orders !== undefined && html`<${Figure} name=${t('flow.new')} value=${whole(flow.new_orders)} values=${past((one) => one.new_orders)} more=${age(flow.new_orders, flow.new_oldest_seconds)} alarm=${flow.new_oldest_seconds > NEW_AGE_MAX_S} test="new" />`}
       <${Figure} name=${t('flow.outbox')} value=${whole(flow.outbox_pending)} values=${past((one) => one.outbox_pending)} more=${age(flow.outbox_pending, flow.outbox_oldest_seconds)} alarm=${flow.outbox_oldest_seconds > OUTBOX_AGE_MAX_S} test="outbox" />
       ${flow.consumer
-        ? html`<${Figure} name=${t('flow.pending')} value=${whole(flow.consumer.pending)} values=${past((one) => one.consumer?.pending ?? null)} more=${t('flow.under-way', { n: whole(flow.consumer.ack_pending), again: whole(flow.consumer.redelivered) })} test="consumer" />`
+        ? html`<${Figure} name=${t('flow.pending')} value=${whole(flow.consumer.pending)} values=${past((one) => one.consumer?.pending ?? null)} more=${t('flow.in-progress', { n: whole(flow.consumer.ack_pending), again: whole(flow.consumer.redelivered) })} test="consumer" />`
         : html`<p class="figure" role="status">${t('flow.no-broker')}</p>`}
       <div class=${`figure ${flow.poison + flow.quarantine ? 'is-alarm' : ''}`} data-test="set-aside"><span class="figure-name">${t('flow.set-aside')}</span><span class="figure-value">${whole(flow.poison + flow.quarantine)}</span><span class="figure-more">${t('flow.kinds', { poison: flow.poison, quarantine: flow.quarantine })}</span></div>
     </div>

@@ -1,11 +1,11 @@
-// A message as it was published: headers and body, and how to get it without this page.
+// A message as it was published: headers, body, and the commands to read it.
 
 import { html } from '../vendor/htm-preact.js';
 import { t, tOr } from '../i18n.js';
 import { just, nats } from '../shell.js';
 import { Copy, Dialog, Shell } from '../ui.js';
 
-/// `published`: the step that tells where the broker stored it, if it did.
+/// `published`: the step with the message's position in the stream, if there is one.
 export function MessageDrawer({ step, published, onClose }) {
   const { subject, payload } = step.message;
   const headers = { ...fromKey(step), ...step.message.headers };
@@ -23,7 +23,7 @@ export function MessageDrawer({ step, published, onClose }) {
   <//>`;
 }
 
-/// Headers that the outbox does not store, since they follow from the key of its row.
+/// Headers that the outbox does not store, because they are derived from the row's key.
 function fromKey({ event_id: id, n }) {
   return { 'ce-specversion': '1.0', 'ce-id': id, 'Nats-Msg-Id': n ? `${id}.r${n}` : id };
 }

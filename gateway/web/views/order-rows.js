@@ -1,4 +1,4 @@
-// Orders as rows, the same in the shop and in the list of all.
+// Rows of orders, for the shop and for the list of all orders.
 
 import { html } from '../vendor/htm-preact.js';
 import { t } from '../i18n.js';
@@ -7,7 +7,7 @@ import { Money, OrderLink, Status, When } from '../ui.js';
 
 export function OrderRows({ orders, withUser }) {
   return html`<ul class="rows" data-test="orders">
-    ${orders.map((order) => html`<li key=${order.id} class=${`row ${order.told ? 'row-told' : ''}`} data-row data-test="order" data-id=${order.id} data-status=${order.status}>
+    ${orders.map((order) => html`<li key=${order.id} class=${`row ${order.changed ? 'row-changed' : ''}`} data-row data-test="order" data-id=${order.id} data-status=${order.status}>
       <div class="row-main">
         <${OrderLink} id=${order.id}><span class="row-title">${order.description || t('order.undescribed')}</span><//>
         <span class="row-facts">

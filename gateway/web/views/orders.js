@@ -1,11 +1,11 @@
-// All orders, newest first, as they come and change.
+// All orders, live, newest first.
 
 import { html, useState } from '../vendor/htm-preact.js';
 import { t } from '../i18n.js';
 import { useOrderList } from '../order-list.js';
 import { go, links, replace } from '../router.js';
 import { curl, just, nats } from '../shell.js';
-import { Field, ProblemNote, Shell, Waiting } from '../ui.js';
+import { Field, ProblemNote, Shell, LoadingRows } from '../ui.js';
 import { OrderRows } from './order-rows.js';
 
 const STATUSES = [undefined, 'NEW', 'FINISHED', 'CANCELLED'];
@@ -26,7 +26,7 @@ export function Orders({ status, userId }) {
     </div>
     ${problem && html`<${ProblemNote} problem=${problem} />`}
     <section class="card card-flush" aria-label=${t('nav.orders')}>
-      ${!orders && !problem && html`<${Waiting} rows=${8} />`}
+      ${!orders && !problem && html`<${LoadingRows} rows=${8} />`}
       ${orders && !orders.length && html`<p class="empty">${t('orders.none')} <code>just order 1299</code></p>`}
       ${orders?.length > 0 && html`<${OrderRows} orders=${orders} withUser />`}
     </section>
@@ -34,7 +34,7 @@ export function Orders({ status, userId }) {
     <${Shell} commands=${[curl(path), just('order 1299 alice'), nats('stream view ORDERS')]} />`;
 }
 
-/// One field for both: an id goes to the order, a name to its orders.
+/// One search field: an order id opens the order, a user name filters the list.
 function Search({ userId, status }) {
   const [text, setText] = useState('');
   const [wrong, setWrong] = useState(false);

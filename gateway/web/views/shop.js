@@ -1,16 +1,16 @@
-// The shop: an account with money, things to buy, and the orders as they are paid.
+// The shop: the account, goods to buy, and the customer's live orders.
 
 import { html, useState } from '../vendor/htm-preact.js';
 import { read } from '../api.js';
-import { begin, underWay } from '../errands.js';
+import { submit, pendingRequests } from '../pending-requests.js';
 import { t } from '../i18n.js';
-import { learned } from '../live.js';
+import { noteOwnChange } from '../live.js';
 import { currency, learnCurrency, money, parseMoney } from '../money.js';
 import { useOrderList } from '../order-list.js';
 import { links } from '../router.js';
 import { curl, curlPost, just } from '../shell.js';
 import { useStore } from '../store.js';
-import { Field, Icon, ProblemNote, Shell, Waiting, announce, fieldError, focusTitle } from '../ui.js';
+import { Field, Icon, ProblemNote, Shell, LoadingRows, announce, fieldError, focusTitle } from '../ui.js';
 import { demoName, shopAs, shopper } from '../users.js';
 import { OrderRows } from './order-rows.js';
 import { AccountCard } from './account-card.js';
@@ -27,8 +27,8 @@ export function Shop() {
 
 function FirstVisit() {
   const [pressed, setPressed] = useState(false);
-  // After a reload in the middle it goes on, and another account is not what is wanted.
-  const resuming = useStore(underWay).some(({ steps }) => steps[0].kind === 'account');
+  // After a reload the demo continues by itself; starting another one would open a second account.
+  const resuming = useStore(pendingRequests).some(({ steps }) => steps[0].kind === 'account');
   const busy = pressed || resuming;
   const [problem, setProblem] = useState();
   const start = async () => {
@@ -37,7 +37,7 @@ function FirstVisit() {
     const userId = demoName();
     const account = encodeURIComponent(userId);
     try {
-      const answers = await begin([
+      const answers = await submit([
         { kind: 'account', path: '/v1/accounts', body: { user_id: userId } },
         { kind: 'deposit', path: `/v1/accounts/${account}/deposits`, body: { amount: DEMO_MONEY } },
         orderStep(userId, GOODS[1][1], t('goods.lamp')),
@@ -74,7 +74,7 @@ function Open({ userId }) {
       <section class="card card-flush" aria-labelledby="yours">
         <h2 id="yours" class="card-title">${t('shop.yours')}</h2>
         ${problem && html`<${ProblemNote} problem=${problem} />`}
-        ${!orders && !problem && html`<${Waiting} rows=${5} />`}
+        ${!orders && !problem && html`<${LoadingRows} rows=${5} />`}
         ${orders && !orders.length && html`<p class="empty">${t('shop.none')}</p>`}
         ${orders?.length > 0 && html`<${OrderRows} orders=${orders.slice(0, SHOWN)} />
           <p class="card-foot"><a href=${links.orders({ user_id: userId })}>${t('shop.all')}</a></p>`}
@@ -95,7 +95,7 @@ function Goods({ userId }) {
     setProblem(undefined);
     setSending((count) => count + 1);
     try {
-      const [{ answer }] = await begin([orderStep(userId, minor, what)]);
+      const [{ answer }] = await submit([orderStep(userId, minor, what)]);
       follow(answer);
       return true;
     } catch (refused) {
@@ -114,7 +114,7 @@ function Goods({ userId }) {
       setDescription('');
     }
   };
-  // What was wrong is said until it is changed.
+  // The error stays until the input changes.
   const typed = (set) => (event) => {
     set(event.target.value);
     setWrong(false);
@@ -143,12 +143,12 @@ function orderStep(userId, amount, description) {
   return { kind: 'order', path: '/v1/orders', body: { user_id: userId, amount, description } };
 }
 
-/// Events tell how it ends; asking too costs one request, and works without events.
+/// Events report the final status. One additional request works without events too.
 async function follow(order) {
-  learned(order);
+  noteOwnChange(order);
   announce(t('shop.placed', { amount: money(order.amount) }));
   const ended = await read(`/v1/orders/${order.id}?wait=${WAIT_SECONDS}`, { timeoutMs: 1000 * (WAIT_SECONDS + 5) }).catch(() => order);
   if (ended.status === 'NEW') return;
-  learned(ended);
+  noteOwnChange(ended);
   announce(t('shop.ended', { amount: money(order.amount), status: t(`status.${ended.status}`) }));
 }

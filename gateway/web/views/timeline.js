@@ -1,67 +1,67 @@
-// The way of one order: every step from the request to the end, with the time that each took, and every repetition that
-// was recognised and changed nothing.
+// The timeline of an order: every step with its duration, and every duplicate that was ignored.
 
 import { html, useEffect, useState } from '../vendor/htm-preact.js';
 import { absolute, duration, now, precise, timeOfDay } from '../clock.js';
 import { t, tOr } from '../i18n.js';
 import { latest } from '../known.js';
-import { onChange, opened } from '../live.js';
+import { onChange, reloads } from '../live.js';
 import { askCurrency, money } from '../money.js';
 import { useResource } from '../resource.js';
 import { links } from '../router.js';
 import { curl, just, nats } from '../shell.js';
 import { useStore } from '../store.js';
-import { Copy, Money, ProblemNote, Shell, Status, Waiting, When } from '../ui.js';
+import { Copy, Money, ProblemNote, Shell, Status, LoadingRows, When } from '../ui.js';
 import { MessageDrawer } from './message-drawer.js';
 
-/// While the order is under way, a service is away, or its end is not published yet.
+/// Read interval while the order is NEW, a service is unavailable, or the final event is
+/// unpublished.
 const AGAIN_MS = 1_500;
-/// Below it, two steps are of one moment.
+/// Steps closer than this are shown as simultaneous.
 const INSTANT_MS = 0.05;
 const WRITTEN = ['placed', 'taken', 'decided', 'ended', 'enqueued'];
 
 export function Timeline({ id }) {
-  const turn = useStore(opened);
-  const order = useResource(`/v1/orders/${encodeURIComponent(id)}`, turn);
-  const way = useResource(`/v1/orders/${encodeURIComponent(id)}/timeline`, turn);
+  const reloadCount = useStore(reloads);
+  const order = useResource(`/v1/orders/${encodeURIComponent(id)}`, reloadCount);
+  const timeline = useResource(`/v1/orders/${encodeURIComponent(id)}/timeline`, reloadCount);
   const [message, setMessage] = useState();
   const reload = () => {
     order.reload();
-    way.reload();
+    timeline.reload();
   };
   useEffect(() => onChange((change) => change.order_id === id && reload()), [id]);
   const known = order.data && latest(order.data);
-  const settled = known && way.data && isWhole(known, way.data);
+  const settled = known && timeline.data && isComplete(known, timeline.data);
   useEffect(() => {
-    if (!way.data || settled) return;
+    if (!timeline.data || settled) return;
     const timer = setTimeout(reload, AGAIN_MS);
     return () => clearTimeout(timer);
-  }, [way.data, settled]);
+  }, [timeline.data, settled]);
   useEffect(() => {
     if (known) askCurrency([known.user_id]);
   }, [known?.user_id]);
 
   if (order.problem && !known) return html`<h1 tabindex="-1">${t('timeline.title')}</h1><${ProblemNote} problem=${order.problem} />`;
-  const steps = way.data && measured(way.data.steps);
+  const steps = timeline.data && measured(timeline.data.steps);
   const request = steps?.find((step) => step.step === 'published');
   return html`
     <p class="crumb"><a href=${links.orders()}>← ${t('nav.orders')}</a></p>
     <h1 tabindex="-1">${known ? known.description || t('order.undescribed') : '\u2007'}</h1>
-    <div class="columns columns-way">
+    <div class="columns columns-timeline">
     <${Summary} id=${id} order=${known} steps=${steps} />
     <div class="stack">
-    ${way.data?.missing.map((service) => html`<div key=${service} class="note note-waiting" role="status" data-test="missing"><strong>${t('timeline.missing', { service })}</strong><p>${t('timeline.missing-why')}</p></div>`)}
-    ${way.data?.pruned && html`<div class="note" data-test="pruned"><p>${t('timeline.pruned')}</p></div>`}
-    ${way.problem && html`<${ProblemNote} problem=${way.problem} />`}
-    ${!steps && !way.problem && html`<${Waiting} rows=${16} />`}
+    ${timeline.data?.missing.map((service) => html`<div key=${service} class="note note-waiting" role="status" data-test="missing"><strong>${t('timeline.missing', { service })}</strong><p>${t('timeline.missing-why')}</p></div>`)}
+    ${timeline.data?.pruned && html`<div class="note" data-test="pruned"><p>${t('timeline.pruned')}</p></div>`}
+    ${timeline.problem && html`<${ProblemNote} problem=${timeline.problem} />`}
+    ${!steps && !timeline.problem && html`<${LoadingRows} rows=${16} />`}
     ${steps && html`<${Bar} steps=${steps} />
-      <ol class="card way" data-test="timeline">${transactions(steps).map((group, place) => {
+      <ol class="card timeline" data-test="timeline">${transactions(steps).map((group, index) => {
         const drawn = group.map((step) => html`<${Step} key=${`${step.step}${step.event_id}${step.n}`} step=${step} onMessage=${() => setMessage(step)} />`);
-        return group.length === 1 ? drawn : html`<li key=${`group${place}`} class="transaction"><ol aria-label=${t('timeline.transaction')}>${drawn}</ol><p class="transaction-name" aria-hidden="true">${t('timeline.transaction')}</p></li>`;
-      })}${known?.status === 'NEW' && html`<${UnderWay} since=${steps.at(-1).at} />`}</ol>`}
+        return group.length === 1 ? drawn : html`<li key=${`group${index}`} class="transaction"><ol aria-label=${t('timeline.transaction')}>${drawn}</ol><p class="transaction-name" aria-hidden="true">${t('timeline.transaction')}</p></li>`;
+      })}${known?.status === 'NEW' && html`<${InProgress} since=${steps.at(-1).at} />`}</ol>`}
     </div></div>
     <${Shell} commands=${[curl(`/v1/orders/${id}/timeline`), just(`trace ${id}`), nats(request?.stream_sequence ? `stream get ORDERS ${request.stream_sequence}` : 'stream view ORDERS')]} />
-    ${message && html`<${MessageDrawer} step=${message} published=${way.data.steps.find((step) => step.step === 'published' && step.event_id === message.event_id && step.n === message.n)} onClose=${() => setMessage(undefined)} />`}`;
+    ${message && html`<${MessageDrawer} step=${message} published=${timeline.data.steps.find((step) => step.step === 'published' && step.event_id === message.event_id && step.n === message.n)} onClose=${() => setMessage(undefined)} />`}`;
 }
 
 function Summary({ id, order, steps }) {
@@ -78,7 +78,7 @@ function Summary({ id, order, steps }) {
   </section>`;
 }
 
-/// Where the time went, to scale, until the order ended.
+/// The time per step until the order was final, to scale.
 function Bar({ steps }) {
   const until = steps.findLastIndex((step) => step.step === 'ended');
   const parts = steps.slice(1, until + 1).filter((step) => step.delta > 0);
@@ -92,7 +92,7 @@ function Bar({ steps }) {
   });
   return html`<figure class="bar" data-test="bar">
     <svg viewBox="0 0 100 6" preserveAspectRatio="none" role="img" aria-label=${t('timeline.bar')}>
-      ${drawn.map(({ step, x, width }, place) => html`<rect key=${place} class=${`bar-part bar-${step.service} ${step.slowest ? 'is-slowest' : ''}`} x=${x} y="0" width=${Math.max(0.2, width - 0.25)} height="6"><title>${title(step)}: ${duration(step.delta)}</title></rect>`)}
+      ${drawn.map(({ step, x, width }, index) => html`<rect key=${index} class=${`bar-part bar-${step.service} ${step.slowest ? 'is-slowest' : ''}`} x=${x} y="0" width=${Math.max(0.2, width - 0.25)} height="6"><title>${title(step)}: ${duration(step.delta)}</title></rect>`)}
     </svg>
     <figcaption><span class="badge badge-orders">orders</span><span class="badge badge-payments">payments</span><span class="bar-total">${duration(total)}</span></figcaption>
   </figure>`;
@@ -105,7 +105,7 @@ function Step({ step, onMessage }) {
     <span class="step-dot" aria-hidden="true"></span>
     <div class="step-body">
       <p class="step-title">${title(step)} <span class=${`badge badge-${step.service}`}>${step.service}</span>${step.slowest && html`<span class="badge badge-slow" data-test="slowest">${t('timeline.slowest')}</span>`}</p>
-      <p class="step-facts">${facts(step).map((fact, place) => html`<span key=${place}>${fact}</span>`)}
+      <p class="step-facts">${facts(step).map((fact, index) => html`<span key=${index}>${fact}</span>`)}
         ${step.message && html`<button type="button" class="link" onClick=${onMessage} data-test="message">${t('timeline.message')}</button>`}
         ${ignored && html`<span class="unseen">${t('timeline.ignored')}</span>`}
       </p>
@@ -113,19 +113,19 @@ function Step({ step, onMessage }) {
   </li>`;
 }
 
-/// What comes next is still awaited.
-function UnderWay({ since }) {
+/// The order waits for its next step.
+function InProgress({ since }) {
   const time = useStore(now);
-  return html`<li class="step step-under-way" data-test="under-way">
+  return html`<li class="step step-under-timeline" data-test="under-timeline">
     <span class="step-delta">${duration(Math.max(0, Math.floor((time - Date.parse(since)) / 1000)) * 1000)}</span>
     <span class="step-dot" aria-hidden="true"></span>
-    <div class="step-body"><p class="step-title">${t('timeline.under-way')}</p></div>
+    <div class="step-body"><p class="step-title">${t('timeline.under-timeline')}</p></div>
   </li>`;
 }
 
 function delta(step) {
   if (step.delta === undefined) return '';
-  return step.delta < INSTANT_MS ? t('timeline.together') : `+${duration(step.delta)}`;
+  return step.delta < INSTANT_MS ? t('timeline.same-time') : `+${duration(step.delta)}`;
 }
 
 function title(step) {
@@ -135,22 +135,23 @@ function title(step) {
 }
 
 function facts(step) {
-  const said = [];
-  if (step.step === 'placed') said.push('POST /v1/orders → 201');
-  if (step.stream_sequence && step.step !== 'repeated') said.push(t('fact.sequence', { n: step.stream_sequence, stream: streamOf(step) }));
-  if (step.step === 'published') said.push(t('fact.attempts', { n: step.times ?? 1 }));
-  if (step.step === 'taken') said.push(t('fact.delivery', { n: step.times ?? 1 }));
-  if (step.reason) said.push(tOr(`reason.${step.reason}`, step.reason));
-  if (step.balance_after !== undefined) said.push(t('fact.balance', { amount: money(step.balance_after) }));
-  said.push(timeOfDay(step.at));
-  return said;
+  const list = [];
+  if (step.step === 'placed') list.push('POST /v1/orders → 201');
+  if (step.stream_sequence && step.step !== 'repeated') list.push(t('fact.sequence', { n: step.stream_sequence, stream: streamOf(step) }));
+  if (step.step === 'published') list.push(t('fact.attempts', { n: step.times ?? 1 }));
+  if (step.step === 'taken') list.push(t('fact.delivery', { n: step.times ?? 1 }));
+  if (step.reason) list.push(tOr(`reason.${step.reason}`, step.reason));
+  if (step.balance_after !== undefined) list.push(t('fact.balance', { amount: money(step.balance_after) }));
+  list.push(timeOfDay(step.at));
+  return list;
 }
 
 function streamOf(step) {
   return step.event?.startsWith('gozon.payment.') ? 'PAYMENTS' : 'ORDERS';
 }
 
-/// Each step with the time since all before it, and since the first. What was only repeated delayed nothing.
+/// Adds to each step the time since the latest step before it and since the first one. Duplicates
+/// never count as the slowest step, because they delay nothing.
 function measured(steps) {
   const first = steps.length && precise(steps[0].at);
   let latest;
@@ -167,7 +168,8 @@ function measured(steps) {
   return all;
 }
 
-/// A service may have taken a message before the other has noted that it is published: cause comes before effect here.
+/// Moves a "published" step before its "taken" step: the consumer may receive a message before the
+/// publisher has recorded the publication.
 function causal(steps) {
   const ordered = [];
   for (const step of steps) {
@@ -178,7 +180,8 @@ function causal(steps) {
   return ordered;
 }
 
-/// Neighbours that one transaction has written: what a service took, what it made of it, and what it says about that.
+/// Groups adjacent steps of one transaction: the received message, its effect, and the enqueued
+/// event.
 function transactions(steps) {
   const groups = [];
   for (const step of steps) {
@@ -191,9 +194,10 @@ function transactions(steps) {
   return groups;
 }
 
-/// Nothing more is expected: the order ended, its end is published, and both services answered.
-function isWhole(order, way) {
-  if (order.status === 'NEW' || way.missing.length) return false;
-  const published = way.steps.filter((step) => step.step === 'published').length;
-  return way.pruned || published >= way.steps.filter((step) => step.step === 'enqueued').length;
+/// Whether no more steps are expected: the order is final, its events are published, and both
+/// services answered.
+function isComplete(order, timeline) {
+  if (order.status === 'NEW' || timeline.missing.length) return false;
+  const published = timeline.steps.filter((step) => step.step === 'published').length;
+  return timeline.pruned || published >= timeline.steps.filter((step) => step.step === 'enqueued').length;
 }

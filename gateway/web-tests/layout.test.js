@@ -1,4 +1,4 @@
-// How it looks: every view at three widths, light and dark, for everybody; with pictures of all.
+// Layout and accessibility: every view at three widths, light and dark, with screenshots.
 
 import assert from 'node:assert/strict';
 import { randomUUID } from 'node:crypto';
@@ -10,9 +10,9 @@ const WIDTHS = [360, 768, 1440];
 const SCHEMES = ['light', 'dark'];
 const HEIGHT = 900;
 const LONG_AGO_MS = 58 * 60_000;
-/// Each layout and each scheme is examined once: they do not depend on each other.
+/// Each layout and each colour scheme is checked once, since they are independent.
 const ASKED = ['360 light', '1440 dark'];
-/// What jumps less than this nobody sees. Google calls 0.1 good.
+/// Largest cumulative layout shift. Google calls 0.1 good.
 const SHIFT_MAX = 0.01;
 const README = process.env.GOZON_README_SCREENSHOTS;
 
@@ -38,7 +38,7 @@ before(async () => {
   await publish('orders', 'gozon.orders.placed', { 'ce-specversion': '1.0', 'ce-id': randomUUID(), 'ce-type': 'gozon.order.placed.v1', 'ce-subject': randomUUID() }, 'nonsense');
 });
 
-/// Name, address, what to do there, and what is there when it is drawn.
+/// Name, URL, preparation, and options of each view.
 const VIEWS = [
   ['first visit', () => '#/', async (page) => page.getByTestId('demo').waitFor(), { stranger: true }],
   ['shop', () => '#/', async (page) => orderWith(page, 'FINISHED').first().waitFor()],
@@ -97,7 +97,7 @@ const VIEWS = [
   }, { tolerated: [/net::ERR_FAILED/] }],
 ];
 
-/// What cannot be seen whole: beyond the window, or beyond its place in a row.
+/// Elements that are cut off, by the window or by their row.
 function sticksOut() {
   const beyond = (part) => {
     const { right } = part.getBoundingClientRect();
@@ -119,10 +119,10 @@ async function shopAs(page, user) {
 }
 
 for (const [name, path, ready, { stranger, tolerated } = {}] of VIEWS) {
-  // Half of them in Russian, whose words are longer.
+  // Half of the views in Russian, whose words are longer.
   const locale = VIEWS.findIndex(([other]) => other === name) % 2 ? 'ru-RU' : 'en-GB';
-  test(`${name}: fits from 360 pixels up and keeps nobody out, light and dark`, browsing({ tolerated, reducedMotion: 'reduce', locale }, async ({ page }) => {
-    // Everything happened long ago, which takes the most room to say, and the same in every run.
+  test(`${name}: fits from 360 pixels up and is accessible, light and dark`, browsing({ tolerated, reducedMotion: 'reduce', locale }, async ({ page }) => {
+    // With old timestamps, which are the longest texts and the same in every run.
     await page.clock.setFixedTime(Date.now() + LONG_AGO_MS);
     if (!stranger) await shopAs(page, alice);
     await page.goto(`${base}/${path()}`);
@@ -134,7 +134,7 @@ for (const [name, path, ready, { stranger, tolerated } = {}] of VIEWS) {
         await page.emulateMedia({ colorScheme });
         found.push(...await page.evaluate(sticksOut));
         await page.evaluate(() => scrollTo(0, 0));
-        // A dialog darkens what can be seen, not what is below.
+        // The screenshot of a dialog covers only the visible part of the page.
         const fullPage = await page.locator('dialog').count() === 0;
         await page.screenshot({ path: `${screenshots}/${name.replaceAll(' ', '-')}-${width}-${colorScheme}.png`, fullPage, animations: 'disabled' });
         if (ASKED.includes(`${width} ${colorScheme}`)) found.push(...await severe(page));
@@ -144,10 +144,10 @@ for (const [name, path, ready, { stranger, tolerated } = {}] of VIEWS) {
   }));
 }
 
-test('nothing jumps while views load and orders come', browsing({ noPage: true }, async ({ open, context }) => {
+test('the layout does not shift while views load and orders arrive', browsing({ noPage: true }, async ({ open, context }) => {
   await context.addInitScript(() => {
     window.shifts = [];
-    // What moves with a row is named as a piece of text now and then.
+    // Text inside a moved row is sometimes reported separately.
     const named = (node) => (node?.nodeType === Node.TEXT_NODE ? node.parentElement : node)?.closest?.('.row')?.className || node?.className || `${node?.nodeName} ${node?.textContent}`;
     new PerformanceObserver((list) => {
       for (const { value, hadRecentInput, sources } of list.getEntries()) if (!hadRecentInput) window.shifts.push({ value, what: sources.map(({ node }) => named(node)) });
@@ -155,9 +155,9 @@ test('nothing jumps while views load and orders come', browsing({ noPage: true }
   });
   const first = await open();
   const user = await startDemo(first);
-  // More than what is shown while they are awaited.
+  // More orders than placeholder rows.
   await Promise.all(Array.from({ length: 20 }, () => paid(user, 10)));
-  // Nothing is answered before it is seen that something is awaited.
+  // No request is answered before the placeholders are visible.
   await context.route('**/v1/**', async (route) => {
     const page = route.request().frame().page();
     if (page !== first && !page.drawn) {
@@ -165,7 +165,7 @@ test('nothing jumps while views load and orders come', browsing({ noPage: true }
       await drawn(page);
       page.drawn = true;
     }
-    // The page may be closed by now.
+    // The page may be closed meanwhile.
     await route.continue().catch(() => {});
   });
   for (const [path, ready] of [['#/', 'order'], ['#/orders', 'order'], [`#/orders/${way}`, 'timeline'], [`#/accounts/${user}`, 'sums'], ['#/flow', 'letter']]) {
@@ -178,7 +178,7 @@ test('nothing jumps while views load and orders come', browsing({ noPage: true }
       await order(user, 1, 'From elsewhere');
       await orderWith(page, 'FINISHED').filter({ hasText: 'From elsewhere' }).waitFor();
       await drawn(page);
-      // What is new comes first, and nothing but the other rows makes way.
+      // New rows come first, and only other rows may move.
       const moved = await page.evaluate(() => window.shifts.flatMap(({ what }) => what));
       assert.deepEqual(moved.filter((what) => !/^row /.test(what)), []);
     }
@@ -186,7 +186,7 @@ test('nothing jumps while views load and orders come', browsing({ noPage: true }
   }
 }));
 
-test('a first visit asks the gateway only, for less than 100 kB', browsing({ noPage: true }, async ({ context }) => {
+test('a first visit only sends requests to the gateway and loads less than 100 kB', browsing({ noPage: true }, async ({ context }) => {
   let bytes = 0;
   const page = await context.newPage();
   const debug = await context.newCDPSession(page);
@@ -199,11 +199,11 @@ test('a first visit asks the gateway only, for less than 100 kB', browsing({ noP
   assert.ok(bytes < 100_000, `${bytes} bytes`);
 }));
 
-// As wide as a README is shown.
+// The width of a README.
 const PICTURE = { viewport: { width: 960, height: 700 }, deviceScaleFactor: 0.85, reducedMotion: 'reduce' };
 
-test('the pictures of the README are of the page as it is', { skip: !README && 'with --screenshots FOLDER' }, browsing(PICTURE, async ({ page }) => {
-  // Down to where the last card ends.
+test('screenshots for the README', { skip: !README && 'with --screenshots FOLDER' }, browsing(PICTURE, async ({ page }) => {
+  // Up to the end of the last card.
   const picture = async (name) => {
     const height = await page.locator('.card').evaluateAll((cards) => Math.max(...cards.map((card) => card.getBoundingClientRect().bottom + scrollY)) + 24);
     await page.screenshot({ path: `${README}/${name}.png`, animations: 'disabled', fullPage: true, clip: { x: 0, y: 0, width: 960, height } });
