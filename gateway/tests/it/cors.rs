@@ -1,9 +1,9 @@
-//! Web pages of other hosts.
+//! CORS: requests from pages of other origins.
 
 use bytes::Bytes;
 use stack::http::Answer;
 
-use crate::harness::{Does, Gateway, ok};
+use crate::harness::{Gateway, Reaction, ok};
 
 const SHOP: &str = "https://shop.example";
 
@@ -32,8 +32,8 @@ async fn get(gateway: &Gateway, path: &str, origin: &str) -> Answer {
 }
 
 #[tokio::test]
-async fn pages_of_other_hosts_may_do_nothing_unless_they_are_listed() {
-    let gateway = Gateway::start(|_| Does::Answers(ok("{}"))).await;
+async fn other_origins_are_rejected_unless_they_are_listed() {
+    let gateway = Gateway::start(|_| Reaction::Answers(ok("{}"))).await;
     assert_eq!(
         preflight(&gateway, SHOP)
             .await
@@ -49,9 +49,9 @@ async fn pages_of_other_hosts_may_do_nothing_unless_they_are_listed() {
 }
 
 #[tokio::test]
-async fn a_listed_origin_may_use_the_api_and_read_its_errors_and_another_may_not() {
+async fn only_a_listed_origin_may_use_the_api_and_read_its_errors() {
     let list = format!("--cors-origins={SHOP},http://localhost:3000");
-    let gateway = Gateway::start_with(&[&list], |_| Does::Answers(ok("{}"))).await;
+    let gateway = Gateway::start_with(&[&list], |_| Reaction::Answers(ok("{}"))).await;
     let allowed = preflight(&gateway, SHOP).await;
     assert_eq!(
         (

@@ -1,4 +1,4 @@
-//! What is handed on, what is not, and what is said when a service is away.
+//! What the gateway forwards, and what it answers when a service is unavailable.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -14,12 +14,12 @@ use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
-use crate::harness::{Does, Gateway, SOON, ok};
+use crate::harness::{Gateway, Reaction, SOON, ok};
 
 #[tokio::test]
-async fn only_what_is_known_is_handed_on_in_both_directions() {
+async fn only_known_headers_are_forwarded_in_both_directions() {
     let gateway = Gateway::start(|_| {
-        Does::Answers(
+        Reaction::Answers(
             "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\nset-cookie: a=b\r\nserver: innards/1.0\r\n\
              x-internal: secret\r\nkeep-alive: timeout=9\r\nidempotency-replayed: true\r\nlocation: /v1/orders/7\r\n\r\n{}"
                 .to_owned(),
@@ -28,14 +28,14 @@ async fn only_what_is_known_is_handed_on_in_both_directions() {
     .await;
     let traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
     let answer = gateway
-        .say(&format!(
+        .send_raw(&format!(
             "POST /v1/orders?a=%20b HTTP/1.1\r\nHost: evil.example\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\
              Content-Encoding: gzip\r\nConnection: close, X-Secret\r\nX-Secret: 1\r\nKeep-Alive: timeout=5\r\nTE: trailers\r\nUpgrade: h2c\r\n\
              Proxy-Authorization: Basic eA==\r\nCookie: session=1\r\nAuthorization: Bearer x\r\nX-Forwarded-For: 6.6.6.6\r\n\
              X-User-Id: root\r\nIdempotency-Key: k\r\nX-Request-Id: find-me\r\ntraceparent: {traceparent}\r\ntracestate: a=1\r\n\r\n{{}}"
         ))
         .await;
-    let seen = gateway.behind.seen().remove(0);
+    let seen = gateway.backend.requests().remove(0);
     let names: Vec<&str> = seen.headers.iter().map(|(name, _)| name.as_str()).collect();
     let mut sorted = names.clone();
     sorted.sort_unstable();
@@ -56,7 +56,7 @@ async fn only_what_is_known_is_handed_on_in_both_directions() {
     );
     assert_eq!(
         seen.header("host"),
-        Some(gateway.behind.address.to_string().as_str())
+        Some(gateway.backend.address.to_string().as_str())
     );
     assert_eq!(
         (seen.header("traceparent"), seen.header("x-request-id")),
@@ -77,15 +77,15 @@ async fn only_what_is_known_is_handed_on_in_both_directions() {
 }
 
 #[tokio::test]
-async fn a_get_says_nothing_in_a_body_and_an_unknown_path_is_not_handed_on() {
-    let gateway = Gateway::start(|_| Does::Answers(ok("{}"))).await;
+async fn the_body_of_a_get_and_unknown_paths_are_not_forwarded() {
+    let gateway = Gateway::start(|_| Reaction::Answers(ok("{}"))).await;
     let answer = gateway
         .http
         .request("GET", "/v1/orders", &[], Bytes::from_static(b"surprise"))
         .await
         .unwrap();
     assert_eq!(
-        (answer.status, gateway.behind.seen()[0].body.as_str()),
+        (answer.status, gateway.backend.requests()[0].body.as_str()),
         (200, "")
     );
     for (method, path) in [
@@ -108,14 +108,14 @@ async fn a_get_says_nothing_in_a_body_and_an_unknown_path_is_not_handed_on() {
             answer.text()
         );
     }
-    assert_eq!(gateway.behind.seen().len(), 1);
+    assert_eq!(gateway.backend.requests().len(), 1);
 }
 
 #[tokio::test]
-async fn a_head_is_answered_as_a_get_without_its_body() {
+async fn a_head_is_answered_like_a_get_without_its_body() {
     let id = "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11";
     let gateway = Gateway::start(|_| {
-        Does::Answers(ok(r#"{"steps":[],"items":[],"missing":[],"pruned":false}"#))
+        Reaction::Answers(ok(r#"{"steps":[],"items":[],"missing":[],"pruned":false}"#))
     })
     .await;
     let of_the_api = [
@@ -175,7 +175,7 @@ async fn a_head_is_answered_as_a_get_without_its_body() {
         );
         assert!(head.body.is_empty(), "{path}");
         let length = head.header("content-length");
-        // What is counted changes between two requests, and may have grown by a digit.
+        // Counters change between the two requests, so the length may differ by a digit.
         if path != "/metrics" {
             assert!(
                 length.is_none() || length == get.header("content-length"),
@@ -185,20 +185,20 @@ async fn a_head_is_answered_as_a_get_without_its_body() {
     }
     assert!(
         gateway
-            .behind
-            .seen()
+            .backend
+            .requests()
             .iter()
             .all(|seen| seen.line.starts_with("GET ")),
-        "services are asked for what is answered"
+        "the services get the same requests"
     );
 }
 
-/// A request id and a trace lead through all services.
+/// One request id and one trace connect the logs of all services.
 #[tokio::test]
-async fn every_request_that_one_leads_to_carries_its_id_and_its_trace() {
+async fn forwarded_requests_carry_the_request_id_and_the_trace() {
     let id = "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11";
     let gateway = Gateway::start(|_| {
-        Does::Answers(ok(r#"{"steps":[],"items":[],"missing":[],"pruned":false}"#))
+        Reaction::Answers(ok(r#"{"steps":[],"items":[],"missing":[],"pruned":false}"#))
     })
     .await;
     let traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
@@ -212,7 +212,7 @@ async fn every_request_that_one_leads_to_carries_its_id_and_its_trace() {
         ("/v1/ops/flow".to_owned(), 2),
         ("/v1/ops/dead-letters".to_owned(), 2),
     ] {
-        let before = gateway.behind.seen().len();
+        let before = gateway.backend.requests().len();
         assert_eq!(
             gateway
                 .http
@@ -223,7 +223,7 @@ async fn every_request_that_one_leads_to_carries_its_id_and_its_trace() {
             200,
             "{path}"
         );
-        let seen = gateway.behind.seen().split_off(before);
+        let seen = gateway.backend.requests().split_off(before);
         assert_eq!(seen.len(), asked, "{path}");
         for seen in seen {
             let told = (
@@ -242,13 +242,15 @@ async fn every_request_that_one_leads_to_carries_its_id_and_its_trace() {
 }
 
 #[tokio::test]
-async fn whoever_follows_an_order_leaves_a_trace_too() {
+async fn an_event_stream_carries_its_trace_too() {
     let nats = format!(
         "--nats-url=nats://127.0.0.1:{}",
         stack::ports::free_port().unwrap()
     );
-    let gateway =
-        Gateway::start_with(&["--nats-password=x", &nats], |_| Does::Answers(ok("{}"))).await;
+    let gateway = Gateway::start_with(&["--nats-password=x", &nats], |_| {
+        Reaction::Answers(ok("{}"))
+    })
+    .await;
     let traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
     let request = format!(
         "GET /v1/orders/01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11/events HTTP/1.1\r\nHost: x\r\nX-Request-Id: find-me\r\n\
@@ -256,8 +258,8 @@ async fn whoever_follows_an_order_leaves_a_trace_too() {
     );
     let mut follower = TcpStream::connect(gateway.address).await.unwrap();
     follower.write_all(request.as_bytes()).await.unwrap();
-    let seen = eventually("the order is asked for", SOON, async || {
-        gateway.behind.seen().pop()
+    let seen = eventually("the gateway has read the order", SOON, async || {
+        gateway.backend.requests().pop()
     })
     .await;
     assert_eq!(
@@ -267,9 +269,9 @@ async fn whoever_follows_an_order_leaves_a_trace_too() {
 }
 
 #[tokio::test]
-async fn a_service_that_is_away_is_named_with_what_to_do() {
+async fn an_unavailable_service_is_named_with_what_to_do() {
     let gateway = Gateway::start(|_| {
-        Does::AnswersAndCloses("HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{".to_owned())
+        Reaction::AnswersThenCloses("HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{".to_owned())
     })
     .await;
     for (path, body, words) in [
@@ -285,7 +287,7 @@ async fn a_service_that_is_away_is_named_with_what_to_do() {
         ),
     ] {
         for key in [Some("mine"), None] {
-            let before = gateway.behind.seen().len();
+            let before = gateway.backend.requests().len();
             let answer = gateway.http.post(path, key, &body).await.unwrap();
             assert_eq!(
                 (answer.status, answer.header("retry-after")),
@@ -300,16 +302,16 @@ async fn a_service_that_is_away_is_named_with_what_to_do() {
                 "{detail}"
             );
             assert_eq!(document["outcome"], "unknown");
-            let seen = gateway.behind.seen();
+            let seen = gateway.backend.requests();
             assert_eq!(
                 seen.len(),
                 before + 1,
-                "what may have been done is not sent again"
+                "a request whose outcome is unknown is not retried"
             );
             let sent = seen[before].header("idempotency-key").unwrap();
             assert_eq!(
                 document["idempotency_key"], sent,
-                "the key it was sent with, whoever made it"
+                "the key that was sent, from the client or from the gateway"
             );
             assert!(key.is_none_or(|key| key == sent));
         }
@@ -322,8 +324,8 @@ async fn a_service_that_is_away_is_named_with_what_to_do() {
     );
 }
 
-/// A gateway before an orders service that is not one of [`Gateway::start`]'s.
-async fn before(orders: &str) -> (Apart, Http) {
+/// Starts a gateway with this address of orders, without the backend of [`Gateway::start`].
+async fn gateway_for(orders: &str) -> (Apart, Http) {
     let config = [
         "gateway",
         "--listen=127.0.0.1:0",
@@ -342,9 +344,9 @@ async fn before(orders: &str) -> (Apart, Http) {
 }
 
 #[tokio::test]
-async fn a_service_that_cannot_be_reached_has_done_nothing() {
+async fn an_unreachable_service_has_done_nothing() {
     let free = stack::ports::free_port().unwrap();
-    let (gateway, http) = before(&format!("127.0.0.1:{free}")).await;
+    let (gateway, http) = gateway_for(&format!("127.0.0.1:{free}")).await;
     let answer = http.post("/v1/orders", None, &json!({})).await.unwrap();
     assert_eq!(
         (answer.status, answer.header("retry-after")),
@@ -362,14 +364,14 @@ async fn a_service_that_cannot_be_reached_has_done_nothing() {
     assert_eq!(
         http.get("/readyz").await.unwrap().status,
         200,
-        "nobody's health depends on another's"
+        "the gateway's health does not depend on other services"
     );
     gateway.stop().await.unwrap();
 }
 
 #[tokio::test]
-async fn connections_are_used_again_and_one_that_the_service_has_closed_hurts_nobody() {
-    let gateway = Gateway::start(|_| Does::AnswersAndCloses(ok("{}"))).await;
+async fn connections_are_reused_and_a_closed_one_causes_no_error() {
+    let gateway = Gateway::start(|_| Reaction::AnswersThenCloses(ok("{}"))).await;
     for number in 0..20 {
         let answer = gateway
             .http
@@ -378,14 +380,18 @@ async fn connections_are_used_again_and_one_that_the_service_has_closed_hurts_no
             .unwrap();
         assert_eq!(answer.status, 200, "{number}: {}", answer.text());
     }
-    assert_eq!(gateway.behind.seen().len(), 20, "each was sent once");
+    assert_eq!(
+        gateway.backend.requests().len(),
+        20,
+        "each request was sent once"
+    );
 }
 
 #[tokio::test]
-async fn an_answer_that_is_nonsense_or_too_large_is_not_handed_on() {
+async fn an_invalid_or_too_large_answer_is_not_forwarded() {
     let huge = ok(&"x".repeat(2 * 1024 * 1024));
     let gateway = Gateway::start(move |seen| {
-        Does::AnswersAndCloses(match seen.line.as_str() {
+        Reaction::AnswersThenCloses(match seen.line.as_str() {
             "GET /v1/orders/huge" => huge.clone(),
             _ => "SSH-2.0-OpenSSH_9.2\r\n\r\n".to_owned(),
         })
@@ -402,18 +408,18 @@ async fn an_answer_that_is_nonsense_or_too_large_is_not_handed_on() {
     }
 }
 
-/// The service under the same outermost layer as ours, with a handler that panics.
+/// The backend has the same outer layers as the real services, and a handler that panics.
 #[tokio::test]
-async fn a_panic_names_the_key_that_the_gateway_made() {
+async fn the_answer_after_a_panic_contains_the_key_made_by_the_gateway() {
     let seen = Arc::new(Mutex::new(String::new()));
     let keys = seen.clone();
     let panics = async move |headers: HeaderMap| -> StatusCode {
         *keys.lock().unwrap() = headers["idempotency-key"].to_str().unwrap().to_owned();
-        panic!("a bug of ours")
+        panic!("a bug")
     };
     let router = service_kit::http::edge(Router::new().route("/v1/orders", post(panics)));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let (_gateway, http) = before(&listener.local_addr().unwrap().to_string()).await;
+    let (_gateway, http) = gateway_for(&listener.local_addr().unwrap().to_string()).await;
     let serving = tokio::spawn(service_kit::server::serve(
         listener,
         router,
@@ -435,18 +441,18 @@ async fn a_panic_names_the_key_that_the_gateway_made() {
 }
 
 #[tokio::test]
-async fn a_gateway_that_stops_shows_what_it_has_of_a_timeline() {
+async fn a_stopping_gateway_returns_the_available_part_of_a_timeline() {
     let id = "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11";
     let of_orders = format!("GET /v1/orders/{id}/timeline");
     let gateway = Gateway::start(move |seen| match seen.line == of_orders {
-        true => Does::Answers(ok(r#"{"steps":[],"pruned":false,"missing":["payments"]}"#)),
-        false => Does::AnswersWhen(Arc::default()),
+        true => Reaction::Answers(ok(r#"{"steps":[],"pruned":false,"missing":["payments"]}"#)),
+        false => Reaction::AnswersWhen(Arc::default()),
     })
     .await;
     let http = gateway.http.clone();
     let stopping = async {
-        eventually("both are asked", SOON, async || {
-            (gateway.behind.seen().len() == 2).then_some(())
+        eventually("both services have the request", SOON, async || {
+            (gateway.backend.requests().len() == 2).then_some(())
         })
         .await;
         gateway.stop().await;
@@ -463,18 +469,18 @@ async fn a_gateway_that_stops_shows_what_it_has_of_a_timeline() {
 }
 
 #[tokio::test]
-async fn a_gateway_that_stops_answers_whoever_it_has_let_in() {
+async fn a_stopping_gateway_answers_all_accepted_requests() {
     let gateway = Gateway::start(|seen| match seen.line.as_str() {
-        "GET /v1/orders/7?wait=0" => Does::Answers(ok(r#"{"status":"NEW"}"#)),
-        _ => Does::AnswersWhen(Arc::default()),
+        "GET /v1/orders/7?wait=0" => Reaction::Answers(ok(r#"{"status":"NEW"}"#)),
+        _ => Reaction::AnswersWhen(Arc::default()),
     })
     .await;
-    let (http, behind) = (gateway.http.clone(), gateway.behind.clone());
+    let (http, backend) = (gateway.http.clone(), gateway.backend.clone());
     let body = json!({ "user_id": "a", "amount": 1 });
     let begun = Instant::now();
     let stopping = async {
-        eventually("both are let in", SOON, async || {
-            (behind.seen().len() == 2).then_some(())
+        eventually("both requests are accepted", SOON, async || {
+            (backend.requests().len() == 2).then_some(())
         })
         .await;
         gateway.stop().await;
@@ -485,7 +491,7 @@ async fn a_gateway_that_stops_answers_whoever_it_has_let_in() {
     assert_eq!(
         (waits.status, &waits.json()["status"]),
         (200, &json!("NEW")),
-        "it is told how the order is now"
+        "the answer has the current state of the order"
     );
     let told = orders.json();
     assert_eq!(
@@ -498,8 +504,8 @@ async fn a_gateway_that_stops_answers_whoever_it_has_let_in() {
         "{:?}",
         begun.elapsed()
     );
-    let sent: Vec<String> = behind
-        .seen()
+    let sent: Vec<String> = backend
+        .requests()
         .into_iter()
         .map(|seen| seen.line)
         .filter(|line| line.starts_with("POST"))
@@ -507,6 +513,6 @@ async fn a_gateway_that_stops_answers_whoever_it_has_let_in() {
     assert_eq!(
         sent,
         ["POST /v1/orders?wait=30"],
-        "only who waits for an order is asked for again"
+        "only requests that wait for an order are sent to the service again"
     );
 }

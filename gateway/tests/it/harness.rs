@@ -1,4 +1,4 @@
-//! The gateway under test, a service behind it that does what the test says, and a client that says what it wants.
+//! The gateway under test, a scripted backend, and a client that sends arbitrary bytes.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -13,20 +13,20 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 
-/// Long enough for a busy machine; a test that needs it is failing.
+/// Long enough for a busy machine; reached only by failing tests.
 pub(crate) const SOON: Duration = Duration::from_secs(30);
 
-/// A request as it came to a service.
+/// A request as the backend received it.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Seen {
+pub(crate) struct ReceivedRequest {
     /// Method and path.
     pub(crate) line: String,
-    /// Names in lower case, in the order in which they came.
+    /// Names in lower case, in the received order.
     pub(crate) headers: Vec<(String, String)>,
     pub(crate) body: String,
 }
 
-impl Seen {
+impl ReceivedRequest {
     pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers
             .iter()
@@ -35,14 +35,14 @@ impl Seen {
     }
 }
 
-/// What a service does with a request.
+/// What the backend does with a request.
 #[derive(Clone)]
-pub(crate) enum Does {
-    /// Answers these bytes.
+pub(crate) enum Reaction {
+    /// Sends these bytes.
     Answers(String),
-    /// Answers these bytes and closes the connection without a word about it.
-    AnswersAndCloses(String),
-    /// Answers 200 once the test says so.
+    /// Sends these bytes and closes the connection without announcing it.
+    AnswersThenCloses(String),
+    /// Answers 200 when the test allows it.
     AnswersWhen(Arc<Notify>),
 }
 
@@ -54,15 +54,17 @@ pub(crate) fn ok(body: &str) -> String {
     )
 }
 
-/// A service behind the gateway.
+/// A scripted service behind the gateway.
 #[derive(Clone)]
 pub(crate) struct Service {
     pub(crate) address: SocketAddr,
-    seen: Arc<Mutex<Vec<Seen>>>,
+    seen: Arc<Mutex<Vec<ReceivedRequest>>>,
 }
 
 impl Service {
-    pub(crate) async fn start(does: impl Fn(&Seen) -> Does + Send + Sync + 'static) -> Self {
+    pub(crate) async fn start(
+        does: impl Fn(&ReceivedRequest) -> Reaction + Send + Sync + 'static,
+    ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let service = Self {
             address: listener.local_addr().unwrap(),
@@ -71,21 +73,21 @@ impl Service {
         let (seen, does) = (service.seen.clone(), Arc::new(does));
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                tokio::spawn(converse(stream, seen.clone(), does.clone()));
+                tokio::spawn(handle_connection(stream, seen.clone(), does.clone()));
             }
         });
         service
     }
 
-    pub(crate) fn seen(&self) -> Vec<Seen> {
+    pub(crate) fn requests(&self) -> Vec<ReceivedRequest> {
         self.seen.lock().unwrap().clone()
     }
 }
 
-async fn converse(
+async fn handle_connection(
     mut stream: TcpStream,
-    seen: Arc<Mutex<Vec<Seen>>>,
-    does: Arc<impl Fn(&Seen) -> Does>,
+    seen: Arc<Mutex<Vec<ReceivedRequest>>>,
+    does: Arc<impl Fn(&ReceivedRequest) -> Reaction>,
 ) -> Option<()> {
     let mut bytes = Vec::new();
     loop {
@@ -108,7 +110,7 @@ async fn converse(
         let headers = headers
             .map(|(name, value)| (name.to_ascii_lowercase(), value.trim().to_owned()))
             .collect();
-        let mut request = Seen {
+        let mut request = ReceivedRequest {
             line,
             headers,
             body: String::new(),
@@ -123,11 +125,11 @@ async fn converse(
         let then = does(&request);
         seen.lock().unwrap().push(request);
         match then {
-            Does::Answers(answer) => stream.write_all(answer.as_bytes()).await.ok()?,
-            Does::AnswersAndCloses(answer) => {
+            Reaction::Answers(answer) => stream.write_all(answer.as_bytes()).await.ok()?,
+            Reaction::AnswersThenCloses(answer) => {
                 return stream.write_all(answer.as_bytes()).await.ok();
             }
-            Does::AnswersWhen(told) => {
+            Reaction::AnswersWhen(told) => {
                 told.notified().await;
                 stream.write_all(ok("{}").as_bytes()).await.ok()?;
             }
@@ -135,25 +137,27 @@ async fn converse(
     }
 }
 
-/// A gateway, with one service in the place of both.
+/// A gateway, with one backend that takes the place of both services.
 pub(crate) struct Gateway {
     pub(crate) http: Http,
     pub(crate) address: SocketAddr,
-    pub(crate) behind: Service,
+    pub(crate) backend: Service,
     process: Apart,
 }
 
 impl Gateway {
-    pub(crate) async fn start(does: impl Fn(&Seen) -> Does + Send + Sync + 'static) -> Self {
+    pub(crate) async fn start(
+        does: impl Fn(&ReceivedRequest) -> Reaction + Send + Sync + 'static,
+    ) -> Self {
         Self::start_with(&[], does).await
     }
 
     pub(crate) async fn start_with(
         arguments: &[&str],
-        does: impl Fn(&Seen) -> Does + Send + Sync + 'static,
+        does: impl Fn(&ReceivedRequest) -> Reaction + Send + Sync + 'static,
     ) -> Self {
-        let behind = Service::start(does).await;
-        let service = format!("http://{}", behind.address);
+        let backend = Service::start(does).await;
+        let service = format!("http://{}", backend.address);
         let urls = [
             format!("--orders-url={service}"),
             format!("--payments-url={service}"),
@@ -171,20 +175,20 @@ impl Gateway {
         Self {
             http: Http::new(format!("http://{address}")),
             address,
-            behind,
+            backend,
             process,
         }
     }
 
-    /// Stops it politely.
+    /// Stops it gracefully.
     pub(crate) async fn stop(self) {
         self.process.stop().await.unwrap();
     }
 
     /// Sends bytes as they are, and reads until the gateway closes the connection.
-    pub(crate) async fn say(&self, bytes: &str) -> String {
+    pub(crate) async fn send_raw(&self, bytes: &str) -> String {
         let mut stream = TcpStream::connect(self.address).await.unwrap();
-        // The gateway may refuse before it has read everything.
+        // The gateway may reject the request before it has read all of it.
         let _ = stream.write_all(bytes.as_bytes()).await;
         let mut answer = Vec::new();
         tokio::time::timeout(SOON, stream.read_to_end(&mut answer))
@@ -194,8 +198,8 @@ impl Gateway {
         String::from_utf8(answer).unwrap()
     }
 
-    /// How often a limit has refused something.
-    pub(crate) async fn refused(&self, reason: &str) -> u64 {
+    /// Number of requests rejected for this reason.
+    pub(crate) async fn rejected_count(&self, reason: &str) -> u64 {
         let page = self.http.get("/metrics").await.unwrap().text();
         let series = format!("gozon_http_refused_total{{reason=\"{reason}\"}} ");
         page.lines()

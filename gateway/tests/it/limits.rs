@@ -1,4 +1,4 @@
-//! What is refused so that the rest goes through.
+//! Limits: excess requests are rejected, so that the others are served.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use stack::http::Answer;
 use stack::testing::eventually;
 use tokio::sync::Notify;
 
-use crate::harness::{Does, Gateway, SOON, ok};
+use crate::harness::{Gateway, Reaction, SOON, ok};
 
 fn statuses(answers: &[Answer]) -> (usize, usize) {
     let count = |status| {
@@ -22,12 +22,14 @@ fn statuses(answers: &[Answer]) -> (usize, usize) {
 }
 
 #[tokio::test]
-async fn one_more_than_can_be_worked_on_is_told_at_once_to_come_again() {
+async fn requests_above_the_limit_are_rejected_at_once_with_retry_after() {
     let told = Arc::new(Notify::new());
     let answering = told.clone();
     let arguments = ["--requests-max=2", "--waits-max=1"];
-    let gateway =
-        Gateway::start_with(&arguments, move |_| Does::AnswersWhen(answering.clone())).await;
+    let gateway = Gateway::start_with(&arguments, move |_| {
+        Reaction::AnswersWhen(answering.clone())
+    })
+    .await;
     let (body, http) = (json!({ "user_id": "a", "amount": 1 }), gateway.http.clone());
     let held = tokio::spawn({
         let (http, body) = (http.clone(), body.clone());
@@ -40,8 +42,8 @@ async fn one_more_than_can_be_worked_on_is_told_at_once_to_come_again() {
             [one.unwrap(), two.unwrap(), waiting.unwrap()]
         }
     });
-    eventually("all places are taken", SOON, async || {
-        (gateway.behind.seen().len() == 3).then_some(())
+    eventually("the limit is reached", SOON, async || {
+        (gateway.backend.requests().len() == 3).then_some(())
     })
     .await;
 
@@ -50,7 +52,7 @@ async fn one_more_than_can_be_worked_on_is_told_at_once_to_come_again() {
     refused.push(http.get("/v1/orders/7?wait=30").await);
     assert!(
         begun.elapsed() < Duration::from_secs(5),
-        "told at once, not after {:?}",
+        "rejected only after {:?}",
         begun.elapsed()
     );
     for answer in refused.into_iter().map(Result::unwrap) {
@@ -62,19 +64,19 @@ async fn one_more_than_can_be_worked_on_is_told_at_once_to_come_again() {
         assert_eq!(answer.json()["outcome"], json!(null), "nothing was done");
     }
     assert_eq!(
-        gateway.behind.seen().len(),
+        gateway.backend.requests().len(),
         3,
-        "nothing of it reached the service"
+        "rejected requests did not reach the service"
     );
-    assert!(gateway.refused("requests").await >= 51);
+    assert!(gateway.rejected_count("requests").await >= 51);
     for path in ["/livez", "/readyz", "/metrics", "/openapi.json"] {
-        // The service behind does not answer its health either; ours does not depend on it.
+        // The backend is blocked too, but the gateway's health does not depend on it.
         assert_eq!(http.get(path).await.unwrap().status, 200, "{path}");
     }
 
     let answered = async {
         let held = held.await.unwrap();
-        assert_eq!(statuses(&held), (3, 0), "what was let in is answered");
+        assert_eq!(statuses(&held), (3, 0), "accepted requests are answered");
     };
     tokio::select! {
         () = answered => {}
@@ -83,9 +85,9 @@ async fn one_more_than_can_be_worked_on_is_told_at_once_to_come_again() {
 }
 
 #[tokio::test]
-async fn only_who_waits_for_an_order_has_a_place_beside_the_others() {
+async fn only_requests_that_wait_for_an_order_have_a_separate_limit() {
     let gateway = Gateway::start_with(&["--requests-max=0", "--waits-max=1"], |_| {
-        Does::Answers(ok("{}"))
+        Reaction::Answers(ok("{}"))
     })
     .await;
     let (body, http) = (json!({ "user_id": "a", "amount": 1 }), &gateway.http);
@@ -109,8 +111,9 @@ async fn only_who_waits_for_an_order_has_a_place_beside_the_others() {
 }
 
 #[tokio::test]
-async fn a_user_who_orders_too_much_is_slowed_down_whoever_else_is_named() {
-    let gateway = Gateway::start_with(&["--rate-per-user=1"], |_| Does::Answers(ok("{}"))).await;
+async fn orders_count_for_the_user_in_the_body_whatever_the_url_says() {
+    let gateway =
+        Gateway::start_with(&["--rate-per-user=1"], |_| Reaction::Answers(ok("{}"))).await;
     let order = json!({ "user_id": "alice", "amount": 1 });
     let paths: Vec<String> = (0..50)
         .map(|number| format!("/v1/orders?user_id=x{number}"))
@@ -126,13 +129,13 @@ async fn a_user_who_orders_too_much_is_slowed_down_whoever_else_is_named() {
     let (passed, refused) = statuses(&answers);
     assert!(
         passed <= allowed && refused > 0,
-        "{passed} passed, {refused} were refused"
+        "{passed} passed, {refused} were rejected"
     );
 }
 
 #[tokio::test]
-async fn an_address_that_sends_too_much_is_slowed_down_whatever_it_claims_to_be() {
-    let gateway = Gateway::start_with(&["--rate-per-ip=5"], |_| Does::Answers(ok("{}"))).await;
+async fn an_address_is_rate_limited_whatever_it_claims_to_be() {
+    let gateway = Gateway::start_with(&["--rate-per-ip=5"], |_| Reaction::Answers(ok("{}"))).await;
     let claims: Vec<String> = (0..40).map(|number| format!("9.9.9.{number}")).collect();
     let begun = Instant::now();
     let http = &gateway.http;
@@ -150,7 +153,7 @@ async fn an_address_that_sends_too_much_is_slowed_down_whatever_it_claims_to_be(
     let (passed, refused) = statuses(&answers);
     assert!(
         (5..=allowed).contains(&passed) && refused > 0,
-        "{passed} passed, {refused} were refused"
+        "{passed} passed, {refused} were rejected"
     );
     for answer in answers.iter().filter(|answer| answer.status != 200) {
         assert_eq!(
@@ -165,16 +168,17 @@ async fn an_address_that_sends_too_much_is_slowed_down_whatever_it_claims_to_be(
             Some("application/problem+json")
         );
     }
-    assert!(gateway.refused("ip_rate").await >= refused as u64);
-    eventually("it may send again", SOON, async || {
+    assert!(gateway.rejected_count("ip_rate").await >= refused as u64);
+    eventually("the address may send again", SOON, async || {
         (gateway.http.get("/v1/orders").await.unwrap().status == 200).then_some(())
     })
     .await;
 }
 
 #[tokio::test]
-async fn a_user_who_sends_too_much_is_slowed_down_and_others_are_not() {
-    let gateway = Gateway::start_with(&["--rate-per-user=1"], |_| Does::Answers(ok("{}"))).await;
+async fn a_user_is_rate_limited_and_others_are_not() {
+    let gateway =
+        Gateway::start_with(&["--rate-per-user=1"], |_| Reaction::Answers(ok("{}"))).await;
     let http = &gateway.http;
     let order = json!({ "user_id": "alice", "amount": 1 });
     let mut refused = 0;
@@ -191,34 +195,34 @@ async fn a_user_who_sends_too_much_is_slowed_down_and_others_are_not() {
         assert_eq!(
             http.get("/v1/orders").await.unwrap().status,
             200,
-            "nobody in particular"
+            "requests without a user are not limited"
         );
     }
-    assert!(refused >= 20, "only {refused} of 40 were refused");
-    assert!(gateway.refused("user_rate").await >= refused as u64);
+    assert!(refused >= 20, "only {refused} of 40 were rejected");
+    assert!(gateway.rejected_count("user_rate").await >= refused as u64);
 }
 
 #[tokio::test]
-async fn one_follower_too_many_is_told_to_come_again_and_counted() {
+async fn an_event_stream_above_the_limit_is_rejected_and_counted() {
     let nats = format!(
         "--nats-url=nats://127.0.0.1:{}",
         stack::ports::free_port().unwrap()
     );
     let arguments = ["--nats-password=x", &nats, "--event-streams-max=0"];
-    let gateway = Gateway::start_with(&arguments, |_| Does::Answers(ok("{}"))).await;
+    let gateway = Gateway::start_with(&arguments, |_| Reaction::Answers(ok("{}"))).await;
     let answer = gateway.http.get("/v1/orders/events").await.unwrap();
     assert_eq!(
         (answer.status, answer.header("retry-after")),
         (503, Some("1"))
     );
     assert_eq!(answer.json()["code"], "overloaded");
-    assert!(gateway.refused("event_streams").await >= 1);
+    assert!(gateway.rejected_count("event_streams").await >= 1);
 }
 
-/// An alarm on a counter that is absent does not tell a quiet gateway from one that cannot be asked.
+/// With an absent counter, an alert cannot distinguish "no rejections" from "no data".
 #[tokio::test]
-async fn what_was_never_refused_is_counted_as_zero() {
-    let gateway = Gateway::start(|_| Does::Answers(ok("{}"))).await;
+async fn rejection_counters_start_at_zero() {
+    let gateway = Gateway::start(|_| Reaction::Answers(ok("{}"))).await;
     let page = gateway.http.get("/metrics").await.unwrap().text();
     for reason in [
         "connections",
@@ -236,8 +240,8 @@ async fn what_was_never_refused_is_counted_as_zero() {
 }
 
 #[tokio::test]
-async fn nothing_is_limited_unless_it_is_asked_for() {
-    let gateway = Gateway::start(|_| Does::Answers(ok("{}"))).await;
+async fn rate_limits_are_off_by_default() {
+    let gateway = Gateway::start(|_| Reaction::Answers(ok("{}"))).await;
     let answers = join_all((0..400).map(|_| gateway.http.get("/v1/accounts/alice"))).await;
     assert!(
         answers

@@ -1,6 +1,6 @@
-//! The gateway, with the test in the place of the services behind it.
+//! Tests of the gateway with a scripted backend instead of the services.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 mod cors;
 mod forwarding;

@@ -1,8 +1,8 @@
-//! The document in the repository is the one that the code makes.
+//! The committed OpenAPI document matches the code.
 
 use serde_json::Value;
 
-use crate::harness::{Does, Gateway, ok};
+use crate::harness::{Gateway, Reaction, ok};
 
 #[test]
 fn the_openapi_document_in_the_repository_is_current() {
@@ -14,12 +14,12 @@ fn the_openapi_document_in_the_repository_is_current() {
     let stored = std::fs::read_to_string(path).unwrap_or_default();
     assert!(
         stored == current,
-        "gateway/openapi.json is not what the code makes: run `just openapi` and look at the difference"
+        "gateway/openapi.json is outdated: run `./dev openapi` and review the difference"
     );
 }
 
 #[test]
-fn every_operation_has_a_name_a_tag_that_is_described_and_an_example_for_every_error() {
+fn every_operation_has_a_name_a_described_tag_and_error_examples() {
     let document = serde_json::to_value(gateway::openapi()).unwrap();
     let tags: Vec<&Value> = document["tags"]
         .as_array()
@@ -38,23 +38,20 @@ fn every_operation_has_a_name_a_tag_that_is_described_and_an_example_for_every_e
             );
             assert!(operation["summary"].is_string(), "{what} has no summary");
             for tag in operation["tags"].as_array().unwrap() {
-                assert!(
-                    tags.contains(&tag),
-                    "{what}: nothing is said about tag {tag}"
-                );
+                assert!(tags.contains(&tag), "{what}: tag {tag} has no description");
             }
             let responses = operation["responses"].as_object().unwrap();
             for status in ["429", "500", "503", "400", "431"] {
                 assert!(
                     responses.contains_key(status),
-                    "{what} does not tell of {status}"
+                    "{what} does not document {status}"
                 );
             }
             for (status, response) in responses {
                 let response = match response["$ref"].as_str() {
                     Some(reference) => document
                         .pointer(&reference[1..])
-                        .unwrap_or_else(|| panic!("{reference} leads nowhere")),
+                        .unwrap_or_else(|| panic!("{reference} does not exist")),
                     None => response,
                 };
                 // Headers that are too large are rejected with a bare status.
@@ -73,12 +70,12 @@ fn every_operation_has_a_name_a_tag_that_is_described_and_an_example_for_every_e
     let count = names.len();
     names.sort_unstable();
     names.dedup();
-    assert_eq!(names.len(), count, "every operation has a name of its own");
+    assert_eq!(names.len(), count, "operation names are unique");
 }
 
 #[tokio::test]
 async fn the_document_is_served_as_json_and_as_yaml() {
-    let gateway = Gateway::start(|_| Does::Answers(ok("{}"))).await;
+    let gateway = Gateway::start(|_| Reaction::Answers(ok("{}"))).await;
     let json = gateway.http.get("/openapi.json").await.unwrap();
     assert_eq!(json.json()["openapi"], "3.1.0");
     let yaml = gateway.http.get("/openapi.yaml").await.unwrap();
@@ -99,10 +96,10 @@ async fn the_document_is_served_as_json_and_as_yaml() {
     }
 }
 
-/// The drop-down offers the whole, and each service's part of it.
+/// Swagger UI offers the whole document and each service's part of it.
 #[tokio::test]
-async fn the_documents_of_the_services_offer_what_the_gateway_serves_as_it_serves_it() {
-    let gateway = Gateway::start(|_| Does::Answers(ok("{}"))).await;
+async fn the_documents_of_the_services_match_the_gateways_document() {
+    let gateway = Gateway::start(|_| Reaction::Answers(ok("{}"))).await;
     let whole = gateway.http.get("/openapi.json").await.unwrap().json();
     for (part, operation) in [("orders", "createOrder"), ("payments", "createDeposit")] {
         let document = gateway

@@ -1,4 +1,4 @@
-//! The page: what goes out, how much of it, and what browsers are told about it.
+//! The web page: its files, their headers and sizes.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -6,16 +6,16 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use stack::http::Answer;
 
-use crate::harness::{Does, Gateway, ok};
+use crate::harness::{Gateway, Reaction, ok};
 
-/// Over the wire, compressed, all of it.
+/// All files together, compressed.
 const PAGE_BYTES_MAX: usize = 100 * 1000;
 
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("web")
 }
 
-/// Names below the folder, as they stand in a URL.
+/// Paths below the folder, as in URLs.
 fn files() -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     let mut folders = vec![folder()];
@@ -40,7 +40,7 @@ fn files() -> BTreeSet<String> {
 }
 
 async fn page() -> Gateway {
-    Gateway::start(|_| Does::Answers(ok("{}"))).await
+    Gateway::start(|_| Reaction::Answers(ok("{}"))).await
 }
 
 async fn get(gateway: &Gateway, path: &str, headers: &[(&str, &str)]) -> Answer {
@@ -95,7 +95,7 @@ async fn the_page_is_served_with_its_types_and_a_strict_policy() {
 }
 
 #[tokio::test]
-async fn what_is_not_part_of_the_page_is_not_found() {
+async fn other_files_are_not_found() {
     let gateway = page().await;
     for path in [
         "/assets/nothing.js",
@@ -114,7 +114,7 @@ async fn what_is_not_part_of_the_page_is_not_found() {
 }
 
 #[tokio::test]
-async fn who_has_a_file_already_is_told_so() {
+async fn a_cached_file_is_answered_with_304() {
     let gateway = page().await;
     let first = get(&gateway, "/assets/main.js", &[]).await;
     let tag = first.header("etag").unwrap();
@@ -138,7 +138,7 @@ async fn who_has_a_file_already_is_told_so() {
 }
 
 #[tokio::test]
-async fn all_of_the_page_is_small_over_the_wire() {
+async fn the_compressed_page_is_small() {
     let gateway = page().await;
     let mut bytes = 0;
     for name in files().iter().filter(|name| !name.ends_with(".md")) {
@@ -164,9 +164,9 @@ async fn all_of_the_page_is_small_over_the_wire() {
     );
 }
 
-/// With the policy, this is what keeps descriptions text.
+/// Together with the content security policy, this keeps descriptions plain text.
 #[test]
-fn the_page_makes_no_markup_of_text() {
+fn the_page_never_inserts_text_as_markup() {
     for name in files()
         .iter()
         .filter(|name| name.ends_with(".js") && !name.starts_with("vendor/"))
@@ -186,7 +186,7 @@ fn the_page_makes_no_markup_of_text() {
 }
 
 #[test]
-fn everything_that_is_said_is_said_in_both_languages() {
+fn every_text_exists_in_both_languages() {
     let names = |language: &str| -> BTreeSet<String> {
         let text = std::fs::read_to_string(folder().join(format!("i18n/{language}.js"))).unwrap();
         let names = text
@@ -202,7 +202,7 @@ fn everything_that_is_said_is_said_in_both_languages() {
         english.difference(&russian).collect::<Vec<_>>(),
         Vec::<&String>::new()
     );
-    // In English, the API's own words about fields and problems stand.
+    // English uses the API's own texts for fields and problems.
     let only_russian: Vec<_> = russian
         .difference(&english)
         .filter(|name| !name.starts_with("field.") && !name.starts_with("problem."))

@@ -2,11 +2,11 @@
 
 use bytes::Bytes;
 
-use crate::harness::{Does, Gateway, ok};
+use crate::harness::{Gateway, Reaction, ok};
 
 #[tokio::test]
 async fn every_code_in_the_document_has_a_page() {
-    let gateway = Gateway::start(|_| Does::Answers(ok("{}"))).await;
+    let gateway = Gateway::start(|_| Reaction::Answers(ok("{}"))).await;
     let document = gateway.http.get("/openapi.json").await.unwrap().json();
     let codes = document["components"]["schemas"]["ProblemCode"]["enum"]
         .as_array()
@@ -36,8 +36,8 @@ async fn every_code_in_the_document_has_a_page() {
 }
 
 #[tokio::test]
-async fn the_type_of_a_problem_leads_to_its_page() {
-    let gateway = Gateway::start(|_| Does::Answers(ok("{}"))).await;
+async fn the_type_of_a_problem_points_to_its_page() {
+    let gateway = Gateway::start(|_| Reaction::Answers(ok("{}"))).await;
     let problem = gateway.http.get("/problems/nothing").await.unwrap();
     assert_eq!(problem.status, 404);
     let page = problem.json()["type"].as_str().unwrap().to_owned();

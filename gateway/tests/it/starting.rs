@@ -1,4 +1,4 @@
-//! What the process says: to whoever starts it wrongly, and in its log.
+//! Errors at start, and the log of the process.
 
 use std::process::{Command, Stdio};
 
@@ -6,10 +6,10 @@ use bytes::Bytes;
 use stack::http::Http;
 use stack::testing::eventually;
 
-use crate::harness::{Does, SOON, Service};
+use crate::harness::{Reaction, SOON, Service};
 
 #[test]
-fn a_wrong_setting_is_told_in_one_line_without_a_backtrace() {
+fn a_wrong_setting_is_reported_in_one_line_without_a_backtrace() {
     let output = Command::new(env!("CARGO_BIN_EXE_gateway"))
         .args([
             "--listen=127.0.0.1:0",
@@ -27,11 +27,11 @@ fn a_wrong_setting_is_told_in_one_line_without_a_backtrace() {
 }
 
 #[tokio::test]
-async fn whoever_is_told_a_request_id_finds_it_in_the_log_of_whoever_told_it() {
+async fn a_request_id_is_in_the_log_of_the_service_that_answered() {
     let payments = Service::start(|_| {
         let head =
             "HTTP/1.1 409 Conflict\r\ncontent-type: application/problem+json\r\ncontent-length: 2";
-        Does::Answers(format!("{head}\r\n\r\n{{}}"))
+        Reaction::Answers(format!("{head}\r\n\r\n{{}}"))
     })
     .await;
     let [port, nobody] = [(); 2].map(|()| stack::ports::free_port().unwrap());
@@ -50,7 +50,10 @@ async fn whoever_is_told_a_request_id_finds_it_in_the_log_of_whoever_told_it() {
         .spawn()
         .unwrap();
     let http = Http::new(format!("http://127.0.0.1:{port}"));
-    eventually("it listens", SOON, async || http.get("/livez").await.ok()).await;
+    eventually("the gateway listens", SOON, async || {
+        http.get("/livez").await.ok()
+    })
+    .await;
     let ask = async |method: &str, path: &str, id: &str| {
         http.request(method, path, &[("x-request-id", id)], Bytes::new())
             .await
@@ -62,10 +65,10 @@ async fn whoever_is_told_a_request_id_finds_it_in_the_log_of_whoever_told_it() {
         ask("PUT", "/v1/orders", "id-405").await,
         ask("GET", "/v1/orders/events", "id-without-broker").await,
         ask("GET", "/v1/orders/7", "id-away").await,
-        // What payments tells, payments has in its own log.
+        // An answer of payments is in the log of payments.
         ask("GET", "/v1/accounts/alice", "id-409").await,
     ];
-    eventually("alice is slowed down", SOON, async || {
+    eventually("alice is rate limited", SOON, async || {
         (ask("GET", "/v1/accounts/alice", "id-429").await == 429).then_some(())
     })
     .await;
@@ -91,7 +94,7 @@ async fn whoever_is_told_a_request_id_finds_it_in_the_log_of_whoever_told_it() {
         matches!(lines("id-away")[..], [cause, answer] if cause.contains(" WARN ") && answer.contains(" INFO ")),
         "{log}"
     );
-    // As many lines as requests would make it worse.
+    // Rejected requests are not logged: one line per request would add to the load.
     assert!(
         lines("id-409").is_empty() && lines("id-429").is_empty(),
         "{log}"

@@ -1,15 +1,15 @@
-//! What comes over the wire and is no request as it should be. The limits of the server itself are tested in service-kit.
+//! Malformed and unusual HTTP. The limits of the server itself are tested in service-kit.
 
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use crate::harness::{Does, Gateway, SOON, ok, problem};
+use crate::harness::{Gateway, Reaction, SOON, ok, problem};
 
 #[tokio::test]
 async fn a_malformed_request_is_rejected_and_not_forwarded() {
-    let gateway = Gateway::start(|_| Does::Answers(ok("{}"))).await;
+    let gateway = Gateway::start(|_| Reaction::Answers(ok("{}"))).await;
     let head = "Host: x\r\nContent-Type: application/json\r\nConnection: close\r\n";
     let large = format!(
         "POST /v1/orders HTTP/1.1\r\n{head}Content-Length: 20000\r\n\r\n{}",
@@ -71,7 +71,7 @@ async fn a_malformed_request_is_rejected_and_not_forwarded() {
         (&format!("CONNECT orders:8081 HTTP/1.1\r\n{head}\r\n"), 404),
         (&format!("TRACE /v1/orders HTTP/1.1\r\n{head}\r\n"), 405),
     ] {
-        let answer = gateway.say(bytes).await;
+        let answer = gateway.send_raw(bytes).await;
         let what = &bytes[..bytes.len().min(120)];
         // HTTP that cannot be parsed gets a bare status; the rest gets a problem document.
         match answer.strip_suffix("\r\n\r\n") {
@@ -82,23 +82,27 @@ async fn a_malformed_request_is_rejected_and_not_forwarded() {
             None => assert_eq!(problem(&answer).0, status, "{what}: {answer}"),
         }
     }
-    assert_eq!(gateway.behind.seen().len(), 0);
+    assert_eq!(gateway.backend.requests().len(), 0);
 }
 
 #[tokio::test]
-async fn what_is_strange_but_allowed_is_handed_on_as_one_plain_request() {
-    let gateway = Gateway::start(|_| Does::Answers(ok("{}"))).await;
+async fn unusual_but_valid_http_is_forwarded_as_one_plain_request() {
+    let gateway = Gateway::start(|_| Reaction::Answers(ok("{}"))).await;
     for bytes in [
         "GET http://evil.example/v1/orders?a=b HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n",
         "GET /v1/orders?a=b HTTP/1.0\r\n\r\n",
     ] {
-        assert!(gateway.say(bytes).await.contains(" 200 OK\r\n"), "{bytes}");
+        assert!(
+            gateway.send_raw(bytes).await.contains(" 200 OK\r\n"),
+            "{bytes}"
+        );
     }
-    // A length beside chunks is how requests are smuggled past proxies: what goes on has one length, made here.
+    // A length in addition to chunks is used for request smuggling: the forwarded request has one
+    // length, set by the gateway.
     let smuggled = "POST /v1/orders HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: 5\r\n\
                     Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n";
-    let answer = gateway.say(smuggled).await;
-    let seen = gateway.behind.seen();
+    let answer = gateway.send_raw(smuggled).await;
+    let seen = gateway.backend.requests();
     assert!(
         seen[..2]
             .iter()
@@ -117,14 +121,14 @@ async fn what_is_strange_but_allowed_is_handed_on_as_one_plain_request() {
 }
 
 #[tokio::test]
-async fn a_body_that_comes_too_slowly_is_given_up() {
-    let gateway = Gateway::start(|_| Does::Answers(ok("{}"))).await;
+async fn a_request_with_a_slow_body_times_out() {
+    let gateway = Gateway::start(|_| Reaction::Answers(ok("{}"))).await;
     let mut stream = TcpStream::connect(gateway.address).await.unwrap();
     let head = "POST /v1/orders HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n";
     stream.write_all(head.as_bytes()).await.unwrap();
     let (mut reading, mut writing) = stream.into_split();
     let drip = async {
-        // A little now and then does not keep it open.
+        // Sending a few bytes now and then does not keep the request open.
         while writing.write_all(b" ").await.is_ok() {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
@@ -136,5 +140,5 @@ async fn a_body_that_comes_too_slowly_is_given_up() {
         () = drip => {}
     }
     assert_eq!(problem(&answer), (408, "request_timeout".to_owned()));
-    assert_eq!(gateway.behind.seen().len(), 0);
+    assert_eq!(gateway.backend.requests().len(), 0);
 }
