@@ -1,13 +1,14 @@
 # All images of Gozon; docker-compose.yml names the stage of each.
 #
-# Builds with BuildKit, the default since Docker 23; before that, set DOCKER_BUILDKIT=1 and COMPOSE_DOCKER_CLI_BUILD=1.
+# Builds with BuildKit, the default since Docker 23; before that, set DOCKER_BUILDKIT=1 and
+# COMPOSE_DOCKER_CLI_BUILD=1.
 
 FROM rust:1.95-slim-bookworm AS rust
 WORKDIR /src
 
-# In /manifests, what decides about dependencies and nothing else: manifests and lock file, with an empty program behind
-# each target. In /src, what the programs are built from. BuildKit compares contents, so whatever is not in one of them
-# leaves its layers as they are.
+# /manifests contains only what determines the dependencies: manifests and lock file, with an empty
+# program for each target. /src contains the sources of the programs. BuildKit compares contents, so
+# changes to other files do not invalidate the layers below.
 FROM rust AS sources
 COPY . .
 RUN mkdir /manifests && cp Cargo.toml Cargo.lock /manifests/ \
@@ -23,7 +24,7 @@ RUN mkdir /manifests && cp Cargo.toml Cargo.lock /manifests/ \
  && for crate in e2e protocol-model stack; do rm -rf "$crate" && cp -r "/manifests/$crate" . || exit 1; done \
  && rm -rf nats recipes
 
-# The layer of the dependencies: made again only when a manifest changes.
+# The layer with the dependencies: rebuilt only when a manifest changes.
 FROM rust AS dependencies
 COPY --from=sources /manifests ./
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
@@ -31,11 +32,11 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry \
 
 FROM dependencies AS build
 COPY --from=sources /src ./
-# Cargo goes by time stamps, and the empty programs are younger than the sources.
+# Cargo compares timestamps, and the empty programs are newer than the sources.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     find . -path ./target -prune -o -name '*.rs' -exec touch {} + \
  && cargo build --locked --release --package orders --package payments --package gateway --package ops
-# Of Debian, an image gets the few libraries that its program names. Without a shell there is nothing to break into.
+# From Debian, an image contains only the libraries that its program needs. It has no shell.
 RUN for program in orders payments gateway gozon; do \
       root=/images/$program; \
       mkdir -p "$root/etc/ssl/certs" && cp "target/release/$program" "$root/" \
@@ -69,8 +70,8 @@ COPY --from=build /images/gozon /
 USER 65532:65532
 ENTRYPOINT ["/gozon"]
 
-# The broker with our configuration, and a data folder that belongs to its user. Alpine, because its health check needs
-# a shell's tools.
+# The broker with Gozon's configuration, and a data folder that its user owns. Alpine, because the
+# health check needs wget.
 FROM nats:2.15-alpine AS nats
 COPY nats/container.conf nats/single.conf nats/users.conf /etc/gozon/
 RUN mkdir /data && chown 65532:65532 /data
@@ -78,9 +79,9 @@ USER 65532:65532
 ENTRYPOINT ["nats-server"]
 CMD ["--config", "/etc/gozon/container.conf"]
 
-# PostgreSQL with a role and a database for one service, made when the data folder is.
+# PostgreSQL. When the data folder is created, so are a role and a database for one service.
 FROM postgres:18 AS database
 COPY recipes/compose-database.sh /docker-entrypoint-initdb.d/
-# A tmpfs is mounted there, and takes its mode over.
+# The tmpfs that is mounted here gets this mode.
 RUN chmod 3777 /var/run/postgresql
 USER postgres

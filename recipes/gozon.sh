@@ -15,8 +15,8 @@ NATS_URL=nats://127.0.0.1:$((4222 + offset))
 NATS_OPS_PASSWORD=$(secret nats_ops)
 export GOZON_ORDERS_DATABASE_URL GOZON_PAYMENTS_DATABASE_URL NATS_URL NATS_OPS_PASSWORD
 
-# The newest build. A debug build is brought up to date first, with the whole workspace: alone, the tool would be compiled
-# with other features of its dependencies.
+# The newest build. A debug build is brought up to date first, with the whole workspace: alone, the
+# tool would be compiled with other features of its dependencies.
 target=${CARGO_TARGET_DIR:-$repo/target}
 gozon=$(ls -t "$target/release/gozon" "$target/debug/gozon" 2>/dev/null | head -n 1 || true)
 if [ "$gozon" != "$target/release/gozon" ]; then

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the long checks one after the other and goes on after a failure. Writes durations and results to
+# Runs the long checks one after the other, also after a failure. Writes durations and results to
 # e2e/reports/long.md, or to target/long/long.md if NAMES select some of the checks.
 #   recipes/long.sh [NAME ...]
 set -euo pipefail

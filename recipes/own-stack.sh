@@ -2,7 +2,7 @@
 target=${CARGO_TARGET_DIR:-target}
 stack=()
 
-own_stack() { # sets $url, $folder and $offset; the stack is stopped and deleted when this script exits
+own_stack() { # sets $url, $folder and $offset; the stack is deleted when this script exits
   cargo build --locked --workspace --bins --quiet
   folder=$(mktemp -d)
   chmod 755 "$folder"

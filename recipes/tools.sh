@@ -1,4 +1,5 @@
-# To be sourced by recipes: tools from npm and PyPI, installed into the private folder when they are first needed.
+# To be sourced by recipes: tools from npm and PyPI, installed into the private folder when they are
+# first needed.
 . recipes/env.sh
 tools=$GOZON_TOOLS
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Tests the web page in Chromium, against a stack of its own.
 #   recipes/web.sh [--screenshots FOLDER] [WORDS ...]
-# WORDS select the tests whose names contain them, in this order. Every run writes screenshots of all views to
-# target/web-screenshots; --screenshots also writes the two of the README to FOLDER. CHROMIUM names the browser to use.
+# WORDS select the tests whose names contain them, in this order. Every run writes screenshots of
+# all views to target/web-screenshots; --screenshots also writes those of the README to FOLDER.
+# CHROMIUM names the browser to use.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . recipes/tools.sh
