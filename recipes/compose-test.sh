@@ -175,7 +175,7 @@ until_true 120 placed 80
 broker=$(container nats)
 docker kill "$broker" >/dev/null
 until_true 120 placed 160
-echo "nats was killed, and $(find "$work/orders" -type f | wc -l) orders are taken"
+echo "nats was killed, and $(find "$work/orders" -type f | wc -l) orders are placed"
 docker start "$broker" >/dev/null
 crash orders
 until_true 120 placed 200
@@ -195,7 +195,7 @@ until_true 20 grep --quiet '"status":"CANCELLED"' "$work/live"
 kill "$listening"
 grep '^data' "$work/live"
 
-say "Everything settles: money for 200 of 300"
+say "All orders become final: money for 200 of 300"
 address=$(gateway)
 settle 1 300 200 100
 audit

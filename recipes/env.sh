@@ -36,7 +36,7 @@ setup_tools() {
   fi
   tools_are_installed && return
   mkdir -p "$GOZON_TOOLS"
-  # Two commands at once must not install at once.
+  # Concurrent commands must not install at the same time.
   if command -v flock >/dev/null; then
     exec 9>"$GOZON_TOOLS/lock"
     flock 9

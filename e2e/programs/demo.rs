@@ -28,7 +28,7 @@ const AFFORDABLE: i64 = 15;
 const REPEAT_AFTER: usize = 8;
 const REPEATED: u64 = 2;
 const KILL_AT: usize = 10;
-/// Much longer than needed.
+/// Timeout, much longer than needed.
 const WITHIN: Duration = Duration::from_secs(60);
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 /// Short timers: by default the broker redelivers the messages of a dead process after 30 s.

@@ -1,8 +1,8 @@
-//! `./dev overload`: sends five times the orders that the system can take. It must answer quickly,
-//! accept what it can, settle all it accepted, and reach full speed again afterwards. Prints
-//! figures; exit code 1 if it did not.
+//! `./dev overload`: sends five times the orders that the system can process. It must answer
+//! quickly, accept what it can, make all accepted orders final, and regain its full capacity.
+//! Prints figures; exit code 1 if it did not.
 //!
-//! A load generator on the same machine cannot send five times what the system can take: both share
+//! A load generator on the same machine cannot send five times its capacity: both share
 //! the processors. So the connection between orders and its database is slowed down, and the
 //! database becomes the bottleneck.
 
@@ -36,8 +36,7 @@ const OPEN_MAX: usize = 1000;
 const COME_AGAIN: Duration = Duration::from_millis(100);
 const TICK: Duration = Duration::from_millis(5);
 const SETTLED_WITHIN: Duration = Duration::from_secs(120);
-/// A client that gets no answer for longer gives up, so nearly every request must be answered
-/// before.
+/// Clients give up after this time, so nearly all requests must be answered within it.
 const ANSWER_P99_MAX: Duration = Duration::from_secs(3);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 /// The generator must send at least this share of its requests, or the run proves nothing.
@@ -50,7 +49,7 @@ const RECOVERED_SHARE_MIN: f64 = 0.7;
 /// Sends more orders than the system can process.
 #[derive(Parser)]
 struct Arguments {
-    /// How many times the capacity.
+    /// Load as a multiple of the capacity.
     #[arg(long, default_value_t = 5.0)]
     times: f64,
     /// Duration in seconds.

@@ -65,7 +65,7 @@ pub async fn replay_stream(broker: &Broker, stream: &str, at_most: u64) -> anyho
             for ack in acks.drain(..) {
                 anyhow::ensure!(
                     !ack.into_future().await?.duplicate,
-                    "a new message id is taken for an old one"
+                    "the broker treats a new message id as a duplicate"
                 );
             }
         }
@@ -73,7 +73,7 @@ pub async fn replay_stream(broker: &Broker, stream: &str, at_most: u64) -> anyho
     for ack in acks {
         anyhow::ensure!(
             !ack.into_future().await?.duplicate,
-            "a new message id is taken for an old one"
+            "the broker treats a new message id as a duplicate"
         );
     }
     Ok(published)

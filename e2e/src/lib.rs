@@ -1,5 +1,5 @@
-//! What the tests of the whole system (`tests/it`) and the programs (`programs`: demo, bench,
-//! overload, kill matrix, bounty, chaos) share.
+//! Shared by the tests of the whole system (`tests/it`) and the programs in `programs`: demo,
+//! bench, overload, kill matrix, bounty and chaos.
 
 use std::time::Duration;
 

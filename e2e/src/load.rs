@@ -36,9 +36,9 @@ pub struct Plan {
 /// Counts so far.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counts {
-    /// Orders of which the first request was sent.
+    /// Orders whose first request was sent.
     pub orders_begun: u64,
-    /// Deposits of which the first request was sent.
+    /// Deposits whose first request was sent.
     pub deposits_begun: u64,
     /// Orders answered with 2xx.
     pub orders: u64,
@@ -94,7 +94,6 @@ impl Customers {
         self.give_up_at.set(Some(give_up_at));
     }
 
-    /// The record.
     pub fn into_history(self) -> History {
         History {
             exchanges: self.exchanges.into_inner(),

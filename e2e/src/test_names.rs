@@ -69,7 +69,7 @@ fn rust_files(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// `http/orders.rs` is the module `http::orders`; `main.rs` is none.
+/// `http/orders.rs` is the module `http::orders`; `main.rs` has no module.
 fn module_of(file: &Path) -> String {
     let path = file.with_extension("");
     let parts = path.iter().map(|part| part.to_string_lossy());

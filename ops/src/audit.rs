@@ -237,7 +237,7 @@ async fn rows<T: FromQueryResult>(
     .await
 }
 
-/// Findings reported per kind. More than this help nobody.
+/// Findings reported per kind. More are not useful.
 const FINDINGS_MAX: usize = 1000;
 /// Id of the extra finding that is added when the list was cut at [`FINDINGS_MAX`].
 const TRUNCATED_ID: &str = "and more";

@@ -13,7 +13,11 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 pub(crate) fn dead_letter(letter: &ServiceDeadLetter) -> String {
-    let state = if letter.waits { "waits" } else { "replayed" };
+    let state = if letter.waits {
+        "unresolved"
+    } else {
+        "replayed"
+    };
     format!(
         "{} {:<8} {:<10} {:<10} {:>3}x {}  {}",
         letter.id,
@@ -63,8 +67,8 @@ pub(crate) fn order(tables: &Value) -> String {
 
 pub(crate) fn replays(replays: &[Replay]) -> String {
     let line = |one: &Replay| {
-        let would = if one.dry_run { "would be " } else { "" };
-        format!("{} {would}{}: {}", one.id, one.outcome, one.detail)
+        let dry_run = if one.dry_run { " (dry run)" } else { "" };
+        format!("{} {}{dry_run}: {}", one.id, one.outcome, one.detail)
     };
     match replays.is_empty() {
         true => "There are no unresolved dead letters.".to_owned(),

@@ -300,7 +300,7 @@ impl Bench {
         if self.measures(Part::Backlog) {
             self.backlog(figures).await?;
         }
-        // The baseline of the next two.
+        // The baseline for the next two measurements.
         if self.measures(Part::Saturation)
             || self.measures(Part::Hot)
             || self.measures(Part::Replicas)

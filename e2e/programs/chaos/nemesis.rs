@@ -18,7 +18,7 @@ const CUTS_WITHIN: Duration = Duration::from_secs(45);
 /// A relay waits 4 seconds for each lost PubAck. Many in a row would hide all other faults from it.
 const LOST_PUBACKS: usize = 3;
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
-/// Before the first fault, so that there is load.
+/// Delay before the first fault, until there is load.
 const CALM: Duration = Duration::from_secs(2);
 /// Messages in a replay: enough to matter, and few enough to leave time for other faults.
 const REPLAYED_MAX: u64 = 500;
@@ -463,7 +463,7 @@ impl Nemesis {
     }
 
     /// Starts a part and waits until it is ready. PostgreSQL may need several attempts while
-    /// children of the killed one are still ending.
+    /// child processes of the killed server are still exiting.
     async fn start(&mut self, name: &'static str) -> anyhow::Result<()> {
         let deadline = Instant::now() + START_WITHIN;
         loop {

@@ -21,9 +21,9 @@ pub(crate) struct Report {
     pub(crate) seed: u64,
     /// Total duration.
     pub(crate) seconds: f64,
-    /// Orders begun, and answered with 2xx.
+    /// Orders sent, and those answered with 2xx.
     pub(crate) orders: [u64; 2],
-    /// Deposits begun, and answered with 2xx.
+    /// Deposits sent, and those answered with 2xx.
     pub(crate) deposits: [u64; 2],
     /// All requests.
     pub(crate) exchanges: u64,

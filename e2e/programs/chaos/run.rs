@@ -127,7 +127,7 @@ pub(crate) async fn run(settings: &Settings) -> anyhow::Result<Report> {
     ))
 }
 
-/// On a terminal one line that is overwritten; elsewhere a line now and then.
+/// On a terminal, overwrites one line; elsewhere, prints a line now and then.
 fn show(line: &str, last: &mut String) {
     let mut out = std::io::stderr();
     // Progress is not important: errors are ignored.

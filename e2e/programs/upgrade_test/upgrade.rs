@@ -145,7 +145,7 @@ impl Upgrade {
     }
 }
 
-/// SIGTERM, and waits for the end.
+/// Sends SIGTERM and waits for the exit.
 async fn stop(process: &mut Process) -> anyhow::Result<()> {
     process.signal(Signal::TERM)?;
     let deadline = Instant::now() + READY_WITHIN;

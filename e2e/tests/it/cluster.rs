@@ -119,7 +119,7 @@ async fn f18_a_duplicate_sent_while_the_first_is_being_stored_is_stored_once() {
     ops.until_connected().await;
     let send = async |id: &str| {
         let message = PublishMessage::build().message_id(id).payload("{}".into());
-        // This subject has no reader.
+        // No consumer reads this subject.
         ops.jetstream()
             .send_publish("gozon.orders.probe", message)
             .await

@@ -64,7 +64,7 @@ async fn f12_nothing_is_lost_when_the_disk_of_the_database_is_full() {
             (503, Some("application/problem+json"))
         );
         disk.free().unwrap();
-        // It may have given up, so restart it, as its supervisor would.
+        // PostgreSQL may have given up, so restart it, as its supervisor would.
         if shop.stack.system.ended("postgres").is_some() {
             eventually("it is running again", SOON, async || {
                 shop.stack.system.start("postgres").await.ok()
@@ -129,7 +129,7 @@ async fn f13_nothing_is_lost_when_fsync_of_the_database_fails() {
             not_tested("F13: there is no strace");
             return;
         };
-        let failed = eventually("it fails", SOON, async || {
+        let failed = eventually("fsync fails", SOON, async || {
             // Without permission to trace other processes, strace ends at once.
             if strace.try_wait().ok().flatten().is_some() {
                 return Some(false);
@@ -145,7 +145,7 @@ async fn f13_nothing_is_lost_when_fsync_of_the_database_fails() {
                 }
                 anyhow::Ok(())
             };
-            // It may fail at this moment.
+            // This query may fail too.
             let _ = tokio::time::timeout(Duration::from_secs(1), write).await;
             std::fs::read_to_string(&log).is_ok_and(|log| log.contains("PANIC")).then_some(true)
         })

@@ -396,7 +396,7 @@ async fn event_streams_send_a_reset_after_the_broker_lost_everything() {
     assert_eq!(read["status"], "FINISHED");
     let after = place(&shop.http, "alice").await;
     let received = listener.until_final(&after).await;
-    // After such a loss, events of final orders are published again; no client is data that they
+    // After such a loss, events of final orders are published again; no client is told that they
     // are NEW.
     assert!(
         received.iter().all(|event| event.order().0 != before),

@@ -53,7 +53,7 @@ async fn killed_under_load(name: &str) {
     let mut shop = shop_with_customers().await;
     place_orders_while(&mut shop, async |shop| {
         shop.stack.system.kill(name).await.unwrap();
-        // PostgreSQL may need a second attempt while children of the killed one are still ending.
+        // PostgreSQL may need a second attempt while processes of the killed server are exiting.
         eventually("it is running again", SOON, async || {
             shop.stack.system.start(name).await.ok()
         })
@@ -340,7 +340,7 @@ async fn outbox_and_inbox_stay_bounded_under_load() {
         shop.database("orders").await,
         shop.database("payments").await,
     );
-    let mut looks = 0;
+    let mut samples = 0;
     let look = async {
         loop {
             for (most, table) in most.iter_mut().zip(tables) {
@@ -348,7 +348,7 @@ async fn outbox_and_inbox_stay_bounded_under_load() {
                 let db = if name == "orders" { &orders } else { &payments };
                 *most = (*most).max(count(db, table).await);
             }
-            looks += 1;
+            samples += 1;
         }
     };
     tokio::select! {
@@ -360,8 +360,8 @@ async fn outbox_and_inbox_stay_bounded_under_load() {
     // Each order adds two rows to the outbox of orders, and one to each of the others.
     for (most, made) in most.into_iter().zip([2 * placed, placed, placed, placed]) {
         assert!(
-            looks > 10 && most > 0 && most < made as i64 / 2,
-            "{most} of {made} rows existed at the same time, in {looks} samples"
+            samples > 10 && most > 0 && most < made as i64 / 2,
+            "{most} of {made} rows existed at the same time, in {samples} samples"
         );
     }
 }
@@ -469,7 +469,7 @@ async fn parts_may_start_in_any_order() {
     for name in ["gateway", "payments", "orders"] {
         shop.stack.system.spawn(name).unwrap();
         let http = Http::new(shop.stack.system.address(name));
-        eventually("it lives", SOON, async || {
+        eventually("the service is alive", SOON, async || {
             http.get("/livez")
                 .await
                 .ok()

@@ -366,8 +366,8 @@ async fn f52_all_processes_are_killed_at_once() {
                 shop.stack.system.spawn(name).unwrap();
             }
             for name in names {
-                // PostgreSQL may need a second attempt while children of the killed one are still
-                // ending.
+                // PostgreSQL may need a second attempt while processes of the killed server are
+                // exiting.
                 eventually("it is running again", SOON, async || {
                     if shop.stack.system.pid(name).is_none() {
                         shop.stack.system.spawn(name).unwrap();

@@ -226,13 +226,13 @@ async fn forwarded_requests_carry_the_request_id_and_the_trace() {
         let seen = gateway.backend.requests().split_off(before);
         assert_eq!(seen.len(), asked, "{path}");
         for seen in seen {
-            let told = (
+            let body = (
                 seen.header("x-request-id"),
                 seen.header("traceparent"),
                 seen.header("cookie"),
             );
             assert_eq!(
-                told,
+                body,
                 (Some("find-me"), Some(traceparent), None),
                 "{path}: {}",
                 seen.line
@@ -429,13 +429,13 @@ async fn the_answer_after_a_panic_contains_the_key_made_by_the_gateway() {
         .post("/v1/orders", None, &json!({ "user_id": "a", "amount": 1 }))
         .await
         .unwrap();
-    let told = answer.json();
+    let body = answer.json();
     assert_eq!(
-        (answer.status, &told["code"], &told["outcome"]),
+        (answer.status, &body["code"], &body["outcome"]),
         (500, &json!("internal_error"), &json!("unknown")),
-        "{told}"
+        "{body}"
     );
-    assert_eq!(told["idempotency_key"], seen.lock().unwrap().as_str());
+    assert_eq!(body["idempotency_key"], seen.lock().unwrap().as_str());
     assert!(!answer.text().contains("a bug"), "no innards");
     serving.abort();
 }
@@ -493,11 +493,11 @@ async fn a_stopping_gateway_answers_all_accepted_requests() {
         (200, &json!("NEW")),
         "the answer has the current state of the order"
     );
-    let told = orders.json();
+    let body = orders.json();
     assert_eq!(
-        (orders.status, &told["outcome"], &told["idempotency_key"]),
+        (orders.status, &body["outcome"], &body["idempotency_key"]),
         (503, &json!("unknown"), &json!("k")),
-        "{told}"
+        "{body}"
     );
     assert!(
         begun.elapsed() < Duration::from_secs(10),

@@ -34,14 +34,14 @@ async fn a_request_id_is_in_the_log_of_the_service_that_answered() {
         Reaction::Answers(format!("{head}\r\n\r\n{{}}"))
     })
     .await;
-    let [port, nobody] = [(); 2].map(|()| stack::ports::free_port().unwrap());
+    let [port, unused_port] = [(); 2].map(|()| stack::ports::free_port().unwrap());
     let mut process = Command::new(env!("CARGO_BIN_EXE_gateway"))
         .args([
             &format!("--listen=127.0.0.1:{port}"),
             &format!("--payments-url=http://{}", payments.address),
         ])
         .args([
-            &format!("--orders-url=http://127.0.0.1:{nobody}"),
+            &format!("--orders-url=http://127.0.0.1:{unused_port}"),
             "--rate-per-user=1",
         ])
         .env("RUST_LOG", "info")

@@ -37,7 +37,7 @@ struct Content {
     description: String,
 }
 
-/// What the answer to one attempt tells.
+/// The outcome that the answer to an attempt reports.
 enum Outcome {
     /// 2xx.
     Done { id: String },

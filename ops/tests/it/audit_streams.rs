@@ -73,7 +73,7 @@ impl TestShop {
             assert_ne!(order["status"], "NEW");
             orders.push(order);
         }
-        eventually("all is published", SOON, async || {
+        eventually("all events are published", SOON, async || {
             let outboxes = outbox::status(&self.databases).await.unwrap();
             outboxes
                 .iter()
@@ -187,7 +187,7 @@ async fn every_fault_planted_in_a_stream_is_reported_once() {
 
     let paid = json!({ "outcome": "paid" });
     let refused = |reason: &str| json!({ "outcome": "declined", "reason": reason });
-    let nobody = json!({ "id": UNKNOWN_ORDER, "user_id": "alice", "amount": 30 });
+    let unknown = json!({ "id": UNKNOWN_ORDER, "user_id": "alice", "amount": 30 });
     let with = |mut body: Value, field: &str, value: Value| {
         body[field] = value;
         body
@@ -205,7 +205,7 @@ async fn every_fault_planted_in_a_stream_is_reported_once() {
             "the order has no decision",
             SETTLED,
             None,
-            body_about(&nobody, &paid),
+            body_about(&unknown, &paid),
         )
         .await;
     for (number, words, what, body) in [
@@ -354,7 +354,7 @@ async fn every_fault_planted_in_a_stream_is_reported_once() {
     for name in ["orders", "payments"] {
         shop.stack.system.start(name).await.unwrap();
     }
-    let letters = eventually("all dead letters are there", SOON, async || {
+    let letters = eventually("all dead letters are stored", SOON, async || {
         let letters = dead_letters::list(&shop.databases).await.unwrap();
         (letters.len() == read_by_services).then_some(letters)
     })
@@ -373,7 +373,7 @@ async fn every_fault_planted_in_a_stream_is_reported_once() {
     for letter in &letters {
         shop.replay(letter).await;
     }
-    eventually("all are back", SOON, async || {
+    eventually("all dead letters are back", SOON, async || {
         let letters = dead_letters::list(&shop.databases).await.unwrap();
         letters
             .iter()
@@ -395,8 +395,8 @@ async fn an_order_that_exists_only_in_the_stream_is_reported() {
     let mut shop = TestShop::start().await;
     shop.place_orders(1).await;
     shop.stack.system.stop("payments").await.unwrap();
-    let nobody = json!({ "id": UNKNOWN_ORDER, "user_id": "alice", "amount": 30 });
-    shop.publish_forged(PLACED, None, &body_about(&nobody, &json!({})))
+    let unknown = json!({ "id": UNKNOWN_ORDER, "user_id": "alice", "amount": 30 });
+    shop.publish_forged(PLACED, None, &body_about(&unknown, &json!({})))
         .await;
     let report = shop.audit().await;
     assert_eq!(

@@ -76,7 +76,7 @@ async fn streams_consumers_and_messages_are_shown() {
         (found[1].last_sequence, found[1].max_bytes),
         (newest.sequence, 1 << 30)
     );
-    let found = eventually("all is acknowledged", SOON, async || {
+    let found = eventually("all messages are acknowledged", SOON, async || {
         let found = shop.consumers().await.unwrap();
         found
             .iter()
