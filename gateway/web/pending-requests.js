@@ -24,7 +24,7 @@ const aborts = new Map();
 
 /// `steps`: { kind, path, body }. Returns the answers in order, or throws a Problem if a request is
 /// rejected.
-export function submit(steps) {
+export function submitRequests(steps) {
   const operation = { id: newKey(), begun_at: new Date().toISOString(), steps: steps.map((step) => ({ ...step, key: newKey() })), answers: [] };
   persist(operation);
   return withLock(operation.id, () => run(operation));

@@ -36,7 +36,7 @@ export default {
   'status.NEW': 'New',
   'status.FINISHED': 'Paid',
   'status.CANCELLED': 'Cancelled',
-  'reason.insufficient_funds': 'insufficient funds',
+  'reason.insufficient_funds': 'not enough money',
   'reason.no_account': 'no account',
 
   'hero.title': 'See money move exactly once',

@@ -36,7 +36,7 @@ export default {
   'status.NEW': 'Новый',
   'status.FINISHED': 'Оплачен',
   'status.CANCELLED': 'Отменён',
-  'reason.insufficient_funds': 'недостаточно средств',
+  'reason.insufficient_funds': 'не хватает денег',
   'reason.no_account': 'нет счёта',
 
   'hero.title': 'Деньги списываются ровно один раз',

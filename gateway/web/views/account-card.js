@@ -1,7 +1,7 @@
 // The current account: its user, its balance, and a deposit form.
 
 import { html, useEffect, useRef, useState } from '../vendor/htm-preact.js';
-import { submit } from '../pending-requests.js';
+import { submitRequests } from '../pending-requests.js';
 import { t } from '../i18n.js';
 import { onChange, reloads } from '../live.js';
 import { currency, learnCurrency, money, parseMoney } from '../money.js';
@@ -74,7 +74,7 @@ function TopUp({ userId, onAdded }) {
     setProblem(undefined);
     setSending(true);
     try {
-      await submit([{ kind: 'deposit', path: `/v1/accounts/${encodeURIComponent(userId)}/deposits`, body: { amount: minor } }]);
+      await submitRequests([{ kind: 'deposit', path: `/v1/accounts/${encodeURIComponent(userId)}/deposits`, body: { amount: minor } }]);
       setAmount('');
       announce(t('shop.added', { amount: money(minor) }));
       onAdded();
@@ -113,7 +113,7 @@ export function OpenAccount({ userId, onOpened }) {
     setProblem(undefined);
     setSending(true);
     try {
-      await submit([{ kind: 'account', path: '/v1/accounts', body: { user_id: userId } }]);
+      await submitRequests([{ kind: 'account', path: '/v1/accounts', body: { user_id: userId } }]);
       shopAs(userId);
       onOpened();
     } catch (refused) {

@@ -2,7 +2,7 @@
 
 import { html, useState } from '../vendor/htm-preact.js';
 import { read } from '../api.js';
-import { submit, pendingRequests } from '../pending-requests.js';
+import { pendingRequests, submitRequests } from '../pending-requests.js';
 import { t } from '../i18n.js';
 import { noteOwnChange } from '../live.js';
 import { currency, learnCurrency, money, parseMoney } from '../money.js';
@@ -37,7 +37,7 @@ function FirstVisit() {
     const userId = demoName();
     const account = encodeURIComponent(userId);
     try {
-      const answers = await submit([
+      const answers = await submitRequests([
         { kind: 'account', path: '/v1/accounts', body: { user_id: userId } },
         { kind: 'deposit', path: `/v1/accounts/${account}/deposits`, body: { amount: DEMO_MONEY } },
         orderStep(userId, GOODS[1][1], t('goods.lamp')),
@@ -95,7 +95,7 @@ function Goods({ userId }) {
     setProblem(undefined);
     setSending((count) => count + 1);
     try {
-      const [{ answer }] = await submit([orderStep(userId, minor, what)]);
+      const [{ answer }] = await submitRequests([orderStep(userId, minor, what)]);
       follow(answer);
       return true;
     } catch (refused) {
