@@ -49,8 +49,9 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Check that orders, decisions, debits, balances and streams are consistent. Exit code 1 if
-    /// they are not.
+    /// Check that orders, decisions, debits, balances and streams are consistent.
+    ///
+    /// Exit code 1 if there are findings, 2 if the audit could not run.
     Audit {
         /// Time before a second pass, which must confirm each finding.
         #[arg(long, default_value_t = 5.0)]
@@ -98,9 +99,10 @@ enum Command {
         #[arg(long)]
         subject: Option<String>,
     },
-    /// Compare streams and durable consumers with what this version creates, and show their
-    /// backlog. The settings must be those of the services. Exit code 1 if one differs or is
-    /// missing.
+    /// Compare streams and durable consumers with what this version creates.
+    ///
+    /// Also shows their backlog. The settings must be those of the services. Exit code 1 if a
+    /// stream or consumer differs or is missing.
     Topology {
         /// Create what is missing and change what differs.
         #[arg(long)]
@@ -120,9 +122,9 @@ enum Command {
 enum OutboxCommand {
     /// Publish old messages again, under the same ids.
     ///
-    /// Use it after the broker has lost messages, for other readers of order events. Use it after
-    /// payments was restored from a backup, with subject gozon.orders.placed. The services ignore
-    /// what they have applied already.
+    /// Use it after the broker has lost messages that other readers of order events need. Use it
+    /// with subject gozon.orders.placed after payments was restored from a backup. The services
+    /// ignore messages that they have already applied.
     Resend {
         /// Messages published since this time, for example 2026-11-21T10:00:00Z.
         #[arg(long, value_parser = time)]

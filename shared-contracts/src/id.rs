@@ -59,8 +59,8 @@ uuid_id! {
     EventId
 }
 
-/// A customer, named by the shop: 1 to 64 characters of `A-Z a-z 0-9 . _ -`, but not `.` or `..`,
-/// which a URL path cannot contain as names.
+/// A customer, named by the shop: 1 to 64 characters of `A-Z a-z 0-9 . _ -`, but not `.` or `..`:
+/// in a URL path these are navigation, so such an account could not be addressed.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
