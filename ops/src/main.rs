@@ -30,10 +30,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 struct Arguments {
     /// PostgreSQL URL of the orders database.
     #[arg(long, env = "GOZON_ORDERS_DATABASE_URL", hide_env_values = true)]
-    orders_database_url: Option<String>,
+    orders_database_url: Option<Secret>,
     /// PostgreSQL URL of the payments database.
     #[arg(long, env = "GOZON_PAYMENTS_DATABASE_URL", hide_env_values = true)]
-    payments_database_url: Option<String>,
+    payments_database_url: Option<Secret>,
     /// NATS servers, separated by commas.
     #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222")]
     nats_url: String,
@@ -328,17 +328,17 @@ async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
 async fn databases(arguments: &Arguments) -> anyhow::Result<Databases> {
     let orders = arguments
         .orders_database_url
-        .as_deref()
+        .as_ref()
         .context("GOZON_ORDERS_DATABASE_URL is not set")?;
     let payments = arguments
         .payments_database_url
-        .as_deref()
+        .as_ref()
         .context("GOZON_PAYMENTS_DATABASE_URL is not set")?;
     Ok(Databases {
-        orders: connect(orders)
+        orders: connect(orders.expose())
             .await
             .context("cannot connect to the orders database")?,
-        payments: connect(payments)
+        payments: connect(payments.expose())
             .await
             .context("cannot connect to the payments database")?,
     })

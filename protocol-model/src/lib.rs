@@ -8,8 +8,10 @@
 //! Each failpoint of the code belongs to a crash point of the model ([`action::CrashPoint`]).
 
 pub mod action;
+pub mod broken;
 pub mod check;
 pub mod design;
+mod explore;
 pub mod model;
 pub mod properties;
 pub mod recovery;

@@ -6,8 +6,9 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use protocol_model::broken::{BROKEN, SMALLEST, WITHOUT_LOSS_OR_RECONCILER};
 use protocol_model::check::{caught, safety};
-use protocol_model::design::{BROKEN, SMALLEST, WITHOUT_LOSS_OR_RECONCILER, Window};
+use protocol_model::design::Window;
 use protocol_model::model::Protocol;
 use protocol_model::recovery;
 

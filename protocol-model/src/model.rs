@@ -10,11 +10,8 @@
 //!   passed. With [`Window::Endless`] it always does.
 //! - Relays do not exclude each other. In the code, row locks only save work.
 
-use stateright::{Model, Property};
-
 use crate::action::{Action, CrashPoint};
 use crate::design::{Design, Guard, Window};
-use crate::properties;
 use crate::state::{
     BALANCE_ZERO, Channel, Consumer, ORDERS_MAX, Order, REPLICAS_MAX, Relay, State, client,
     decision, status,
@@ -435,7 +432,7 @@ impl Protocol {
         row.set_ready(channel, row.ready(channel) | bit(n));
     }
 
-    fn apply_action(&self, state: &mut State, action: Action) {
+    pub(crate) fn apply_action(&self, state: &mut State, action: Action) {
         match action {
             Action::Place { order, answered } => self.place(&mut state.orders[order], answered),
             Action::Deposit { answered } => {
@@ -603,11 +600,8 @@ fn distinct<T: Copy + PartialEq>(replicas: &[T; REPLICAS_MAX]) -> impl Iterator<
         .map(move |at| (at, replicas[at]))
 }
 
-impl Model for Protocol {
-    type State = State;
-    type Action = Action;
-
-    fn init_states(&self) -> Vec<State> {
+impl Protocol {
+    pub(crate) fn initial_state(&self) -> State {
         assert!(
             self.orders <= ORDERS_MAX
                 && self.relays <= REPLICAS_MAX
@@ -622,15 +616,15 @@ impl Model for Protocol {
         shared.set_balance(BALANCE_ZERO + self.money);
         shared.set_losses_left(self.losses);
         shared.set_slow_left(self.slow);
-        vec![State {
+        State {
             orders: [Order::default(); ORDERS_MAX],
             shared,
             relays: Default::default(),
             consumers: Default::default(),
-        }]
+        }
     }
 
-    fn actions(&self, state: &State, actions: &mut Vec<Action>) {
+    pub(crate) fn possible_actions(&self, state: &State, actions: &mut Vec<Action>) {
         self.client_actions(state, actions);
         for channel in Channel::BOTH {
             self.relay_actions(state, channel, actions);
@@ -638,20 +632,5 @@ impl Model for Protocol {
         }
         self.recovery_actions(state, actions);
         self.faults(state, actions);
-    }
-
-    fn next_state(&self, state: &State, action: Action) -> Option<State> {
-        let mut next = *state;
-        self.apply_action(&mut next, action);
-        next.normalise();
-        (next != *state).then_some(next)
-    }
-
-    fn properties(&self) -> Vec<Property<Self>> {
-        properties::all(self)
-    }
-
-    fn format_action(&self, action: &Action) -> String {
-        action.to_string()
     }
 }
