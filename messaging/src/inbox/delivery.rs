@@ -241,12 +241,14 @@ impl<S: Subscriber> Consumer<S> {
 }
 
 fn incoming<E: Event>(message: &Message) -> Incoming<'_, E> {
-    let delivered = message.info().map_or(0, |info| info.delivered);
+    let (sequence, delivered) = message
+        .info()
+        .map_or((0, 0), |info| (info.stream_sequence, info.delivered));
     Incoming::read(RawMessage {
         subject: &message.subject,
         headers: message.headers.as_ref(),
         payload: &message.payload,
-        stream_sequence: stream_sequence(message),
+        stream_sequence: i64::try_from(sequence).unwrap_or(i64::MAX),
         delivered: i32::try_from(delivered).unwrap_or(i32::MAX),
     })
 }
