@@ -17,7 +17,7 @@ const CAUGHT_BY: [(&str, &str, &str); 20] = [
     (
         "place.outbox_row",
         "orders",
-        "placing::an_order_is_stored_with_the_fact_that_it_was_placed_and_published",
+        "placing::an_order_is_stored_with_its_event_and_published",
     ),
     (
         "place.idempotency_key",
@@ -27,7 +27,7 @@ const CAUGHT_BY: [(&str, &str, &str); 20] = [
     (
         "relay.puback",
         "messaging",
-        "relay::f19_a_row_that_the_broker_never_takes_holds_up_none_of_the_others",
+        "relay::f19_a_row_that_the_broker_never_takes_delays_no_other_row",
     ),
     (
         "consumer.ack_after_commit",

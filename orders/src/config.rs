@@ -1,36 +1,36 @@
-//! Everything the process can be told.
+//! Settings, as flags and environment variables.
 
 use std::net::SocketAddr;
 
 use messaging::FlowArgs;
 use service_kit::telemetry::LogFormat;
 
-/// Takes orders, has them paid, and keeps how each one ended.
+/// Accepts orders, requests their payment, and stores how each one ended.
 #[derive(Clone, clap::Parser)]
 #[command(name = "orders", version)]
 pub struct Config {
     /// Address of the HTTP API.
     #[arg(long, env = "GOZON_LISTEN", default_value = "127.0.0.1:8081")]
     pub listen: SocketAddr,
-    /// Allows an address that other machines can reach, although there is no login.
+    /// Permits an address that other machines can reach, although there is no login.
     #[arg(long, env = "GOZON_LISTEN_UNPROTECTED", default_value_t = false)]
     pub listen_unprotected: bool,
     #[command(flatten)]
     pub flow: FlowArgs,
-    /// An order that is still NEW this long after its request was published is asked for again; the time doubles with
-    /// each further ask.
+    /// An order that is still NEW this long after its request was published is asked for again. The
+    /// time doubles with each further request.
     #[arg(long, env = "GOZON_ASK_AGAIN_MS", default_value_t = 30_000)]
     pub ask_again_ms: u64,
-    /// The longest time between two asks for an order.
+    /// The longest time between two requests for an order.
     #[arg(long, env = "GOZON_ASK_AGAIN_MAX_MS", default_value_t = 600_000)]
     pub ask_again_max_ms: u64,
-    /// How many orders are asked for again in a second at most.
+    /// The most orders that are asked for again per second.
     #[arg(long, env = "GOZON_ASK_AGAIN_PER_SECOND", default_value_t = 500)]
     pub ask_again_per_second: u32,
-    /// How log lines look.
+    /// Format of log lines.
     #[arg(long, env = "GOZON_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
-    /// What is logged: a level, or a list such as `info,orders=debug`.
+    /// Log filter: a level, or a list such as `info,orders=debug`.
     #[arg(long, env = "RUST_LOG", default_value = "info")]
     pub log_filter: String,
 }

@@ -360,7 +360,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_waited_too_long_is_turned_away() {
+    async fn a_request_that_waited_too_long_is_rejected() {
         // No database: it must not be asked.
         let url = "postgres://127.0.0.1:1/none".to_owned().into();
         let db = Database::for_requests(&url, "test", 1).await.unwrap();
@@ -376,7 +376,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_would_be_answered_too_late_is_turned_away_at_once_but_never_from_the_next_group() {
+    async fn a_request_that_would_miss_its_deadline_is_rejected_at_once_unless_the_next_group_has_room()
+     {
         let (intake, batcher) = intake();
         let come = |number: usize| {
             (0..number)
@@ -410,7 +411,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_full_queue_turns_requests_away_at_once() {
+    async fn a_full_queue_rejects_requests_at_once() {
         let (intake, batcher) = intake();
         let mut waiting: Vec<_> = (0..QUEUE_MAX)
             .map(|_| Box::pin(intake.place(new_order())))

@@ -1,18 +1,18 @@
-//! Everything the process can be told.
+//! Settings, as flags and environment variables.
 
 use std::net::SocketAddr;
 
 use messaging::FlowArgs;
 use service_kit::telemetry::LogFormat;
 
-/// The account keeper: holds balances and decides, once for every order, whether it is paid.
+/// Keeps accounts and decides, once for every order, whether it is paid.
 #[derive(Clone, clap::Parser)]
 #[command(name = "payments", version)]
 pub struct Config {
     /// Address of the HTTP API.
     #[arg(long, env = "GOZON_LISTEN", default_value = "127.0.0.1:8082")]
     pub listen: SocketAddr,
-    /// Allows an address that other machines can reach, although there is no login.
+    /// Permits an address that other machines can reach, although there is no login.
     #[arg(long, env = "GOZON_LISTEN_UNPROTECTED", default_value_t = false)]
     pub listen_unprotected: bool,
     /// Currency of all amounts, as shown to clients (ISO 4217).
@@ -20,10 +20,10 @@ pub struct Config {
     pub currency: String,
     #[command(flatten)]
     pub flow: FlowArgs,
-    /// How log lines look.
+    /// Format of log lines.
     #[arg(long, env = "GOZON_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
-    /// What is logged: a level, or a list such as `info,payments=debug`.
+    /// Log filter: a level, or a list such as `info,payments=debug`.
     #[arg(long, env = "RUST_LOG", default_value = "info")]
     pub log_filter: String,
 }

@@ -78,7 +78,7 @@ async fn a_batch_with_a_message_that_the_broker_knows_already_is_published_all_t
 }
 
 #[tokio::test]
-async fn f19_a_row_that_the_broker_never_takes_holds_up_none_of_the_others() {
+async fn f19_a_row_that_the_broker_never_takes_delays_no_other_row() {
     let outbox = Outbox::new().await;
     outbox.leave(1).await;
     outbox
@@ -111,7 +111,7 @@ async fn f19_a_row_that_the_broker_never_takes_holds_up_none_of_the_others() {
 }
 
 #[tokio::test]
-async fn rows_whose_stream_cannot_be_made_hold_up_none_of_the_others() {
+async fn rows_whose_stream_cannot_be_created_delay_no_other_row() {
     let outbox = Outbox::new().await;
     outbox.leave(600).await;
     outbox.execute("UPDATE outbox SET subject = 'gozon.dlq.orders', headers = '{\"Nats-Expected-Stream\":\"DLQ\"}'").await;
@@ -192,8 +192,7 @@ async fn f20_a_row_whose_id_is_much_older_than_what_was_published_is_published_t
 
 /// What is handed over is published at once; only what was left is looked for, and not before it is old enough.
 #[tokio::test]
-async fn rows_that_were_handed_over_do_not_wait_for_a_look_and_those_that_were_left_are_published_once()
- {
+async fn rows_that_were_handed_off_do_not_wait_for_a_poll_and_the_others_are_published_once() {
     let outbox = Outbox::new().await;
     let flow = outbox.flow().await;
     for round in 1..=10 {
@@ -227,7 +226,7 @@ async fn rows_that_were_handed_over_do_not_wait_for_a_look_and_those_that_were_l
 
 /// A queue in memory that forgets everything loses nothing.
 #[tokio::test]
-async fn what_is_handed_over_while_the_broker_is_away_is_published_when_it_returns() {
+async fn rows_handed_off_while_the_broker_is_away_are_published_when_it_returns() {
     let mut outbox = Outbox::new().await;
     let flow = outbox.flow().await;
     flow.enqueue(1).await;

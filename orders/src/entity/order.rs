@@ -23,12 +23,12 @@ pub struct Model {
     /// Hash of what was ordered: the same key with another hash is another request.
     pub request_hash: Vec<u8>,
     pub placed_event_id: Uuid,
-    /// How often its payment was asked for again.
+    /// How often its payment was requested again.
     pub asks: i32,
     pub asked_at: Option<TimeDateTimeWithTimeZone>,
-    /// The answer that ended it.
+    /// The answer of payments that ended it.
     pub settlement_event_id: Option<Uuid>,
-    /// The fact that it ended.
+    /// The event that says how it ended.
     pub final_event_id: Option<Uuid>,
     pub created_at: TimeDateTimeWithTimeZone,
     pub updated_at: TimeDateTimeWithTimeZone,
@@ -47,7 +47,7 @@ pub enum Status {
     Cancelled,
 }
 
-/// Named, since a prepared `*` fails for good once a newer version has added a column.
+/// Named, since a prepared `*` fails for good once a newer version adds a column.
 macro_rules! columns {
     () => {
         "o.id, o.user_id, o.amount, o.description, o.status, o.reason, o.idempotency_key, o.request_hash, o.placed_event_id, o.asks,
@@ -160,7 +160,7 @@ pub(crate) struct Ending {
     pub(crate) final_event_id: Uuid,
 }
 
-/// Ends orders that the transaction has locked and that are NEW; says how many there were.
+/// Ends orders that are NEW and that the transaction has locked. Returns how many there were.
 pub(crate) async fn end(
     txn: &Transaction,
     endings: &[Ending],
@@ -168,8 +168,9 @@ pub(crate) async fn end(
 ) -> Result<u64, DbErr> {
     let ids: Vec<Uuid> = endings.iter().map(|one| one.id).collect();
     let statuses: Vec<String> = endings.iter().map(|one| one.status.to_value()).collect();
-    // The driver's arrays hold no NULL: an empty reason stands for none. And `status = 'NEW'` would lead PostgreSQL to the
-    // index of NEW orders: it believes that there are next to none, and compares each of them with each of these.
+    // The driver's arrays hold no NULL: an empty reason stands for none. And `status = 'NEW'` would
+    // lead PostgreSQL to the index of NEW orders: it estimates that there are next to none, and would
+    // compare each of them with each of these.
     let reasons: Vec<String> = endings
         .iter()
         .map(|one| one.reason.unwrap_or_default().to_owned())
@@ -224,7 +225,7 @@ pub(crate) async fn final_among(
         .await
 }
 
-/// What a list shows.
+/// Which orders a list shows.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
     pub user_id: Option<String>,
@@ -233,7 +234,7 @@ pub struct Filter {
     pub before: Option<Uuid>,
 }
 
-/// Up to `limit` orders, newest first. Ids are made in time order, so they are the order too.
+/// Up to `limit` orders, newest first. Ids are minted in time order, so they are the sort key.
 pub(crate) async fn list(
     db: &DatabaseConnection,
     filter: Filter,

@@ -333,7 +333,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_well_formed_trace_context_is_handed_on() {
+    fn only_a_well_formed_trace_context_is_forwarded() {
         let good = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
         assert_eq!(traceparent(good).as_deref(), Some(good));
         for bad in [

@@ -42,7 +42,7 @@ CREATE TABLE orders (
     -- How often its payment was asked for again, and when last.
     asks                integer     NOT NULL DEFAULT 0 CHECK (asks >= 0),
     asked_at            timestamptz,
-    -- The answer that ended it, and the fact that it ended; for its timeline, without further indexes.
+    -- The answer that ended it, and the event of its end: its timeline needs no further index.
     settlement_event_id uuid,
     final_event_id      uuid,
     created_at          timestamptz NOT NULL,

@@ -35,7 +35,7 @@ fn new_order() -> NewOrder {
 }
 
 #[tokio::test]
-async fn what_waits_is_stored_in_one_transaction_and_everyone_gets_its_own_answer() {
+async fn queued_orders_share_a_transaction_and_each_gets_its_own_answer() {
     let fresh = TestDatabase::fresh().await.unwrap();
     let db = database(&fresh, 3).await;
     let (intake, batcher) = intake();
@@ -103,7 +103,7 @@ async fn what_waits_is_stored_in_one_transaction_and_everyone_gets_its_own_answe
 }
 
 #[tokio::test]
-async fn a_key_that_somebody_else_is_storing_holds_up_its_own_order_only() {
+async fn a_key_that_another_transaction_is_storing_delays_only_its_own_order() {
     let fresh = TestDatabase::fresh().await.unwrap();
     let db = database(&fresh, 3).await;
     let held = new_order();
@@ -136,7 +136,7 @@ async fn a_key_that_somebody_else_is_storing_holds_up_its_own_order_only() {
 }
 
 #[tokio::test]
-async fn an_order_whose_client_has_gone_before_it_was_begun_is_not_stored() {
+async fn an_order_whose_client_disconnected_while_it_was_queued_is_not_stored() {
     let fresh = TestDatabase::fresh().await.unwrap();
     let db = database(&fresh, 2).await;
     let (intake, batcher) = intake();

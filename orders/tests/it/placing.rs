@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::harness::{Orders, id};
 
 #[tokio::test]
-async fn an_order_is_stored_with_the_fact_that_it_was_placed_and_published() {
+async fn an_order_is_stored_with_its_event_and_published() {
     let orders = Orders::start().await;
     let body = json!({ "user_id": "alice", "amount": 1299, "description": "Книга, \"signed\"" });
     let placed = orders
@@ -192,7 +192,7 @@ async fn requests_that_queue_while_a_transaction_runs_are_all_answered() {
 }
 
 #[tokio::test]
-async fn nobody_was_turned_away_is_said_and_not_left_out() {
+async fn the_counter_of_rejected_requests_starts_at_zero() {
     let orders = Orders::start().await;
     let page = orders.http.get("/metrics").await.unwrap().text();
     assert!(
@@ -241,7 +241,7 @@ async fn an_order_that_the_database_refuses_every_time_does_not_hurt_its_group()
 }
 
 #[tokio::test]
-async fn bad_input_is_refused_with_what_to_do_and_nothing_is_stored() {
+async fn bad_input_is_refused_with_advice_and_nothing_is_stored() {
     let orders = Orders::start().await;
     let good = json!({ "user_id": "alice", "amount": 10, "description": "" });
     let mut cases: Vec<(Value, &str)> = vec![

@@ -21,7 +21,11 @@ async fn an_order_without_an_answer_is_asked_for_again_under_new_numbers() {
         "SELECT count(*) FROM outbox WHERE event_id = '{}' AND n <= 5",
         row.placed_event_id
     );
-    assert_eq!(orders.count(&requests).await, 6, "one fact, said six times");
+    assert_eq!(
+        orders.count(&requests).await,
+        6,
+        "one event, published six times"
+    );
     let stored = format!(
         "SELECT count(DISTINCT stream_sequence) FROM outbox WHERE event_id = '{}' AND n <= 5",
         row.placed_event_id
@@ -71,7 +75,7 @@ async fn a_final_order_is_not_asked_for_again() {
 }
 
 #[tokio::test]
-async fn nothing_is_asked_again_while_the_first_request_waits_for_the_broker() {
+async fn nothing_is_asked_for_again_while_the_first_request_waits_for_the_broker() {
     let mut orders =
         Orders::start_with(TestBroker::stopped().unwrap(), &["--ask-again-ms=200"]).await;
     let id = orders.placed().await;
@@ -118,7 +122,7 @@ async fn when_the_broker_comes_back_empty_every_new_order_is_due_at_once() {
 }
 
 #[tokio::test]
-async fn what_was_published_before_everything_was_there_is_not_taken_for_lost() {
+async fn events_published_before_all_streams_existed_do_not_count_as_lost() {
     // With the default of 30 s, and without payments' stream: orders cannot make its consumer yet.
     let orders = Orders::start_with(TestBroker::start().await.unwrap(), &[]).await;
     let early = orders.placed().await;
@@ -147,7 +151,7 @@ async fn what_was_published_before_everything_was_there_is_not_taken_for_lost() 
 }
 
 #[tokio::test]
-async fn f43_an_order_that_a_clock_far_ahead_has_dated_is_asked_for_again_and_its_age_is_told() {
+async fn f43_an_order_dated_by_a_clock_far_ahead_is_asked_for_again_and_its_age_is_shown() {
     let orders = Orders::start().await;
     let id = orders.placed().await;
     let ahead = orders.forgotten(id, "now() + interval '30 days'").await;
@@ -164,7 +168,7 @@ async fn f43_an_order_that_a_clock_far_ahead_has_dated_is_asked_for_again_and_it
 }
 
 #[tokio::test]
-async fn f19_a_request_that_the_broker_never_takes_keeps_no_other_order_from_being_asked_for() {
+async fn f19_a_request_that_the_broker_never_takes_delays_no_other_request() {
     let orders = Orders::start_with_arguments(&["--ask-again-ms=200"]).await;
     let too_large = "INSERT INTO outbox (event_id, subject, headers, payload, attempts, created_at)
                      VALUES (gen_random_uuid(), 'gozon.orders.placed', '{}', repeat('x', 2000000), 9, now() - interval '1 hour')";
@@ -204,7 +208,7 @@ async fn two_replicas_ask_no_more_often_than_one() {
 }
 
 #[tokio::test]
-async fn old_rows_are_pruned_and_an_order_that_is_still_new_is_asked_for_all_the_same() {
+async fn old_rows_are_pruned_and_an_order_that_is_still_new_is_asked_for_again() {
     let orders = Orders::start_with_arguments(&["--keep-seconds=1", "--ask-again-ms=200"]).await;
     let (done, open) = (orders.placed().await, orders.placed().await);
     orders

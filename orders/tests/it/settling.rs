@@ -16,7 +16,7 @@ const DECLINED: PaymentOutcome = PaymentOutcome::Declined {
 };
 
 #[tokio::test]
-async fn an_order_ends_as_payments_decided_and_says_so() {
+async fn an_order_ends_as_payments_decided_and_publishes_its_end() {
     let orders = Orders::start().await;
     let payments = orders.payments().await;
     let (paid, declined) = (orders.placed().await, orders.placed().await);
@@ -185,7 +185,7 @@ async fn a_final_order_cannot_be_changed_and_no_order_deleted() {
 }
 
 #[tokio::test]
-async fn who_waits_is_answered_when_the_order_is_final_whichever_replica_ended_it() {
+async fn a_waiting_request_is_answered_when_any_replica_ends_its_order() {
     let mut orders = Orders::start().await;
     let payments = orders.payments().await;
     let second = orders.replica().await;
@@ -216,7 +216,7 @@ async fn who_waits_is_answered_when_the_order_is_final_whichever_replica_ended_i
     assert_eq!(
         (answer.status, &answer.json()["status"]),
         (200, &serde_json::json!("NEW")),
-        "nobody decided it"
+        "payments did not decide it"
     );
     assert!(begun.elapsed() >= Duration::from_secs(1));
     assert_eq!(
@@ -257,7 +257,7 @@ async fn a_crash_before_the_commit_leaves_nothing_and_the_order_ends_after() {
     orders.until_status(id, "FINISHED").await;
     orders
         .until(
-            "it is told once",
+            "its end is published once",
             "SELECT count(*) FROM outbox WHERE subject = 'gozon.orders.finished'",
             1,
         )
@@ -265,7 +265,7 @@ async fn a_crash_before_the_commit_leaves_nothing_and_the_order_ends_after() {
 }
 
 #[tokio::test]
-async fn f38_poison_that_no_text_column_takes_or_that_is_very_large_keeps_its_real_cause() {
+async fn f38_poison_with_nul_or_very_large_keeps_its_real_cause() {
     let orders = Orders::start().await;
     let payments = orders.payments().await;
     for outcome in [r"pa\u0000id".to_owned(), "x".repeat(60_000)] {

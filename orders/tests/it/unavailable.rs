@@ -9,7 +9,7 @@ use stack::testing::{TestBroker, eventually};
 use crate::harness::{Orders, SOON, id, settlement};
 
 #[tokio::test]
-async fn orders_are_taken_while_the_broker_is_away_and_published_when_it_comes() {
+async fn orders_are_accepted_while_the_broker_is_away_and_published_when_it_returns() {
     let mut orders = Orders::start_with(TestBroker::stopped().unwrap(), &[]).await;
     let placed = orders.place(Some("k"), "alice", 10).await;
     assert_eq!(placed.status, 201, "{}", placed.text());
@@ -68,7 +68,7 @@ async fn orders_are_taken_while_the_broker_is_away_and_published_when_it_comes()
 }
 
 #[tokio::test]
-async fn without_its_database_it_lives_says_so_and_recovers_by_itself() {
+async fn without_its_database_a_service_is_not_ready_and_recovers_by_itself() {
     let orders = Orders::start().await;
     let name = orders
         .count("SELECT substr(current_database(), 6)::bigint")
@@ -147,7 +147,7 @@ async fn without_its_database_it_lives_says_so_and_recovers_by_itself() {
 }
 
 #[tokio::test]
-async fn a_stop_is_quick_and_leaves_nothing_half_done() {
+async fn a_shutdown_is_quick_and_finishes_what_was_begun() {
     let mut orders = Orders::start().await;
     let id = orders.placed().await;
     let begun = std::time::Instant::now();
@@ -166,7 +166,7 @@ async fn a_stop_is_quick_and_leaves_nothing_half_done() {
 }
 
 #[tokio::test]
-async fn columns_that_a_newer_version_adds_trouble_no_replica_that_runs() {
+async fn columns_added_by_a_newer_version_do_not_break_a_running_replica() {
     let orders = Orders::start_with_arguments(&["--ask-again-ms=200"]).await;
     let first = orders.place(Some("k"), "alice", 10).await;
     let again = async || {

@@ -22,7 +22,7 @@ pub struct Model {
 
 impl ActiveModelBehavior for ActiveModel {}
 
-/// The part of an account that changes.
+/// What a movement of money changes.
 #[derive(Clone, Debug, PartialEq, Eq, FromQueryResult)]
 pub(crate) struct Funds {
     pub(crate) user_id: String,
@@ -30,8 +30,8 @@ pub(crate) struct Funds {
     pub(crate) entry_no: i64,
 }
 
-/// Locks the accounts of these users, as far as they exist, in the order of their ids: transactions with overlapping
-/// users wait for each other instead of deadlocking.
+/// Locks the accounts of these users, as far as they exist, in the order of their ids: transactions
+/// with overlapping users wait for each other instead of deadlocking.
 pub(crate) async fn lock(
     txn: &DatabaseTransaction,
     mut user_ids: Vec<String>,
@@ -59,10 +59,10 @@ pub(crate) struct Withdrawal {
     pub(crate) entries: i64,
 }
 
-/// Takes money from accounts that the transaction has locked; says how many had enough.
+/// Withdraws from accounts that the transaction has locked. Returns how many had enough.
 ///
-/// The balance is lowered by the database itself, and only where it suffices, although the caller holds the lock and
-/// has computed the same: if either guard were wrong, the other would still hold.
+/// The database lowers the balance itself, and only where it suffices, although the caller holds the
+/// lock and has computed the same: if either guard were wrong, the other would still hold.
 pub(crate) async fn withdraw(
     txn: &Transaction,
     withdrawals: Vec<Withdrawal>,

@@ -12,7 +12,7 @@ pub struct Model {
     pub order_id: Uuid,
     pub user_id: String,
     pub amount: i64,
-    /// Hash of what was asked. The same order with another hash is somebody else's doing.
+    /// Hash of the request. The same order with another hash is a contradiction.
     pub request_hash: Vec<u8>,
     /// `paid` or `declined`.
     pub outcome: String,
@@ -20,7 +20,7 @@ pub struct Model {
     pub transfer_id: Option<Uuid>,
     /// The request that was decided.
     pub request_event_id: Uuid,
-    /// The answer, constant over re-sends.
+    /// The answer: the same id each time it is published.
     pub event_id: Uuid,
     /// Number of the newest re-ask that was answered.
     pub last_ask: i32,
@@ -39,7 +39,6 @@ pub(crate) async fn find_all(
         .await
 }
 
-/// A decision to store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct NewDecision {
     pub(crate) order_id: Uuid,
@@ -54,8 +53,8 @@ pub(crate) struct NewDecision {
     pub(crate) last_ask: i32,
 }
 
-/// Stores decisions and says how many of the orders had none yet. Sorted, so that two workers with overlapping orders
-/// wait for each other instead of deadlocking.
+/// Inserts decisions and returns how many of the orders had none yet. Sorted, so that two workers with
+/// overlapping orders wait for each other instead of deadlocking.
 pub(crate) async fn insert_new(
     txn: &Transaction,
     mut decisions: Vec<NewDecision>,

@@ -21,7 +21,7 @@ pub struct Model {
     /// `deposit` or `payment`.
     pub kind: String,
     pub user_id: String,
-    /// Place in the user's statement.
+    /// Number in the user's statement.
     pub entry_no: i64,
     pub debit_account: String,
     pub credit_account: String,
@@ -29,7 +29,7 @@ pub struct Model {
     pub balance_after: i64,
     /// The order that a payment pays.
     pub order_id: Option<Uuid>,
-    /// The client's name for a deposit.
+    /// The client's key for a deposit.
     pub idempotency_key: Option<String>,
     pub request_hash: Option<Vec<u8>>,
     pub created_at: TimeDateTimeWithTimeZone,
@@ -50,8 +50,8 @@ pub(crate) async fn find_deposit(
         .await
 }
 
-/// Up to `limit` movements on an account, newest first. Entry numbers only grow, so a page stays what it was while others
-/// come in.
+/// Up to `limit` transfers of an account, newest first. Entry numbers only grow, so a page stays the
+/// same while others arrive.
 pub(crate) async fn statement(
     db: &DatabaseConnection,
     user_id: &str,
@@ -68,7 +68,6 @@ pub(crate) async fn statement(
     query.all(db).await
 }
 
-/// A deposit to store.
 pub(crate) struct Deposit<'a> {
     pub(crate) id: Uuid,
     pub(crate) user_id: &'a str,
@@ -102,7 +101,6 @@ pub(crate) async fn insert_deposit(
     .await
 }
 
-/// A payment to store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct NewPayment {
     pub(crate) id: Uuid,

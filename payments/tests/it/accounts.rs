@@ -198,7 +198,7 @@ async fn a_statement_is_read_page_by_page_and_its_sums_match() {
 }
 
 #[tokio::test]
-async fn bad_input_is_refused_with_what_to_do_and_nothing_is_stored() {
+async fn bad_input_is_refused_with_advice_and_nothing_is_stored() {
     let payments = Payments::start().await;
     payments.open_account("alice", 0).await;
     let mut cases: Vec<(&str, Value, u16, &str)> = vec![

@@ -157,7 +157,7 @@ async fn a_re_ask_is_answered_again_once() {
     assert_eq!(
         payments.count(&same_event).await,
         1,
-        "the answer is one fact, however often it is said"
+        "the answer is one event, however often it is published"
     );
     payments.until_quiet().await;
     assert_eq!(payments.balance("alice").await, 300);
@@ -328,7 +328,7 @@ async fn f32_ten_copies_of_every_order_in_any_order_are_one_debit_each() {
 }
 
 #[tokio::test]
-async fn a_service_that_stops_gives_back_what_it_has_taken_at_once() {
+async fn a_stopping_service_gives_its_messages_back_at_once() {
     let mut payments = Payments::start_with_ack_wait(10 * 60 * 1000).await;
     let orders: Vec<_> = (0..5).map(|_| request("nobody", 1)).collect();
     let holder = payments

@@ -151,7 +151,7 @@ impl Payments {
         })
         .await;
         publish().await;
-        eventually("the rest is handed over", SOON, async || {
+        eventually("the rest is delivered", SOON, async || {
             (lag().await? == (0, number + 1)).then_some(())
         })
         .await;

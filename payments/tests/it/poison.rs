@@ -1,4 +1,4 @@
-//! What cannot be applied goes aside with its cause and holds nothing up.
+//! A message that cannot be applied becomes a dead letter with its cause and delays no other.
 
 use async_nats::HeaderMap;
 use messaging::DeadLetter;
@@ -39,7 +39,7 @@ fn with(name: &str, value: Option<&str>, request: &Request) -> HeaderMap {
 }
 
 #[tokio::test]
-async fn f37_poison_in_a_batch_goes_aside_and_the_rest_is_applied() {
+async fn f37_poison_in_a_batch_becomes_a_dead_letter_and_the_rest_is_applied() {
     let payments = Payments::start().await;
     let body = |request: &Request| serde_json::to_string(&request.event).unwrap();
     let spare: Vec<Request> = (0..10).map(|_| request("alice", 1)).collect();
@@ -141,7 +141,7 @@ async fn f37_poison_in_a_batch_goes_aside_and_the_rest_is_applied() {
         payments.count("SELECT count(*) FROM inbox").await,
         good.len() as i64 + 1
     );
-    // Each is told to the tools, once.
+    // Each has one copy for tools.
     assert_eq!(
         payments
             .count("SELECT count(*) FROM outbox WHERE subject = 'gozon.dlq.payments'")
@@ -212,7 +212,7 @@ async fn f33_another_amount_or_user_for_a_decided_order_is_quarantined() {
 }
 
 #[tokio::test]
-async fn a_message_that_the_database_refuses_every_time_is_held_back_alone() {
+async fn a_message_that_the_database_always_refuses_delays_no_other_message() {
     let payments = Payments::start().await;
     let orders: Vec<Request> = (0..20)
         .map(|number| request(if number == 7 { "guilty" } else { "innocent" }, 1))
@@ -246,7 +246,7 @@ async fn a_message_that_the_database_refuses_every_time_is_held_back_alone() {
 }
 
 #[tokio::test]
-async fn a_damaged_account_holds_back_its_own_orders_only_and_they_are_paid_once_it_is_mended() {
+async fn a_damaged_account_delays_only_its_own_orders_and_they_are_paid_when_it_is_repaired() {
     let payments = Payments::start().await;
     payments.open_account("alice", 100).await;
     payments.open_account("bob", 100).await;
