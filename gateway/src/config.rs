@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use axum::http::Uri;
 use broker::BrokerConfig;
 use service_kit::config::Secret;
+use service_kit::server::ConnectionArgs;
 use service_kit::telemetry::LogFormat;
 
 use crate::cors::Origin;
@@ -34,6 +35,8 @@ pub struct Config {
         default_value = "http://127.0.0.1:8082"
     )]
     pub payments_url: Uri,
+    #[command(flatten)]
+    pub connections: ConnectionArgs,
     #[command(flatten)]
     pub limits: LimitArgs,
     /// Origins of web pages on other hosts that may use the API, separated by commas, each exactly as a browser sends it

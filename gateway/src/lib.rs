@@ -10,6 +10,7 @@ use tracing::info;
 
 use service_kit::health::Health;
 use service_kit::metrics::Metrics;
+use service_kit::server::ConnectionArgs;
 
 mod change;
 mod config;
@@ -44,6 +45,7 @@ pub struct App {
     origins: Vec<Origin>,
     live: Option<Live>,
     event_streams_max: usize,
+    connections: ConnectionArgs,
 }
 
 impl App {
@@ -65,6 +67,7 @@ impl App {
             origins: config.cors_origins,
             live,
             event_streams_max,
+            connections: config.connections,
         })
     }
 
@@ -99,7 +102,8 @@ impl App {
                 live.run(shutdown.clone()).await;
             }
         };
-        let serve = service_kit::server::serve(self.listener, router, shutdown.clone());
+        let serve =
+            service_kit::server::serve(self.listener, router, self.connections, shutdown.clone());
         let (served, (), ()) = tokio::join!(serve, self.limits.run(shutdown.clone()), follow);
         served
     }

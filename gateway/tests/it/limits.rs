@@ -226,6 +226,7 @@ async fn rejection_counters_start_at_zero() {
     let page = gateway.http.get("/metrics").await.unwrap().text();
     for reason in [
         "connections",
+        "client_share",
         "requests",
         "ip_rate",
         "user_rate",
