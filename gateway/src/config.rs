@@ -45,9 +45,6 @@ pub struct Config {
     pub cors_origins: Vec<Origin>,
     #[command(flatten)]
     pub broker: BrokerArgs,
-    /// Clients that may follow events at once; one more is rejected.
-    #[arg(long, env = "GOZON_EVENT_STREAMS_MAX", default_value_t = 1024)]
-    pub event_streams_max: usize,
     /// Format of log lines.
     #[arg(long, env = "GOZON_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,

@@ -1,9 +1,9 @@
 //! Live status of orders as server-sent events.
 
 use std::convert::Infallible;
-use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Extension;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::sse::{Event, Sse};
@@ -14,10 +14,10 @@ use serde::Deserialize;
 use serde_json::Value;
 use service_kit::Problem;
 use service_kit::input::ValidatedQuery;
-use service_kit::metrics::refused;
+use service_kit::places::Place;
 use service_kit::problem::{Code, ProblemDocument};
 use shared_contracts::{OrderId, UserId};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc};
+use tokio::sync::{broadcast, mpsc};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use utoipa::{IntoParams, OpenApi};
@@ -25,8 +25,9 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::change::{Change, Position};
+use crate::client::Client;
 use crate::forward::{Forwarder, Service, trace_of};
-use crate::limits::EVENT_STREAMS;
+use crate::limits::Limits;
 use crate::live::{Live, News, REPLAY_MAX, StoredChange};
 
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
@@ -45,7 +46,7 @@ const BROKER_RETRY_DELAY: Duration = Duration::from_millis(250);
 pub(crate) struct Events {
     live: Option<Live>,
     forwarder: Forwarder,
-    permits: Arc<Semaphore>,
+    limits: Limits,
     shutdown: CancellationToken,
 }
 
@@ -54,26 +55,22 @@ impl Events {
     pub(crate) fn new(
         live: Option<Live>,
         forwarder: Forwarder,
-        streams_max: usize,
+        limits: Limits,
         shutdown: CancellationToken,
     ) -> Self {
         Self {
             live,
             forwarder,
-            permits: Arc::new(Semaphore::new(streams_max)),
+            limits,
             shutdown,
         }
     }
 
-    fn open(&self) -> Result<(Live, OwnedSemaphorePermit), Problem> {
+    fn open(&self, client: Client) -> Result<(Live, Place<Client>), Problem> {
         let Some(live) = self.live.clone() else {
             return Err(Code::NoLiveEvents.into());
         };
-        let permit = self.permits.clone().try_acquire_owned().map_err(|_| {
-            refused(EVENT_STREAMS);
-            Problem::new(Code::Overloaded).because("Too many clients already follow events.")
-        })?;
-        Ok((live, permit))
+        Ok((live, self.limits.event_stream(client)?))
     }
 }
 
@@ -153,10 +150,11 @@ pub(crate) fn api() -> OpenApiRouter<Events> {
 )]
 async fn follow_orders(
     State(events): State<Events>,
+    Extension(client): Extension<Client>,
     ValidatedQuery(query): ValidatedQuery<FollowOrdersQuery>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let (live, permit) = events.open()?;
+    let (live, place) = events.open(client)?;
     let (news, head) = live.subscribe();
     let filter = query.user_id.map_or(Filter::All, Filter::User);
     let after = resume_after(query.last_event_id, &headers).unwrap_or(After::Now);
@@ -168,7 +166,7 @@ async fn follow_orders(
             filter,
             opening: None,
             ended: false,
-            permit,
+            place,
         },
         after,
         events.shutdown,
@@ -198,6 +196,7 @@ async fn follow_orders(
 )]
 async fn follow_order(
     State(events): State<Events>,
+    Extension(client): Extension<Client>,
     Path(id): Path<String>,
     ValidatedQuery(query): ValidatedQuery<FollowOrderQuery>,
     headers: HeaderMap,
@@ -205,10 +204,10 @@ async fn follow_order(
     let Ok(order_id) = id.parse::<OrderId>() else {
         return Err(Code::OrderNotFound.into());
     };
-    let (live, permit) = events.open()?;
+    let (live, place) = events.open(client)?;
     // Subscribing before reading: no change can be missed between the two.
     let (news, head) = live.subscribe();
-    let found = order_as_it_is(&events.forwarder, order_id, &headers).await;
+    let found = order_as_it_is(&events.forwarder, client, order_id, &headers).await;
     let opening = match found {
         Ok(found) => found,
         Err(refusal) => return Ok(refusal),
@@ -227,7 +226,7 @@ async fn follow_order(
             filter: Filter::Order(order_id),
             opening,
             ended: false,
-            permit,
+            place,
         },
         after,
         events.shutdown,
@@ -263,6 +262,7 @@ fn resume_after(parameter: Option<LastEventId>, headers: &HeaderMap) -> Option<A
 /// The order from its service, `None` if the service is unavailable, or the 404 to return.
 async fn order_as_it_is(
     forwarder: &Forwarder,
+    client: Client,
     id: OrderId,
     headers: &HeaderMap,
 ) -> Result<Option<Change>, Response> {
@@ -271,7 +271,10 @@ async fn order_as_it_is(
         .body(axum::body::Body::empty())
         .expect("a path makes a request");
     *request.headers_mut() = trace_of(headers);
-    let answer = forwarder.clone().forward(Service::Orders, request).await;
+    let answer = forwarder
+        .clone()
+        .forward(Service::Orders, client, request)
+        .await;
     match answer.status() {
         StatusCode::OK => {
             let bytes = answer
@@ -335,7 +338,7 @@ struct Session {
     ended: bool,
     /// Released when the session ends.
     #[expect(dead_code, reason = "held, not read")]
-    permit: OwnedSemaphorePermit,
+    place: Place<Client>,
 }
 
 /// The client disconnected, or is too slow.

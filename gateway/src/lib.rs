@@ -13,6 +13,7 @@ use service_kit::metrics::Metrics;
 use service_kit::server::ConnectionArgs;
 
 mod change;
+mod client;
 mod config;
 mod cors;
 mod document;
@@ -44,7 +45,6 @@ pub struct App {
     limits: Limits,
     origins: Vec<Origin>,
     live: Option<Live>,
-    event_streams_max: usize,
     connections: ConnectionArgs,
 }
 
@@ -59,14 +59,12 @@ impl App {
             Some(config) => Some(Live::new(Broker::connect(config).await?)),
             None => None,
         };
-        let event_streams_max = config.event_streams_max;
         Ok(Self {
             listener,
             forwarder,
             limits,
             origins: config.cors_origins,
             live,
-            event_streams_max,
             connections: config.connections,
         })
     }
@@ -87,7 +85,7 @@ impl App {
         let events = Events::new(
             self.live.clone(),
             forwarder.clone(),
-            self.event_streams_max,
+            self.limits.clone(),
             shutdown.clone(),
         );
         let router = http::router(

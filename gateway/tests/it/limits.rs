@@ -68,7 +68,8 @@ async fn requests_above_the_limit_are_rejected_at_once_with_retry_after() {
         3,
         "rejected requests did not reach the service"
     );
-    assert!(gateway.rejected_count("requests").await >= 51);
+    assert!(gateway.rejected_count("orders_requests").await >= 50);
+    assert!(gateway.rejected_count("waits").await >= 1);
     for path in ["/livez", "/readyz", "/metrics", "/openapi.json"] {
         // The backend is blocked too, but the gateway's health does not depend on it.
         assert_eq!(http.get(path).await.unwrap().status, 200, "{path}");
@@ -227,7 +228,9 @@ async fn rejection_counters_start_at_zero() {
     for reason in [
         "connections",
         "client_share",
-        "requests",
+        "orders_requests",
+        "payments_requests",
+        "waits",
         "ip_rate",
         "user_rate",
         "event_streams",
