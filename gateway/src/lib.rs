@@ -21,6 +21,7 @@ mod events;
 mod forward;
 mod http;
 mod limits;
+mod listeners;
 mod live;
 mod ops;
 mod page;

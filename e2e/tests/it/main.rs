@@ -14,6 +14,7 @@ mod examples;
 mod faults;
 mod idempotency;
 mod kill_matrix;
+mod listeners;
 mod metrics;
 mod names;
 mod network;
