@@ -89,6 +89,35 @@ pub(crate) enum Status {
     Cancelled,
 }
 
+/// The order and the user that a message is about: enough to know who wants it.
+#[derive(Clone, Debug, Deserialize)]
+pub(crate) struct Subject {
+    pub(crate) order_id: OrderId,
+    pub(crate) user_id: UserId,
+}
+
+impl Subject {
+    pub(crate) fn read(payload: &[u8]) -> Option<Self> {
+        serde_json::from_slice(payload).ok()
+    }
+}
+
+impl Status {
+    /// The status that a message of this type tells, if it tells one.
+    pub(crate) fn of(headers: Option<&HeaderMap>) -> Option<Self> {
+        match text_header(headers, header::TYPE)? {
+            OrderPlaced::TYPE => Some(Self::New),
+            OrderFinished::TYPE => Some(Self::Finished),
+            OrderCancelled::TYPE => Some(Self::Cancelled),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn is_final(self) -> bool {
+        self != Self::New
+    }
+}
+
 impl Change {
     /// The change in a message, if there is one: re-asks and unknown types are not changes.
     pub(crate) fn read(
@@ -97,58 +126,38 @@ impl Change {
         stored_at: OffsetDateTime,
     ) -> Option<Self> {
         let at = OffsetDateTime::parse(text_header(headers, header::TIME)?, &Rfc3339).ok()?;
-        let kind = text_header(headers, header::TYPE)?;
-        if kind == OrderPlaced::TYPE {
-            if text_header(headers, header::ASK).is_some() || stored_at - at > NEWS_AGE_MAX {
-                return None;
+        let status = Status::of(headers)?;
+        let (order_id, user_id, amount, reason) = match status {
+            Status::New => {
+                if text_header(headers, header::ASK).is_some() || stored_at - at > NEWS_AGE_MAX {
+                    return None;
+                }
+                let placed: OrderPlaced = serde_json::from_slice(payload).ok()?;
+                (placed.order_id, placed.user_id, placed.amount, None)
             }
-            let OrderPlaced {
-                order_id,
-                user_id,
-                amount,
-            } = serde_json::from_slice(payload).ok()?;
-            return Some(Self {
-                order_id,
-                user_id,
-                amount: amount.minor_units(),
-                status: Status::New,
-                reason: None,
-                at,
-            });
-        }
-        if kind == OrderFinished::TYPE {
-            let OrderFinished {
-                order_id,
-                user_id,
-                amount,
-            } = serde_json::from_slice(payload).ok()?;
-            return Some(Self {
-                order_id,
-                user_id,
-                amount: amount.minor_units(),
-                status: Status::Finished,
-                reason: None,
-                at,
-            });
-        }
-        if kind == OrderCancelled::TYPE {
-            let OrderCancelled {
-                order_id,
-                user_id,
-                amount,
-                reason,
-            } = serde_json::from_slice(payload).ok()?;
-            let amount = amount.minor_units();
-            return Some(Self {
-                order_id,
-                user_id,
-                amount,
-                status: Status::Cancelled,
-                reason: Some(reason),
-                at,
-            });
-        }
-        None
+            Status::Finished => {
+                let finished: OrderFinished = serde_json::from_slice(payload).ok()?;
+                (finished.order_id, finished.user_id, finished.amount, None)
+            }
+            Status::Cancelled => {
+                let cancelled: OrderCancelled = serde_json::from_slice(payload).ok()?;
+                let reason = Some(cancelled.reason);
+                (
+                    cancelled.order_id,
+                    cancelled.user_id,
+                    cancelled.amount,
+                    reason,
+                )
+            }
+        };
+        Some(Self {
+            order_id,
+            user_id,
+            amount: amount.minor_units(),
+            status,
+            reason,
+            at,
+        })
     }
 
     /// An order as its service returns it.
@@ -165,7 +174,7 @@ impl Change {
     }
 
     pub(crate) fn is_final(&self) -> bool {
-        self.status != Status::New
+        self.status.is_final()
     }
 }
 

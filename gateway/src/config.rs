@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use axum::http::Uri;
 use broker::BrokerConfig;
 use service_kit::config::Secret;
+use service_kit::server::ConnectionArgs;
 use service_kit::telemetry::LogFormat;
 
 use crate::cors::Origin;
@@ -35,6 +36,8 @@ pub struct Config {
     )]
     pub payments_url: Uri,
     #[command(flatten)]
+    pub connections: ConnectionArgs,
+    #[command(flatten)]
     pub limits: LimitArgs,
     /// Origins of web pages on other hosts that may use the API, separated by commas, each exactly as a browser sends it
     /// (`https://shop.example`). If absent, only pages of this gateway may.
@@ -42,9 +45,6 @@ pub struct Config {
     pub cors_origins: Vec<Origin>,
     #[command(flatten)]
     pub broker: BrokerArgs,
-    /// Clients that may follow events at once; one more is rejected.
-    #[arg(long, env = "GOZON_EVENT_STREAMS_MAX", default_value_t = 1024)]
-    pub event_streams_max: usize,
     /// Format of log lines.
     #[arg(long, env = "GOZON_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,

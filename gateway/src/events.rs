@@ -1,9 +1,9 @@
 //! Live status of orders as server-sent events.
 
 use std::convert::Infallible;
-use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Extension;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::sse::{Event, Sse};
@@ -14,28 +14,28 @@ use serde::Deserialize;
 use serde_json::Value;
 use service_kit::Problem;
 use service_kit::input::ValidatedQuery;
-use service_kit::metrics::refused;
+use service_kit::places::Place;
 use service_kit::problem::{Code, ProblemDocument};
 use shared_contracts::{OrderId, UserId};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc};
-use tokio::time::{Instant, timeout};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use utoipa::{IntoParams, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::change::{Change, Position};
+use crate::client::Client;
 use crate::forward::{Forwarder, Service, trace_of};
-use crate::limits::EVENT_STREAMS;
-use crate::live::{Live, News, REPLAY_MAX, StoredChange};
+use crate::limits::Limits;
+use crate::listeners::{Filter, News};
+use crate::live::{Live, REPLAY_MAX, StoredChange, Subscription};
 
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 /// Keeps proxies from closing a silent connection, and tells the client its position.
 const HEARTBEAT: Duration = Duration::from_secs(15);
 /// Events that are buffered for one client.
 const OUTGOING: usize = 64;
-/// A client that reads nothing for this long is disconnected. It can resume.
-const SLOW_CLIENT_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long browsers wait before they reconnect.
 const RECONNECT_AFTER: Duration = Duration::from_secs(1);
 const BROKER_RETRY_DELAY: Duration = Duration::from_millis(250);
@@ -45,7 +45,7 @@ const BROKER_RETRY_DELAY: Duration = Duration::from_millis(250);
 pub(crate) struct Events {
     live: Option<Live>,
     forwarder: Forwarder,
-    permits: Arc<Semaphore>,
+    limits: Limits,
     shutdown: CancellationToken,
 }
 
@@ -54,26 +54,22 @@ impl Events {
     pub(crate) fn new(
         live: Option<Live>,
         forwarder: Forwarder,
-        streams_max: usize,
+        limits: Limits,
         shutdown: CancellationToken,
     ) -> Self {
         Self {
             live,
             forwarder,
-            permits: Arc::new(Semaphore::new(streams_max)),
+            limits,
             shutdown,
         }
     }
 
-    fn open(&self) -> Result<(Live, OwnedSemaphorePermit), Problem> {
+    fn open(&self, client: Client) -> Result<(Live, Place<Client>), Problem> {
         let Some(live) = self.live.clone() else {
             return Err(Code::NoLiveEvents.into());
         };
-        let permit = self.permits.clone().try_acquire_owned().map_err(|_| {
-            refused(EVENT_STREAMS);
-            Problem::new(Code::Overloaded).because("Too many clients already follow events.")
-        })?;
-        Ok((live, permit))
+        Ok((live, self.limits.event_stream(client)?))
     }
 }
 
@@ -153,12 +149,13 @@ pub(crate) fn api() -> OpenApiRouter<Events> {
 )]
 async fn follow_orders(
     State(events): State<Events>,
+    Extension(client): Extension<Client>,
     ValidatedQuery(query): ValidatedQuery<FollowOrdersQuery>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let (live, permit) = events.open()?;
-    let (news, head) = live.subscribe();
+    let (live, place) = events.open(client)?;
     let filter = query.user_id.map_or(Filter::All, Filter::User);
+    let (news, head) = live.subscribe(filter.clone());
     let after = resume_after(query.last_event_id, &headers).unwrap_or(After::Now);
     Ok(respond(
         Session {
@@ -168,7 +165,7 @@ async fn follow_orders(
             filter,
             opening: None,
             ended: false,
-            permit,
+            place,
         },
         after,
         events.shutdown,
@@ -198,6 +195,7 @@ async fn follow_orders(
 )]
 async fn follow_order(
     State(events): State<Events>,
+    Extension(client): Extension<Client>,
     Path(id): Path<String>,
     ValidatedQuery(query): ValidatedQuery<FollowOrderQuery>,
     headers: HeaderMap,
@@ -205,10 +203,11 @@ async fn follow_order(
     let Ok(order_id) = id.parse::<OrderId>() else {
         return Err(Code::OrderNotFound.into());
     };
-    let (live, permit) = events.open()?;
+    let (live, place) = events.open(client)?;
     // Subscribing before reading: no change can be missed between the two.
-    let (news, head) = live.subscribe();
-    let found = order_as_it_is(&events.forwarder, order_id, &headers).await;
+    let filter = Filter::Order(order_id);
+    let (news, head) = live.subscribe(filter.clone());
+    let found = order_as_it_is(&events.forwarder, client, order_id, &headers).await;
     let opening = match found {
         Ok(found) => found,
         Err(refusal) => return Ok(refusal),
@@ -224,10 +223,10 @@ async fn follow_order(
             live,
             news,
             head,
-            filter: Filter::Order(order_id),
+            filter,
             opening,
             ended: false,
-            permit,
+            place,
         },
         after,
         events.shutdown,
@@ -263,6 +262,7 @@ fn resume_after(parameter: Option<LastEventId>, headers: &HeaderMap) -> Option<A
 /// The order from its service, `None` if the service is unavailable, or the 404 to return.
 async fn order_as_it_is(
     forwarder: &Forwarder,
+    client: Client,
     id: OrderId,
     headers: &HeaderMap,
 ) -> Result<Option<Change>, Response> {
@@ -271,7 +271,10 @@ async fn order_as_it_is(
         .body(axum::body::Body::empty())
         .expect("a path makes a request");
     *request.headers_mut() = trace_of(headers);
-    let answer = forwarder.clone().forward(Service::Orders, request).await;
+    let answer = forwarder
+        .clone()
+        .forward(Service::Orders, client, request)
+        .await;
     match answer.status() {
         StatusCode::OK => {
             let bytes = answer
@@ -308,26 +311,10 @@ fn respond(session: Session, after: After, shutdown: CancellationToken) -> Respo
     ([("x-accel-buffering", "no")], Sse::new(frames)).into_response()
 }
 
-enum Filter {
-    All,
-    User(UserId),
-    Order(OrderId),
-}
-
-impl Filter {
-    fn wants(&self, change: &Change) -> bool {
-        match self {
-            Self::All => true,
-            Self::User(user_id) => change.user_id == *user_id,
-            Self::Order(order_id) => change.order_id == *order_id,
-        }
-    }
-}
-
 /// One client.
 struct Session {
     live: Live,
-    news: broadcast::Receiver<News>,
+    news: Subscription,
     head: Option<Position>,
     filter: Filter,
     opening: Option<Change>,
@@ -335,7 +322,7 @@ struct Session {
     ended: bool,
     /// Released when the session ends.
     #[expect(dead_code, reason = "held, not read")]
-    permit: OwnedSemaphorePermit,
+    place: Place<Client>,
 }
 
 /// The client disconnected, or is too slow.
@@ -372,22 +359,21 @@ impl Session {
         let mut heartbeat = tokio::time::interval_at(Instant::now() + HEARTBEAT, HEARTBEAT);
         loop {
             tokio::select! {
-                news = self.news.recv() => match news {
+                news = self.news.next() => match news.as_deref() {
                     // Sent already, while catching up.
-                    Ok(News::Change(told)) if here.is_some_and(|here| told.position.sequence <= here.sequence) => {}
-                    Ok(News::Change(told)) => {
+                    Some(News::Change(told)) if here.is_some_and(|here| told.position.sequence <= here.sequence) => {}
+                    Some(News::Change(told)) => {
                         here = Some(told.position);
-                        self.show(&told, to).await?;
+                        self.show(told, to).await?;
                     }
-                    Ok(News::Reset(position)) => {
-                        here = Some(position);
+                    Some(News::Reset(position)) => {
+                        here = Some(*position);
                         self.reset(here, to).await?;
                     }
-                    // The ring has overwritten events that this client has not read.
-                    Err(_) => return Err(CutOff),
+                    None => return Err(CutOff),
                 },
                 _ = heartbeat.tick() => {
-                    here = self.live.head_if_taken(&self.news).filter(|head| here.is_none_or(|here| here.sequence <= head.sequence)).or(here);
+                    here = self.news.head_if_taken().filter(|head| here.is_none_or(|here| here.sequence <= head.sequence)).or(here);
                     send(to, with_id(Event::default().comment("heartbeat"), here)).await?;
                 }
             }
@@ -403,12 +389,12 @@ impl Session {
         let mut here = after;
         let mut heartbeat = tokio::time::interval_at(Instant::now() + HEARTBEAT, HEARTBEAT);
         loop {
-            // For each page, so that the ring need not hold all events of a long replay.
-            (self.news, self.head) = self.live.subscribe();
+            // For each page, so that the queue need not hold all events of a long replay.
+            (self.news, self.head) = self.live.subscribe(self.filter.clone());
             let page = match self.head {
                 Some(head) if head == here => return Ok(Some(here)),
                 Some(head) if head.sequence.saturating_sub(here.sequence) > REPLAY_MAX => Ok(None),
-                Some(_) => self.live.page_after(here).await,
+                Some(_) => self.live.page_after(here, &self.filter).await,
                 None => Err(anyhow::anyhow!("the broker was not reached yet")),
             };
             match page {
@@ -443,7 +429,7 @@ impl Session {
     }
 
     async fn show(&mut self, told: &StoredChange, to: &mpsc::Sender<Event>) -> Result<(), CutOff> {
-        if !self.filter.wants(&told.change) || self.ended {
+        if self.ended {
             return Ok(());
         }
         self.ended = matches!(self.filter, Filter::Order(_)) && told.change.is_final();
@@ -473,9 +459,7 @@ fn with_id(event: Event, position: Option<Position>) -> Event {
     }
 }
 
+/// Waits for a client that reads slowly. The server disconnects one that reads nothing.
 async fn send(to: &mpsc::Sender<Event>, event: Event) -> Result<(), CutOff> {
-    match timeout(SLOW_CLIENT_TIMEOUT, to.send(event)).await {
-        Ok(Ok(())) => Ok(()),
-        _ => Err(CutOff),
-    }
+    to.send(event).await.map_err(|_| CutOff)
 }

@@ -12,7 +12,7 @@ use axum::response::IntoResponse as _;
 use bytes::Bytes;
 use failpoint::failpoint;
 use http_body_util::{BodyExt as _, Full, Limited};
-use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::Client as HttpClient;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::time::timeout;
@@ -26,6 +26,7 @@ use service_kit::input::key::{self, IDEMPOTENCY_KEY, IDEMPOTENCY_REPLAYED};
 use service_kit::problem::Code;
 use service_kit::server::DRAIN_TIMEOUT;
 
+use crate::client::Client;
 use crate::limits::{Limits, wait_asked_for};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -83,7 +84,7 @@ type Outgoing = axum::http::Request<Full<Bytes>>;
 /// Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Forwarder {
-    client: Client<HttpConnector, Full<Bytes>>,
+    http: HttpClient<HttpConnector, Full<Bytes>>,
     orders: Authority,
     payments: Authority,
     limits: Limits,
@@ -95,12 +96,12 @@ impl Forwarder {
         let mut connector = HttpConnector::new();
         connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
         connector.set_nodelay(true);
-        let client = Client::builder(TokioExecutor::new())
+        let http = HttpClient::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE_CONNECTION_TIMEOUT)
             .build(connector);
         Ok(Self {
-            client,
+            http,
             orders: authority(orders).context("GOZON_ORDERS_URL")?,
             payments: authority(payments).context("GOZON_PAYMENTS_URL")?,
             limits,
@@ -114,13 +115,21 @@ impl Forwarder {
     }
 
     /// Forwards a request and returns the response, whatever it is.
-    pub(crate) async fn forward(self, service: Service, request: Request) -> Response<Body> {
-        self.try_forward(service, request).await.into_response()
+    pub(crate) async fn forward(
+        self,
+        service: Service,
+        client: Client,
+        request: Request,
+    ) -> Response<Body> {
+        self.try_forward(service, client, request)
+            .await
+            .into_response()
     }
 
     async fn try_forward(
         &self,
         service: Service,
+        client: Client,
         request: Request,
     ) -> Result<Response<Body>, Problem> {
         let (parts, body) = request.into_parts();
@@ -136,6 +145,11 @@ impl Forwarder {
         };
         self.limits.admit_user(&parts.method, &parts.uri, &body)?;
         let wait = wait_asked_for(&parts.method, &parts.uri);
+        let _place = if wait.is_zero() {
+            self.limits.place(service, client)?
+        } else {
+            self.limits.wait(client)?
+        };
         let at_once = (!wait.is_zero()).then(|| {
             format!("{}?wait=0", parts.uri.path())
                 .parse()
@@ -192,7 +206,7 @@ impl Forwarder {
             failpoint!("gateway.before_forward")
                 .map_err(|injected| Failed::NotReached(injected.to_string()))?;
             let (parts, body) = self
-                .client
+                .http
                 .request(request)
                 .await
                 .map_err(Failed::from)?
@@ -237,9 +251,11 @@ impl Forwarder {
     pub(crate) async fn read(
         &self,
         service: Service,
+        client: Client,
         path: &str,
         trace: HeaderMap,
     ) -> Result<serde_json::Value, Problem> {
+        let _place = self.limits.place(service, client)?;
         let path = path
             .parse::<PathAndQuery>()
             .map_err(|_| service.unavailable())?;
@@ -248,7 +264,7 @@ impl Forwarder {
         *request.headers_mut() = trace;
         let exchange = async {
             let answer = self
-                .client
+                .http
                 .request(request)
                 .await
                 .map_err(|error| error.to_string())?;
@@ -278,7 +294,7 @@ impl Forwarder {
         let mut request = axum::http::Request::new(Full::default());
         *request.uri_mut() = self.uri(service, Some(PathAndQuery::from_static("/readyz")));
         let answer = self
-            .client
+            .http
             .request(request)
             .await
             .map_err(|error| format!("not reached: {error}"))?;

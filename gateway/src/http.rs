@@ -1,12 +1,14 @@
 //! The routes: what is forwarded to which service, and where the documents and the page are.
 
-use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::header;
 use axum::middleware::from_fn_with_state;
+use axum::response::Response;
 use axum::routing::{get, post};
+use axum::{Extension, Router};
 use utoipa_swagger_ui::{Config, SwaggerUi, Url};
 
+use crate::client::Client;
 use crate::cors::{self, Origin};
 use crate::document;
 use crate::events::{self, Events};
@@ -76,14 +78,16 @@ pub(crate) fn router(
 
 async fn to_orders(
     State(forwarder): State<Forwarder>,
+    Extension(client): Extension<Client>,
     request: Request,
-) -> axum::response::Response {
-    forwarder.forward(Service::Orders, request).await
+) -> Response {
+    forwarder.forward(Service::Orders, client, request).await
 }
 
 async fn to_payments(
     State(forwarder): State<Forwarder>,
+    Extension(client): Extension<Client>,
     request: Request,
-) -> axum::response::Response {
-    forwarder.forward(Service::Payments, request).await
+) -> Response {
+    forwarder.forward(Service::Payments, client, request).await
 }

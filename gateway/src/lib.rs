@@ -10,8 +10,10 @@ use tracing::info;
 
 use service_kit::health::Health;
 use service_kit::metrics::Metrics;
+use service_kit::server::ConnectionArgs;
 
 mod change;
+mod client;
 mod config;
 mod cors;
 mod document;
@@ -19,6 +21,7 @@ mod events;
 mod forward;
 mod http;
 mod limits;
+mod listeners;
 mod live;
 mod ops;
 mod page;
@@ -43,7 +46,7 @@ pub struct App {
     limits: Limits,
     origins: Vec<Origin>,
     live: Option<Live>,
-    event_streams_max: usize,
+    connections: ConnectionArgs,
 }
 
 impl App {
@@ -57,14 +60,13 @@ impl App {
             Some(config) => Some(Live::new(Broker::connect(config).await?)),
             None => None,
         };
-        let event_streams_max = config.event_streams_max;
         Ok(Self {
             listener,
             forwarder,
             limits,
             origins: config.cors_origins,
             live,
-            event_streams_max,
+            connections: config.connections,
         })
     }
 
@@ -84,7 +86,7 @@ impl App {
         let events = Events::new(
             self.live.clone(),
             forwarder.clone(),
-            self.event_streams_max,
+            self.limits.clone(),
             shutdown.clone(),
         );
         let router = http::router(
@@ -99,7 +101,8 @@ impl App {
                 live.run(shutdown.clone()).await;
             }
         };
-        let serve = service_kit::server::serve(self.listener, router, shutdown.clone());
+        let serve =
+            service_kit::server::serve(self.listener, router, self.connections, shutdown.clone());
         let (served, (), ()) = tokio::join!(serve, self.limits.run(shutdown.clone()), follow);
         served
     }

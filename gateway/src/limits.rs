@@ -1,5 +1,5 @@
-//! Limits by client address, by user, and for all requests in progress. A request above a limit is rejected at once, with
-//! the time after which to send it again.
+//! Limits by client, by user, and for the requests in progress at each service. A request above a limit is rejected at
+//! once, with the time after which to send it again.
 
 use std::net::IpAddr;
 use std::num::NonZeroU32;
@@ -7,40 +7,58 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderName, Method, Uri};
+use axum::http::{Method, Uri};
 use axum::middleware::Next;
 use axum::response::Response;
 use governor::clock::{Clock as _, DefaultClock};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use percent_encoding::percent_decode_str;
 use serde::Deserialize;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use service_kit::Problem;
 use service_kit::metrics::refused;
+use service_kit::places::{Place, Places};
 use service_kit::problem::Code;
 use service_kit::server::Peer;
 use shared_contracts::UserId;
 
-const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+use crate::client::Client;
+use crate::forward::Service;
+
 /// The maximum of `?wait=` of an order.
 const WAIT_SECONDS_MAX: u64 = 30;
 /// How often the state of inactive addresses and users is removed.
 const FORGET_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Reasons for rejecting requests, as labels of metrics.
-pub(crate) const REASONS: [&str; 4] = ["requests", "ip_rate", "user_rate", EVENT_STREAMS];
-pub(crate) const EVENT_STREAMS: &str = "event_streams";
+pub(crate) const REASONS: [&str; 6] = [
+    ORDERS_REQUESTS,
+    PAYMENTS_REQUESTS,
+    WAITS,
+    EVENT_STREAMS,
+    IP_RATE,
+    USER_RATE,
+];
+const ORDERS_REQUESTS: &str = "orders_requests";
+const PAYMENTS_REQUESTS: &str = "payments_requests";
+const WAITS: &str = "waits";
+const EVENT_STREAMS: &str = "event_streams";
+const IP_RATE: &str = "ip_rate";
+const USER_RATE: &str = "user_rate";
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct LimitArgs {
-    /// Requests that may be in progress at once; one more is rejected. Fewer than the services can queue.
+    /// Requests to each service that may be in progress at once; one more gets 503. Fewer than the service can queue. One
+    /// address can have three quarters of them, and of the waits and event streams.
     #[arg(long, env = "GOZON_REQUESTS_MAX", default_value_t = 512)]
     pub requests_max: usize,
     /// Requests that may wait for an order (`?wait=`) at once, in addition to the others.
     #[arg(long, env = "GOZON_WAITS_MAX", default_value_t = 1024)]
     pub waits_max: usize,
+    /// Clients that may follow events at once; one more gets 503.
+    #[arg(long, env = "GOZON_EVENT_STREAMS_MAX", default_value_t = 1024)]
+    pub event_streams_max: usize,
     /// Requests a second from one address, in bursts of as many. No limit if absent.
     #[arg(long, env = "GOZON_RATE_PER_IP")]
     pub rate_per_ip: Option<NonZeroU32>,
@@ -57,9 +75,11 @@ pub struct LimitArgs {
 pub(crate) struct Limits(Arc<Inner>);
 
 struct Inner {
-    working: Semaphore,
-    waiting: Semaphore,
-    per_ip: Option<DefaultKeyedRateLimiter<IpAddr>>,
+    orders: Places<Client>,
+    payments: Places<Client>,
+    waits: Places<Client>,
+    event_streams: Places<Client>,
+    per_ip: Option<DefaultKeyedRateLimiter<Client>>,
     per_user: Option<DefaultKeyedRateLimiter<UserId>>,
     trusted_proxies: Vec<IpAddr>,
 }
@@ -67,8 +87,10 @@ struct Inner {
 impl Limits {
     pub(crate) fn new(arguments: LimitArgs) -> Self {
         Self(Arc::new(Inner {
-            working: Semaphore::new(arguments.requests_max),
-            waiting: Semaphore::new(arguments.waits_max),
+            orders: Places::new(ORDERS_REQUESTS, arguments.requests_max),
+            payments: Places::new(PAYMENTS_REQUESTS, arguments.requests_max),
+            waits: Places::new(WAITS, arguments.waits_max),
+            event_streams: Places::new(EVENT_STREAMS, arguments.event_streams_max),
             per_ip: arguments
                 .rate_per_ip
                 .map(|rate| RateLimiter::keyed(Quota::per_second(rate))),
@@ -107,62 +129,54 @@ impl Limits {
         match &self.0.per_user {
             None => Ok(()),
             Some(per_user) => match user_of(method, uri, body) {
-                Some(user) => check(per_user, &user, "user_rate", "for this user"),
+                Some(user) => check(per_user, &user, USER_RATE, "for this user"),
                 None => Ok(()),
             },
         }
     }
 
-    fn client(&self, peer: IpAddr, headers: &HeaderMap) -> IpAddr {
-        let trusted = |address: &IpAddr| self.0.trusted_proxies.contains(address);
-        if !trusted(&peer) {
-            return peer;
-        }
-        // Each proxy appends the address of its caller, so only addresses after the last untrusted one are certain.
-        let named: Vec<&str> = headers
-            .get_all(FORWARDED_FOR)
-            .iter()
-            .filter_map(|value| value.to_str().ok())
-            .flat_map(|list| list.split(','))
-            .collect();
-        let mut last = peer;
-        for name in named.into_iter().rev() {
-            let Ok(address) = name.trim().parse() else {
-                break;
-            };
-            last = address;
-            if !trusted(&address) {
-                break;
-            }
-        }
-        last
+    /// A place for a request to a service that does not wait.
+    pub(crate) fn place(&self, service: Service, client: Client) -> Result<Place<Client>, Problem> {
+        take(
+            match service {
+                Service::Orders => &self.0.orders,
+                Service::Payments => &self.0.payments,
+            },
+            client,
+        )
+    }
+
+    /// A place for a request that waits for an order.
+    pub(crate) fn wait(&self, client: Client) -> Result<Place<Client>, Problem> {
+        take(&self.0.waits, client)
+    }
+
+    /// A place for a client that follows events.
+    pub(crate) fn event_stream(&self, client: Client) -> Result<Place<Client>, Problem> {
+        take(&self.0.event_streams, client)
     }
 }
 
+fn take(places: &Places<Client>, client: Client) -> Result<Place<Client>, Problem> {
+    places.take(client).map_err(|refusal| {
+        refused(refusal.reason());
+        refusal.into()
+    })
+}
+
+/// Identifies the client of each request and limits its rate. Places are taken later: a client that sends its body slowly
+/// holds none.
 pub(crate) async fn admit(
     State(limits): State<Limits>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Result<Response, Problem> {
-    if let (Some(per_ip), Some(Peer(peer))) = (&limits.0.per_ip, request.extensions().get::<Peer>())
-    {
-        check(
-            per_ip,
-            &limits.client(*peer, request.headers()),
-            "ip_rate",
-            "from your address",
-        )?;
+    let Peer(peer) = request.extensions().get().expect("the server sets it");
+    let client = Client::identify(*peer, request.headers(), &limits.0.trusted_proxies);
+    if let Some(per_ip) = &limits.0.per_ip {
+        check(per_ip, &client, IP_RATE, "from your address")?;
     }
-    let waits = !wait_asked_for(request.method(), request.uri()).is_zero();
-    let places = if waits {
-        &limits.0.waiting
-    } else {
-        &limits.0.working
-    };
-    let Ok(_place) = places.try_acquire() else {
-        refused("requests");
-        return Err(Code::Overloaded.into());
-    };
+    request.extensions_mut().insert(client);
     Ok(next.run(request).await)
 }
 
@@ -245,47 +259,6 @@ fn user_of(method: &Method, uri: &Uri, body: &[u8]) -> Option<UserId> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn limits(trusted_proxies: &[&str]) -> Limits {
-        Limits::new(LimitArgs {
-            requests_max: 1,
-            waits_max: 1,
-            rate_per_ip: None,
-            rate_per_user: None,
-            trusted_proxies: trusted_proxies
-                .iter()
-                .map(|address| address.parse().unwrap())
-                .collect(),
-        })
-    }
-
-    #[test]
-    fn only_a_trusted_proxy_says_who_the_client_is() {
-        let client = |limits: &Limits, peer: &str, header: &str| {
-            let mut headers = HeaderMap::new();
-            headers.insert(FORWARDED_FOR, header.parse().unwrap());
-            limits.client(peer.parse().unwrap(), &headers).to_string()
-        };
-        let (nobody, proxy) = (limits(&[]), limits(&["10.0.0.1", "10.0.0.2"]));
-        assert_eq!(client(&nobody, "10.0.0.1", "1.1.1.1"), "10.0.0.1");
-        assert_eq!(
-            client(&proxy, "9.9.9.9", "1.1.1.1"),
-            "9.9.9.9",
-            "a stranger claims to be a proxy"
-        );
-        assert_eq!(client(&proxy, "10.0.0.1", "1.1.1.1"), "1.1.1.1");
-        assert_eq!(
-            client(&proxy, "10.0.0.1", "6.6.6.6, 1.1.1.1"),
-            "1.1.1.1",
-            "the client claims to be a proxy of another"
-        );
-        assert_eq!(
-            client(&proxy, "10.0.0.1", "6.6.6.6, 1.1.1.1, 10.0.0.2"),
-            "1.1.1.1",
-            "two proxies of ours"
-        );
-        assert_eq!(client(&proxy, "10.0.0.1", "nonsense"), "10.0.0.1");
-    }
 
     #[test]
     fn the_user_of_a_request_is_found_where_the_service_will_read_it() {

@@ -1,7 +1,7 @@
-//! Follows the order events of the broker, once per process, and broadcasts them to all listeners.
+//! Follows the order events of the broker, once per process, and hands each to the listeners that want it.
 //!
-//! Listeners share one bounded ring (a broadcast channel): a slow one is disconnected and delays neither the others nor the
-//! broadcast. A listener that resumes reads from the stream itself, on any gateway.
+//! A payload is decoded only as far as somebody wants it. Each listener has a bounded queue: a slow one is disconnected and
+//! delays nobody. A listener that resumes reads from the stream itself, on any gateway.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
@@ -10,7 +10,7 @@ use anyhow::{Context as _, bail, ensure};
 use async_nats::StatusCode;
 use async_nats::jetstream::consumer::pull::{self, MessagesErrorKind};
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy};
-use async_nats::jetstream::message::StreamMessage;
+use async_nats::jetstream::message::{Info, StreamMessage};
 use async_nats::jetstream::stream::Stream;
 use async_nats::jetstream::{self, Message};
 use broker::{ANSWER_TIMEOUT, Broker};
@@ -18,16 +18,15 @@ use futures_util::StreamExt as _;
 use serde_json::json;
 use shared_contracts::ORDERS_STREAM;
 use time::OffsetDateTime;
-use tokio::sync::{Semaphore, broadcast};
+use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use crate::change::{Change, Ended, Position, position};
+use crate::change::{Change, Ended, Position, Status, Subject, position};
+use crate::listeners::{Filter, ListenerId, Listeners, News};
 
 const SUBJECTS: &str = "gozon.orders.>";
-/// Events in the shared ring, below 1 KiB each: a few seconds of full load.
-const RING: usize = 8192;
 /// A listener that missed more events than this is reset: reading its orders again is cheaper.
 pub(crate) const REPLAY_MAX: u64 = 20_000;
 /// Messages in one read.
@@ -44,13 +43,6 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 const CONSUMER_INACTIVE_MAX: Duration = Duration::from_secs(30);
 const RETRY_DELAY: Duration = Duration::from_millis(250);
 
-#[derive(Clone, Debug)]
-pub(crate) enum News {
-    Change(Arc<StoredChange>),
-    /// The stream was recreated or rolled back. Listeners read their orders again and continue from here.
-    Reset(Position),
-}
-
 /// A change and its position in the stream.
 #[derive(Debug)]
 pub(crate) struct StoredChange {
@@ -60,7 +52,7 @@ pub(crate) struct StoredChange {
 }
 
 impl StoredChange {
-    fn new(position: Position, change: Change) -> Self {
+    pub(crate) fn new(position: Position, change: Change) -> Self {
         let json = serde_json::to_string(&change).expect("a change is plain data");
         Self {
             position,
@@ -77,7 +69,6 @@ pub(crate) struct Live(Arc<Inner>);
 struct Inner {
     broker: Broker,
     state: Mutex<State>,
-    news: broadcast::Sender<News>,
     reads: Semaphore,
     health: RwLock<Result<(), String>>,
 }
@@ -87,6 +78,37 @@ struct Inner {
 struct State {
     head: Option<Head>,
     ended: Ended,
+    listeners: Listeners,
+}
+
+/// Receives the events that a listener wants. Dropping it ends that.
+pub(crate) struct Subscription {
+    live: Live,
+    filter: Filter,
+    id: ListenerId,
+    news: mpsc::Receiver<Arc<News>>,
+}
+
+impl Subscription {
+    /// None if the listener was too slow.
+    pub(crate) async fn next(&mut self) -> Option<Arc<News>> {
+        self.news.recv().await
+    }
+
+    /// The position of the stream, if the listener has received everything until there.
+    pub(crate) fn head_if_taken(&self) -> Option<Position> {
+        let state = self.live.state();
+        state
+            .head
+            .filter(|_| self.news.is_empty())
+            .map(|head| head.position)
+    }
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        self.live.state().listeners.remove(&self.filter, self.id);
+    }
 }
 
 /// The last event that this process has read, and when its stream was created.
@@ -98,33 +120,28 @@ struct Head {
 
 impl Live {
     pub(crate) fn new(broker: Broker) -> Self {
-        let (news, _) = broadcast::channel(RING);
         let health = RwLock::new(Err("starting".to_owned()));
         Self(Arc::new(Inner {
             broker,
             state: Mutex::default(),
-            news,
             reads: Semaphore::new(READS_MAX),
             health,
         }))
     }
 
     /// Receives the events after the returned head, which is absent until the broker was reached once.
-    pub(crate) fn subscribe(&self) -> (broadcast::Receiver<News>, Option<Position>) {
-        let state = self.state();
-        (
-            self.0.news.subscribe(),
-            state.head.map(|head| head.position),
-        )
-    }
-
-    /// The position of a listener that has received everything.
-    pub(crate) fn head_if_taken(&self, news: &broadcast::Receiver<News>) -> Option<Position> {
-        let state = self.state();
-        state
-            .head
-            .filter(|_| news.is_empty())
-            .map(|head| head.position)
+    pub(crate) fn subscribe(&self, filter: Filter) -> (Subscription, Option<Position>) {
+        let mut state = self.state();
+        let (id, news) = state.listeners.add(filter.clone());
+        let head = state.head.map(|head| head.position);
+        drop(state);
+        let subscription = Subscription {
+            live: self.clone(),
+            filter,
+            id,
+            news,
+        };
+        (subscription, head)
     }
 
     pub(crate) fn health(&self) -> Result<(), String> {
@@ -192,10 +209,11 @@ impl Live {
             tokio::select! {
                 message = messages.next() => match message.context("the stream of messages ended")? {
                     Ok(message) => {
-                        let number = message.info().map_err(anyhow::Error::from_boxed)?.consumer_sequence;
+                        let info = message.info().map_err(anyhow::Error::from_boxed)?;
+                        let number = info.consumer_sequence;
                         ensure!(number == taken + 1, "a message is missing between {taken} and {number}");
                         (taken, missing_heartbeats) = (number, 0);
-                        self.take(&message, made_at)?;
+                        self.take(&message, &info, made_at);
                     }
                     Err(error) if matches!(error.kind(), MessagesErrorKind::MissingHeartbeat) => {
                         missing_heartbeats += 1;
@@ -265,8 +283,7 @@ impl Live {
             position: here,
             made_at: info.created,
         });
-        // There may be no listener.
-        let _ = self.0.news.send(News::Reset(here));
+        state.listeners.reset_all(here);
         Ok(here)
     }
 
@@ -299,35 +316,38 @@ impl Live {
             .context("pulling cannot begin")
     }
 
-    fn take(&self, message: &Message, made_at: OffsetDateTime) -> anyhow::Result<()> {
-        let info = message.info().map_err(anyhow::Error::from_boxed)?;
-        let here = position(info.stream_sequence, message.headers.as_ref());
-        let change = Change::read(message.headers.as_ref(), &message.payload, info.published);
+    fn take(&self, message: &Message, info: &Info<'_>, made_at: OffsetDateTime) {
+        let headers = message.headers.as_ref();
+        let position = position(info.stream_sequence, headers);
         let mut state = self.state();
-        state.head = Some(Head {
-            position: here,
-            made_at,
-        });
-        let Some(change) =
-            change.filter(|change| !state.ended.before(change.order_id, here.sequence))
-        else {
-            return Ok(());
+        state.head = Some(Head { position, made_at });
+        let Some(status) = Status::of(headers) else {
+            return;
         };
-        if change.is_final() {
-            state.ended.note(change.order_id, here.sequence);
+        if state.listeners.is_empty() && !status.is_final() {
+            return;
         }
-        // There may be no listener.
-        let _ = self
-            .0
-            .news
-            .send(News::Change(Arc::new(StoredChange::new(here, change))));
-        Ok(())
+        let Some(subject) = Subject::read(&message.payload) else {
+            return;
+        };
+        if state.ended.before(subject.order_id, position.sequence) {
+            return;
+        }
+        if status.is_final() {
+            state.ended.note(subject.order_id, position.sequence);
+        }
+        state.listeners.tell(&subject, || {
+            let change = Change::read(headers, &message.payload, info.published)?;
+            Some(StoredChange::new(position, change))
+        });
     }
 
-    /// A page of changes after a position, and the position of its end. `None`: the stream does not have the position.
+    /// A page of changes after a position that the filter wants, and the position of the page's end. `None`: the stream
+    /// does not have the position.
     pub(crate) async fn page_after(
         &self,
         after: Position,
+        filter: &Filter,
     ) -> anyhow::Result<Option<(Vec<StoredChange>, Position)>> {
         let _turn = self.0.reads.acquire().await.context("the gateway stops")?;
         // The message at the position is read too: it must still be the same event.
@@ -342,7 +362,10 @@ impl Live {
         let (mut page, mut reached) = (Vec::new(), after);
         for message in messages {
             reached = position(message.sequence, Some(&message.headers));
-            page.extend(change_of(&message).map(|change| StoredChange::new(reached, change)));
+            let wanted = Subject::read(&message.payload).is_some_and(|found| filter.wants(&found));
+            if let Some(change) = wanted.then(|| change_of(&message)).flatten() {
+                page.push(StoredChange::new(reached, change));
+            }
         }
         let state = self.state();
         page.retain(|told| {

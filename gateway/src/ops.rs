@@ -1,11 +1,11 @@
 //! Operator paths over both services. A service that is unavailable is named, and the other one is shown.
 
-use axum::Json;
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use axum::http::request::Parts;
 use axum::response::{IntoResponse as _, Response};
+use axum::{Extension, Json};
 use http_body_util::BodyExt as _;
 use serde::Serialize;
 use serde_json::Value;
@@ -19,6 +19,7 @@ use utoipa::openapi::schema::{
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use crate::client::Client;
 use crate::forward::{Forwarder, Service};
 
 const SERVICES: [(Service, &str); 2] =
@@ -104,11 +105,15 @@ fn dead_letters_of_both() -> Array {
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
-async fn flow(State(forwarder): State<Forwarder>, request: Parts) -> Response {
+async fn flow(
+    State(forwarder): State<Forwarder>,
+    Extension(client): Extension<Client>,
+    request: Parts,
+) -> Response {
     let Both {
         mut found,
         unavailable,
-    } = match ask_both(&forwarder, &request).await {
+    } = match ask_both(&forwarder, client, &request).await {
         Ok(both) => both,
         Err(refusal) => return refusal,
     };
@@ -141,9 +146,10 @@ async fn flow(State(forwarder): State<Forwarder>, request: Parts) -> Response {
 async fn dead_letters(
     State(forwarder): State<Forwarder>,
     ValidatedQuery(query): ValidatedQuery<PageQuery>,
+    Extension(client): Extension<Client>,
     request: Parts,
 ) -> Response {
-    let both = match ask_both(&forwarder, &request).await {
+    let both = match ask_both(&forwarder, client, &request).await {
         Ok(both) => both,
         Err(refusal) => return refusal,
     };
@@ -201,11 +207,18 @@ fn merge(both: Both, limit: usize) -> DeadLettersBody {
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
-async fn replay(State(forwarder): State<Forwarder>, request: Parts) -> Response {
+async fn replay(
+    State(forwarder): State<Forwarder>,
+    Extension(client): Extension<Client>,
+    request: Parts,
+) -> Response {
     let mut away = None;
     let mut missing = None;
     for (service, _) in SERVICES {
-        let answer = forwarder.clone().forward(service, again(&request)).await;
+        let answer = forwarder
+            .clone()
+            .forward(service, client, again(&request))
+            .await;
         match answer.status() {
             StatusCode::NOT_FOUND => missing = Some(answer),
             StatusCode::SERVICE_UNAVAILABLE => away = Some(answer),
@@ -223,9 +236,13 @@ struct Both {
 }
 
 /// Sends the same request to both services. Any response but 200 and 503 is returned as it is, and so is a 503 of both.
-async fn ask_both(forwarder: &Forwarder, request: &Parts) -> Result<Both, Response> {
+async fn ask_both(
+    forwarder: &Forwarder,
+    client: Client,
+    request: &Parts,
+) -> Result<Both, Response> {
     let [orders, payments] =
-        SERVICES.map(|(service, _)| forwarder.clone().forward(service, again(request)));
+        SERVICES.map(|(service, _)| forwarder.clone().forward(service, client, again(request)));
     let (orders, payments) = tokio::join!(orders, payments);
     let mut both = Both {
         found: Vec::new(),

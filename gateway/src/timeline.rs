@@ -1,19 +1,21 @@
 //! The timeline of an order, merged from those of orders and payments.
 
-use axum::Json;
 use axum::extract::{Path, Request, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
+use axum::{Extension, Json};
 use serde_json::{Value, json};
 
 use service_kit::Problem;
 use service_kit::problem::Code;
 
+use crate::client::Client;
 use crate::forward::{Forwarder, Service, trace_of};
 
 /// Without payments the timeline is partial and says so; without orders there is none.
 pub(crate) async fn timeline(
     State(forwarder): State<Forwarder>,
+    Extension(client): Extension<Client>,
     Path(id): Path<String>,
     request: Request,
 ) -> Result<Response, Problem> {
@@ -22,8 +24,8 @@ pub(crate) async fn timeline(
     let of_payments = format!("/v1/payments/{id}/timeline");
     let trace = trace_of(request.headers());
     let (orders, payments) = tokio::join!(
-        forwarder.clone().forward(Service::Orders, request),
-        forwarder.read(Service::Payments, &of_payments, trace)
+        forwarder.clone().forward(Service::Orders, client, request),
+        forwarder.read(Service::Payments, client, &of_payments, trace)
     );
     if orders.status() != StatusCode::OK {
         return Ok(orders);

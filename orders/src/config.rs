@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use messaging::FlowArgs;
+use service_kit::server::ConnectionArgs;
 use service_kit::telemetry::LogFormat;
 
 /// Accepts orders, requests their payment, and stores how each one ended.
@@ -15,6 +16,8 @@ pub struct Config {
     /// Permits an address that other machines can reach, although there is no login.
     #[arg(long, env = "GOZON_LISTEN_UNPROTECTED", default_value_t = false)]
     pub listen_unprotected: bool,
+    #[command(flatten)]
+    pub connections: ConnectionArgs,
     #[command(flatten)]
     pub flow: FlowArgs,
     /// An order that is still NEW this long after its request was published is asked for again. The

@@ -10,6 +10,7 @@ use std::time::Duration;
 use messaging::{AskPolicy, Flow, Stream};
 use service_kit::health::Health;
 use service_kit::metrics::Metrics;
+use service_kit::server::ConnectionArgs;
 use shared_contracts::{DLQ_STREAM, ORDERS_STREAM};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -42,6 +43,7 @@ pub const STREAMS: [Stream; 2] = [
 /// Everything that the process consists of.
 pub struct App {
     listener: TcpListener,
+    connections: ConnectionArgs,
     flow: Flow,
     settle: Settle,
     metrics: Metrics,
@@ -66,6 +68,7 @@ impl App {
         Ok(Self {
             metrics: metrics::metrics(&flow)?,
             listener,
+            connections: config.connections,
             flow,
             settle,
         })
@@ -81,6 +84,7 @@ impl App {
         info!(address = %self.address()?, "orders listens");
         let Self {
             listener,
+            connections,
             flow,
             settle,
             metrics,
@@ -97,7 +101,7 @@ impl App {
         let router = http::router(state, health.merge(metrics.routes()));
         let (requests, background) = (flow.database().clone(), flow.background_database().clone());
         tokio::try_join!(
-            service_kit::server::serve(listener, router, shutdown.clone()),
+            service_kit::server::serve(listener, router, connections, shutdown.clone()),
             batcher.run(&requests, shutdown.clone()),
             settle.waiting.run(&background, shutdown.clone()),
             flow.run::<Migrator>(shutdown.clone()),

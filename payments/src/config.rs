@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use messaging::FlowArgs;
+use service_kit::server::ConnectionArgs;
 use service_kit::telemetry::LogFormat;
 
 /// Keeps accounts and decides, once for every order, whether it is paid.
@@ -15,6 +16,8 @@ pub struct Config {
     /// Permits an address that other machines can reach, although there is no login.
     #[arg(long, env = "GOZON_LISTEN_UNPROTECTED", default_value_t = false)]
     pub listen_unprotected: bool,
+    #[command(flatten)]
+    pub connections: ConnectionArgs,
     /// Currency of all amounts, as shown to clients (ISO 4217).
     #[arg(long, env = "GOZON_CURRENCY", default_value = "RUB")]
     pub currency: String,

@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 use messaging::{Flow, Stream};
 use service_kit::health::Health;
 use service_kit::metrics::Metrics;
+use service_kit::server::ConnectionArgs;
 use shared_contracts::{DLQ_STREAM, PAYMENTS_STREAM};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -38,6 +39,7 @@ pub const STREAMS: [Stream; 2] = [
 /// Everything that the process consists of.
 pub struct App {
     listener: TcpListener,
+    connections: ConnectionArgs,
     flow: Flow,
     metrics: Metrics,
     currency: String,
@@ -55,6 +57,7 @@ impl App {
         Ok(Self {
             metrics: metrics::metrics(&flow)?,
             listener,
+            connections: config.connections,
             flow,
             currency: config.currency,
         })
@@ -76,7 +79,7 @@ impl App {
         let health = self.flow.health(Health::default()).routes(shutdown.clone());
         let router = http::router(state, health.merge(self.metrics.routes()));
         tokio::try_join!(
-            service_kit::server::serve(self.listener, router, shutdown.clone()),
+            service_kit::server::serve(self.listener, router, self.connections, shutdown.clone()),
             self.flow.run::<Migrator>(shutdown.clone()),
         )?;
         Ok(())

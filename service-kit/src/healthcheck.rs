@@ -89,6 +89,7 @@ fn detail(body: &[u8]) -> Option<String> {
 mod tests {
     use super::*;
     use crate::health::Health;
+    use crate::server::ConnectionArgs;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, Ordering};
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -143,7 +144,12 @@ mod tests {
             })
         });
         let router = crate::http::edge(health.routes(shutdown.clone()));
-        let server = tokio::spawn(crate::server::serve(listener, router, shutdown.clone()));
+        let server = tokio::spawn(crate::server::serve(
+            listener,
+            router,
+            ConnectionArgs::default(),
+            shutdown.clone(),
+        ));
 
         assert_eq!(check(listen).await, Ok(()));
         good.store(false, Ordering::SeqCst);

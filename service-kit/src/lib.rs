@@ -11,6 +11,7 @@ pub mod idempotency;
 pub mod input;
 pub mod metrics;
 pub mod openapi;
+pub mod places;
 pub mod problem;
 pub mod server;
 pub mod shutdown;

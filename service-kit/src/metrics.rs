@@ -19,6 +19,8 @@ use metrics_util::MetricKindMask;
 use tokio::sync::Mutex;
 use tracing::warn;
 
+use crate::{places, server};
+
 /// The page is served without the gauges of a refresh that takes longer.
 const REFRESH_TIMEOUT: Duration = Duration::from_secs(2);
 /// Recorded durations are kept in memory until they are moved into their buckets.
@@ -50,7 +52,7 @@ impl Metrics {
             version,
             refreshes: Vec::new(),
         }
-        .refusing(&["connections"]))
+        .refusing(&[server::CONNECTIONS, places::CLIENT_SHARE]))
     }
 
     /// Registers the reasons for which this process may reject requests, each with 0: with an absent counter nobody

@@ -1,14 +1,14 @@
 //! Serving HTTP/1.1 with limits: a client that is slow or greedy holds nothing for long.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::pin::pin;
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use axum::http::header::CONNECTION;
+use axum::extract::Request;
 use axum::response::IntoResponse;
+use axum::routing::any;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -16,13 +16,13 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use tower::Service as _;
+use tower::{Service as _, ServiceExt as _};
 use tracing::{debug, warn};
 
+use crate::places::{Place, Places};
 use crate::problem::{Code, Problem};
 
 /// Open requests get this long after a shutdown begins.
@@ -36,24 +36,56 @@ const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(50);
 const LINGER_TIMEOUT: Duration = Duration::from_secs(1);
 /// A connection above the limit gets this long to send the request that is rejected.
 const REJECTED_HEAD_TIMEOUT: Duration = Duration::from_secs(1);
+/// Connections above the limit that may be open until they are rejected. One more is closed without a response.
+const REJECTED_MAX: usize = 1024;
 
 /// The address at the other end of the connection, in the extensions of each request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer(pub IpAddr);
+
+/// The reason for rejecting a connection, as a label of metrics.
+pub(crate) const CONNECTIONS: &str = "connections";
+
+/// The part of an address that stands for one client: an IPv6 client usually has a whole /64 network.
+pub fn client_network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
+        v4 @ IpAddr::V4(_) => v4,
+    }
+}
+
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub struct ConnectionArgs {
+    /// HTTP connections that may be open at once; one more gets 503. One address can open three quarters of them. A
+    /// gateway opens up to GOZON_REQUESTS_MAX connections to each service, and up to GOZON_WAITS_MAX more to orders.
+    #[arg(long, env = "GOZON_CONNECTIONS_MAX", default_value_t = ConnectionArgs::default().connections_max)]
+    pub connections_max: usize,
+}
+
+impl Default for ConnectionArgs {
+    fn default() -> Self {
+        Self {
+            connections_max: 8192,
+        }
+    }
+}
 
 #[derive(Clone, Copy, Debug)]
 struct Limits {
     /// A request's head must be complete within this time, and a connection may be idle as long. Longer than our own
     /// clients keep idle connections, so that they close them and not the server.
     head_timeout: Duration,
+    /// A client that reads nothing of what was sent to it is disconnected after this time.
+    unread_timeout: Duration,
     connections_max: usize,
 }
 
-impl Default for Limits {
-    fn default() -> Self {
+impl Limits {
+    fn new(arguments: ConnectionArgs) -> Self {
         Self {
             head_timeout: Duration::from_secs(30),
-            connections_max: 4096,
+            unread_timeout: Duration::from_secs(20),
+            connections_max: arguments.connections_max,
         }
     }
 }
@@ -62,11 +94,12 @@ impl Default for Limits {
 pub async fn serve(
     listener: TcpListener,
     router: Router,
+    connections: ConnectionArgs,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
-    raise_open_files_limit();
+    raise_open_files_limit(connections.connections_max);
     tokio::select! {
-        () = serve_within(Limits::default(), listener, router, shutdown) => {}
+        () = serve_within(Limits::new(connections), listener, router, shutdown) => {}
         () = crate::metrics::upkeep() => {}
     }
     Ok(())
@@ -78,8 +111,7 @@ async fn serve_within(
     router: Router,
     shutdown: CancellationToken,
 ) {
-    let permits = Arc::new(Semaphore::new(limits.connections_max));
-    let rejecting = crate::http::layered(Router::new().fallback(too_many_connections));
+    let admission = Admission::new(limits, router);
     // A JoinSet and not a TaskTracker: connections that outlive the drain, or a dropped server, are aborted.
     let mut connections = JoinSet::new();
     while let Some(accepted) = shutdown.run_until_cancelled(listener.accept()).await {
@@ -94,18 +126,13 @@ async fn serve_within(
                 continue;
             }
         };
-        if let Err(error) = stream.set_nodelay(true) {
-            debug!(error = %error, "TCP_NODELAY could not be set");
+        if let Err(error) = set_options(&stream, limits.unread_timeout) {
+            debug!(error = %error, "The options of a connection could not be set");
         }
-        let (permit, router, head_timeout) = match permits.clone().try_acquire_owned() {
-            Ok(permit) => (Some(permit), router.clone(), limits.head_timeout),
-            Err(_) => (None, rejecting.clone(), REJECTED_HEAD_TIMEOUT),
-        };
-        let shutdown = shutdown.clone();
-        connections.spawn(async move {
-            serve_connection(head_timeout, stream, peer.ip(), router, shutdown).await;
-            drop(permit);
-        });
+        if let Some(admitted) = admission.admit(peer.ip()) {
+            let shutdown = shutdown.clone();
+            connections.spawn(serve_connection(stream, peer.ip(), admitted, shutdown));
+        }
     }
     drop(listener);
     let drained = async { while connections.join_next().await.is_some() {} };
@@ -114,13 +141,88 @@ async fn serve_within(
     }
 }
 
-async fn serve_connection(
+/// Decides what a new connection gets.
+struct Admission {
+    places: Places<IpAddr>,
     head_timeout: Duration,
+    router: Router,
+    rejected_places: Places<IpAddr>,
+    rejecting: Router,
+}
+
+struct Admitted {
+    /// Held while the connection is open.
+    _place: Place<IpAddr>,
+    head_timeout: Duration,
+    keep_alive: bool,
+    router: Router,
+}
+
+impl Admission {
+    fn new(limits: Limits, router: Router) -> Self {
+        // Clients that open too many connections cannot make this process look dead.
+        let served = router.clone();
+        let probe = any(move |request: Request| served.clone().oneshot(request));
+        let rejecting = Router::new()
+            .route("/livez", probe.clone())
+            .route("/readyz", probe)
+            .fallback_service(crate::http::layered(
+                Router::new().fallback(too_many_connections),
+            ));
+        Self {
+            places: Places::new(CONNECTIONS, limits.connections_max),
+            head_timeout: limits.head_timeout,
+            router,
+            rejected_places: Places::new(CONNECTIONS, REJECTED_MAX),
+            rejecting,
+        }
+    }
+
+    /// None: the connection is closed at once.
+    fn admit(&self, peer: IpAddr) -> Option<Admitted> {
+        let client = client_network(peer);
+        match self.places.take(client) {
+            Ok(place) => Some(Admitted {
+                _place: place,
+                head_timeout: self.head_timeout,
+                keep_alive: true,
+                router: self.router.clone(),
+            }),
+            Err(refusal) => {
+                crate::metrics::refused(refusal.reason());
+                let place = self.rejected_places.take(client).ok()?;
+                Some(Admitted {
+                    _place: place,
+                    head_timeout: REJECTED_HEAD_TIMEOUT,
+                    keep_alive: false,
+                    router: self.rejecting.clone(),
+                })
+            }
+        }
+    }
+}
+
+fn set_options(stream: &TcpStream, unread_timeout: Duration) -> std::io::Result<()> {
+    stream.set_nodelay(true)?;
+    // Counts from the last byte that the client took, also while our own buffers still have room. Other systems have no
+    // such option: there a client that reads nothing keeps its connection.
+    #[cfg(target_os = "linux")]
+    rustix::net::sockopt::set_tcp_user_timeout(stream, unread_timeout.as_millis() as u32)?;
+    Ok(())
+}
+
+async fn serve_connection(
     mut stream: TcpStream,
     peer: IpAddr,
-    router: Router,
+    admitted: Admitted,
     shutdown: CancellationToken,
 ) {
+    let Admitted {
+        _place,
+        head_timeout,
+        keep_alive,
+        router,
+    } = admitted;
     let service = service_fn(move |request: hyper::Request<Incoming>| {
         let mut request = request.map(Body::new);
         request.extensions_mut().insert(Peer(peer));
@@ -129,6 +231,7 @@ async fn serve_connection(
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
+        .keep_alive(keep_alive)
         .header_read_timeout(head_timeout)
         .max_header_size(HEAD_BYTES_MAX)
         .serve_connection(TokioIo::new(&mut stream), service);
@@ -157,14 +260,11 @@ async fn serve_connection(
 async fn too_many_connections() -> impl IntoResponse {
     // One line for each connection would add to the load; they are counted.
     debug!("A connection is rejected: there are too many");
-    crate::metrics::refused("connections");
-    let problem = Problem::new(Code::Overloaded).because("There are too many connections.");
-    ([(CONNECTION, "close")], problem)
+    Problem::new(Code::Overloaded).because("There are too many connections.")
 }
 
-/// Each request needs a file descriptor or two, and the usual soft limit of 1024 is soon reached. The hard limit is what
-/// the administrator allows.
-fn raise_open_files_limit() {
+/// The usual soft limit of 1024 is soon reached. The hard limit is what the administrator allows.
+fn raise_open_files_limit(connections_max: usize) {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     if current != maximum
         && let Err(error) = setrlimit(
@@ -177,237 +277,15 @@ fn raise_open_files_limit() {
     {
         debug!(error = %error, "The limit of open files could not be raised");
     }
+    // A connection of a client, and the one to the service that its request is forwarded to.
+    let needed = 2 * connections_max as u64;
+    if let Some(allowed) = maximum.filter(|allowed| *allowed < needed) {
+        warn!(
+            allowed,
+            needed, "The limit of open files is too low for GOZON_CONNECTIONS_MAX"
+        );
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use axum::routing::{get, post};
-    use serde_json::Value;
-    use tokio::io::AsyncWriteExt as _;
-
-    use super::*;
-    use crate::input::ValidatedJson;
-    use crate::problem::CONTENT_TYPE;
-
-    #[derive(serde::Deserialize)]
-    struct Empty {}
-
-    struct Server {
-        address: std::net::SocketAddr,
-        shutdown: CancellationToken,
-        serving: tokio::task::JoinHandle<()>,
-    }
-
-    impl Server {
-        async fn start(limits: Limits) -> Self {
-            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            let address = listener.local_addr().unwrap();
-            let shutdown = CancellationToken::new();
-            let router = Router::new()
-                .route("/hello", get(async || "hello"))
-                .route("/echo", post(async |_: ValidatedJson<Empty>| "ok"));
-            let serving = tokio::spawn(serve_within(
-                limits,
-                listener,
-                crate::http::edge(router),
-                shutdown.clone(),
-            ));
-            Self {
-                address,
-                shutdown,
-                serving,
-            }
-        }
-
-        /// Sends bytes as they are and reads until the server closes the connection.
-        async fn say(&self, bytes: &[u8]) -> String {
-            let mut stream = TcpStream::connect(self.address).await.unwrap();
-            // The server may refuse before it has read everything.
-            let _ = stream.write_all(bytes).await;
-            heard(&mut stream).await
-        }
-    }
-
-    async fn heard(stream: &mut TcpStream) -> String {
-        let mut answer = Vec::new();
-        timeout(Duration::from_secs(20), stream.read_to_end(&mut answer))
-            .await
-            .unwrap()
-            .unwrap();
-        String::from_utf8(answer).unwrap()
-    }
-
-    /// Status and code of an answer, which must be a problem document with the request's id.
-    fn problem(answer: &str) -> (u16, String) {
-        let (head, body) = answer
-            .split_once("\r\n\r\n")
-            .unwrap_or_else(|| panic!("no answer: {answer:?}"));
-        let document: Value =
-            serde_json::from_str(body).unwrap_or_else(|error| panic!("{error}: {answer:?}"));
-        let header = |name: &str| {
-            head.lines()
-                .find_map(|line| line.strip_prefix(&format!("{name}: ")))
-                .unwrap_or_default()
-        };
-        assert_eq!(header("content-type"), CONTENT_TYPE, "{answer}");
-        assert_eq!(header("content-length"), body.len().to_string(), "{answer}");
-        assert!(
-            !header("x-request-id").is_empty() && document["request_id"] == header("x-request-id"),
-            "{answer}"
-        );
-        let status: u16 = head[9..12].parse().unwrap();
-        assert_eq!(document["status"], status, "{answer}");
-        (status, document["code"].as_str().unwrap().to_owned())
-    }
-
-    #[tokio::test]
-    async fn http_that_cannot_be_parsed_gets_a_bare_status_and_the_rest_a_problem_document() {
-        let server = Server::start(Limits::default()).await;
-        let huge = format!(
-            "GET /hello HTTP/1.1\r\nhost: x\r\ncookie: {}\r\n\r\n",
-            "x".repeat(HEAD_BYTES_MAX)
-        );
-        let many = format!(
-            "GET /hello HTTP/1.1\r\nhost: x\r\n{}\r\n",
-            "a: b\r\n".repeat(200)
-        );
-        let long = format!(
-            "GET /hello?{} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
-            "x".repeat(5000)
-        );
-        let endless = format!(
-            "GET /hello?{} HTTP/1.1\r\nhost: x\r\n\r\n",
-            "x".repeat(100_000)
-        );
-        let lengths = "POST /echo HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
-                       content-length: 2\r\ncontent-length: 3\r\n\r\n{}";
-        let chunk = "POST /echo HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n\
-                     transfer-encoding: chunked\r\n\r\nZZ\r\n{}\r\n0\r\n\r\n";
-        for (bytes, status) in [
-            ("\u{16}\u{3}\u{1}garbage\r\n\r\n", 400),
-            ("GET /hello\r\n\r\n", 400),
-            ("GET /hello HTTP/9.9\r\n\r\n", 400),
-            ("GET /hello HTTP/1.1\r\nno colon\r\n\r\n", 400),
-            ("GET /hel\0lo HTTP/1.1\r\nhost: x\r\n\r\n", 400),
-            (&huge, 431),
-            (&many, 431),
-            (&endless, 431),
-            (lengths, 400),
-        ] {
-            let answer = server.say(bytes.as_bytes()).await;
-            assert!(
-                answer.starts_with(&format!("HTTP/1.1 {status} ")) && answer.ends_with("\r\n\r\n"),
-                "{}: {answer}",
-                &bytes[..bytes.len().min(80)]
-            );
-        }
-        for (bytes, status, code) in [
-            (
-                "GET /nowhere HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
-                404,
-                "not_found",
-            ),
-            (
-                "GET /../etc/passwd HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
-                404,
-                "not_found",
-            ),
-            (
-                "OPTIONS * HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
-                404,
-                "not_found",
-            ),
-            (
-                "BREW /hello HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
-                405,
-                "method_not_allowed",
-            ),
-            (&long, 414, "url_too_long"),
-            (chunk, 400, "unreadable_body"),
-        ] {
-            let answer = server.say(bytes.as_bytes()).await;
-            assert_eq!(
-                problem(&answer),
-                (status, code.to_owned()),
-                "{}",
-                &bytes[..bytes.len().min(80)]
-            );
-        }
-        let answer = server.say(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await;
-        assert!(
-            answer.is_empty() || answer.starts_with("HTTP/1.1 400 "),
-            "{answer:?}"
-        );
-        assert!(
-            server
-                .say(b"GET /hello HTTP/1.0\r\n\r\n")
-                .await
-                .ends_with("hello")
-        );
-    }
-
-    #[tokio::test]
-    async fn a_large_upload_is_refused_before_it_has_come_and_the_answer_arrives() {
-        let server = Server::start(Limits::default()).await;
-        let head = "POST /echo HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 3000000\r\n\r\n";
-        let mut upload = head.as_bytes().to_vec();
-        upload.resize(head.len() + 3_000_000, b' ');
-        assert_eq!(
-            problem(&server.say(&upload).await),
-            (413, "body_too_large".to_owned())
-        );
-    }
-
-    #[tokio::test]
-    async fn a_slow_head_and_an_idle_connection_are_cut_off() {
-        let server = Server::start(Limits {
-            head_timeout: Duration::from_millis(50),
-            ..Limits::default()
-        })
-        .await;
-        assert_eq!(server.say(b"").await, "");
-        assert_eq!(server.say(b"GET /hello HT").await, "");
-        let answer = server.say(b"GET /hello HTTP/1.1\r\nhost: x\r\n\r\n").await;
-        assert!(
-            answer.starts_with("HTTP/1.1 200") && answer.ends_with("hello"),
-            "kept open, then closed: {answer}"
-        );
-    }
-
-    #[tokio::test]
-    async fn one_connection_too_many_is_rejected_at_once() {
-        let server = Server::start(Limits {
-            connections_max: 1,
-            ..Limits::default()
-        })
-        .await;
-        let mut first = TcpStream::connect(server.address).await.unwrap();
-        first
-            .write_all(b"GET /hello HTTP/1.1\r\nhost: x\r\n\r\n")
-            .await
-            .unwrap();
-        first.readable().await.unwrap();
-        let answer = server.say(b"GET /hello HTTP/1.1\r\nhost: x\r\n\r\n").await;
-        assert_eq!(problem(&answer), (503, "overloaded".to_owned()));
-        assert!(answer.contains("retry-after: 1"), "{answer}");
-        first.shutdown().await.unwrap();
-        assert!(heard(&mut first).await.ends_with("hello"));
-    }
-
-    #[tokio::test]
-    async fn a_shutdown_closes_idle_connections_and_ends() {
-        let server = Server::start(Limits::default()).await;
-        let mut idle = TcpStream::connect(server.address).await.unwrap();
-        idle.write_all(b"GET /hello HTTP/1.1\r\nhost: x\r\n\r\n")
-            .await
-            .unwrap();
-        idle.readable().await.unwrap();
-        server.shutdown.cancel();
-        assert!(heard(&mut idle).await.ends_with("hello"));
-        drop(idle);
-        timeout(Duration::from_secs(20), server.serving)
-            .await
-            .unwrap()
-            .unwrap();
-    }
-}
+mod tests;

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
+mod bulkheads;
 mod chaos;
 mod checkout;
 mod cluster;
@@ -13,6 +14,7 @@ mod examples;
 mod faults;
 mod idempotency;
 mod kill_matrix;
+mod listeners;
 mod metrics;
 mod names;
 mod network;

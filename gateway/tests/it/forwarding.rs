@@ -8,6 +8,7 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::routing::post;
 use bytes::Bytes;
 use serde_json::json;
+use service_kit::server::ConnectionArgs;
 use stack::http::Http;
 use stack::testing::{Apart, eventually};
 use tokio::io::AsyncWriteExt as _;
@@ -423,6 +424,7 @@ async fn the_answer_after_a_panic_contains_the_key_made_by_the_gateway() {
     let serving = tokio::spawn(service_kit::server::serve(
         listener,
         router,
+        ConnectionArgs::default(),
         CancellationToken::new(),
     ));
     let answer = http

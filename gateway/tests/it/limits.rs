@@ -68,7 +68,8 @@ async fn requests_above_the_limit_are_rejected_at_once_with_retry_after() {
         3,
         "rejected requests did not reach the service"
     );
-    assert!(gateway.rejected_count("requests").await >= 51);
+    assert!(gateway.rejected_count("orders_requests").await >= 50);
+    assert!(gateway.rejected_count("waits").await >= 1);
     for path in ["/livez", "/readyz", "/metrics", "/openapi.json"] {
         // The backend is blocked too, but the gateway's health does not depend on it.
         assert_eq!(http.get(path).await.unwrap().status, 200, "{path}");
@@ -226,7 +227,10 @@ async fn rejection_counters_start_at_zero() {
     let page = gateway.http.get("/metrics").await.unwrap().text();
     for reason in [
         "connections",
-        "requests",
+        "client_share",
+        "orders_requests",
+        "payments_requests",
+        "waits",
         "ip_rate",
         "user_rate",
         "event_streams",
