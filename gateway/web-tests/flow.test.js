@@ -23,13 +23,13 @@ test('the flow view shows backlog, age and rates of each service', browsing({ to
   await page.getByTestId('service-payments').filter({ hasText: 'payments-order-placed' }).waitFor();
   await paid(user, 1);
   // The plots show completed intervals of five seconds.
-  await page.getByTestId('rates').locator('.figure').filter({ hasText: 'Finished' }).filter({ hasNotText: 'peak 0/s' }).waitFor();
+  await page.getByTestId('rates').locator('.figure').filter({ hasText: 'Paid' }).filter({ hasNotText: 'peak 0/s' }).waitFor();
   await without('payments', async () => {
     await order(user, 1);
-    await page.getByTestId('new').filter({ hasText: /1[\s\S]*the oldest for \d/ }).waitFor();
+    await page.getByTestId('new').filter({ hasText: /1[\s\S]*oldest: \d/ }).waitFor();
     await page.getByTestId('letters-missing').filter({ hasText: 'payments does not answer' }).waitFor();
   });
-  await page.getByTestId('new').filter({ hasText: 'nothing waits' }).waitFor();
+  await page.getByTestId('new').filter({ hasText: 'nothing waiting' }).waitFor();
   await page.getByTestId('service-payments').getByTestId('outbox').waitFor();
 }));
 
@@ -43,10 +43,10 @@ test('dead letters show their cause and are replayed once, after a preview', bro
   await page.getByTestId('nav-flow').click();
   const about = (order) => page.getByTestId('letter').filter({ has: page.locator(`a[href$="${order}"]`) });
   const [garbage, early] = [about(unreadable), about(unknown)];
-  await garbage.filter({ hasText: 'unreadable' }).filter({ hasText: 'gozon.order.placed.v9' }).waitFor();
-  await early.filter({ hasText: 'contradicting' }).waitFor();
+  await garbage.filter({ hasText: 'poison' }).filter({ hasText: 'gozon.order.placed.v9' }).waitFor();
+  await early.filter({ hasText: 'quarantined' }).waitFor();
   const { poison } = (await get('/v1/ops/flow')).payments;
-  await page.getByTestId('service-payments').getByTestId('set-aside').filter({ hasText: `${poison} unreadable` }).waitFor();
+  await page.getByTestId('service-payments').getByTestId('set-aside').filter({ hasText: `${poison} poison` }).waitFor();
   await garbage.getByText('Message', { exact: true }).click();
   assert.equal(await garbage.locator('pre').last().textContent(), '<b>garbage</b>');
 
@@ -67,14 +67,14 @@ test('dead letters show their cause and are replayed once, after a preview', bro
     INSERT INTO orders (id, user_id, amount, description, idempotency_key, request_hash, placed_event_id, created_at, updated_at)
     SELECT '${unknown}', '${user}', 7, 'Restored', '${unknown}', '', event_id, now(), now() FROM request`);
   await page.getByTestId('replay-all').click();
-  await dialog.getByTestId('replay-apply').filter({ hasText: 'Apply 1 message' }).waitFor();
+  await dialog.getByTestId('replay-apply').filter({ hasText: 'Replay 1 message' }).waitFor();
   await dialog.locator('[data-test=preview][data-outcome=applied]').filter({ hasText: 'The order ends CANCELLED: no_account.' }).waitFor();
   assert.equal((await get(`/v1/orders/${unknown}`)).status, 'NEW');
   await dialog.getByTestId('replay-apply').click();
-  await dialog.getByTestId('replay-summary').filter({ hasText: 'Done: applied: 1' }).waitFor();
+  await dialog.getByTestId('replay-summary').filter({ hasText: 'Replayed: applied: 1' }).waitFor();
   assert.equal((await get(`/v1/orders/${unknown}`)).status, 'CANCELLED');
   await dialog.getByRole('button', { name: 'Close' }).last().click();
-  await early.and(page.locator('[data-waits=false]')).filter({ hasText: 'Applied again' }).waitFor();
+  await early.and(page.locator('[data-waits=false]')).filter({ hasText: 'Replayed' }).waitFor();
   assert.equal(await garbage.getAttribute('data-waits'), 'true');
   assert.equal(await early.getByTestId('replay').count(), 0);
   await early.locator('.order-link').click();
@@ -106,5 +106,5 @@ test('the rates count an order once, however often its event is repeated', brows
   await context.route('**/v1/orders/events*', (route) => route.fulfill({ contentType: 'text/event-stream', body: events.join('') }));
   const page = await open('#/flow');
   const rates = page.getByTestId('rates').locator('.figure');
-  for (const name of ['Placed', 'Finished']) await rates.filter({ hasText: name }).filter({ hasText: 'peak 0.2/s' }).waitFor();
+  for (const name of ['Placed', 'Paid']) await rates.filter({ hasText: name }).filter({ hasText: 'peak 0.2/s' }).waitFor();
 }));

@@ -133,7 +133,7 @@ test('while payments is down, the timeline names it, and the order continues by 
     assert.deepEqual(await page.getByTestId('step').evaluateAll((steps) => steps.map((step) => step.dataset.step)), ['placed', 'enqueued', 'published']);
     await page.getByTestId('nav-flow').click();
     await page.getByTestId('service-payments').filter({ hasText: 'does not answer' }).waitFor();
-    await page.getByTestId('new').filter({ hasText: 'the oldest for' }).waitFor();
+    await page.getByTestId('new').filter({ hasText: 'oldest:' }).waitFor();
     await page.goBack();
   });
   await page.locator('[data-test=step][data-step=ended]').waitFor();

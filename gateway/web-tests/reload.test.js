@@ -44,7 +44,7 @@ test('an order that had not arrived before a reload is placed once after it', br
   const note = page.getByTestId('resumed');
   await note.waitFor();
   assert.equal(await note.getAttribute('data-replayed'), 'false');
-  assert.match(await note.innerText(), /Order “Tea” for ₽4\.50: it had not arrived, and is done now/);
+  assert.match(await note.innerText(), /Order “Tea” for ₽4\.50: it had not been done before and is done now/);
   assert.ok(sent.keys.length >= 2 && new Set(sent.keys).size === 1, `${sent.keys}`);
   await eventually(async () => assert.equal(await orderWith(page, 'FINISHED').count(), 2));
   assert.equal((await ordersOf(user)).length, 2);
@@ -66,7 +66,7 @@ test('an order whose answer was lost by a reload is not placed again', browsing(
   const note = page.getByTestId('resumed');
   await note.waitFor();
   assert.equal(await note.getAttribute('data-replayed'), 'true');
-  assert.match(await note.innerText(), /it had arrived already, and was not done again/);
+  assert.match(await note.innerText(), /it had already been done and was not done again/);
   const [newest, ...older] = await ordersOf(user);
   assert.equal(older.length, 1);
   assert.match(await note.getByRole('link').getAttribute('href'), new RegExp(newest.id));
@@ -81,7 +81,7 @@ test('without a reload, a lost answer is requested again under the same key', br
     return times < 3 ? route.abort() : route.fulfill({ response });
   });
   await page.getByTestId('buy-book').click();
-  await page.getByTestId('unanswered').filter({ hasText: 'sent again under the same key' }).waitFor();
+  await page.getByTestId('unanswered').filter({ hasText: 'retried with the same key' }).waitFor();
   await page.getByTestId('unanswered').waitFor({ state: 'detached' });
   assert.equal(sent.keys.length, 3);
   assert.equal(new Set(sent.keys).size, 1);
@@ -97,7 +97,7 @@ test('an interrupted first visit continues with the same account', browsing(asyn
   const user = deposited.split('/').at(-2);
   sent.stop();
   await page.reload();
-  await page.getByTestId('resumed').filter({ hasText: 'done before' }).filter({ hasText: 'it had arrived already' }).filter({ hasText: 'is done now' }).waitFor();
+  await page.getByTestId('resumed').filter({ hasText: 'done before' }).filter({ hasText: 'it had already been done' }).filter({ hasText: 'is done now' }).waitFor();
   await orderWith(page, 'FINISHED').waitFor();
   assert.equal(await page.getByTestId('account-link').textContent(), user);
   assert.equal(await balanceOf(user), 100_000 - 1_299);
@@ -126,7 +126,7 @@ test('after giving up a request, the page says that it may have been done', brow
   const sent = await intercept(context, isOrder, (route) => route.abort());
   await page.getByTestId('buy-tea').click();
   await page.getByTestId('unanswered').getByRole('button').click();
-  await page.getByTestId('problem').filter({ hasText: 'it may have been done' }).waitFor();
+  await page.getByTestId('problem').filter({ hasText: 'It may have been done' }).waitFor();
   assert.equal(await page.getByTestId('problem').getByRole('link', { name: `Orders of ${user}` }).getAttribute('href'), `#/orders?user_id=${user}`);
   sent.stop();
   await page.reload();
@@ -141,7 +141,7 @@ test('a request that hangs can be given up at once', browsing({ tolerated: ABORT
   await page.getByTestId('buy-tea').click();
   await eventually(() => sent.keys.length === 2);
   await page.getByTestId('unanswered').getByRole('button').click();
-  await page.getByTestId('problem').filter({ hasText: 'it may have been done' }).waitFor({ timeout: 5_000 });
+  await page.getByTestId('problem').filter({ hasText: 'It may have been done' }).waitFor({ timeout: 5_000 });
 }));
 
 test('after giving up a resumed request, the page says where its outcome is visible', browsing({ tolerated: ABORTED }, async ({ page, context }) => {
@@ -156,8 +156,8 @@ test('after giving up a resumed request, the page says where its outcome is visi
   await page.reload();
   await page.getByTestId('unanswered').getByRole('button').click();
   const note = page.getByTestId('resumed');
-  await note.filter({ hasText: 'Order “Tea” for ₽4.50: not asked for any more; it may have been done.' }).waitFor();
-  assert.doesNotMatch(await note.innerText(), /refused|nothing was done/);
+  await note.filter({ hasText: 'Order “Tea” for ₽4.50: no longer retried. It may have been done.' }).waitFor();
+  assert.doesNotMatch(await note.innerText(), /rejected|Nothing was done/);
   await note.getByRole('link', { name: `Orders of ${user}` }).click();
   await orderWith(page, 'FINISHED').filter({ hasText: 'Tea' }).waitFor();
 }));
@@ -173,9 +173,9 @@ test('when a later step is rejected, the earlier steps are still shown as done',
   refuse = true;
   await page.reload();
   const note = page.getByTestId('resumed');
-  await note.filter({ hasText: /Add ₽?1,000\.00: refused/ }).filter({ hasText: refused.detail }).waitFor();
-  assert.match(await note.innerText(), /Open the account demo-\w+: done before/);
-  assert.doesNotMatch(await note.innerText(), /nothing was done/);
+  await note.filter({ hasText: /Add ₽?1,000\.00: rejected/ }).filter({ hasText: refused.detail }).waitFor();
+  assert.match(await note.innerText(), /Open account demo-\w+: done before/);
+  assert.doesNotMatch(await note.innerText(), /Nothing was done/);
 }));
 
 test('several clicks add money only once', browsing(async ({ page, context }) => {

@@ -49,7 +49,7 @@ test('an invalid amount is reported at its field, by the page or by the API, and
   const user = await startDemo(page);
   const field = page.getByTestId('order-amount');
   const error = page.getByTestId('order-amount-error');
-  for (const [typed, said] of [['abc', /Type an amount/], ['1.234', /Type an amount/], ['0', /above zero/]]) {
+  for (const [typed, said] of [['abc', /Enter an amount/], ['1.234', /Enter an amount/], ['0', /greater than zero/]]) {
     await field.fill(typed);
     await page.getByTestId('place').click();
     await error.filter({ hasText: said }).waitFor();
@@ -86,7 +86,7 @@ test('a Russian browser gets Russian texts, and another chosen language is remem
   await startDemo(page);
   await page.getByTestId('buy-bike').click();
   const cancelled = orderWith(page, 'CANCELLED');
-  await cancelled.filter({ hasText: 'не хватило денег' }).waitFor();
+  await cancelled.filter({ hasText: 'не хватает денег' }).waitFor();
   assert.match(await cancelled.innerText(), /1\s250,00\s₽/);
   await page.getByTestId('language-en').click();
   await cancelled.filter({ hasText: 'not enough money' }).waitFor();
@@ -138,7 +138,7 @@ test('switching the language keeps the input and translates its error', browsing
   await page.getByTestId('order-amount').fill('much');
   await page.getByTestId('order-description').fill('A present');
   await page.getByTestId('place').click();
-  await page.getByTestId('order-amount-error').filter({ hasText: 'Type an amount' }).waitFor();
+  await page.getByTestId('order-amount-error').filter({ hasText: 'Enter an amount' }).waitFor();
   await page.getByTestId('language-ru').click();
   await page.getByTestId('order-amount-error').filter({ hasText: 'Введите сумму' }).waitFor();
   assert.equal(await page.getByTestId('order-amount').inputValue(), 'much');

@@ -24,12 +24,12 @@ async function commands(within) {
 test('a timeline shows every step with its time, and its message with headers and payload', browsing({ permissions: ['clipboard-read', 'clipboard-write'] }, async ({ page }) => {
   const user = await customer(1_000);
   const id = await paid(user, 70, 'A present');
-  const { steps: told } = await timeline(id);
+  const { steps: expected } = await timeline(id);
   await page.goto(`${base}/#/orders/${id}`);
   await eventually(async () => assert.deepEqual(await steps(page), STEPS));
   const texts = await page.getByTestId('step').allInnerTexts();
-  for (const [n, text] of texts.entries()) assert.match(text, n === 0 ? /POST \/v1\/orders → 201/ : /\+[\d.,]+\s?(ms|sec)|at once/, text);
-  assert.match(texts[4], /paid, and debited[\s\S]*balance ₽9\.30/);
+  for (const [n, text] of texts.entries()) assert.match(text, n === 0 ? /POST \/v1\/orders → 201/ : /\+[\d.,]+\s?(ms|sec)|same time/, text);
+  assert.match(texts[4], /paid and debited[\s\S]*balance ₽9\.30/);
   assert.equal(await page.getByTestId('slowest').count(), 1);
   assert.match(await page.getByTestId('took').textContent(), /[\d.]+ (ms|sec)/);
   const widths = await page.getByTestId('bar').locator('rect').evaluateAll((parts) => parts.map((part) => Number(part.getAttribute('x')) + Number(part.getAttribute('width'))));
@@ -37,21 +37,21 @@ test('a timeline shows every step with its time, and its message with headers an
 
   await page.getByTestId('message').first().click();
   const drawer = page.getByTestId('drawer');
-  const request = told.find((step) => step.step === 'enqueued');
+  const request = expected.find((step) => step.step === 'enqueued');
   for (const [name, value] of Object.entries({ ...request.message.headers, 'ce-id': request.event_id })) {
     await drawer.locator('.headers div').filter({ hasText: name }).filter({ hasText: value }).first().waitFor();
   }
   assert.deepEqual(JSON.parse(await drawer.locator('pre').textContent()), request.message.payload);
-  const { stream_sequence: place } = told.find((step) => step.step === 'published');
+  const { stream_sequence: place } = expected.find((step) => step.step === 'published');
   const shell = await commands(drawer.getByTestId('shell'));
-  assert.deepEqual(shell, ['just peek ORDERS', `nats --user viewer --password viewer stream get ORDERS ${place}`]);
+  assert.deepEqual(shell, ['./dev peek ORDERS', `nats --user viewer --password viewer stream get ORDERS ${place}`]);
   await drawer.getByRole('button', { name: 'Copy as nats' }).click();
   await eventually(async () => assert.equal(await page.evaluate(() => navigator.clipboard.readText()), shell[1]));
   await page.keyboard.press('Escape');
   await drawer.waitFor({ state: 'detached' });
-  const [curl, just] = await commands(page.locator('main > [data-test=shell]'));
+  const [curl, dev] = await commands(page.locator('main > [data-test=shell]'));
   assert.equal(curl, `curl -s '${base}/v1/orders/${id}/timeline'`);
-  assert.equal(just, `just trace ${id}`);
+  assert.equal(dev, `./dev trace ${id}`);
 }));
 
 test('duplicate messages are shown as ignored and change nothing', browsing(async ({ page }) => {
@@ -68,9 +68,9 @@ test('duplicate messages are shown as ignored and change nothing', browsing(asyn
   const repeated = page.locator('[data-step=repeated]');
   await repeated.nth(1).waitFor();
   assert.equal(await page.locator('[data-step=repeated][data-service=payments]').count(), 1);
-  await repeated.filter({ hasText: 'OrderPlaced came again 2 times, and was ignored' }).waitFor();
-  await repeated.filter({ hasText: 'PaymentSettled came again, and was ignored' }).waitFor();
-  assert.match(await repeated.first().textContent(), /Recognised as a repetition\. Nothing was changed\./);
+  await repeated.filter({ hasText: 'OrderPlaced received again 2 times and ignored' }).waitFor();
+  await repeated.filter({ hasText: 'PaymentSettled received again and ignored' }).waitFor();
+  assert.match(await repeated.first().textContent(), /Recognised as a duplicate\. Nothing was changed\./);
   assert.equal(await repeated.first().locator('.step-body').evaluate((body) => getComputedStyle(body).borderTopStyle), 'dashed');
   assert.equal(await page.getByTestId('status').first().getAttribute('data-status'), 'FINISHED');
   assert.equal(await balanceOf(user), 930);
@@ -164,7 +164,7 @@ test('a statement restarts when more than a page of entries is new, and adds up'
   const user = await customer(10_000);
   await page.goto(`${base}/#/accounts/${user}`);
   const sums = page.getByTestId('sums');
-  await sums.filter({ hasText: 'The one entry adds up' }).waitFor();
+  await sums.filter({ hasText: 'The only entry adds up' }).waitFor();
   const account = await held(context, `**/v1/accounts/${user}`);
   await Promise.all(Array.from({ length: 55 }, () => paid(user, 100)));
   account.release();
@@ -258,8 +258,8 @@ test('the keyboard controls search, rows, views and help', browsing(async ({ pag
 }));
 
 test('an unknown address shows that the page was not found', browsing({ path: '#/nowhere' }, async ({ page }) => {
-  assert.equal(await page.locator('h1').textContent(), 'There is nothing here');
-  assert.equal(await page.title(), 'There is nothing here · Gozon');
+  assert.equal(await page.locator('h1').textContent(), 'Page not found');
+  assert.equal(await page.title(), 'Page not found · Gozon');
   await page.locator('main').getByRole('link', { name: 'Shop' }).click();
   await page.getByTestId('demo').waitFor();
 }));

@@ -12,8 +12,8 @@ export function curlPost(path, body, key) {
   return ['curl', `curl -s ${quoted(location.origin + path)}${key ? ` -H ${quoted(`Idempotency-Key: ${key}`)}` : ''}${data}`];
 }
 
-export function just(recipe) {
-  return ['just', `just ${recipe}`];
+export function dev(recipe) {
+  return ['dev', `./dev ${recipe}`];
 }
 
 export function nats(command) {

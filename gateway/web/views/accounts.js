@@ -6,7 +6,7 @@ import { t } from '../i18n.js';
 import { money } from '../money.js';
 import { useResource } from '../resource.js';
 import { go, links } from '../router.js';
-import { curl, just } from '../shell.js';
+import { curl, dev } from '../shell.js';
 import { useStore } from '../store.js';
 import { Copy, Field, Money, OrderLink, ProblemNote, Shell, LoadingRows, When } from '../ui.js';
 import { shopAs, users } from '../users.js';
@@ -76,7 +76,7 @@ function Account({ userId }) {
       <h2 id="statement" class="card-title">${t('account.statement')}</h2>
       <${Statement} account=${account} ...${statement} />
     </section>
-    <${Shell} commands=${[curl(path), curl(`${path}/entries`), just('psql payments'), just('audit')]} />`;
+    <${Shell} commands=${[curl(path), curl(`${path}/entries`), dev('psql payments'), dev('audit')]} />`;
 }
 
 /// The entries read so far, with the account as read at the same time.
@@ -133,7 +133,7 @@ function joined({ entries, next }, page) {
 
 function Statement({ account, entries, next, problem, loadMore, loadAll }) {
   if (!entries) return problem ? html`<${ProblemNote} problem=${problem} />` : html`<${LoadingRows} rows=${6} />`;
-  if (!entries.length) return html`<p class="empty">${t('account.empty')} <code>just order 1299 ${account.user_id}</code></p>`;
+  if (!entries.length) return html`<p class="empty">${t('account.empty')} <code>./dev order 1299 ${account.user_id}</code></p>`;
   return html`
     <${Check} account=${account} entries=${entries} next=${next} loadAll=${loadAll} />
     <table class="statement" data-test="statement">

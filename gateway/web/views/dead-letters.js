@@ -4,7 +4,7 @@ import { html, useEffect, useState } from '../vendor/htm-preact.js';
 import { act, read } from '../api.js';
 import { t, tOr } from '../i18n.js';
 import { useResource } from '../resource.js';
-import { curl, curlPost, just } from '../shell.js';
+import { curl, curlPost, dev } from '../shell.js';
 import { Dialog, OrderLink, ProblemNote, Shell, LoadingRows, When, announce } from '../ui.js';
 
 const PAGE = 50;
@@ -67,7 +67,7 @@ function Letter({ letter, onReplay }) {
       <p class="quiet"><code>${letter.subject}</code> · ${letter.stream} #${letter.stream_sequence} · <code>${letter.consumer}</code></p>
       <pre class="payload" tabindex="0">${letter.headers}</pre>
       <pre class="payload" tabindex="0">${letter.payload}</pre>
-      <${Shell} commands=${[curlPost(`/v1/ops/dead-letters/${letter.id}/replay?dry_run=true`), just(`dlq show ${letter.id}`), just(`dlq replay --dry-run ${letter.id}`)]} />
+      <${Shell} commands=${[curlPost(`/v1/ops/dead-letters/${letter.id}/replay?dry_run=true`), dev(`dlq show ${letter.id}`), dev(`dlq replay --dry-run ${letter.id}`)]} />
     </details>
   </li>`;
 }
@@ -108,7 +108,7 @@ function Replay({ letters, onDone, onClose }) {
         : useful.length
           ? html`<button type="button" class="button button-main" onClick=${apply} data-test="replay-apply">${t('dlq.apply', { n: useful.length })}</button>`
           : html`<p data-test="replay-useless">${t('dlq.useless')}</p>`}`}
-    <${Shell} commands=${[curl('/v1/ops/dead-letters'), just('dlq replay --dry-run')]} />
+    <${Shell} commands=${[curl('/v1/ops/dead-letters'), dev('dlq replay --dry-run')]} />
   <//>`;
 }
 

@@ -5,7 +5,7 @@ import { read } from '../api.js';
 import { duration } from '../clock.js';
 import { language, t } from '../i18n.js';
 import { rates } from '../rates.js';
-import { curl, just, nats } from '../shell.js';
+import { curl, dev, nats } from '../shell.js';
 import { ProblemNote, Shell, LoadingRows } from '../ui.js';
 import { DeadLetters } from './dead-letters.js';
 import { Sparkline } from './sparkline.js';
@@ -33,7 +33,7 @@ export function Flow() {
         ${['orders', 'payments'].map((name) => html`<${Service} key=${name} name=${name} flow=${flow[name]} />`)}
       </div>`}
     ${(flow || problem) && html`<${DeadLetters} setAside=${setAside} />
-      <${Shell} commands=${[curl('/v1/ops/flow'), just('outbox'), just('consumers ORDERS'), just('audit'), nats('consumer report ORDERS')]} />`}`;
+      <${Shell} commands=${[curl('/v1/ops/flow'), dev('outbox'), dev('consumers ORDERS'), dev('audit'), nats('consumer report ORDERS')]} />`}`;
 }
 
 function useFlow() {

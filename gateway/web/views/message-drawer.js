@@ -2,7 +2,7 @@
 
 import { html } from '../vendor/htm-preact.js';
 import { t, tOr } from '../i18n.js';
-import { just, nats } from '../shell.js';
+import { dev, nats } from '../shell.js';
 import { Copy, Dialog, Shell } from '../ui.js';
 
 /// `published`: the step with the message's position in the stream, if there is one.
@@ -11,7 +11,7 @@ export function MessageDrawer({ step, published, onClose }) {
   const headers = { ...fromKey(step), ...step.message.headers };
   const stream = subject.startsWith('gozon.payments.') ? 'PAYMENTS' : 'ORDERS';
   const body = JSON.stringify(payload, null, 2);
-  const commands = [just(`peek ${stream}`)];
+  const commands = [dev(`peek ${stream}`)];
   if (published?.stream_sequence) commands.push(nats(`stream get ${stream} ${published.stream_sequence}`));
   return html`<${Dialog} title=${tOr(`event.${step.event}`, step.event)} onClose=${onClose} data-test="drawer">
     <p class="quiet"><code>${subject}</code>${published?.stream_sequence && html` · ${t('fact.sequence', { n: published.stream_sequence, stream })}`}</p>

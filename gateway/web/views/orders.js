@@ -4,7 +4,7 @@ import { html, useState } from '../vendor/htm-preact.js';
 import { t } from '../i18n.js';
 import { useOrderList } from '../order-list.js';
 import { go, links, replace } from '../router.js';
-import { curl, just, nats } from '../shell.js';
+import { curl, dev, nats } from '../shell.js';
 import { Field, ProblemNote, Shell, LoadingRows } from '../ui.js';
 import { OrderRows } from './order-rows.js';
 
@@ -27,11 +27,11 @@ export function Orders({ status, userId }) {
     ${problem && html`<${ProblemNote} problem=${problem} />`}
     <section class="card card-flush" aria-label=${t('nav.orders')}>
       ${!orders && !problem && html`<${LoadingRows} rows=${8} />`}
-      ${orders && !orders.length && html`<p class="empty">${t('orders.none')} <code>just order 1299</code></p>`}
+      ${orders && !orders.length && html`<p class="empty">${t('orders.none')} <code>./dev order 1299</code></p>`}
       ${orders?.length > 0 && html`<${OrderRows} orders=${orders} withUser />`}
     </section>
     ${more && html`<button type="button" class="button" onClick=${loadMore} data-test="more">${t('more')}</button>`}
-    <${Shell} commands=${[curl(path), just('order 1299 alice'), nats('stream view ORDERS')]} />`;
+    <${Shell} commands=${[curl(path), dev('order 1299 alice'), nats('stream view ORDERS')]} />`;
 }
 
 /// One search field: an order id opens the order, a user name filters the list.

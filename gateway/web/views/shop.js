@@ -8,7 +8,7 @@ import { noteOwnChange } from '../live.js';
 import { currency, learnCurrency, money, parseMoney } from '../money.js';
 import { useOrderList } from '../order-list.js';
 import { links } from '../router.js';
-import { curl, curlPost, just } from '../shell.js';
+import { curl, curlPost, dev } from '../shell.js';
 import { useStore } from '../store.js';
 import { Field, Icon, ProblemNote, Shell, LoadingRows, announce, fieldError, focusTitle } from '../ui.js';
 import { demoName, shopAs, shopper } from '../users.js';
@@ -80,7 +80,7 @@ function Open({ userId }) {
           <p class="card-foot"><a href=${links.orders({ user_id: userId })}>${t('shop.all')}</a></p>`}
       </section>
     </div>
-    <${Shell} commands=${[curlPost('/v1/orders', { user_id: userId, amount: 1299, description: 'A lamp' }, 'my-key'), just(`order 1299 ${userId}`), curl(path)]} />`;
+    <${Shell} commands=${[curlPost('/v1/orders', { user_id: userId, amount: 1299, description: 'A lamp' }, 'my-key'), dev(`order 1299 ${userId}`), curl(path)]} />`;
 }
 
 function Goods({ userId }) {

@@ -8,7 +8,7 @@ import { onChange, reloads } from '../live.js';
 import { askCurrency, money } from '../money.js';
 import { useResource } from '../resource.js';
 import { links } from '../router.js';
-import { curl, just, nats } from '../shell.js';
+import { curl, dev, nats } from '../shell.js';
 import { useStore } from '../store.js';
 import { Copy, Money, ProblemNote, Shell, Status, LoadingRows, When } from '../ui.js';
 import { MessageDrawer } from './message-drawer.js';
@@ -60,7 +60,7 @@ export function Timeline({ id }) {
         return group.length === 1 ? drawn : html`<li key=${`group${index}`} class="transaction"><ol aria-label=${t('timeline.transaction')}>${drawn}</ol><p class="transaction-name" aria-hidden="true">${t('timeline.transaction')}</p></li>`;
       })}${known?.status === 'NEW' && html`<${InProgress} since=${steps.at(-1).at} />`}</ol>`}
     </div></div>
-    <${Shell} commands=${[curl(`/v1/orders/${id}/timeline`), just(`trace ${id}`), nats(request?.stream_sequence ? `stream get ORDERS ${request.stream_sequence}` : 'stream view ORDERS')]} />
+    <${Shell} commands=${[curl(`/v1/orders/${id}/timeline`), dev(`trace ${id}`), nats(request?.stream_sequence ? `stream get ORDERS ${request.stream_sequence}` : 'stream view ORDERS')]} />
     ${message && html`<${MessageDrawer} step=${message} published=${timeline.data.steps.find((step) => step.step === 'published' && step.event_id === message.event_id && step.n === message.n)} onClose=${() => setMessage(undefined)} />`}`;
 }
 
@@ -116,10 +116,10 @@ function Step({ step, onMessage }) {
 /// The order waits for its next step.
 function InProgress({ since }) {
   const time = useStore(now);
-  return html`<li class="step step-under-timeline" data-test="under-timeline">
+  return html`<li class="step step-in-progress" data-test="under-way">
     <span class="step-delta">${duration(Math.max(0, Math.floor((time - Date.parse(since)) / 1000)) * 1000)}</span>
     <span class="step-dot" aria-hidden="true"></span>
-    <div class="step-body"><p class="step-title">${t('timeline.under-timeline')}</p></div>
+    <div class="step-body"><p class="step-title">${t('timeline.in-progress')}</p></div>
   </li>`;
 }
 
