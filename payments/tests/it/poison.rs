@@ -52,7 +52,7 @@ async fn f37_poison_in_a_batch_becomes_a_dead_letter_and_the_rest_is_applied() {
         (
             with(header::ID, Some("7"), &spare[1]),
             body(&spare[1]),
-            "header ce-id is no UUID",
+            "header ce-id is not a UUID",
         ),
         (
             without(header::TYPE, &spare[2]),
