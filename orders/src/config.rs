@@ -20,14 +20,14 @@ pub struct Config {
     pub connections: ConnectionArgs,
     #[command(flatten)]
     pub flow: FlowArgs,
-    /// An order that is still NEW this long after its request was published is asked for again. The
-    /// time doubles with each further request.
+    /// An order that is still NEW is re-asked this many milliseconds after its last request was
+    /// published. Doubles with each re-ask.
     #[arg(long, env = "GOZON_ASK_AGAIN_MS", default_value_t = 30_000)]
     pub ask_again_ms: u64,
-    /// The longest time between two requests for an order.
+    /// Longest interval between two re-asks of an order, in milliseconds.
     #[arg(long, env = "GOZON_ASK_AGAIN_MAX_MS", default_value_t = 600_000)]
     pub ask_again_max_ms: u64,
-    /// The most orders that are asked for again per second.
+    /// Maximum number of orders that are re-asked per second.
     #[arg(long, env = "GOZON_ASK_AGAIN_PER_SECOND", default_value_t = 500)]
     pub ask_again_per_second: u32,
     /// Format of log lines.

@@ -1,4 +1,4 @@
-//! What can go wrong in the use cases of this service.
+//! Errors of the use cases.
 
 use messaging::Failure;
 
@@ -10,7 +10,7 @@ pub enum Error {
     KeyReused,
     #[error("too many requests are waiting")]
     Overloaded,
-    #[error("the process ended before the answer was known")]
+    #[error("the process stopped before the outcome was known")]
     Stopping,
     #[error(transparent)]
     Database(#[from] Failure),

@@ -18,14 +18,14 @@ mod flow;
 mod order;
 mod timeline;
 
-/// What handlers need.
+/// Shared by all handlers.
 #[derive(Clone)]
 pub(crate) struct State {
     pub(crate) db: Database,
     pub(crate) operators: OperatorApi,
     pub(crate) intake: Intake,
     pub(crate) waiting: Waiting,
-    /// Waiting requests end when the process does.
+    /// Cancelled when the process stops; then `?wait=` requests are answered at once.
     pub(crate) shutdown: CancellationToken,
 }
 
@@ -42,7 +42,7 @@ impl FromRef<State> for OperatorApi {
 )]
 struct Document;
 
-/// The codes of this service that the document shows as examples.
+/// Problem codes of this service that the OpenAPI document shows as examples.
 const EXAMPLES: [Code; 2] = [Code::OrderNotFound, Code::RequestInProgress];
 
 fn api() -> OpenApiRouter<State> {

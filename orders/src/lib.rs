@@ -1,8 +1,8 @@
-//! The orders service: takes orders, has them paid, and keeps how each one ended.
+//! The orders service: accepts orders, requests their payment, and stores how each one ended.
 //!
-//! [`App`] is what the process consists of. Orders come in over HTTP and are stored in groups
-//! ([`place`]). How their payment ended comes in as events ([`Settle`]). What stays NEW is asked for
-//! again ([`reconcile`]).
+//! [`App`] contains all parts of the process. Orders arrive over HTTP and are stored in groups
+//! ([`place`]). The outcomes of their payments arrive as events ([`Settle`]). An order that stays
+//! NEW is re-asked ([`reconcile`]).
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -40,7 +40,7 @@ pub const STREAMS: [Stream; 2] = [
     Stream::dead_letters(DLQ_STREAM, "gozon.dlq.>"),
 ];
 
-/// Everything that the process consists of.
+/// All parts of the process.
 pub struct App {
     listener: TcpListener,
     connections: ConnectionArgs,
@@ -50,7 +50,7 @@ pub struct App {
 }
 
 impl App {
-    /// Opens the port. Database and broker are not waited for.
+    /// Opens the port. Does not wait for the database or the broker.
     pub async fn build(config: Config) -> anyhow::Result<Self> {
         let listener =
             service_kit::config::listen(config.listen, config.listen_unprotected).await?;
@@ -78,8 +78,8 @@ impl App {
         self.listener.local_addr()
     }
 
-    /// Runs until `shutdown`. All parts are futures of one task; if one fails for good, the process
-    /// ends.
+    /// Runs until `shutdown`. All parts are futures of one task. If one fails permanently, the
+    /// process ends.
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         info!(address = %self.address()?, "orders listens");
         let Self {

@@ -1,4 +1,4 @@
-//! What this service shows at `GET /metrics`.
+//! The metrics of this service (`GET /metrics`).
 
 use messaging::Flow;
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
@@ -29,10 +29,10 @@ pub(crate) fn metrics(flow: &Flow) -> anyhow::Result<Metrics> {
     );
     describe_counter!(
         ASKED_AGAIN,
-        "Requests for payment published again because the order stayed NEW"
+        "Re-asks: payment requests sent again because the order stayed NEW"
     );
     describe_gauge!(OLDEST_NEW_SECONDS, "Age of the oldest order that is NEW");
-    // A counter that never counted is 0, not absent.
+    // Counters start at 0: without this, they are absent until they count.
     asked_again(0);
     let declined = [DeclineReason::InsufficientFunds, DeclineReason::NoAccount];
     for outcome in declined
@@ -56,13 +56,14 @@ pub(crate) fn metrics(flow: &Flow) -> anyhow::Result<Metrics> {
     Ok(flow.metrics(metrics))
 }
 
-/// A transaction stored orders and recognised others.
+/// A transaction stored new orders and recognised repeated requests.
 pub(crate) fn placed(stored: usize, repeated: usize) {
     counter!(PLACED, "result" => "stored").increment(stored as u64);
     counter!(PLACED, "result" => "repeated").increment(repeated as u64);
 }
 
-/// An order became final, so long after it was placed; `reason` says why it was cancelled.
+/// An order became final; `after` is the time since it was placed. `reason` is set if it was
+/// cancelled.
 pub(crate) fn ended(reason: Option<&'static str>, after: time::Duration) {
     counter!(ENDED, "outcome" => reason.unwrap_or("paid")).increment(1);
     histogram!(SECONDS_TO_END).record(after.as_seconds_f64());

@@ -1,7 +1,7 @@
-//! Placing orders: the queue, the group, the transaction, in this order.
+//! Placing orders: the queue, then the group, then the transaction.
 //!
-//! Whatever was queued while the last transaction ran goes into the next one. No request is delayed
-//! to fill a group: under load groups form by themselves, and the database commits once for all.
+//! All requests that were queued while the last transaction ran go into the next one. No request is
+//! delayed to fill a group. Under load, groups form by themselves, and one commit stores all of it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -24,15 +24,15 @@ use crate::entity::order::{self, Model, Status};
 use crate::error::Error;
 use crate::metrics;
 
-/// Orders in one transaction. More would only add latency.
+/// Maximum number of orders in one transaction. A larger one would only add latency.
 const GROUP_MAX: usize = 200;
-/// Requests that may wait. A healthy database works off a queue this long in well below a second; a
-/// longer one would only hide that it is not healthy.
+/// Maximum number of queued requests. A healthy database stores this many in well under a second. A
+/// longer queue would only hide that the database is not healthy.
 const QUEUE_MAX: usize = 2000;
-/// A request that waited this long is rejected: its client gives up soon, and storing it then helps
-/// nobody. A request that would miss this deadline is rejected at once.
+/// A request that waited this long is rejected instead of stored, because its client gives up soon.
+/// A request that would miss this deadline is rejected at once.
 const WAIT_MAX: Duration = Duration::from_secs(2);
-/// After a shutdown begins, queued requests get this long.
+/// How long queued requests are still stored after a shutdown begins.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(6);
 
 /// An order to place. Its ids are minted before the first attempt, so that a retry recognises its
@@ -49,7 +49,7 @@ pub struct NewOrder {
     pub traceparent: Option<String>,
 }
 
-/// An order as it was placed, and whether that happened now.
+/// The order of a key, and whether this request placed it or an earlier one.
 #[derive(Clone, Debug)]
 pub struct Placed {
     pub order: Model,
@@ -86,9 +86,11 @@ impl Pace {
     }
 
     /// Estimates, from the duration of the last group, whether a request behind `ahead` others
-    /// finishes within [`WAIT_MAX`]: after the group that is being stored, the full ones ahead, and
-    /// its own. A request that fits into the very next group is always accepted, or a slow group
-    /// would be the last that is ever stored.
+    /// finishes within [`WAIT_MAX`]. It waits for the group that is being stored, for the full
+    /// groups ahead of it, and for its own group.
+    ///
+    /// A request that fits into the next group is always accepted. Otherwise, after one slow group,
+    /// no request would ever be accepted again.
     fn is_in_time(&self, ahead: usize) -> bool {
         let full = ahead / GROUP_MAX;
         let groups = u32::try_from(full).unwrap_or(u32::MAX).saturating_add(2);
@@ -97,7 +99,7 @@ impl Pace {
     }
 }
 
-/// An empty queue.
+/// Creates an empty queue and the batcher that reads it.
 pub fn intake() -> (Intake, Batcher) {
     let (sender, receiver) = mpsc::channel(QUEUE_MAX);
     let pace = Pace::default();
@@ -113,7 +115,7 @@ pub fn intake() -> (Intake, Batcher) {
 }
 
 impl Intake {
-    /// Stores an order together with whatever else is queued.
+    /// Queues an order and waits until its group is stored.
     pub async fn place(&self, new: NewOrder) -> Result<Placed, Error> {
         let ahead = self.queue.max_capacity() - self.queue.capacity();
         if !self.pace.is_in_time(ahead) {
@@ -126,13 +128,13 @@ impl Intake {
             answer,
         };
         self.queue.try_send(queued).map_err(|_| Error::Overloaded)?;
-        // The batcher drops a request unanswered only if the process ends meanwhile.
+        // The batcher drops a request without an answer only if the process stops.
         answered.await.unwrap_or(Err(Error::Stopping))
     }
 }
 
 impl Batcher {
-    /// Runs until nobody can place an order any more.
+    /// Runs until no [`Intake`] is left, but at most `DRAIN_TIMEOUT` after `shutdown`.
     pub async fn run(mut self, db: &Database, shutdown: CancellationToken) -> anyhow::Result<()> {
         let overdue = async {
             shutdown.cancelled().await;
@@ -153,8 +155,8 @@ impl Batcher {
     }
 }
 
-/// Stores a group and answers each of its requests. A client may be gone when its answer comes: then
-/// the order is stored all the same, and its key tells.
+/// Stores a group and answers each request. If a client disconnects meanwhile, its order is stored
+/// nevertheless, and a retry with the same key finds it.
 async fn store(db: &Database, group: impl Iterator<Item = Queued>, pace: &Pace) {
     let mut new = Vec::with_capacity(GROUP_MAX);
     let mut answers = Vec::with_capacity(GROUP_MAX);
@@ -178,13 +180,13 @@ async fn store(db: &Database, group: impl Iterator<Item = Queued>, pace: &Pace) 
                 let _ = answer.send(placement.into());
             }
         }
-        // One order that the database refuses, or whose key is being stored elsewhere, must not
-        // hurt the others.
+        // An order must not fail the others if the database refuses it, or if another transaction
+        // is storing its key.
         Err(failure) if new.len() > 1 && concerns_one(&failure) => {
             warn!(
                 orders = new.len(),
                 error = %failure,
-                "A group of orders was refused; storing them one by one"
+                "Storing a group of orders failed; storing them one by one"
             );
             for (answer, one) in answers.into_iter().zip(&new) {
                 let placed = place(db, std::slice::from_ref(one)).await;
@@ -200,16 +202,16 @@ async fn store(db: &Database, group: impl Iterator<Item = Queued>, pace: &Pace) 
     }
 }
 
-/// Whether one order of a group is to blame, and not the database as a whole.
+/// Whether a single order can be the cause, and not the database as a whole.
 fn concerns_one(failure: &Failure) -> bool {
     let is_refused = matches!(failure, Failure::NotDone(_)) && !failure.is_transient();
     is_refused || failure.is_lock_timeout()
 }
 
-/// What became of one order of a group.
+/// The result for one order of a group.
 #[expect(
     clippy::large_enum_variant,
-    reason = "nearly all are the large variant, and none lives long"
+    reason = "nearly all values are the large variant, and all are short-lived"
 )]
 enum Placement {
     Placed(Placed),
@@ -226,9 +228,8 @@ impl From<Placement> for Result<Placed, Error> {
     }
 }
 
-/// Stores the orders and their events, together or not at all; one refused key does not hurt the
-/// others. One order is a slice of one. A key that another transaction is storing right now is not
-/// waited for long.
+/// Stores the orders and their events in one transaction. A reused key fails only its own order. If
+/// another transaction is storing one of the keys, this fails after the lock timeout.
 async fn place(db: &Database, new: &[NewOrder]) -> Result<Vec<Placement>, Failure> {
     retry_unless_locked(|| place_once(db, new)).await
 }
@@ -240,7 +241,7 @@ async fn place_once(db: &Database, new: &[NewOrder]) -> Result<Vec<Placement>, F
     failpoint!("place.after_orders")?;
     let is_new = |one: &NewOrder| inserted.contains(&one.id.as_uuid());
 
-    // A known key: the order it made, whoever stored it.
+    // For each known key, read the order that was created with it.
     let known: Vec<&NewOrder> = new.iter().filter(|one| !is_new(one)).collect();
     let mut by_key: HashMap<(String, String), Model> = HashMap::new();
     if !known.is_empty() {
@@ -278,10 +279,10 @@ async fn place_once(db: &Database, new: &[NewOrder]) -> Result<Vec<Placement>, F
         .collect()
 }
 
-/// The answer to a request whose key made `stored`.
+/// The answer to a request whose key has already created `stored`.
 fn known_key(one: &NewOrder, stored: Model) -> Placement {
     let execution = if stored.id == one.id.as_uuid() {
-        // Our own row, from an attempt whose commit was not answered.
+        // Our own row: an earlier attempt was committed, but the reply to its commit was lost.
         Execution::First
     } else if stored.request_hash == request_hash(one) {
         Execution::Replayed
@@ -330,7 +331,7 @@ impl From<&NewOrder> for Model {
     }
 }
 
-/// What makes two requests with one key the same.
+/// Hash of the fields that must be equal in two requests with the same key.
 fn request_hash(new: &NewOrder) -> Vec<u8> {
     let mut hash = Sha256::new();
     hash.update(new.amount.minor_units().to_be_bytes());
@@ -361,12 +362,12 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_request_that_waited_too_long_is_rejected() {
-        // No database: it must not be asked.
+        // No database runs here: the request must be rejected without a query.
         let url = "postgres://127.0.0.1:1/none".to_owned().into();
         let db = Database::for_requests(&url, "test", 1).await.unwrap();
         let (intake, batcher) = intake();
         let mut late = Box::pin(intake.place(new_order()));
-        assert!(late.as_mut().now_or_never().is_none(), "it waits");
+        assert!(late.as_mut().now_or_never().is_none(), "it is queued");
         tokio::time::advance(WAIT_MAX + Duration::from_millis(1)).await;
         let answer = tokio::select! {
             answer = late => answer,
@@ -379,12 +380,12 @@ mod tests {
     async fn a_request_that_would_miss_its_deadline_is_rejected_at_once_unless_the_next_group_has_room()
      {
         let (intake, batcher) = intake();
-        let come = |number: usize| {
+        let place_many = |number: usize| {
             (0..number)
                 .map(|_| Box::pin(intake.place(new_order())))
                 .collect::<Vec<_>>()
         };
-        let mut next = come(GROUP_MAX);
+        let mut next = place_many(GROUP_MAX);
         batcher.pace.note(WAIT_MAX * 10);
         assert!(
             next.iter_mut()
@@ -395,14 +396,14 @@ mod tests {
             intake.place(new_order()).now_or_never(),
             Some(Err(Error::Overloaded))
         ));
-        // The group that is being stored, the next one, and the one after that.
+        // Three groups finish in time: the one being stored, the next one, and the one after that.
         batcher.pace.note(WAIT_MAX / 3);
-        let mut after = come(GROUP_MAX);
+        let mut after = place_many(GROUP_MAX);
         assert!(
             after
                 .iter_mut()
                 .all(|request| request.now_or_never().is_none()),
-            "two groups are stored before them in time"
+            "they go into the group after the next one"
         );
         assert!(matches!(
             intake.place(new_order()).now_or_never(),
@@ -420,7 +421,7 @@ mod tests {
             waiting
                 .iter_mut()
                 .all(|request| request.now_or_never().is_none()),
-            "these wait"
+            "they are queued"
         );
         assert!(matches!(
             intake.place(new_order()).now_or_never(),
@@ -429,7 +430,7 @@ mod tests {
         drop(batcher);
         assert!(
             matches!(waiting.remove(0).await, Err(Error::Stopping)),
-            "nobody waits for ever"
+            "no request waits for ever"
         );
     }
 }

@@ -29,7 +29,7 @@ pub(crate) async fn list(
     Ok((orders, more))
 }
 
-/// What this service did about an order, in the order of time.
+/// The steps of this service for an order, sorted by time.
 pub(crate) async fn timeline(db: &Database, order_id: OrderId) -> Result<Timeline, Error> {
     read(|| read_timeline(db, order_id))
         .await?
@@ -64,7 +64,7 @@ async fn read_timeline(db: &Database, order_id: OrderId) -> Result<Option<Timeli
             ..Step::new(order.updated_at, SERVICE, StepKind::Ended)
         });
         let mut sent = messages.sent(event_id).await?;
-        // Of the same transaction as the end; the row has the time at which it began.
+        // Stored in the same transaction as the final status, but with the time when it began.
         if let Some(enqueued) = sent.first_mut() {
             enqueued.at = enqueued.at.max(order.updated_at);
         }

@@ -1,7 +1,7 @@
-//! When and how an order that stays NEW is asked for again, for ever.
+//! Re-asks orders that stay NEW: says which orders these are and rebuilds their requests.
 //!
-//! Only asking is done here. Whether an order was paid meanwhile is known to payments alone, which
-//! answers with the decision it has stored, or decides now.
+//! Nothing here decides how an order ends. Only payments knows whether it was paid: it answers with
+//! its stored decision, or decides now.
 
 use messaging::{Request, RequestTable, Requests, Transaction};
 use sea_orm::DbErr;

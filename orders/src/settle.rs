@@ -1,4 +1,4 @@
-//! Ending orders as payments decided.
+//! Makes orders final as payments decided.
 
 use std::collections::HashMap;
 
@@ -23,16 +23,16 @@ pub struct Settle {
     pub(crate) waiting: Waiting,
 }
 
-/// The orders that a batch ended.
+/// The orders that a batch made final.
 #[derive(Debug)]
 pub struct Ended(Vec<EndedOrder>);
 
 #[derive(Debug)]
 struct EndedOrder {
     id: Uuid,
-    /// Why it was cancelled; none if it was paid.
+    /// Set if the order was cancelled.
     reason: Option<&'static str>,
-    /// Time since it was placed.
+    /// Time from placing the order to its final status.
     after: time::Duration,
 }
 
@@ -47,7 +47,7 @@ impl Subscriber for Settle {
         service: "orders",
     };
 
-    /// Takes effect once, because only a NEW order is ended.
+    /// Takes effect once, because only a NEW order becomes final.
     async fn handle(
         &self,
         txn: &Transaction,
@@ -69,7 +69,7 @@ impl Subscriber for Settle {
             let ended = order::end(txn, &endings, at).await?;
             anyhow::ensure!(
                 ended == endings.len() as u64,
-                "orders that were locked while NEW are not: {ended} of {}",
+                "only {ended} of {} locked orders were still NEW",
                 endings.len()
             );
         }
@@ -136,8 +136,8 @@ fn final_event(
     }
 }
 
-/// Which orders end, each with the index of the answer that ends it, and which answers contradict
-/// what is known. A repetition of what is known is neither.
+/// Returns the orders that become final, each with the index of its answer, and the answers that
+/// contradict the stored order. A repeated answer is in neither list.
 fn decide(
     batch: &[Received<PaymentSettled>],
     orders: Vec<Model>,
@@ -153,7 +153,7 @@ fn decide(
             quarantined.push(Quarantined {
                 index,
                 cause: format!(
-                    "there is no order {id} in this database; was the database restored?"
+                    "there is no order {id} in this database; was it restored from an older backup?"
                 ),
             });
             continue;
@@ -193,7 +193,7 @@ fn decide(
             _ if order.status == status && order.reason.as_deref() == reason => {}
             Status::Finished | Status::Cancelled => {
                 let cause = format!(
-                    "order {id} is already final with another outcome than {}",
+                    "order {id} is already final, with an outcome other than {}",
                     event.outcome.as_str()
                 );
                 quarantined.push(Quarantined { index, cause });

@@ -12,16 +12,17 @@ use uuid::Uuid;
 
 use crate::entity::order;
 
-/// Orders that another replica ended are noticed after this long; those of this process at once.
+/// How often orders are polled that another replica may have made final. Orders that this process
+/// makes final wake their requests at once.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
-/// A poll that hangs is given up.
+/// A poll that takes longer is abandoned.
 const POLL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The requests that wait, by order. Clones share them.
+/// The waiting requests by order id. Clones share one map.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Waiting(Arc<Mutex<HashMap<Uuid, Vec<Arc<Notify>>>>>);
 
-/// One request that waits, until it is dropped.
+/// A waiting request. Dropping it ends the wait.
 #[derive(Debug)]
 pub(crate) struct Waiter {
     waiting: Waiting,
@@ -30,8 +31,8 @@ pub(crate) struct Waiter {
 }
 
 impl Waiting {
-    /// Begins to wait. Read the order after this and before [`Waiter::woken`]: then no change is
-    /// missed.
+    /// Registers a request. To miss no change, call this before reading the order, and wait with
+    /// [`Waiter::woken`] after that.
     pub(crate) fn register(&self, id: Uuid) -> Waiter {
         let notify = Arc::new(Notify::new());
         self.lock().entry(id).or_default().push(notify.clone());
@@ -42,7 +43,7 @@ impl Waiting {
         }
     }
 
-    /// Wakes the requests that wait for these orders, which became final.
+    /// Wakes the requests that wait for these orders. The orders must be final.
     pub(crate) fn wake(&self, ids: &[Uuid]) {
         let waiting = self.lock();
         if waiting.is_empty() {
@@ -53,8 +54,8 @@ impl Waiting {
         }
     }
 
-    /// Polls, in one query for all requests, for orders that another replica ended. Does nothing
-    /// while nobody waits.
+    /// Polls for orders that another replica made final, with one query for all requests. Sends no
+    /// query while no request waits.
     pub(crate) async fn run(
         &self,
         db: &Database,
@@ -72,9 +73,9 @@ impl Waiting {
             let polled = tokio::time::timeout(POLL_TIMEOUT, order::final_among(db, ids)).await;
             match polled {
                 Ok(Ok(ids)) => self.wake(&ids),
-                // Each request reads the order itself when its time is up.
-                Ok(Err(error)) => debug!(error = %error, "Orders could not be polled"),
-                Err(elapsed) => debug!(error = %elapsed, "Orders could not be polled"),
+                // Not serious: each request reads its order itself when its time is up.
+                Ok(Err(error)) => debug!(error = %error, "Polling for final orders failed"),
+                Err(elapsed) => debug!(error = %elapsed, "Polling for final orders failed"),
             }
         }
         Ok(())

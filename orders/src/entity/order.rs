@@ -1,4 +1,4 @@
-//! Orders: one row each, for ever.
+//! Orders: one row per order, never deleted.
 
 use messaging::{Transaction, sql};
 use sea_orm::entity::prelude::*;
@@ -16,19 +16,19 @@ pub struct Model {
     pub amount: i64,
     pub description: String,
     pub status: Status,
-    /// Why it was cancelled.
+    /// Set if the order is CANCELLED.
     pub reason: Option<String>,
-    /// The client's name for the request that made it.
+    /// The client's key for the request that created the order.
     pub idempotency_key: String,
-    /// Hash of what was ordered: the same key with another hash is another request.
+    /// Hash of the request. The same key with another hash is a different request.
     pub request_hash: Vec<u8>,
     pub placed_event_id: Uuid,
-    /// How often its payment was requested again.
+    /// Number of re-asks.
     pub asks: i32,
     pub asked_at: Option<TimeDateTimeWithTimeZone>,
-    /// The answer of payments that ended it.
+    /// The `PaymentSettled` event that made the order final.
     pub settlement_event_id: Option<Uuid>,
-    /// The event that says how it ended.
+    /// The `OrderFinished` or `OrderCancelled` event.
     pub final_event_id: Option<Uuid>,
     pub created_at: TimeDateTimeWithTimeZone,
     pub updated_at: TimeDateTimeWithTimeZone,
@@ -47,7 +47,8 @@ pub enum Status {
     Cancelled,
 }
 
-/// Named, since a prepared `*` fails for good once a newer version adds a column.
+/// Columns are listed, because a prepared `SELECT *` fails permanently after a newer version adds a
+/// column.
 macro_rules! columns {
     () => {
         "o.id, o.user_id, o.amount, o.description, o.status, o.reason, o.idempotency_key, o.request_hash, o.placed_event_id, o.asks,
@@ -60,8 +61,8 @@ struct IdRow {
     id: Uuid,
 }
 
-/// Inserts the orders whose (user, key) is new, and returns their ids. Sorted, so that two transactions
-/// with overlapping keys wait for each other instead of deadlocking.
+/// Inserts the orders whose (user, key) is new, and returns their ids. The rows are sorted, so that
+/// transactions with overlapping keys wait for each other instead of deadlocking.
 pub async fn insert_new(
     txn: &DatabaseTransaction,
     mut orders: Vec<Model>,
@@ -107,7 +108,7 @@ pub async fn insert_new(
     Ok(inserted.into_iter().map(|row| row.id).collect())
 }
 
-/// The orders that these users made with these keys.
+/// The orders that were created with these keys. `keys[i]` is a key of `user_ids[i]`.
 pub(crate) async fn find_by_keys(
     txn: &DatabaseTransaction,
     user_ids: Vec<String>,
@@ -134,7 +135,7 @@ pub(crate) async fn find_all(
     Entity::find().filter(Column::Id.eq_any(ids)).all(txn).await
 }
 
-/// Locks orders, in the order of their ids.
+/// Locks the orders, sorted by id, and returns them.
 pub(crate) async fn lock(
     txn: &DatabaseTransaction,
     mut ids: Vec<Uuid>,
@@ -149,7 +150,7 @@ pub(crate) async fn lock(
         .await
 }
 
-/// How an order ended.
+/// An order that becomes final, and its outcome.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Ending {
     pub(crate) id: Uuid,
@@ -160,7 +161,8 @@ pub(crate) struct Ending {
     pub(crate) final_event_id: Uuid,
 }
 
-/// Ends orders that are NEW and that the transaction has locked. Returns how many there were.
+/// Makes orders final that are NEW and that the transaction has locked. Returns the number of
+/// updated rows.
 pub(crate) async fn end(
     txn: &Transaction,
     endings: &[Ending],
@@ -168,9 +170,10 @@ pub(crate) async fn end(
 ) -> Result<u64, DbErr> {
     let ids: Vec<Uuid> = endings.iter().map(|one| one.id).collect();
     let statuses: Vec<String> = endings.iter().map(|one| one.status.to_value()).collect();
-    // The driver's arrays hold no NULL: an empty reason stands for none. And `status = 'NEW'` would
-    // lead PostgreSQL to the index of NEW orders: it estimates that there are next to none, and would
-    // compare each of them with each of these.
+    // The driver's arrays cannot contain NULL, so an empty reason means none.
+    //
+    // `IS NOT DISTINCT FROM 'NEW'` keeps PostgreSQL from using the index of NEW orders. PostgreSQL
+    // estimates that there are almost none, and would compare each of them with each of these.
     let reasons: Vec<String> = endings
         .iter()
         .map(|one| one.reason.unwrap_or_default().to_owned())
@@ -193,7 +196,7 @@ pub(crate) async fn end(
 /// Orders that are not final.
 #[derive(FromQueryResult)]
 pub(crate) struct Unsettled {
-    /// Counts to 100000.
+    /// At most 100000.
     pub(crate) number: i64,
     pub(crate) oldest_seconds: f64,
 }
@@ -207,10 +210,10 @@ pub(crate) async fn unsettled(db: &DatabaseConnection) -> Result<Unsettled, DbEr
         [],
     );
     let row = Unsettled::find_by_statement(query).one(db).await?;
-    row.ok_or_else(|| DbErr::RecordNotFound("a count".to_owned()))
+    row.ok_or_else(|| DbErr::RecordNotFound("the number of NEW orders".to_owned()))
 }
 
-/// Which of these orders are final.
+/// The ids of those orders that are final.
 pub(crate) async fn final_among(
     db: &DatabaseConnection,
     ids: Vec<Uuid>,
@@ -225,7 +228,6 @@ pub(crate) async fn final_among(
         .await
 }
 
-/// Which orders a list shows.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
     pub user_id: Option<String>,
@@ -234,7 +236,7 @@ pub struct Filter {
     pub before: Option<Uuid>,
 }
 
-/// Up to `limit` orders, newest first. Ids are minted in time order, so they are the sort key.
+/// Up to `limit` orders, newest first. Sorted by id, because newer orders have greater ids.
 pub(crate) async fn list(
     db: &DatabaseConnection,
     filter: Filter,
@@ -243,14 +245,14 @@ pub(crate) async fn list(
     page(filter, limit).all(db).await
 }
 
-/// Up to `limit` orders, newest first: every filter is the end of an index.
+/// The query of `list`. With any filter, PostgreSQL reads from the end of an index.
 pub fn page(filter: Filter, limit: u64) -> Select<Entity> {
     let mut query = Entity::find().order_by_desc(Column::Id).limit(limit);
     if let Some(user_id) = filter.user_id {
         query = query.filter(Column::UserId.eq(user_id));
     }
     if let Some(status) = filter.status {
-        // As a literal: a partial index is not used for a bound value.
+        // A literal, because PostgreSQL does not use a partial index for a bound value.
         query = query.filter(Expr::cust(match status {
             Status::New => "status = 'NEW'",
             Status::Finished => "status = 'FINISHED'",

@@ -12,8 +12,9 @@ impl From<Error> for Problem {
             Error::OrderNotFound => Code::OrderNotFound.into(),
             Error::KeyReused => Code::IdempotencyKeyReused.into(),
             Error::Overloaded => {
-                // One line for each request would add to the load; they are counted.
-                debug!("A request is rejected: too many wait already");
+                // Only at debug level: a line per rejected request would add load. A metric counts
+                // them.
+                debug!("Request rejected: too many requests are waiting");
                 service_kit::metrics::refused("orders_queue");
                 Self::new(Code::Overloaded).because("Orders Service temporarily unavailable.")
             }

@@ -120,7 +120,7 @@ impl TryFrom<String> for OrderDescription {
                 "must have at most {DESCRIPTION_CHARACTERS_MAX} characters"
             ));
         }
-        // PostgreSQL cannot store it.
+        // PostgreSQL cannot store this character in a text.
         if text.contains('\0') {
             return Err("must not contain the NUL character".to_owned());
         }
@@ -142,7 +142,6 @@ impl ToSchema for OrderDescription {}
 
 type WaitSeconds = Number<0, 30>;
 
-/// How long to wait for an order.
 #[derive(Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub(super) struct Wait {
@@ -151,7 +150,6 @@ pub(super) struct Wait {
     wait: Option<WaitSeconds>,
 }
 
-/// Which orders, and how many of them.
 #[derive(Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub(super) struct OrdersQuery {
@@ -226,7 +224,7 @@ pub(super) async fn create_order(
     };
     let placed = state.intake.place(new).await?;
 
-    // The order as it was placed: a replay gets the first response, byte for byte.
+    // Always the order as it was placed, so that a replay gets exactly the first response.
     let location = format!("/v1/orders/{}", placed.order.id);
     let updated_at = placed.order.created_at;
     let body = OrderBody {
@@ -276,7 +274,7 @@ pub(super) async fn get_order(
     if order.status != Status::New || seconds == 0 {
         return Ok(Json(order.into()));
     }
-    // Woken, timed out or stopping: the database is read again in each case.
+    // In each case (woken, timed out, stopping) the order is read again.
     let _ = timeout(
         Duration::from_secs(seconds),
         state.shutdown.run_until_cancelled(waiter.woken()),
@@ -319,7 +317,8 @@ pub(super) async fn list_orders(
     }))
 }
 
-/// W3C trace context, version 00: 55 characters of lower-case hex and dashes. Anything else is dropped.
+/// Returns a well-formed W3C trace context: 55 characters of lower-case hex and dashes. Drops
+/// anything else.
 fn traceparent(text: &str) -> Option<String> {
     let lengths: Vec<usize> = text.split('-').map(str::len).collect();
     let hex = text

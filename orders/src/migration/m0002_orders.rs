@@ -1,4 +1,4 @@
-//! Orders, with the promise that a final order is final written into the schema.
+//! The table of orders. A trigger refuses any change of a final order.
 
 use failpoint::removed;
 use sea_orm_migration::prelude::*;
@@ -13,7 +13,7 @@ impl MigrationName for Orders {
 
 #[expect(
     elided_lifetimes_in_paths,
-    reason = "the trait elides them, and async_trait makes the spelled-out form another signature"
+    reason = "the trait elides them; async_trait turns explicit ones into another signature"
 )]
 #[async_trait::async_trait]
 impl MigrationTrait for Orders {
@@ -39,10 +39,10 @@ CREATE TABLE orders (
     idempotency_key     text        NOT NULL,
     request_hash        bytea       NOT NULL,
     placed_event_id     uuid        NOT NULL,
-    -- How often its payment was asked for again, and when last.
+    -- Number of re-asks, and the time of the last one.
     asks                integer     NOT NULL DEFAULT 0 CHECK (asks >= 0),
     asked_at            timestamptz,
-    -- The answer that ended it, and the event of its end: its timeline needs no further index.
+    -- The answer that made it final, and its final event. So its timeline needs no other index.
     settlement_event_id uuid,
     final_event_id      uuid,
     created_at          timestamptz NOT NULL,
@@ -53,16 +53,17 @@ CREATE TABLE orders (
         OR (status = 'CANCELLED' AND reason IN ('insufficient_funds', 'no_account') AND final_event_id IS NOT NULL)
     )
 );
--- I5, I9: an order is made once per key.
+-- I5, I9: one order per key.
 CREATE UNIQUE INDEX orders_idempotency_key ON orders (user_id, idempotency_key);
 -- The list of one user, newest first.
 CREATE INDEX orders_of_user ON orders (user_id, id);
--- What is not final yet, oldest first. Small, however many orders there are.
+-- Orders that are not final, oldest first. Small, however many orders there are.
 CREATE INDEX orders_new ON orders (id) WHERE status = 'NEW';
--- The list of cancelled ones, which may be few among very many.
+-- The list of cancelled orders, which may be few among very many.
 CREATE INDEX orders_cancelled ON orders (id) WHERE status = 'CANCELLED';
 
--- What the reconciler remembers, one row: whatever was published before `lost_at` may be lost and is asked for again.
+-- State of the reconciler, one row. Orders whose request was published before `lost_at` are
+-- re-asked, because the request may be lost.
 CREATE TABLE reconciliation (
     id      boolean     PRIMARY KEY DEFAULT true CHECK (id),
     lost_at timestamptz NOT NULL DEFAULT '-infinity'
@@ -73,7 +74,7 @@ CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     RAISE EXCEPTION '% of % is refused', TG_OP, TG_TABLE_NAME USING ERRCODE = '23514';
 END $$;
--- I6: final states are final. And what was ordered never changes.
+-- I6: a final order never changes. What was ordered never changes either.
 CREATE TRIGGER orders_final BEFORE UPDATE ON orders
     FOR EACH ROW WHEN (
         OLD.status <> 'NEW'
