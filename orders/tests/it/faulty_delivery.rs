@@ -1,4 +1,4 @@
-//! Orders end once, as payments decided, under every combination of faults of delivery.
+//! Orders end once, as payments decided, under combinations of delivery faults.
 
 use messaging::testing::{Published, Scenario, run_under_faults};
 use messaging::{Database, Handled, Received, Subscriber, Subscription, Transaction, now, sql};
@@ -93,11 +93,11 @@ async fn every_order_ends_once_as_payments_decided_under_faults() {
     run(Settle::default).await.unwrap();
 }
 
-/// Tells the end of an order whenever its answer comes.
+/// A faulty subscriber: it publishes an event for every delivery of an answer.
 #[derive(Default)]
-struct TellsEveryAnswer(Settle);
+struct PublishesEveryDelivery(Settle);
 
-impl Subscriber for TellsEveryAnswer {
+impl Subscriber for PublishesEveryDelivery {
     type Event = PaymentSettled;
     type Effect = <Settle as Subscriber>::Effect;
 
@@ -108,10 +108,10 @@ impl Subscriber for TellsEveryAnswer {
         txn: &Transaction,
         batch: &[Received<PaymentSettled>],
     ) -> anyhow::Result<Handled<Self::Effect>> {
-        let tell = |one: &Received<PaymentSettled>| {
+        let event = |one: &Received<PaymentSettled>| {
             messaging::Message::new(EventId::mint(), &one.event, now(), None)
         };
-        txn.enqueue(batch.iter().map(tell).collect()).await?;
+        txn.enqueue(batch.iter().map(event).collect()).await?;
         self.0.handle(txn, batch).await
     }
 
@@ -126,7 +126,7 @@ impl Subscriber for TellsEveryAnswer {
 
 #[tokio::test]
 async fn a_handler_that_publishes_for_every_delivery_fails_under_faults() {
-    let failure = run(TellsEveryAnswer::default).await.unwrap_err();
+    let failure = run(PublishesEveryDelivery::default).await.unwrap_err();
     let failure = failure.to_string();
     assert!(failure.contains("another result"), "{failure}");
 }

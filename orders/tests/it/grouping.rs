@@ -48,7 +48,7 @@ async fn queued_orders_share_a_transaction_and_each_gets_its_own_answer() {
         placed_event_id: EventId::mint(),
         ..first.clone()
     };
-    let impostor = NewOrder {
+    let other_content = NewOrder {
         amount: Amount::new(2).unwrap(),
         ..twin.clone()
     };
@@ -60,7 +60,7 @@ async fn queued_orders_share_a_transaction_and_each_gets_its_own_answer() {
             id: OrderId::mint(),
             ..twin
         },
-        impostor,
+        other_content,
     ]);
 
     let mut waiting: Vec<_> = all
@@ -71,7 +71,7 @@ async fn queued_orders_share_a_transaction_and_each_gets_its_own_answer() {
         waiting
             .iter_mut()
             .all(|request| request.now_or_never().is_none()),
-        "all wait before the batcher begins"
+        "all are queued before the batcher starts"
     );
     let shutdown = CancellationToken::new();
     let answers = tokio::select! {
@@ -141,7 +141,7 @@ async fn an_order_whose_client_disconnected_while_it_was_queued_is_not_stored() 
     let db = database(&fresh, 2).await;
     let (intake, batcher) = intake();
     let mut gone = Box::pin(intake.place(new_order()));
-    assert!(gone.as_mut().now_or_never().is_none(), "it waits");
+    assert!(gone.as_mut().now_or_never().is_none(), "it is queued");
     drop(gone);
     let placed = tokio::select! {
         placed = intake.place(new_order()) => placed.unwrap(),
@@ -158,6 +158,6 @@ async fn an_order_whose_client_disconnected_while_it_was_queued_is_not_stored() 
     assert_eq!(
         row.try_get_by_index::<uuid::Uuid>(0).unwrap(),
         placed.order.id,
-        "the only one"
+        "only this order is stored"
     );
 }

@@ -1,4 +1,4 @@
-//! The service under test with a database and a broker of its own, and the test in the place of payments.
+//! Runs the service with its own database and broker. The test plays the role of payments.
 
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ use stack::http::{Answer, Http};
 use stack::testing::{Apart, TestBroker, TestDatabase, eventually};
 use uuid::Uuid;
 
-/// Long enough for a busy machine; a test that needs it is failing.
+/// Deadline of a condition: long enough for a busy machine, normally not reached.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 
 pub(crate) struct Orders {
@@ -32,19 +32,19 @@ pub(crate) struct Orders {
 }
 
 impl Orders {
-    /// Everything there, the service running and reading answers.
+    /// Starts the service with a broker, and creates the stream of payments.
     pub(crate) async fn start() -> Self {
         Self::start_with_arguments(&[]).await
     }
 
-    /// The same with more arguments for the service.
+    /// Like [`Self::start`], with more arguments for the service.
     pub(crate) async fn start_with_arguments(arguments: &[&'static str]) -> Self {
         let orders = Self::start_with(TestBroker::start().await.unwrap(), arguments).await;
         orders.payments().await;
         orders
     }
 
-    /// With a broker that may not run.
+    /// With this broker, which may be stopped, and without the stream of payments.
     pub(crate) async fn start_with(broker: TestBroker, arguments: &[&'static str]) -> Self {
         let database = TestDatabase::fresh().await.unwrap();
         let db = database.connect().await.unwrap();
@@ -66,7 +66,7 @@ impl Orders {
         self.service = Some(service);
     }
 
-    /// Another process of the service on the same database and broker.
+    /// Starts a replica of the service with the same database and broker.
     pub(crate) async fn replica(&self) -> Apart {
         let service = self.replica_unready().await;
         let http = Http::new(format!("http://{}", service.address));
@@ -119,7 +119,7 @@ impl Orders {
             .unwrap()
     }
 
-    /// A new order of alice for 10.
+    /// Places an order of alice for 10.
     pub(crate) async fn placed(&self) -> OrderId {
         let placed = self.place(None, "alice", 10).await;
         assert_eq!(placed.status, 201, "{}", placed.text());
@@ -134,8 +134,8 @@ impl Orders {
             .unwrap()
     }
 
-    /// An order like this one that was stored an hour ago, with this for the time that the service took it for; its request
-    /// is pruned already.
+    /// Inserts a copy of order `like` that was stored an hour ago and whose request is already
+    /// pruned. `created_at` is an SQL expression for the time according to the service.
     pub(crate) async fn forgotten(&self, like: OrderId, created_at: &str) -> OrderId {
         let id = OrderId::mint();
         let insert = format!(
@@ -174,7 +174,7 @@ impl Orders {
         .await;
     }
 
-    /// Connected as the payments service, with its stream there.
+    /// Connects as the payments service and creates its stream.
     pub(crate) async fn payments(&self) -> Payments {
         let broker = Broker::connect(BrokerConfig {
             url: self.broker.url(),
@@ -185,7 +185,7 @@ impl Orders {
         .await
         .unwrap();
         broker.until_connected().await;
-        // Created by an earlier call, or now.
+        // An earlier call may have created it.
         let stream = Stream::events(PAYMENTS_STREAM, "gozon.payments.>");
         let config = stream.config(&TopologySettings::default());
         let created = broker.jetstream().get_or_create_stream(config).await;
@@ -209,7 +209,7 @@ pub(crate) fn id(order: &Value) -> OrderId {
     order["id"].as_str().unwrap().parse().unwrap()
 }
 
-/// The payments service, as far as orders can tell.
+/// Publishes answers as the payments service does.
 pub(crate) struct Payments(Broker);
 
 /// An answer of payments.
@@ -234,7 +234,7 @@ pub(crate) fn settlement(order_id: OrderId, outcome: PaymentOutcome) -> Settleme
 }
 
 impl Payments {
-    /// Always under a new message id, so that the broker does not swallow a repetition.
+    /// Publishes under a new message id, so that the broker does not drop a repetition.
     pub(crate) async fn publish(&self, settlement: &Settlement) {
         self.publish_body(
             settlement,
@@ -243,7 +243,7 @@ impl Payments {
         .await;
     }
 
-    /// The same with another body.
+    /// Like [`Self::publish`], with another body.
     pub(crate) async fn publish_body(&self, settlement: &Settlement, body: String) {
         let mut headers = HeaderMap::new();
         headers.insert(header::MESSAGE_ID, Uuid::new_v4().to_string());

@@ -5,9 +5,9 @@ use orders::entity::order::{Filter, Status, page};
 use sea_orm::{ConnectionTrait as _, DbBackend, QueryTrait as _, Statement};
 use stack::testing::TestDatabase;
 
-/// Every list is read from the end of an index, however many orders there are.
+/// Each list must be read from the end of an index, however many orders there are.
 #[tokio::test]
-async fn no_list_walks_through_orders_that_it_does_not_show() {
+async fn no_list_scans_orders_that_it_does_not_show() {
     let database = TestDatabase::fresh().await.unwrap();
     let db = Database::from(database.connect().await.unwrap());
     db.migrate::<orders::Migrator>().await.unwrap();
@@ -44,13 +44,13 @@ async fn no_list_walks_through_orders_that_it_does_not_show() {
                 .iter()
                 .map(|row| row.try_get_by_index(0).unwrap())
                 .collect();
-            let walked = plan.iter().find_map(|line| {
+            let scanned = plan.iter().find_map(|line| {
                 line.split_once("Rows Removed by Filter: ")?
                     .1
                     .parse::<u64>()
                     .ok()
             });
-            assert!(walked.unwrap_or(0) < 100, "{filter:?}: {plan:#?}");
+            assert!(scanned.unwrap_or(0) < 100, "{filter:?}: {plan:#?}");
         }
     }
 }

@@ -68,7 +68,7 @@ async fn the_same_key_gets_the_first_answer_and_other_content_is_refused() {
     );
     assert_eq!(
         again.body, first.body,
-        "byte for byte, although it is finished by now"
+        "the same bytes, although the order is FINISHED now"
     );
     assert_eq!(again.header("location"), first.header("location"));
     let other = orders.place(Some("k"), "alice", 11).await;
@@ -83,7 +83,7 @@ async fn the_same_key_gets_the_first_answer_and_other_content_is_refused() {
             .await
             .header("idempotency-replayed"),
         None,
-        "a key is the user's own"
+        "another user may use the same key"
     );
     assert_eq!(orders.count("SELECT count(*) FROM orders").await, 2);
     assert_eq!(
@@ -98,12 +98,12 @@ async fn the_same_key_gets_the_first_answer_and_other_content_is_refused() {
 async fn f02_fifty_parallel_posts_with_one_key_on_two_replicas_make_one_order() {
     let orders = Orders::start().await;
     let second = orders.replica().await;
-    let doors = [
+    let replicas = [
         orders.http.clone(),
         stack::http::Http::new(format!("http://{}", second.address)),
     ];
     let body = json!({ "user_id": "alice", "amount": 10 });
-    let posts = (0..50).map(|number| doors[number % 2].post("/v1/orders", Some("one"), &body));
+    let posts = (0..50).map(|number| replicas[number % 2].post("/v1/orders", Some("one"), &body));
     let answers: Vec<_> = join_all(posts)
         .await
         .into_iter()
@@ -154,7 +154,7 @@ async fn requests_that_queue_while_a_transaction_runs_are_all_answered() {
             .await;
         let twins = (0..10).map(|_| orders.place(Some("twin"), "alice", 10));
         let others = (0..30).map(|_| orders.place(None, "bob", 10));
-        let (twins, impostor, others, ()) = tokio::join!(
+        let (twins, other_content, others, ()) = tokio::join!(
             join_all(twins),
             orders.place(Some("plug"), "alice", 2),
             join_all(others),
@@ -164,7 +164,7 @@ async fn requests_that_queue_while_a_transaction_runs_are_all_answered() {
             twins
                 .iter()
                 .all(|twin| twin.status == 201 && twin.body == twins[0].body),
-            "all twins get the answer"
+            "all requests with one key get the same answer"
         );
         assert_eq!(
             twins
@@ -174,9 +174,9 @@ async fn requests_that_queue_while_a_transaction_runs_are_all_answered() {
             1
         );
         assert_eq!(
-            impostor.json()["code"],
+            other_content.json()["code"],
             "idempotency_key_reused",
-            "one bad request does not hurt the others"
+            "one bad request does not fail the others"
         );
         assert!(others.iter().all(|other| other.status == 201));
     };
@@ -202,7 +202,7 @@ async fn the_counter_of_rejected_requests_starts_at_zero() {
 }
 
 #[tokio::test]
-async fn an_order_that_the_database_refuses_every_time_does_not_hurt_its_group() {
+async fn an_order_that_the_database_always_refuses_does_not_fail_its_group() {
     let orders = Orders::start().await;
     orders
         .database
@@ -234,7 +234,7 @@ async fn an_order_that_the_database_refuses_every_time_does_not_hurt_its_group()
         );
         assert!(
             !answer.text().contains("guilty one"),
-            "no innards in an answer"
+            "an answer shows no internal error"
         );
     }
     assert_eq!(orders.count("SELECT count(*) FROM orders").await, 36);
@@ -308,7 +308,7 @@ async fn bad_input_is_refused_with_advice_and_nothing_is_stored() {
         .unwrap();
     assert_eq!(
         longest.status, 201,
-        "500 characters are fine, whatever their bytes"
+        "500 characters are accepted, however many bytes they have"
     );
 
     for (headers, body, status) in [
@@ -411,7 +411,7 @@ async fn bad_input_is_refused_with_advice_and_nothing_is_stored() {
 }
 
 #[tokio::test]
-async fn a_list_is_newest_first_by_pages_that_new_orders_do_not_disturb() {
+async fn a_list_is_newest_first_and_new_orders_do_not_shift_its_pages() {
     let orders = Orders::start().await;
     let mut of_alice = Vec::new();
     for number in 0..7 {
@@ -448,7 +448,11 @@ async fn a_list_is_newest_first_by_pages_that_new_orders_do_not_disturb() {
             .unwrap()
             .len()
     };
-    assert_eq!(number("").await, 17, "without a user, all users'");
+    assert_eq!(
+        number("").await,
+        17,
+        "without a user id, the orders of all users"
+    );
     assert_eq!(number("?user_id=bob&status=NEW").await, 7);
     assert_eq!(number("?user_id=bob&status=FINISHED").await, 0);
     assert_eq!(number("?user_id=nobody").await, 0);

@@ -1,4 +1,4 @@
-//! What stays NEW is asked for again, for ever, and no more often than that.
+//! An order that stays NEW is re-asked, for ever, at doubling intervals.
 
 use sea_orm::ConnectionTrait as _;
 use shared_contracts::PaymentOutcome;
@@ -12,7 +12,7 @@ async fn an_order_without_an_answer_is_asked_for_again_under_new_numbers() {
     let id = orders.placed().await;
     let published = "SELECT count(*) FROM outbox WHERE n = 5 AND published_at IS NOT NULL";
     orders
-        .until("it is asked for a fifth time", published, 1)
+        .until("the fifth re-ask is published", published, 1)
         .await;
 
     let row = orders.row(id).await;
@@ -33,7 +33,7 @@ async fn an_order_without_an_answer_is_asked_for_again_under_new_numbers() {
     assert_eq!(
         orders.count(&stored).await,
         6,
-        "the broker swallowed none of them"
+        "the broker dropped none as a duplicate"
     );
     let numbered = "SELECT count(*) FROM outbox WHERE n > 0 AND headers::jsonb ->> 'Gozon-Ask' = n::text AND n <= 5";
     assert_eq!(orders.count(numbered).await, 5);
@@ -43,7 +43,7 @@ async fn an_order_without_an_answer_is_asked_for_again_under_new_numbers() {
     assert_eq!(
         orders.count(waits).await,
         0,
-        "each time after twice as long"
+        "each interval is twice as long as the one before"
     );
 
     orders
@@ -65,11 +65,9 @@ async fn a_final_order_is_not_asked_for_again() {
         .await;
     orders.until_status(done, "FINISHED").await;
     let asks = orders.row(done).await.asks;
-    eventually(
-        "the other one is asked for again and again",
-        SOON,
-        async || (orders.row(open).await.asks >= asks + 2).then_some(()),
-    )
+    eventually("the other order is re-asked twice", SOON, async || {
+        (orders.row(open).await.asks >= asks + 2).then_some(())
+    })
     .await;
     assert_eq!(orders.row(done).await.asks, asks);
 }
@@ -81,22 +79,24 @@ async fn nothing_is_asked_for_again_while_the_first_request_waits_for_the_broker
     let id = orders.placed().await;
     let waits = "SELECT count(*) FROM outbox WHERE published_at IS NULL AND created_at < now() - interval '3 seconds'";
     orders
-        .until("the request has waited for long", waits, 1)
+        .until("the request has waited for 3 s", waits, 1)
         .await;
-    assert_eq!(orders.row(id).await.asks, 0, "more requests would not help");
+    assert_eq!(
+        orders.row(id).await.asks,
+        0,
+        "no re-ask before the first request is published"
+    );
 
     orders.broker.up().await.unwrap();
-    eventually(
-        "it is asked for again once it was published",
-        SOON,
-        async || (orders.row(id).await.asks > 0).then_some(()),
-    )
+    eventually("it is re-asked after it was published", SOON, async || {
+        (orders.row(id).await.asks > 0).then_some(())
+    })
     .await;
 }
 
 #[tokio::test]
 async fn when_the_broker_comes_back_empty_every_new_order_is_due_at_once() {
-    // With the default of 30 s, which this test does not wait for.
+    // The default of 30 s applies, and the test does not wait that long.
     let mut orders = Orders::start().await;
     for _ in 0..5 {
         orders.placed().await;
@@ -118,12 +118,13 @@ async fn when_the_broker_comes_back_empty_every_new_order_is_due_at_once() {
         "SELECT count(DISTINCT o.id) FROM orders o JOIN outbox b ON b.event_id = o.placed_event_id
          WHERE b.n > 0 AND extract(epoch FROM b.published_at) * 1000000 > {wiped_at}"
     );
-    orders.until("all are asked for again", &published, 5).await;
+    orders.until("all are re-asked", &published, 5).await;
 }
 
 #[tokio::test]
 async fn events_published_before_all_streams_existed_do_not_count_as_lost() {
-    // With the default of 30 s, and without payments' stream: orders cannot make its consumer yet.
+    // The default of 30 s applies. Without the stream of payments, orders cannot create its
+    // consumer yet.
     let orders = Orders::start_with(TestBroker::start().await.unwrap(), &[]).await;
     let early = orders.placed().await;
     orders
@@ -139,10 +140,11 @@ async fn events_published_before_all_streams_existed_do_not_count_as_lost() {
         health.contains("[+] consumer: ok").then_some(())
     })
     .await;
-    // The look that finds the second of these began when the consumer's word was out.
+    // By now the consumer has noted a loss if it is going to. The step that finds the second of
+    // these orders began after that.
     for _ in 0..2 {
         let forgotten = orders.forgotten(early, "now() - interval '1 hour'").await;
-        eventually("a forgotten order is asked for again", SOON, async || {
+        eventually("a forgotten order is re-asked", SOON, async || {
             (orders.row(forgotten).await.asks > 0).then_some(())
         })
         .await;
@@ -155,7 +157,7 @@ async fn f43_an_order_dated_by_a_clock_far_ahead_is_asked_for_again_and_its_age_
     let orders = Orders::start().await;
     let id = orders.placed().await;
     let ahead = orders.forgotten(id, "now() + interval '30 days'").await;
-    eventually("it is asked for again", SOON, async || {
+    eventually("it is re-asked", SOON, async || {
         (orders.row(ahead).await.asks > 0).then_some(())
     })
     .await;
@@ -174,7 +176,7 @@ async fn f19_a_request_that_the_broker_never_takes_delays_no_other_request() {
                      VALUES (gen_random_uuid(), 'gozon.orders.placed', '{}', repeat('x', 2000000), 9, now() - interval '1 hour')";
     orders.db.execute_unprepared(too_large).await.unwrap();
     let id = orders.placed().await;
-    eventually("another one is asked for again", SOON, async || {
+    eventually("another order is re-asked", SOON, async || {
         (orders.row(id).await.asks > 0).then_some(())
     })
     .await;
@@ -195,7 +197,7 @@ async fn two_replicas_ask_no_more_often_than_one() {
     }
     orders
         .until(
-            "all are asked for twice",
+            "all are re-asked twice",
             "SELECT count(*) FROM outbox WHERE n = 2",
             20,
         )
@@ -233,7 +235,7 @@ async fn old_rows_are_pruned_and_an_order_that_is_still_new_is_asked_for_again()
         .until("its last request is pruned too", &any, 0)
         .await;
     let asks = orders.row(open).await.asks;
-    eventually("it is asked for again", SOON, async || {
+    eventually("it is re-asked", SOON, async || {
         (orders.row(open).await.asks > asks).then_some(())
     })
     .await;

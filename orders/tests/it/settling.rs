@@ -1,4 +1,4 @@
-//! Ending orders as payments decided, and waiting for it.
+//! Orders become final as payments decided, and waiting requests are answered.
 
 use std::time::{Duration, Instant};
 
@@ -36,7 +36,9 @@ async fn an_order_ends_as_payments_decided_and_publishes_its_end() {
         let published = format!(
             "SELECT count(*) FROM outbox WHERE subject = '{subject}' AND payload LIKE '%{id}%' AND published_at IS NOT NULL"
         );
-        orders.until("the end is published", &published, 1).await;
+        orders
+            .until("the final event is published", &published, 1)
+            .await;
         let final_event = format!(
             "SELECT count(*) FROM outbox JOIN orders ON event_id = final_event_id WHERE subject = '{subject}' AND id = '{id}'"
         );
@@ -58,7 +60,7 @@ async fn a_repeated_answer_changes_nothing_and_publishes_nothing() {
     payments.publish(&settlement(id, PAID)).await;
     orders
         .until(
-            "both were taken",
+            "both were received",
             "SELECT count(*) + sum(repeats)::bigint FROM inbox",
             3,
         )
@@ -84,13 +86,13 @@ async fn f32_ten_copies_of_every_answer_in_any_order_end_each_order_once() {
             if number % 2 == 0 { PAID } else { DECLINED },
         ));
     }
-    // Seven and two hundred have no divisor in common: every copy comes up once, far from its siblings.
+    // 7 and 200 have no common divisor: every copy is published once, far from the others.
     for step in 0..200 {
         payments.publish(&answers[step * 7 % 200 % 20]).await;
     }
     orders
         .until(
-            "all copies were taken",
+            "all copies were received",
             "SELECT count(*) + coalesce(sum(repeats), 0)::bigint FROM inbox",
             200,
         )
@@ -189,17 +191,17 @@ async fn a_waiting_request_is_answered_when_any_replica_ends_its_order() {
     let mut orders = Orders::start().await;
     let payments = orders.payments().await;
     let second = orders.replica().await;
-    let doors = [
+    let replicas = [
         orders.http.clone(),
         stack::http::Http::new(format!("http://{}", second.address)),
     ];
-    for door in &doors {
-        // One of the two replicas takes the answer; each door is asked, so both ways are seen.
+    for replica in &replicas {
+        // Either replica may receive the answer, so a request waits at each of them.
         for _ in 0..4 {
             let id = orders.placed().await;
             let path = format!("/v1/orders/{id}?wait=20");
             let begun = Instant::now();
-            let (answer, ()) = tokio::join!(door.get(&path), async {
+            let (answer, ()) = tokio::join!(replica.get(&path), async {
                 payments.publish(&settlement(id, PAID)).await;
             });
             assert_eq!(answer.unwrap().json()["status"], "FINISHED");
@@ -216,7 +218,7 @@ async fn a_waiting_request_is_answered_when_any_replica_ends_its_order() {
     assert_eq!(
         (answer.status, &answer.json()["status"]),
         (200, &serde_json::json!("NEW")),
-        "payments did not decide it"
+        "payments has published no answer"
     );
     assert!(begun.elapsed() >= Duration::from_secs(1));
     assert_eq!(
@@ -233,7 +235,7 @@ async fn a_waiting_request_is_answered_when_any_replica_ends_its_order() {
 }
 
 #[tokio::test]
-async fn a_crash_before_the_commit_leaves_nothing_and_the_order_ends_after() {
+async fn a_crash_before_the_commit_leaves_nothing_and_the_order_ends_after_a_restart() {
     let mut orders = Orders::start().await;
     let payments = orders.payments().await;
     let id = orders.placed().await;
@@ -243,10 +245,10 @@ async fn a_crash_before_the_commit_leaves_nothing_and_the_order_ends_after() {
         .await
         .unwrap();
     payments.publish(&settlement(id, PAID)).await;
-    let looker = orders.database.connect().await.unwrap();
+    let observer = orders.database.connect().await.unwrap();
     eventually("the service waits for the order", SOON, async || {
         let waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()";
-        looker.query_one_raw(sea_orm::Statement::from_string(sea_orm::DbBackend::Postgres, waiting)).await.unwrap().map(|_| ())
+        observer.query_one_raw(sea_orm::Statement::from_string(sea_orm::DbBackend::Postgres, waiting)).await.unwrap().map(|_| ())
     })
     .await;
     orders.crash().await;
@@ -257,7 +259,7 @@ async fn a_crash_before_the_commit_leaves_nothing_and_the_order_ends_after() {
     orders.until_status(id, "FINISHED").await;
     orders
         .until(
-            "its end is published once",
+            "its final event is stored once",
             "SELECT count(*) FROM outbox WHERE subject = 'gozon.orders.finished'",
             1,
         )

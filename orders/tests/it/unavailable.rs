@@ -1,4 +1,4 @@
-//! What works while something is away, and what is said about what does not.
+//! What works without the broker or the database, and how failures are reported.
 
 use sea_orm::ConnectionTrait as _;
 use serde_json::json;
@@ -38,10 +38,10 @@ async fn orders_are_accepted_while_the_broker_is_away_and_published_when_it_retu
         .await;
     orders.until_status(id(&placed.json()), "FINISHED").await;
 
-    // Away a second time, now from a service that knew it.
+    // The broker fails again, now while the service is connected.
     orders.broker.kill().await.unwrap();
     let during: Vec<_> = futures_util::future::join_all((0..20).map(|_| orders.placed())).await;
-    eventually("the consumer says so", SOON, async || {
+    eventually("the consumer is reported as degraded", SOON, async || {
         let health = orders.http.get("/readyz?verbose").await.unwrap().text();
         health
             .contains("[~] consumer: degraded, the broker is away")
@@ -147,7 +147,7 @@ async fn without_its_database_a_service_is_not_ready_and_recovers_by_itself() {
 }
 
 #[tokio::test]
-async fn a_shutdown_is_quick_and_finishes_what_was_begun() {
+async fn a_shutdown_is_quick_although_a_request_waits() {
     let mut orders = Orders::start().await;
     let id = orders.placed().await;
     let begun = std::time::Instant::now();
@@ -184,7 +184,7 @@ async fn columns_added_by_a_newer_version_do_not_break_a_running_replica() {
         })
         .await;
     };
-    // Statements are prepared once a connection.
+    // Repeated, because each connection prepares its statements separately.
     for _ in 0..10 {
         again().await;
     }
