@@ -1,4 +1,4 @@
-//! Accounts and deposits, as requested over HTTP.
+//! What clients do with accounts: open and read them, read the statement, make deposits.
 
 use failpoint::{failpoint, removed};
 use messaging::{Database, read, retry};
@@ -28,7 +28,7 @@ pub(crate) struct NewDeposit {
     pub(crate) created_at: OffsetDateTime,
 }
 
-/// Opens the account, or finds the one that this key opened before.
+/// Opens the account, or returns the one that an earlier request with this key opened.
 pub(crate) async fn open(
     db: &Database,
     new: &NewAccount,
@@ -45,7 +45,7 @@ async fn open_once(db: &Database, new: &NewAccount) -> Result<(account::Model, E
         idempotency_key: Set(new.idempotency_key.clone()),
         created_at: Set(new.created_at),
     };
-    // A conflict looks like `Inserted(0)` here, so the number is what counts.
+    // A conflict returns `Inserted(0)` here, so the number must be compared.
     let inserted = account::Entity::insert(row)
         .on_conflict_do_nothing_on([account::Column::UserId])
         .exec_without_returning(&*txn)
@@ -59,7 +59,7 @@ async fn open_once(db: &Database, new: &NewAccount) -> Result<(account::Model, E
     let same_key = stored.idempotency_key == new.idempotency_key;
     let execution = match inserted {
         TryInsertResult::Inserted(1) => Execution::First,
-        // Our own row, from an attempt whose commit was not answered.
+        // Our own row: an earlier attempt was committed, but the reply to its commit was lost.
         _ if same_key && stored.created_at == new.created_at => Execution::First,
         _ if same_key => Execution::Replayed,
         _ => return Err(Error::AccountExists),
@@ -89,7 +89,7 @@ pub(crate) async fn statement(
     Ok((entries, more))
 }
 
-/// Adds money, or finds the deposit that this key made before.
+/// Makes the deposit, or returns the one that an earlier request with this key made.
 pub(crate) async fn top_up(
     db: &Database,
     new: &NewDeposit,
@@ -97,7 +97,7 @@ pub(crate) async fn top_up(
     retry(|| top_up_once(db, new)).await
 }
 
-/// Two requests with one key wait for each other at the account's lock, so the second finds the row
+/// The lock of the account serializes requests with the same key, so the second one finds the row
 /// of the first.
 async fn top_up_once(
     db: &Database,
@@ -115,7 +115,7 @@ async fn top_up_once(
     };
     if let Some(earlier) = transfer::find_deposit(&txn, user_id, &key).await? {
         return match earlier.request_hash.as_deref() {
-            // Our own row, from an attempt whose commit was not answered.
+            // Our own row: an earlier attempt was committed, but the reply to its commit was lost.
             Some(hash) if hash == request_hash && earlier.id == new.id => {
                 Ok((earlier, Execution::First))
             }
@@ -148,7 +148,7 @@ async fn top_up_once(
     Ok((stored, Execution::First))
 }
 
-/// What makes two deposits with one key the same request.
+/// Hash of the fields that must be equal in two deposits with the same key.
 fn request_hash(new: &NewDeposit) -> Vec<u8> {
     let mut hash = Sha256::new();
     hash.update(transfer::KIND_DEPOSIT);

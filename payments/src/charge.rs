@@ -1,8 +1,7 @@
-//! Decides which orders are paid. [`decide`] is the pure decision over data; [`Charge`] is the SQL
-//! around it.
+//! Decides which orders are paid. [`decide`] is a pure function; [`Charge`] is the SQL around it.
 //!
-//! The decision row is what counts, not the inbox: an order that has one is never decided again,
-//! whatever the broker repeats, reorders or replays, and whether or not an inbox row is left.
+//! The decision row is the guard, not the inbox. An order that has one is never decided again, even
+//! if the broker repeats, reorders or replays messages and the inbox row is gone.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -25,15 +24,15 @@ use crate::entity::payment::{self, NewDecision};
 use crate::entity::transfer::{self, NewPayment};
 use crate::metrics;
 
-/// Decides orders that were placed.
+/// Decides the payment of orders that were placed.
 pub struct Charge;
 
-/// What a batch did.
+/// The effect of a batch.
 #[derive(Debug)]
 pub struct Charged {
-    /// Of each order that was decided: `paid`, or why not.
+    /// `paid` or the decline reason, for each order that was decided.
     outcomes: Vec<&'static str>,
-    /// Decisions that existed and were given again.
+    /// Number of stored decisions that are answered again.
     answered_again: usize,
 }
 
@@ -60,8 +59,8 @@ impl Subscriber for Charge {
         txn: &Transaction,
         batch: &[Received<OrderPlaced>],
     ) -> anyhow::Result<Handled<Charged>> {
-        // Accounts are locked first, so that of two workers with the same order the second reads
-        // what the first decided.
+        // Accounts are locked first: if two workers have the same order, the second one reads the
+        // decision of the first.
         let user_ids = batch.iter().map(|one| one.event.user_id.to_string());
         let funds = account::lock(txn, user_ids.collect()).await?;
         failpoint!("charge.after_lock")?;
@@ -81,7 +80,7 @@ impl Subscriber for Charge {
         }
         let plan = decide(
             batch,
-            funds.into_iter().map(Purse::of).collect(),
+            funds.into_iter().map(Account::of).collect(),
             decided
                 .iter()
                 .map(|row| (row.order_id, Decided::from(row)))
@@ -120,7 +119,7 @@ impl Subscriber for Charge {
             Some(&"paid") => Some("The order is paid.".to_owned()),
             Some(reason) => Some(format!("The order is declined: {reason}.")),
             None if charged.answered_again > 0 => {
-                Some("The decision stands; it is answered again.".to_owned())
+                Some("The decision does not change; its answer is published again.".to_owned())
             }
             None => None,
         }
@@ -141,9 +140,9 @@ async fn store(txn: &Transaction, plan: &Plan) -> anyhow::Result<()> {
         rows.retain(|row| row.transfer_id.is_some());
     }
     let decisions = rows.len() as u64;
-    // Only orders without a decision move money. If another worker decided one meanwhile (possible
-    // only where there is no account to lock), nothing of this plan can be trusted: run again and
-    // see its row.
+    // Only orders without a decision move money. If another worker has decided one meanwhile, this
+    // plan is outdated: the batch runs again and reads that decision. This can happen only where
+    // there is no account to lock.
     if payment::insert_new(txn, rows).await? != decisions {
         return Err(LostRace("a payment decision").into());
     }
@@ -157,7 +156,7 @@ async fn store(txn: &Transaction, plan: &Plan) -> anyhow::Result<()> {
     let withdrawn = account::withdraw(txn, withdrawals).await?;
     anyhow::ensure!(
         withdrawn == accounts,
-        "an account that was locked with enough money has none: {withdrawn} of {accounts}"
+        "only {withdrawn} of {accounts} locked accounts still had enough money"
     );
     failpoint!("charge.after_withdrawal")?;
     transfer::insert_payments(txn, &payments).await?;
@@ -165,7 +164,7 @@ async fn store(txn: &Transaction, plan: &Plan) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The stored answers that are to be given again.
+/// Re-arms the stored answers of re-asked orders, and returns their messages.
 async fn answers_again(
     txn: &Transaction,
     plan: &Plan,
@@ -197,22 +196,22 @@ async fn answers_again(
 
 /// The part of an account that a decision needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Purse {
+struct Account {
     balance: i64,
     entry_no: i64,
 }
 
-impl Purse {
+impl Account {
     fn of(funds: account::Funds) -> (String, Self) {
-        let purse = Self {
+        let account = Self {
             balance: funds.balance,
             entry_no: funds.entry_no,
         };
-        (funds.user_id, purse)
+        (funds.user_id, account)
     }
 }
 
-/// A decision that exists.
+/// The part of a stored decision that [`decide`] needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Decided {
     request_hash: Vec<u8>,
@@ -228,7 +227,7 @@ impl From<&payment::Model> for Decided {
     }
 }
 
-/// What is to be stored.
+/// What [`decide`] decided, and what [`store`] stores.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Plan {
     decisions: Vec<Made>,
@@ -236,7 +235,7 @@ struct Plan {
     quarantined: Vec<Quarantined>,
 }
 
-/// A decision just made.
+/// A new decision.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Made {
     request: OrderPlaced,
@@ -257,7 +256,7 @@ impl Made {
     }
 }
 
-/// A decision that exists and whose answer may have been lost.
+/// A re-ask of a decided order: its answer may have been lost.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct AskedAgain {
     order_id: Uuid,
@@ -265,10 +264,11 @@ struct AskedAgain {
     traceparent: Option<String>,
 }
 
-/// Decides orders one after the other, in stream order, over the money that the ones before have left.
+/// Decides orders one after the other, in stream order. Each one can spend what the orders before
+/// it have left.
 fn decide(
     batch: &[Received<OrderPlaced>],
-    mut purses: BTreeMap<String, Purse>,
+    mut accounts: BTreeMap<String, Account>,
     mut decided: HashMap<Uuid, Decided>,
 ) -> Plan {
     let mut plan = Plan::default();
@@ -287,8 +287,9 @@ fn decide(
                 plan.quarantined.push(Quarantined { index, cause });
             }
             Some(earlier) => {
-                // A plain repetition writes nothing. Only a re-ask with a number not yet answered says that the
-                // answer was lost; a decision of this very batch is being answered anyway.
+                // A redelivery writes nothing. Only a re-ask whose number is not answered yet
+                // shows that the answer may be lost. A decision of the same batch needs no second
+                // answer.
                 if ask > earlier.last_ask {
                     earlier.last_ask = ask;
                     if let Some(made) = plan
@@ -308,7 +309,7 @@ fn decide(
                 }
             }
             None => {
-                let (outcome, payment) = pay(request, purses.get_mut(request.user_id.as_str()));
+                let (outcome, payment) = pay(request, accounts.get_mut(request.user_id.as_str()));
                 if !removed!("charge.one_decision_in_a_batch") {
                     decided.insert(
                         order_id,
@@ -333,25 +334,28 @@ fn decide(
     plan
 }
 
-fn pay(request: &OrderPlaced, purse: Option<&mut Purse>) -> (PaymentOutcome, Option<NewPayment>) {
+fn pay(
+    request: &OrderPlaced,
+    account: Option<&mut Account>,
+) -> (PaymentOutcome, Option<NewPayment>) {
     let declined = |reason| (PaymentOutcome::Declined { reason }, None);
-    let Some(purse) = purse else {
+    let Some(account) = account else {
         return declined(DeclineReason::NoAccount);
     };
     let enough = |left: &i64| *left >= 0 || removed!("charge.enough_money");
-    let Some(balance_after) = purse
+    let Some(balance_after) = account
         .balance
         .checked_sub(request.amount.minor_units())
         .filter(enough)
     else {
         return declined(DeclineReason::InsufficientFunds);
     };
-    purse.balance = balance_after;
-    purse.entry_no += 1;
+    account.balance = balance_after;
+    account.entry_no += 1;
     let payment = NewPayment {
         id: Uuid::now_v7(),
         user_id: request.user_id.to_string(),
-        entry_no: purse.entry_no,
+        entry_no: account.entry_no,
         amount: request.amount.minor_units(),
         balance_after,
         order_id: request.order_id.as_uuid(),
@@ -367,7 +371,7 @@ impl Plan {
             .collect()
     }
 
-    /// Per account, in the order of their ids, what its payments take together.
+    /// The total of the payments of each account, sorted by user id.
     fn withdrawals(&self) -> Vec<Withdrawal> {
         let mut by_user: BTreeMap<&str, Withdrawal> = BTreeMap::new();
         for payment in self
@@ -407,7 +411,7 @@ impl From<&Made> for NewDecision {
     }
 }
 
-/// What makes two requests for one order the same.
+/// Hash of the fields that must be equal in two requests for the same order.
 fn request_hash(request: &OrderPlaced) -> Vec<u8> {
     let mut hash = Sha256::new();
     hash.update(request.order_id.as_uuid().as_bytes());
@@ -425,11 +429,11 @@ fn answer(request: &OrderPlaced, outcome: PaymentOutcome) -> PaymentSettled {
     }
 }
 
-/// The answer as it was given first, from the stored decision.
+/// Rebuilds the first answer from the stored decision.
 fn stored_answer(row: &payment::Model) -> anyhow::Result<PaymentSettled> {
     let outcome = PaymentOutcome::parse(&row.outcome, row.reason.as_deref()).ok_or_else(|| {
         anyhow::anyhow!(
-            "decision of order {} has outcome {:?}, reason {:?}",
+            "the stored decision of order {} is invalid: outcome {:?}, reason {:?}",
             row.order_id,
             row.outcome,
             row.reason
@@ -462,12 +466,12 @@ mod tests {
         }
     }
 
-    fn purses(list: &[(&str, i64)]) -> BTreeMap<String, Purse> {
+    fn accounts(list: &[(&str, i64)]) -> BTreeMap<String, Account> {
         list.iter()
             .map(|(user, balance)| {
                 (
                     (*user).to_owned(),
-                    Purse {
+                    Account {
                         balance: *balance,
                         entry_no: 1,
                     },
@@ -484,7 +488,7 @@ mod tests {
     }
 
     #[test]
-    fn orders_are_decided_in_stream_order_over_what_is_left() {
+    fn orders_are_decided_in_stream_order_against_the_remaining_balance() {
         let batch = [
             request("alice", 70),
             request("alice", 50),
@@ -494,7 +498,7 @@ mod tests {
         ];
         let plan = decide(
             &batch,
-            purses(&[("alice", 100), ("bob", 0)]),
+            accounts(&[("alice", 100), ("bob", 0)]),
             HashMap::new(),
         );
         assert_eq!(
@@ -531,11 +535,11 @@ mod tests {
             ask: 2,
             ..one.clone()
         };
-        let plan = decide(&[one, two], purses(&[("alice", 100)]), HashMap::new());
+        let plan = decide(&[one, two], accounts(&[("alice", 100)]), HashMap::new());
         assert_eq!(outcomes(&plan), ["paid"]);
         assert_eq!(
             plan.decisions[0].ask, 2,
-            "the re-ask in the same batch is answered by the first answer"
+            "one answer is enough for both requests of the batch"
         );
         assert_eq!(plan.asked_again, []);
     }
@@ -555,7 +559,7 @@ mod tests {
         let answered = |ask, last_ask| {
             let plan = decide(
                 &[Received { ask, ..one.clone() }],
-                purses(&[("alice", 100)]),
+                accounts(&[("alice", 100)]),
                 decided(last_ask),
             );
             assert_eq!(plan.decisions, []);
@@ -581,7 +585,7 @@ mod tests {
         another.event.user_id = UserId::parse("bob").unwrap();
         let plan = decide(
             &[one, dearer, another],
-            purses(&[("alice", 100), ("bob", 100)]),
+            accounts(&[("alice", 100), ("bob", 100)]),
             HashMap::new(),
         );
         assert_eq!(outcomes(&plan), ["paid"]);
@@ -596,8 +600,8 @@ mod tests {
     }
 
     #[test]
-    fn money_is_conserved_whatever_comes() {
-        // Not random: every mix of 4 orders of 3 sizes by 2 users, each with a repetition of its first order.
+    fn money_is_conserved_for_every_mix_of_orders() {
+        // All mixes of 4 orders with 3 amounts and 2 users, each with its first order repeated.
         for mix in 0..1296_u32 {
             let mut batch = Vec::new();
             for place in 0..4 {
@@ -608,7 +612,7 @@ mod tests {
                 ));
             }
             batch.push(batch[0].clone());
-            let before = purses(&[("alice", 100), ("bob", 0)]);
+            let before = accounts(&[("alice", 100), ("bob", 0)]);
             let plan = decide(&batch, before.clone(), HashMap::new());
             assert_eq!(plan.decisions.len(), 4);
             for withdrawal in plan.withdrawals() {

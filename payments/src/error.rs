@@ -1,4 +1,4 @@
-//! What can go wrong in the use cases of this service.
+//! Errors of the use cases.
 
 use failpoint::Injected;
 use messaging::{Failure, Retryable};

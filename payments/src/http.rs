@@ -18,7 +18,7 @@ mod error;
 mod flow;
 mod timeline;
 
-/// What handlers need.
+/// Shared by all handlers.
 #[derive(Clone)]
 pub(crate) struct State {
     pub(crate) db: Database,
@@ -43,7 +43,7 @@ impl FromRef<State> for OperatorApi {
 )]
 struct Document;
 
-/// The codes of this service that the document shows as examples.
+/// Problem codes of this service that the OpenAPI document shows as examples.
 const EXAMPLES: [Code; 2] = [Code::AccountNotFound, Code::AccountAlreadyExists];
 
 fn api() -> OpenApiRouter<State> {

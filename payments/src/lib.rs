@@ -1,8 +1,8 @@
 //! The payments service: keeps accounts and decides, exactly once for every order, whether it is
 //! paid.
 //!
-//! [`App`] is what the process consists of. Orders come in as events ([`Charge`]); accounts and
-//! deposits are kept over HTTP ([`account`]).
+//! [`App`] contains all parts of the process. Orders arrive as events ([`Charge`]). Clients manage
+//! accounts and deposits over HTTP ([`account`]).
 
 use std::net::SocketAddr;
 
@@ -36,7 +36,7 @@ pub const STREAMS: [Stream; 2] = [
     Stream::dead_letters(DLQ_STREAM, "gozon.dlq.>"),
 ];
 
-/// Everything that the process consists of.
+/// All parts of the process.
 pub struct App {
     listener: TcpListener,
     connections: ConnectionArgs,
@@ -46,7 +46,7 @@ pub struct App {
 }
 
 impl App {
-    /// Opens the port. Database and broker are not waited for.
+    /// Opens the port. Does not wait for the database or the broker.
     pub async fn build(config: Config) -> anyhow::Result<Self> {
         let listener =
             service_kit::config::listen(config.listen, config.listen_unprotected).await?;
@@ -67,8 +67,8 @@ impl App {
         self.listener.local_addr()
     }
 
-    /// Runs until `shutdown`. Both parts are futures of one task; if one fails for good, the process
-    /// ends.
+    /// Runs until `shutdown`. Both parts are futures of one task. If one fails permanently, the
+    /// process ends.
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         info!(address = %self.address()?, "payments listens");
         let state = http::State {

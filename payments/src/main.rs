@@ -8,6 +8,7 @@ async fn main() -> Result<(), Failure> {
     let config: Config = service_kit::healthcheck::parse_or_check().await;
     service_kit::telemetry::init(config.log_format, &config.log_filter)?;
     let shutdown = service_kit::shutdown::on_signal()?;
-    // A task of its own runs on the threads that hear from the sockets; this function would be woken by them each time.
+    // A spawned task runs on the worker threads, which also poll the sockets. `main` runs on its
+    // own thread, and a worker thread would have to wake it for each socket event.
     Ok(tokio::spawn(App::build(config).await?.run(shutdown)).await??)
 }

@@ -1,4 +1,4 @@
-//! What this service shows at `GET /metrics`.
+//! The metrics of this service (`GET /metrics`).
 
 use messaging::Flow;
 use metrics::{counter, describe_counter};
@@ -16,9 +16,9 @@ pub(crate) fn metrics(flow: &Flow) -> anyhow::Result<Metrics> {
     );
     describe_counter!(
         ANSWERED_AGAIN,
-        "Stored decisions answered again because orders asked again"
+        "Stored decisions whose answer was published again because of a re-ask"
     );
-    // A counter that never counted is 0, not absent.
+    // Counters start at 0: without this, they are absent until they count.
     counter!(ANSWERED_AGAIN).increment(0);
     let declined = [DeclineReason::InsufficientFunds, DeclineReason::NoAccount];
     for outcome in declined

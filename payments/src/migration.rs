@@ -1,4 +1,4 @@
-//! The tables. A change that was released is never edited.
+//! The schema. A released migration is never changed.
 
 use sea_orm_migration::prelude::*;
 

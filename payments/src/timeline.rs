@@ -1,4 +1,4 @@
-//! What this service did about an order, step by step.
+//! The steps of this service in the timeline of an order.
 
 use messaging::{Database, TimelineSteps, read};
 use sea_orm::{DbErr, EntityTrait as _};

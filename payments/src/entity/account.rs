@@ -22,7 +22,7 @@ pub struct Model {
 
 impl ActiveModelBehavior for ActiveModel {}
 
-/// What a movement of money changes.
+/// The columns that a movement of money changes.
 #[derive(Clone, Debug, PartialEq, Eq, FromQueryResult)]
 pub(crate) struct Funds {
     pub(crate) user_id: String,
@@ -30,8 +30,8 @@ pub(crate) struct Funds {
     pub(crate) entry_no: i64,
 }
 
-/// Locks the accounts of these users, as far as they exist, in the order of their ids: transactions
-/// with overlapping users wait for each other instead of deadlocking.
+/// Locks the accounts of these users, if they exist, and returns them. They are locked in the order
+/// of user ids, so that transactions with overlapping users do not deadlock.
 pub(crate) async fn lock(
     txn: &DatabaseTransaction,
     mut user_ids: Vec<String>,
@@ -51,7 +51,7 @@ pub(crate) async fn lock(
     locked.into_model().all(txn).await
 }
 
-/// Money that leaves one account.
+/// The sum of several payments from one account.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Withdrawal {
     pub(crate) user_id: String,
@@ -59,10 +59,11 @@ pub(crate) struct Withdrawal {
     pub(crate) entries: i64,
 }
 
-/// Withdraws from accounts that the transaction has locked. Returns how many had enough.
+/// Withdraws from accounts that the transaction has locked. Returns the number of accounts that had
+/// enough money.
 ///
-/// The database lowers the balance itself, and only where it suffices, although the caller holds the
-/// lock and has computed the same: if either guard were wrong, the other would still hold.
+/// The statement checks the balance, although the caller holds the lock and has checked it already.
+/// If one of these two guards is wrong, the other one still holds.
 pub(crate) async fn withdraw(
     txn: &Transaction,
     withdrawals: Vec<Withdrawal>,

@@ -1,4 +1,4 @@
-//! Decisions: how the payment of each order ended. One row per order, for ever.
+//! Decisions: how the payment of each order ended. One row per order, never deleted.
 
 use messaging::{Transaction, sql};
 use sea_orm::DatabaseTransaction;
@@ -18,9 +18,9 @@ pub struct Model {
     pub outcome: String,
     pub reason: Option<String>,
     pub transfer_id: Option<Uuid>,
-    /// The request that was decided.
+    /// The `OrderPlaced` event that was decided.
     pub request_event_id: Uuid,
-    /// The answer: the same id each time it is published.
+    /// The `PaymentSettled` event: the same id each time it is published.
     pub event_id: Uuid,
     /// Number of the newest re-ask that was answered.
     pub last_ask: i32,
@@ -53,8 +53,8 @@ pub(crate) struct NewDecision {
     pub(crate) last_ask: i32,
 }
 
-/// Inserts decisions and returns how many of the orders had none yet. Sorted, so that two workers with
-/// overlapping orders wait for each other instead of deadlocking.
+/// Inserts decisions of orders that have none yet, and returns their number. The rows are sorted,
+/// so that workers with overlapping orders wait for each other instead of deadlocking.
 pub(crate) async fn insert_new(
     txn: &Transaction,
     mut decisions: Vec<NewDecision>,
@@ -76,7 +76,7 @@ pub(crate) async fn insert_new(
         amounts.push(decision.amount);
         hashes.push(decision.request_hash);
         outcomes.push(decision.outcome.to_owned());
-        // The driver's arrays hold no NULL: an empty reason and a nil transfer stand for none.
+        // The driver's arrays cannot contain NULL: an empty reason and a nil UUID mean none.
         reasons.push(decision.reason.unwrap_or_default().to_owned());
         transfer_ids.push(decision.transfer_id.unwrap_or_default());
         request_event_ids.push(decision.request_event_id);

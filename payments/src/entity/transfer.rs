@@ -8,8 +8,9 @@ use sea_orm::{
 
 pub(crate) const KIND_DEPOSIT: &str = "deposit";
 const KIND_PAYMENT: &str = "payment";
-/// Where paid money goes and where deposited money comes from.
+/// The account that payments go to.
 const SHOP: &str = "shop";
+/// The account that deposits come from.
 const WORLD: &str = "world";
 
 #[sea_orm::model]
@@ -27,9 +28,9 @@ pub struct Model {
     pub credit_account: String,
     pub amount: i64,
     pub balance_after: i64,
-    /// The order that a payment pays.
+    /// Only of a payment.
     pub order_id: Option<Uuid>,
-    /// The client's key for a deposit.
+    /// Only of a deposit: the client's key.
     pub idempotency_key: Option<String>,
     pub request_hash: Option<Vec<u8>>,
     pub created_at: TimeDateTimeWithTimeZone,
@@ -50,8 +51,8 @@ pub(crate) async fn find_deposit(
         .await
 }
 
-/// Up to `limit` transfers of an account, newest first. Entry numbers only grow, so a page stays the
-/// same while others arrive.
+/// Up to `limit` transfers of an account, newest first. Entry numbers only grow, so new transfers
+/// do not shift the pages.
 pub(crate) async fn statement(
     db: &DatabaseConnection,
     user_id: &str,

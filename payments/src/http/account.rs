@@ -87,7 +87,7 @@ pub(super) async fn create_account(
         created_at: now(),
     };
     let (opened, execution) = account::open(&state.db, &new).await?;
-    // The account as it was opened: a replay gets the first response, byte for byte.
+    // Always the account as it was opened, so that a replay gets exactly the first response.
     let body = AccountBody {
         user_id: opened.user_id,
         balance: 0,
@@ -126,7 +126,7 @@ pub(super) async fn get_account(
     }))
 }
 
-/// A text that is not a user id names no account.
+/// An invalid user id is answered like a user without an account.
 pub(super) fn path_user_id(text: String) -> Result<UserId, Error> {
     UserId::parse(text).map_err(|_| Error::AccountNotFound)
 }

@@ -1,4 +1,4 @@
-//! Statements.
+//! Reading the statement of an account.
 
 use axum::Json;
 use axum::extract::{Path, State};
@@ -70,7 +70,6 @@ pub(super) struct StatementBody {
     next_cursor: Option<String>,
 }
 
-/// Which entries, and how many of them.
 #[derive(Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub(super) struct EntriesQuery {

@@ -1,4 +1,4 @@
-//! How the flow of this service is doing, for operators.
+//! The flow status of this service, for operators.
 
 use axum::Json;
 use axum::extract::State;

@@ -1,4 +1,4 @@
-//! Accounts, transfers and decisions, with the promises about money written into the schema.
+//! Accounts, transfers and decisions. Constraints and triggers enforce the rules about money.
 
 use failpoint::removed;
 use sea_orm_migration::prelude::*;
@@ -13,7 +13,7 @@ impl MigrationName for Accounts {
 
 #[expect(
     elided_lifetimes_in_paths,
-    reason = "the trait elides them, and async_trait makes the spelled-out form another signature"
+    reason = "the trait elides them; async_trait turns explicit ones into another signature"
 )]
 #[async_trait::async_trait]
 impl MigrationTrait for Accounts {
@@ -45,7 +45,8 @@ CREATE TABLE accounts (
     created_at      timestamptz NOT NULL
 );
 
--- I3: every movement of money is one row that names both sides; shop and outside world are constants, not rows.
+-- I3: every movement of money is one row that names both sides. The shop and the outside world are
+-- constants and have no row in `accounts`.
 CREATE TABLE transfers (
     id              uuid        PRIMARY KEY,
     kind            text        NOT NULL,
@@ -69,10 +70,10 @@ CREATE TABLE transfers (
 );
 -- I1: at most one debit per order, for ever.
 CREATE UNIQUE INDEX transfers_payment_of_order ON transfers (order_id) WHERE kind = 'payment';
--- I5, I9: a deposit is done once per key.
+-- I5, I9: one deposit per key.
 CREATE UNIQUE INDEX transfers_idempotency_key ON transfers (user_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
 
--- How the payment of an order ended: paid or refused, decided once, never forgotten.
+-- How the payment of an order ended: paid or declined, decided once, never deleted.
 CREATE TABLE payments (
     order_id         uuid        PRIMARY KEY,
     user_id          text        NOT NULL,
@@ -91,7 +92,7 @@ CREATE TABLE payments (
     )
 );
 
--- I11: transfers and decisions are append-only, the counter of re-asks aside.
+-- I11: transfers and decisions are append-only, except for the counter of re-asks.
 CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     RAISE EXCEPTION '% of % is refused: its rows are append-only', TG_OP, TG_TABLE_NAME USING ERRCODE = '23514';
