@@ -46,7 +46,7 @@ async fn an_account_is_opened_once_and_the_same_key_gets_the_same_answer() {
     );
     assert_eq!(
         again.body, first.body,
-        "byte for byte, although there is money now"
+        "the same bytes, although the balance is higher now"
     );
     let other = open("b").await;
     assert_eq!(
@@ -79,7 +79,7 @@ async fn f41_a_retried_deposit_adds_once() {
     );
     assert_eq!(
         again.body, first.body,
-        "byte for byte, although there is more money now"
+        "the same bytes, although the balance is higher now"
     );
     let other = deposit(&payments, "d", 101).await;
     assert_eq!(
@@ -135,7 +135,7 @@ async fn a_statement_is_read_page_by_page_and_its_sums_match() {
 
     let path = "/v1/accounts/alice/entries?limit=2";
     let mut page = payments.http.get(path).await.unwrap().json();
-    // What comes in meanwhile does not move the pages.
+    // A deposit between two pages does not shift them.
     payments.deposit("alice", 7).await;
     let mut entries = page["items"].as_array().unwrap().clone();
     while let Some(cursor) = page["next_cursor"].as_str() {
@@ -335,6 +335,6 @@ async fn a_balance_has_a_limit_that_a_deposit_cannot_pass() {
     assert_eq!(
         deposit(&payments, "d", 10).await.status,
         201,
-        "a refusal binds no key"
+        "a refused request does not use its key"
     );
 }

@@ -1,4 +1,4 @@
-//! An order is debited once, whatever is delivered.
+//! An order is debited once, whatever the broker delivers.
 
 use futures_util::future::join_all;
 use sea_orm::{ConnectionTrait as _, TransactionTrait as _};
@@ -32,7 +32,7 @@ async fn an_order_is_debited_and_answered() {
 
 #[tokio::test]
 async fn f41_a_refusal_stands_even_after_a_top_up() {
-    // Otherwise an order that was cancelled would be debited by a late repetition (I2).
+    // Otherwise a late redelivery would debit an order that is already CANCELLED (I2).
     let payments = Payments::start().await;
     payments.open_account("alice", 10).await;
     let (dear, unknown) = (request("alice", 11), request("bob", 1));
@@ -110,14 +110,14 @@ async fn the_same_event_twice_and_two_asks_of_one_order_in_one_batch_are_one_deb
     assert_eq!(
         payments.count(batches).await,
         2,
-        "the plug, and all messages in one batch"
+        "one batch with the plug, and one with all messages"
     );
     assert_eq!(payments.decisions().await, 3);
     assert_eq!(payments.balance("alice").await, 399);
     assert_eq!(
         payments.answers(&order).await,
         1,
-        "the one answer serves both asks"
+        "one answer for both re-asks"
     );
     assert_eq!(payments.decision(&order).await.last_ask, 2);
     payments.assert_books_balance().await;
@@ -136,7 +136,7 @@ async fn a_re_ask_is_answered_again_once() {
     assert_eq!(
         payments.answers(&order).await,
         2,
-        "a lost answer is given again"
+        "a re-ask publishes the answer again"
     );
     payments.publish(&order.asked(1)).await;
     payments.publish(&order.asked(0)).await;
@@ -144,7 +144,7 @@ async fn a_re_ask_is_answered_again_once() {
     assert_eq!(
         payments.answers(&order).await,
         2,
-        "an ask that was answered is not answered again"
+        "an answered number is not answered again"
     );
     payments.publish(&order.asked(3)).await;
     payments.until_repeats(4).await;
@@ -174,7 +174,7 @@ async fn the_decision_guards_even_without_an_inbox_row() {
     payments.execute("DELETE FROM inbox").await;
 
     payments.publish(&order).await;
-    eventually("the message is taken again", SOON, async || {
+    eventually("the message is received again", SOON, async || {
         (payments.count("SELECT count(*) FROM inbox").await == 1).then_some(())
     })
     .await;
@@ -189,7 +189,7 @@ async fn f40_two_replicas_on_one_account_with_money_for_37_of_100_orders_pay_exa
     payments.open_account("alice", 370).await;
     let second = payments.replica().await;
     let orders: Vec<Request> = (0..100).map(|_| request("alice", 10)).collect();
-    // Each twice, so that both replicas often hold the same order.
+    // Each order is published twice, so that both replicas often hold the same one.
     join_all(
         orders
             .iter()
@@ -214,8 +214,8 @@ async fn f40_two_replicas_on_one_account_with_money_for_37_of_100_orders_pay_exa
 }
 
 #[tokio::test]
-async fn two_replicas_that_refuse_an_order_without_an_account_at_once_decide_it_once() {
-    // No account, so no row to lock: only the decision's unique key is left.
+async fn two_replicas_that_decline_the_same_order_without_an_account_decide_it_once() {
+    // Without an account there is no row to lock: the only guard is the decision's primary key.
     let payments = Payments::start().await;
     let second = payments.replica().await;
     let orders: Vec<Request> = (0..50).map(|_| request("nobody", 10)).collect();
@@ -239,9 +239,9 @@ async fn two_replicas_that_refuse_an_order_without_an_account_at_once_decide_it_
 }
 
 #[tokio::test]
-async fn a_decision_that_another_worker_makes_meanwhile_is_not_answered_a_second_time() {
-    // Another worker has decided but not committed when this one looks: it finds no decision and decides too, and
-    // only the decision's key shows that it was not alone.
+async fn a_decision_that_another_worker_commits_first_is_not_answered_a_second_time() {
+    // Another worker has decided the order but not committed. So this worker reads no decision and
+    // decides too; only the primary key of the decision shows the conflict.
     let payments = Payments::start().await;
     let order = request("nobody", 1);
     let other = payments.another_connection().await.begin().await.unwrap();
@@ -256,21 +256,21 @@ async fn a_decision_that_another_worker_makes_meanwhile_is_not_answered_a_second
     payments.publish(&order).await;
     let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()";
     eventually(
-        "the service waits for the other's decision",
+        "the service waits for the other transaction",
         SOON,
         async || (payments.count(waiting).await == 1).then_some(()),
     )
     .await;
     other.commit().await.unwrap();
 
-    eventually("the message is taken", SOON, async || {
+    eventually("the message is received", SOON, async || {
         (payments.count("SELECT count(*) FROM inbox").await == 1).then_some(())
     })
     .await;
     assert_eq!(
         payments.answers(&order).await,
         0,
-        "the worker that decided answers"
+        "only the worker that decided publishes the answer"
     );
     assert_eq!(payments.count("SELECT count(*) FROM dead_letters").await, 0);
 }
@@ -279,7 +279,7 @@ async fn a_decision_that_another_worker_makes_meanwhile_is_not_answered_a_second
 async fn a_crash_before_the_commit_leaves_nothing_and_the_order_is_debited_after() {
     let mut payments = Payments::start().await;
     payments.open_account("alice", 1000).await;
-    // Holds the account, so that the service stops inside its transaction.
+    // Locks the account, so that the service waits inside its transaction.
     let holder = payments.db.begin().await.unwrap();
     holder
         .execute_unprepared("SELECT 1 FROM accounts FOR UPDATE")
@@ -287,12 +287,12 @@ async fn a_crash_before_the_commit_leaves_nothing_and_the_order_is_debited_after
         .unwrap();
     let order = request("alice", 700);
     payments.publish(&order).await;
-    let looker = payments.another_connection().await;
+    let observer = payments.another_connection().await;
     eventually("the service waits for the account", SOON, async || {
         let waiting =
             "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND application_name = 'payments flow'
                        AND datname = current_database()";
-        (count(&looker, waiting).await == 1).then_some(())
+        (count(&observer, waiting).await == 1).then_some(())
     })
     .await;
     payments.crash().await;
@@ -312,7 +312,7 @@ async fn f32_ten_copies_of_every_order_in_any_order_are_one_debit_each() {
     let payments = Payments::start().await;
     payments.open_account("alice", 1000).await;
     let orders: Vec<_> = (0..20).map(|_| request("alice", 10)).collect();
-    // Seven and two hundred have no divisor in common: every copy comes up once, far from its siblings.
+    // 7 and 200 have no common divisor: every copy is published once, far from the others.
     for step in 0..200 {
         payments.publish(&orders[step * 7 % 200 % 20]).await;
     }
@@ -332,7 +332,7 @@ async fn a_stopping_service_gives_its_messages_back_at_once() {
     let mut payments = Payments::start_with_ack_wait(10 * 60 * 1000).await;
     let orders: Vec<_> = (0..5).map(|_| request("nobody", 1)).collect();
     let holder = payments
-        .while_stuck(5, async || {
+        .while_blocked(5, async || {
             for order in &orders {
                 payments.publish(order).await;
             }

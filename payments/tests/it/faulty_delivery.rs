@@ -1,4 +1,4 @@
-//! Orders are charged once, under every combination of faults of delivery.
+//! Orders are charged once, under combinations of delivery faults.
 
 use std::collections::HashSet;
 use std::sync::Mutex;
@@ -13,7 +13,7 @@ use stack::testing::TestDatabase;
 const USERS: [&str; 3] = ["alice", "bob", "carol"];
 const ORDERS: usize = 12;
 
-/// Twelve orders of three users, who each have this much money.
+/// Twelve orders of three users. Each user has this balance.
 struct Orders<S> {
     subscriber: fn() -> S,
     balance: i64,
@@ -46,10 +46,10 @@ impl<S: Subscriber<Event = OrderPlaced>> Scenario for Orders<S> {
             .collect()
     }
 
-    /// With money for all, who is paid does not depend on the order. With too little it does, and
-    /// only the number of decisions is the same.
+    /// With enough money, the outcomes do not depend on the order of delivery. With too little they
+    /// do, and only the number of decisions must be equal.
     async fn observe(&self, db: &Database) -> anyhow::Result<String> {
-        let query = match self.has_money_for_all() {
+        let query = match self.has_enough_money() {
             true => {
                 "SELECT (SELECT string_agg(concat_ws(' ', user_id, amount, outcome, reason), ', '
                                            ORDER BY order_id) FROM payments)
@@ -75,7 +75,10 @@ impl<S: Subscriber<Event = OrderPlaced>> Scenario for Orders<S> {
             .iter()
             .map(|row| row.try_get_by_index(0).unwrap())
             .collect();
-        anyhow::ensure!(wrong.is_empty(), "the books of {wrong:?} are wrong");
+        anyhow::ensure!(
+            wrong.is_empty(),
+            "the transfers of these users or orders do not match: {wrong:?}"
+        );
         Ok(())
     }
 
@@ -85,7 +88,7 @@ impl<S: Subscriber<Event = OrderPlaced>> Scenario for Orders<S> {
 }
 
 impl<S> Orders<S> {
-    fn has_money_for_all(&self) -> bool {
+    fn has_enough_money(&self) -> bool {
         self.balance >= 1000
     }
 }
@@ -109,7 +112,7 @@ async fn run<S: Subscriber<Event = OrderPlaced>>(
 }
 
 #[tokio::test]
-async fn with_money_for_all_every_order_is_paid_once_under_faults() {
+async fn with_enough_money_every_order_is_paid_once_under_faults() {
     run(|| Charge, 1000).await.unwrap();
 }
 
@@ -118,7 +121,7 @@ async fn with_too_little_money_no_order_is_paid_twice_or_on_credit_under_faults(
     run(|| Charge, 35).await.unwrap();
 }
 
-/// Skips what it has seen, but keeps that outside the transaction.
+/// A faulty subscriber: it remembers events outside the transaction and skips repeated ones.
 #[derive(Default)]
 struct RemembersInMemory(Mutex<HashSet<EventId>>);
 

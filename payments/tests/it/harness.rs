@@ -1,4 +1,4 @@
-//! The service under test with a database and a broker of its own, and the test in the place of orders.
+//! Runs the service with its own database and broker. The test plays the role of orders.
 
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ use stack::http::Http;
 use stack::testing::{Apart, TestBroker, TestDatabase, eventually};
 use uuid::Uuid;
 
-/// Long enough for a busy machine; a test that needs it is failing.
+/// Deadline of a condition: long enough for a busy machine, normally not reached.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 
 pub(crate) struct Payments {
@@ -62,7 +62,7 @@ impl Request {
         self.event.order_id.as_uuid()
     }
 
-    /// The same request asked again.
+    /// The same request as re-ask number `ask`.
     pub(crate) fn asked(&self, ask: u32) -> Self {
         Self {
             ask,
@@ -117,19 +117,22 @@ impl Payments {
         payments
     }
 
-    /// Has the service take everything that `publish` publishes as one batch: keeps it busy with an order of user
-    /// `plug` until the broker has handed over the rest. (The answer to the plug's last ack travels behind the rest
-    /// on the same connection, so when the service looks again, all of it is there.)
+    /// Makes the service receive everything that `publish` publishes as one batch. An order of user
+    /// `plug` blocks the service until the broker has delivered the rest.
+    ///
+    /// The broker answers the plug's ack on the same connection, after the rest. So when the
+    /// service fetches again, all of the rest is there.
     pub(crate) async fn as_one_batch(&self, number: u64, publish: impl AsyncFnOnce()) {
-        self.while_stuck(number, publish)
+        self.while_blocked(number, publish)
             .await
             .rollback()
             .await
             .unwrap();
     }
 
-    /// The same, but the service stays stuck as long as the returned transaction is open.
-    pub(crate) async fn while_stuck(
+    /// Like [`Self::as_one_batch`], but the service stays blocked until the returned transaction
+    /// ends.
+    pub(crate) async fn while_blocked(
         &self,
         number: u64,
         publish: impl AsyncFnOnce(),
@@ -141,12 +144,12 @@ impl Payments {
             .unwrap();
         self.publish(&request("plug", 1)).await;
         let lag = async || self.broker.lag("payments-order-placed").await;
-        eventually("the service holds the plug", SOON, async || {
+        eventually("the plug is delivered", SOON, async || {
             (lag().await? == (0, 1)).then_some(())
         })
         .await;
         let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()";
-        eventually("the service waits with the plug", SOON, async || {
+        eventually("the service is blocked by the plug", SOON, async || {
             (self.count(waiting).await == 1).then_some(())
         })
         .await;
@@ -164,7 +167,7 @@ impl Payments {
         self.service = Some(service);
     }
 
-    /// Another process of the service on the same database and broker.
+    /// Starts a replica of the service with the same database and broker.
     pub(crate) async fn replica(&self) -> Apart {
         let arguments = [
             "payments".to_owned(),
@@ -201,7 +204,7 @@ impl Payments {
         self.service.take().unwrap().crash().await.unwrap();
     }
 
-    /// An account with money in it, by the way that clients take.
+    /// Opens an account over HTTP and deposits `balance`.
     pub(crate) async fn open_account(&self, user: &str, balance: i64) {
         let opened = self
             .http
@@ -227,7 +230,7 @@ impl Payments {
         assert_eq!(made.status, 201, "{}", made.text());
     }
 
-    /// Publishes a request, always under a new message id, so that the broker does not swallow a repetition.
+    /// Publishes under a new message id, so that the broker does not drop a repetition.
     pub(crate) async fn publish(&self, request: &Request) {
         self.publish_raw(
             request.headers(),
@@ -269,7 +272,7 @@ impl Payments {
         .await
     }
 
-    /// Waits until nothing is in the outbox, nor on its way from the broker.
+    /// Waits until all rows of the outbox are published.
     pub(crate) async fn until_quiet(&self) {
         eventually("everything is published", SOON, async || {
             (self
@@ -281,7 +284,7 @@ impl Payments {
         .await;
     }
 
-    /// Waits until this many deliveries were recorded as repetitions.
+    /// Waits until the inbox has recorded this many repetitions.
     pub(crate) async fn until_repeats(&self, repeats: i64) {
         eventually("the repetitions are recorded", SOON, async || {
             (self
@@ -301,7 +304,7 @@ impl Payments {
         self.database.connect().await.unwrap()
     }
 
-    /// How many answers were made for an order.
+    /// Number of outbox rows about an order: its answers, and copies of its dead letters.
     pub(crate) async fn answers(&self, request: &Request) -> i64 {
         self.count(&format!(
             "SELECT count(*) FROM outbox WHERE payload LIKE '%{}%'",
@@ -314,7 +317,8 @@ impl Payments {
         self.db.execute_unprepared(sql).await.unwrap();
     }
 
-    /// Money is where the transfers say, and each paid order has exactly one transfer of its amount (I1 to I4).
+    /// Checks that balances match the transfers, and that each paid order has exactly one transfer
+    /// of its amount (I1 to I4).
     pub(crate) async fn assert_books_balance(&self) {
         for account in account::Entity::find().all(&self.db).await.unwrap() {
             let statement: Vec<transfer::Model> = transfer::Entity::find()
@@ -377,7 +381,7 @@ impl Payments {
     }
 }
 
-/// The one number that a query gives.
+/// Runs a query that returns one number.
 pub(crate) async fn count(db: &DatabaseConnection, sql: &str) -> i64 {
     let statement = sea_orm::Statement::from_string(sea_orm::DbBackend::Postgres, sql);
     db.query_one_raw(statement)

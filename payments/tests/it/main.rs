@@ -1,6 +1,6 @@
 //! Tests of the payments service against a real PostgreSQL and a real NATS.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 mod accounts;
 mod charging;

@@ -1,4 +1,4 @@
-//! The document in the repository is the one that the code makes.
+//! The committed OpenAPI document matches the code.
 
 #[test]
 fn the_openapi_document_in_the_repository_is_current() {
@@ -10,6 +10,6 @@ fn the_openapi_document_in_the_repository_is_current() {
     let stored = std::fs::read_to_string(path).unwrap_or_default();
     assert!(
         stored == current,
-        "payments/openapi.json is not what the code makes: run `just openapi` and look at the difference"
+        "payments/openapi.json is outdated: run `just openapi` and review the difference"
     );
 }

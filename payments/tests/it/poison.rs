@@ -134,14 +134,14 @@ async fn f37_poison_in_a_batch_becomes_a_dead_letter_and_the_rest_is_applied() {
     assert_eq!(
         payments.decisions().await,
         good.len() as u64 + 1,
-        "the good ones, and the plug"
+        "the valid orders, and the plug"
     );
-    // Poison leaves no inbox row: the re-ask that heals it must not look repeated.
+    // Poison leaves no inbox row. Otherwise a later re-ask would count as a repetition.
     assert_eq!(
         payments.count("SELECT count(*) FROM inbox").await,
         good.len() as i64 + 1
     );
-    // Each has one copy for tools.
+    // Each dead letter has one copy for tools.
     assert_eq!(
         payments
             .count("SELECT count(*) FROM outbox WHERE subject = 'gozon.dlq.payments'")
@@ -250,7 +250,7 @@ async fn a_damaged_account_delays_only_its_own_orders_and_they_are_paid_when_it_
     let payments = Payments::start().await;
     payments.open_account("alice", 100).await;
     payments.open_account("bob", 100).await;
-    // As after a restored backup: the next entry number of alice exists already, and every try meets it.
+    // As after a restored backup: alice's next entry number exists already, so every attempt fails.
     payments
         .execute("UPDATE accounts SET entry_no = 0 WHERE user_id = 'alice'")
         .await;
