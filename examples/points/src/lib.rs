@@ -1,4 +1,5 @@
-//! One loyalty point for every finished order: a service that reads events of another one.
+//! An example service: it reads the events of orders and gives one loyalty point for every finished
+//! order.
 
 use messaging::{
     Flow, FlowArgs, Handled, Received, Subscriber, Subscription, Transaction, migration,
@@ -36,7 +37,7 @@ impl MigratorTrait for Migrator {
 
 const TABLES: &str = "
     CREATE TABLE points (user_id text PRIMARY KEY, points bigint NOT NULL);
-    -- An order is awarded once, however often its event arrives. Never pruned.
+    -- One row per order, so that a repeated event awards nothing. Never pruned.
     CREATE TABLE awards (order_id uuid PRIMARY KEY, user_id text NOT NULL);
 ";
 
@@ -95,6 +96,6 @@ impl Subscriber for AwardPoints {
     }
 
     fn describe(&self, awarded: &i64) -> Option<String> {
-        (*awarded > 0).then(|| "The order is awarded a point.".to_owned())
+        (*awarded > 0).then(|| "One point is awarded for the order.".to_owned())
     }
 }

@@ -1,4 +1,4 @@
-//! `points --help`.
+//! The points service: `points --help`.
 
 use clap::Parser as _;
 use service_kit::shutdown::Failure;

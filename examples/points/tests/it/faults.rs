@@ -1,4 +1,4 @@
-//! Points are awarded once per order, under every combination of faults.
+//! Points are awarded once per order, under combinations of delivery faults.
 
 use std::collections::HashSet;
 use std::sync::Mutex;
@@ -61,7 +61,7 @@ async fn every_order_is_awarded_one_point_under_faults() {
     run(|| AwardPoints).await.unwrap();
 }
 
-/// Keeps what it has seen outside the transaction.
+/// A faulty subscriber: it remembers events outside the transaction and skips repeated ones.
 #[derive(Default)]
 struct RemembersInMemory(Mutex<HashSet<EventId>>);
 

@@ -1,6 +1,6 @@
-//! The example under faults, and beside a real broker.
+//! Tests of the example: under delivery faults, and with a running system.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 mod faults;
 mod reading;

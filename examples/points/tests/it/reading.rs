@@ -1,4 +1,4 @@
-//! The example beside a running shop.
+//! The example with a running system.
 
 use std::time::Duration;
 
@@ -11,9 +11,9 @@ use tokio_util::sync::CancellationToken;
 
 const SOON: Duration = Duration::from_secs(60);
 
-/// The service runs as the NATS user `reader`, who may make a durable consumer and nothing else.
+/// The service runs as the NATS user `reader`, which may only create durable consumers.
 #[tokio::test]
-async fn finished_orders_are_awarded_also_those_from_before_the_service_existed() {
+async fn orders_placed_before_the_service_started_are_awarded() {
     let stack = TestStack::start().await.unwrap();
     let http = Http::new(stack.system.address("gateway"));
     let post = async |path: &str, body| {
