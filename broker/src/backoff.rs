@@ -19,22 +19,22 @@ impl Backoff {
         }
     }
 
-    /// The pause after another failure.
+    /// Returns the pause before the next attempt. Call it after a failure.
     pub fn pause(&mut self) -> Duration {
         let pause = self.next.mul_f64(jitter());
         self.next = (self.next * 2).min(self.max);
         pause
     }
 
-    /// Starts over after a success.
+    /// Starts again with the shortest pause. Call it after a success.
     pub fn reset(&mut self) {
         self.next = self.min;
     }
 }
 
-/// A factor from 0.5 to 1, so that processes that failed together do not retry together.
+/// A random factor from 0.5 to 1: processes that failed at the same time retry at different times.
 pub fn jitter() -> f64 {
-    // The random tail of a fresh UUID is random enough for this.
+    // The last 16 bits of a UUIDv4 are random.
     let random = uuid::Uuid::new_v4().as_u128() as u16;
     0.5 + 0.5 * f64::from(random) / f64::from(u16::MAX)
 }

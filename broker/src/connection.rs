@@ -1,4 +1,4 @@
-//! One connection per process, kept for ever, cheap to clone.
+//! One connection per process. It reconnects for ever and is cheap to clone.
 
 use std::time::Duration;
 
@@ -13,21 +13,21 @@ use crate::backoff::jitter;
 
 /// Longest wait for a PubAck or an answer of the JetStream API.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(4);
-/// A dead peer is noticed after two of these.
+/// A dead connection is noticed after two of these.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 const RECONNECT_DELAY_MAX: Duration = Duration::from_millis(500);
-/// PubAcks of one connection that may be outstanding; above the largest relay batch.
+/// Maximum number of outstanding PubAcks per connection. Larger than the largest relay batch.
 const ACKS_IN_FLIGHT_MAX: usize = 1024;
 
-/// Where NATS is and as whom to log in.
+/// The address of NATS and the credentials.
 #[derive(Clone, Debug)]
 pub struct BrokerConfig {
     /// `nats://host:port`, several separated by commas.
     pub url: String,
-    /// NATS user; also makes the inbox prefix `_INBOX_<user>` that the permissions allow.
+    /// NATS user. Its permissions allow the inbox prefix `_INBOX_<user>`.
     pub user: String,
     pub password: Secret,
-    /// Name of the connection, as the server's monitor shows it.
+    /// Name of the connection in the monitoring of the server.
     pub name: String,
 }
 
@@ -46,7 +46,7 @@ struct Connection {
 }
 
 impl Broker {
-    /// Begins to connect and returns at once: a service starts and works while the broker is away.
+    /// Starts to connect and returns at once: a service starts and works without the broker.
     pub async fn connect(config: BrokerConfig) -> anyhow::Result<Self> {
         let (sender, connection) = watch::channel(Connection::default());
         let password = config.password.expose().to_owned();
@@ -89,8 +89,8 @@ impl Broker {
         self.connection.borrow().up
     }
 
-    /// Which connection this is, counted from 1; 0 before the first. Another number means that the
-    /// broker may have lost everything in between.
+    /// Number of the current connection, counted from 1; 0 before the first. If the number has
+    /// changed, the broker may have lost everything in between.
     pub fn connection_number(&self) -> u64 {
         self.connection.borrow().number
     }
@@ -103,7 +103,7 @@ impl Broker {
         self.until(|connection| !connection.up).await;
     }
 
-    /// Waits until there is another connection than this one.
+    /// Waits for a connection with another number.
     pub async fn until_reconnected(&self, number: u64) {
         self.until(|connection| connection.up && connection.number != number)
             .await;
@@ -112,7 +112,7 @@ impl Broker {
     async fn until(&self, wanted: impl FnMut(&Connection) -> bool) {
         let mut connection = self.connection.clone();
         if connection.wait_for(wanted).await.is_err() {
-            // The client is gone, so the process is ending: nothing will ever change again.
+            // The client was dropped because the process is ending: no event will come.
             std::future::pending::<()>().await;
         }
     }
@@ -131,7 +131,7 @@ fn note(event: &Event, connection: &watch::Sender<Connection>) {
             warn!("Connection to NATS lost; reconnecting");
             connection.send_modify(|connection| connection.up = false);
         }
-        // A missing permission never fails the call; it shows up here, and as a timeout there.
+        // A missing permission does not fail the call: it is reported here, and the call times out.
         Event::ServerError(error) => error!(error = %error, "NATS server error"),
         Event::ClientError(error) => warn!(error = %error, "NATS client error"),
         Event::SlowConsumer(_) | Event::LameDuckMode | Event::Draining => {
@@ -140,7 +140,8 @@ fn note(event: &Event, connection: &watch::Sender<Connection>) {
     }
 }
 
-/// Grows from 10 ms to the cap. Unlike [`Backoff`](crate::Backoff), the client counts the attempts.
+/// Doubles from 10 ms to the cap. [`Backoff`](crate::Backoff) does not fit, because the client
+/// counts the attempts.
 fn reconnect_delay(attempts: usize) -> Duration {
     let exponential = Duration::from_millis(10 << attempts.min(6));
     exponential.min(RECONNECT_DELAY_MAX).mul_f64(jitter())
@@ -151,7 +152,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn processes_do_not_reconnect_in_step() {
+    fn processes_do_not_reconnect_at_the_same_time() {
         for attempts in [0, 1, 6, usize::MAX] {
             let longest = Duration::from_millis(10 << attempts.min(6)).min(RECONNECT_DELAY_MAX);
             let delays: Vec<Duration> = (0..100).map(|_| reconnect_delay(attempts)).collect();

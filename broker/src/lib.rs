@@ -1,4 +1,4 @@
-//! The connection to NATS that every process of the system keeps, and the pauses between retries.
+//! The connection of a process to NATS, and the pauses between retries.
 
 mod backoff;
 mod connection;
