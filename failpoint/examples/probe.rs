@@ -1,4 +1,4 @@
-//! A program with a failpoint and a guard, for the test that a release build contains neither.
+//! A program with a failpoint and a guard. A test checks that its release build contains neither.
 
 fn main() {
     if let Err(injected) = failpoint::failpoint!("relay.after_send") {

@@ -1,10 +1,9 @@
-//! Guards that the bounty removes one at a time, to prove that a test fails without each of them.
+//! Guards that `./dev bounty` removes one at a time, to prove that a test fails without each.
 //!
 //! A guard can be removed only in debug builds, and only with `GOZON_REMOVED_GUARD`. A release
 //! build does not even contain the names.
 
-/// Every removable guard, and what the service does without it. `./dev bounty` removes each of
-/// them. Other names do not compile.
+/// Every removable guard, and what the service does without it. Other names do not compile.
 pub const GUARDS: &[(&str, &str)] = &[
     (
         "place.outbox_row",
@@ -50,7 +49,10 @@ pub const GUARDS: &[(&str, &str)] = &[
         "payments.append_only",
         "transfers and decisions can be changed and deleted",
     ),
-    ("settle.status_guard", "a final order becomes final again"),
+    (
+        "settle.status_guard",
+        "answers are applied to final orders too",
+    ),
     (
         "settle.same_content",
         "an answer about another user or amount is applied",

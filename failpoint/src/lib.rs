@@ -111,8 +111,8 @@ macro_rules! failpoint {
     }};
 }
 
-/// The failpoint `<work>.<step>` of work whose name is only known at run time. Returns `Ok(())` if
-/// there is no such failpoint. In a release build always `Ok(())`.
+/// Like [`failpoint!`] with the name `<work>.<step>`, for a name that is only known at run time.
+/// Returns `Ok(())` if there is no such failpoint, and always in a release build.
 pub fn of_work(work: &str, step: &str) -> Result<(), Injected> {
     #[cfg(debug_assertions)]
     {
