@@ -41,9 +41,9 @@ pub enum Action {
     Apply { channel: Channel, consumer: usize },
     /// A consumer acknowledges its batch.
     Ack { channel: Channel, consumer: usize },
-    /// The reconciler asks again. `slow`: nothing was lost, but something takes long.
+    /// The reconciler re-asks an order. With `slow`, nothing was lost; an answer only takes long.
     AskAgain { order: usize, slow: bool },
-    /// Relay or consumer notices the broker loss.
+    /// A relay or consumer notices the broker loss.
     NoteLoss,
 
     /// A process crashes and restarts; its memory is lost.
@@ -70,7 +70,7 @@ pub enum Action {
 
     /// Broken: the message is published before the commit.
     PublishBeforeCommit { order: usize },
-    /// Broken: the work is split into two transactions, and this is the first one.
+    /// Broken: the work is split into two transactions. This is the first one.
     ApplyHalf { consumer: usize },
     /// Broken: the row that recognises a duplicate is pruned.
     Prune { order: usize },
@@ -163,7 +163,7 @@ impl CrashPoint {
 pub const NOT_MODELLED: [&str; 2] = ["account.before_commit", "account.after_commit"];
 
 impl Action {
-    /// Whether it is a fault, or something that the protocol must not rely on. All other actions
+    /// Whether the action is a fault, or one that the protocol must not rely on. All other actions
     /// together must be enough to settle every order.
     pub fn is_fault(self) -> bool {
         match self {

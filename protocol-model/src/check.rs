@@ -10,23 +10,22 @@ use crate::model::Protocol;
 use crate::properties::I7;
 use crate::recovery;
 
-/// Limit for small models, far above their size.
+/// Maximum number of states of a small model, far above the real number.
 const SMALL: usize = 3_000_000;
 
 /// Result of a safety check.
 #[derive(Debug)]
 pub struct Safety {
-    /// Distinct states.
+    /// Number of distinct states.
     pub states: usize,
-    /// Steps between them.
+    /// Number of steps between them.
     pub steps: usize,
     /// Length of the longest path explored.
     pub depth: usize,
-    /// Duration.
     pub took: Duration,
     /// Violated properties, each with a path to the violation.
     pub violated: Vec<(&'static str, Vec<Action>)>,
-    /// What must be reachable but is not: then the model proves nothing.
+    /// Properties that must be reachable but are not. With any of them, the model proves nothing.
     pub never: Vec<&'static str>,
 }
 

@@ -21,9 +21,9 @@ pub enum Guard {
     ReArm,
     /// An order that stays NEW is re-asked.
     Reconciler,
-    /// It is re-asked after some time, whether or not a broker loss was noticed.
+    /// An order is re-asked after some time, even if no broker loss was noticed.
     Timer,
-    /// It is re-asked without a limit.
+    /// An order is re-asked without a limit.
     UnlimitedAsks,
     /// Each re-ask has its own message id.
     FreshMessageId,
@@ -41,7 +41,7 @@ pub enum Guard {
     DepositKey,
     /// Only a NEW order becomes final.
     StatusGuard,
-    /// orders never cancels by itself.
+    /// The orders service never cancels an order by its own decision.
     OnlyPaymentsDecides,
 }
 
@@ -59,8 +59,8 @@ pub enum Window {
 pub struct Design {
     /// The missing guard.
     pub broken: Option<Guard>,
-    /// Whether there is no reconciler. It would hide the absence of some guards: without them
-    /// orders only take longer, which the model cannot see.
+    /// Removes the reconciler, which hides the absence of some guards: without them, orders only
+    /// take longer, and the model has no time.
     pub without_reconciler: bool,
 }
 

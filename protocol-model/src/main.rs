@@ -12,12 +12,12 @@ use protocol_model::design::Window;
 use protocol_model::model::Protocol;
 use protocol_model::recovery;
 
-/// Minimum number of states of all safety models together.
+/// Minimum number of states of all [`SAFETY`] models together.
 const STATES_MIN: usize = 50_000_000;
-/// Limit for a model of [`RECOVERY`], above all of them.
+/// Maximum number of states of a [`RECOVERY`] model, above the real numbers.
 const RECOVERY_MAX: usize = 5_000_000;
 
-/// Models for which every state is checked.
+/// Models whose properties are checked in every state.
 const SAFETY: [Protocol; 8] = [
     Protocol {
         relays: 2,
@@ -69,7 +69,7 @@ const SAFETY: [Protocol; 8] = [
     },
 ];
 
-/// Models for which every state must be able to settle.
+/// Models where every order must be able to become final from every state.
 const RECOVERY: [Protocol; 7] = [
     Protocol {
         relays: 2,
@@ -140,7 +140,7 @@ fn main() -> anyhow::Result<ExitCode> {
         let verdict = match (found.violated.first(), found.never.first()) {
             (None, None) => "all properties hold".to_owned(),
             (Some((property, path)), _) => format!("VIOLATED {property}: {}", path_text(path)),
-            (None, Some(property)) => format!("VACUOUS: never reached: {property}"),
+            (None, Some(property)) => format!("PROVES NOTHING: never reached: {property}"),
         };
         wrong += found.violated.len() + found.never.len();
         let (counted, took) = (thousands(found.states), seconds(found.took));

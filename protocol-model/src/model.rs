@@ -128,7 +128,7 @@ impl Protocol {
     fn relay_actions(&self, state: &State, channel: Channel, actions: &mut Vec<Action>) {
         let relays = &state.relays[index(channel)];
         if relays.iter().filter(|relay| relay.phase() != IDLE).count() < self.relays {
-            // Idle relays come first.
+            // Replicas are sorted, so the first one is idle.
             for (order, row) in state.orders[..self.orders].iter().enumerate() {
                 actions.extend(numbers(row.waiting(channel)).map(|n| Action::Take {
                     channel,
@@ -344,7 +344,7 @@ impl Protocol {
                 _ => enough,
             };
             if paid {
-                // Without de-duplication, each message of the batch is decided separately.
+                // In the design without de-duplication, each message of the batch is decided.
                 let times = if self.has(Guard::BatchDistinct) {
                     1
                 } else {
@@ -368,7 +368,7 @@ impl Protocol {
         }
     }
 
-    /// The first transaction of a broken design, before that of [`Self::charge`].
+    /// The first of two transactions in a broken design. [`Self::charge`] is the second one.
     fn apply_half(&self, state: &mut State, consumer: usize) {
         let mut held = state.consumers[0][consumer];
         let mut noted = 0;
@@ -397,7 +397,7 @@ impl Protocol {
                 } else {
                     status::CANCELLED
                 });
-                row.set_told((row.told() + 1).min(3));
+                row.set_final_events((row.final_events() + 1).min(3));
                 row.set_due(0);
             }
         }
@@ -571,7 +571,7 @@ impl Protocol {
             Action::TimeOut { order } => {
                 let row = &mut state.orders[order];
                 row.set_status(status::CANCELLED);
-                row.set_told(row.told() + 1);
+                row.set_final_events(row.final_events() + 1);
             }
         }
     }
@@ -592,7 +592,7 @@ impl Protocol {
     }
 }
 
-/// The first of several replicas in the same state: the others would only do the same.
+/// Skips replicas in the same state as an earlier one, because they have the same actions.
 fn distinct<T: Copy + PartialEq>(replicas: &[T; REPLICAS_MAX]) -> impl Iterator<Item = (usize, T)> {
     let replicas = *replicas;
     (0..REPLICAS_MAX)
@@ -606,11 +606,11 @@ impl Protocol {
             self.orders <= ORDERS_MAX
                 && self.relays <= REPLICAS_MAX
                 && self.payments_consumers <= REPLICAS_MAX,
-            "more than a state can hold"
+            "the model does not fit into a state"
         );
         assert!(
             self.losses + self.slow <= N_MAX,
-            "more asks than a state can count"
+            "more re-asks than a state can count"
         );
         let mut shared = crate::state::Shared::default();
         shared.set_balance(BALANCE_ZERO + self.money);

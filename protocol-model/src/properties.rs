@@ -63,7 +63,7 @@ pub fn all(protocol: &Protocol) -> Vec<Property<Protocol>> {
         }),
         Property::<Protocol>::always(I6, |protocol, state| {
             each(protocol, state, |order| {
-                order.told() == u8::from(order.is_final())
+                order.final_events() == u8::from(order.is_final())
             })
         }),
         Property::<Protocol>::always(I8, |protocol, state| {

@@ -14,13 +14,13 @@ use crate::state::State;
 
 #[derive(Debug)]
 pub struct Recovery {
-    /// Reachable states.
+    /// Number of reachable states.
     pub states: usize,
-    /// Steps between them.
+    /// Number of steps between them.
     pub steps: usize,
-    /// States from which no settled state can be reached.
+    /// Number of states from which no settled state can be reached.
     pub stuck: usize,
-    /// The shortest path to a stuck state.
+    /// The shortest path to such a state.
     pub path: Vec<Action>,
 }
 
@@ -107,7 +107,7 @@ impl Graph {
         Ok(graph)
     }
 
-    /// For each state, whether it can reach a settled one.
+    /// For each state, whether a settled state can be reached from it.
     fn backwards_from_settled(&mut self, protocol: &Protocol) -> Vec<bool> {
         self.sound.sort_unstable_by_key(|(_, to)| *to);
         let mut can: Vec<bool> = self

@@ -98,7 +98,7 @@ packed! {
         /// `orders.asks`.
         asks, set_asks: 2;
         /// Number of final events (`OrderFinished` or `OrderCancelled`).
-        told, set_told: 2;
+        final_events, set_final_events: 2;
         /// Unpublished requests in the outbox of orders.
         requests_waiting, set_requests_waiting: 4;
         /// Requests that the broker has ever stored: it may recognise their ids, and may deliver
@@ -118,7 +118,7 @@ packed! {
         answers_published, set_answers_published: 4;
         /// Unacknowledged answers in the stream.
         answers_ready, set_answers_ready: 4;
-        /// Whether the inbox of payments has it. Used only by a broken design.
+        /// Whether the inbox of payments has a row of it. Used only by a broken design.
         inbox, set_inbox: 1;
         /// Whether its last request was published before a noticed loss (`reconciliation.lost_at`).
         /// Used only by the design where nothing else makes an order due.
@@ -272,7 +272,7 @@ pub struct State {
 }
 
 impl State {
-    /// Sorts equal replicas, since their order has no meaning: one state represents all
+    /// Sorts the replicas, because their order has no meaning: one state represents all
     /// permutations.
     pub fn normalise(&mut self) {
         for relays in &mut self.relays {
