@@ -50,17 +50,15 @@ macro_rules! uuid_id {
 }
 
 uuid_id! {
-    /// An order.
     OrderId
 }
 uuid_id! {
-    /// An event. Created in the transaction that enqueues the event, and the same each time the
-    /// event is published.
+    /// Created once, when the event is enqueued, and the same each time the event is published.
     EventId
 }
 
-/// A customer, named by the shop: 1 to 64 characters of `A-Z a-z 0-9 . _ -`, but not `.` or `..`:
-/// in a URL path these are navigation, so such an account could not be addressed.
+/// Id of a customer, chosen by the shop: 1 to 64 characters of `A-Z a-z 0-9 . _ -`. `.` and `..`
+/// are not allowed, because URL paths give them another meaning.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -75,13 +73,13 @@ pub struct UserId(String);
 pub struct InvalidUserId;
 
 impl UserId {
-    /// In characters.
+    /// Maximum length in characters.
     pub const LENGTH_MAX: usize = 64;
-    /// With [`UserId::LENGTH_MAX`], the rule for schemas.
+    /// Regular expression for schemas. [`UserId::LENGTH_MAX`] limits the length.
     #[cfg(any(feature = "schema", feature = "openapi"))]
     const PATTERN: &str = r"^(\.?[A-Za-z0-9_-]|\.\.[A-Za-z0-9._-])[A-Za-z0-9._-]*$";
 
-    /// Checks and wraps `text`.
+    /// Fails if `text` is not a valid user id.
     pub fn parse(text: impl Into<String>) -> Result<Self, InvalidUserId> {
         let text = text.into();
         let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');

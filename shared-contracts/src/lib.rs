@@ -66,7 +66,7 @@ pub mod header {
     pub const TYPE: &str = "ce-type";
     /// The publishing service.
     pub const SOURCE: &str = "ce-source";
-    /// When the event was created, RFC 3339.
+    /// When the event was created, in RFC 3339 format.
     pub const TIME: &str = "ce-time";
     /// Id of the entity that the event belongs to: see [`Event::key`](super::Event::key).
     pub const SUBJECT: &str = "ce-subject";

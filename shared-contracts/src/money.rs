@@ -23,7 +23,7 @@ pub struct InvalidAmount;
 impl Amount {
     pub const MAX: i64 = 1_000_000_000_000;
 
-    /// Checks and wraps `minor_units`.
+    /// Fails if `minor_units` is not from 1 to [`Amount::MAX`].
     pub fn new(minor_units: i64) -> Result<Self, InvalidAmount> {
         if (1..=Self::MAX).contains(&minor_units) {
             Ok(Self(minor_units))

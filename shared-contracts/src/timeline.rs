@@ -12,13 +12,13 @@ use uuid::Uuid;
 pub enum StepKind {
     /// The order was stored.
     Placed,
-    /// An event was stored in the outbox, together with what it tells about.
+    /// An event was stored in the outbox, in the transaction that made it true.
     Enqueued,
-    /// The broker acknowledged it.
+    /// The broker acknowledged the event.
     Published,
-    /// A service received it, in the transaction that holds its effect.
+    /// A service received the event and applied it, in one transaction.
     Taken,
-    /// It was received again and changed nothing.
+    /// The event was received again and changed nothing.
     Repeated,
     /// Payments decided; `paid` means debited.
     Decided,
