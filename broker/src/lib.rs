@@ -1,4 +1,4 @@
-//! The connection of a process to NATS, and the pauses between retries.
+//! A process's connection to NATS, and the pauses between its retries.
 
 mod backoff;
 mod connection;

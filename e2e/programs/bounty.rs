@@ -102,7 +102,7 @@ const CAUGHT_BY: [(&str, &str, &str); 20] = [
     (
         "reconcile.ask_again",
         "orders",
-        "reconciling::an_order_without_an_answer_is_asked_for_again_under_new_numbers",
+        "reconciling::an_order_without_an_answer_is_re_asked_under_new_numbers",
     ),
     (
         "reconcile.lost_at",
@@ -112,7 +112,7 @@ const CAUGHT_BY: [(&str, &str, &str); 20] = [
     (
         "reconcile.fresh_message_id",
         "orders",
-        "reconciling::an_order_without_an_answer_is_asked_for_again_under_new_numbers",
+        "reconciling::an_order_without_an_answer_is_re_asked_under_new_numbers",
     ),
 ];
 

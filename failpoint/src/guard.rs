@@ -1,4 +1,5 @@
-//! Guards that `./dev bounty` removes one at a time, to prove that a test fails without each.
+//! Guards that `./dev bounty` removes one at a time, to prove that a test fails when the guard is
+//! removed.
 //!
 //! A guard can be removed only in debug builds, and only with `GOZON_REMOVED_GUARD`. A release
 //! build does not even contain the names.

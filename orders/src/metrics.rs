@@ -32,7 +32,7 @@ pub(crate) fn metrics(flow: &Flow) -> anyhow::Result<Metrics> {
         "Re-asks: payment requests sent again because the order stayed NEW"
     );
     describe_gauge!(OLDEST_NEW_SECONDS, "Age of the oldest order that is NEW");
-    // Counters start at 0: without this, they are absent until they count.
+    // Sets all counters to 0. Otherwise a counter is absent until its first event.
     asked_again(0);
     let declined = [DeclineReason::InsufficientFunds, DeclineReason::NoAccount];
     for outcome in declined

@@ -1,7 +1,7 @@
 //! Placing orders: the queue, then the group, then the transaction.
 //!
 //! All requests that were queued while the last transaction ran go into the next one. No request is
-//! delayed to fill a group. Under load, groups form by themselves, and one commit stores all of it.
+//! delayed to fill a group. Under load, groups form by themselves, and one commit stores a group.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ use crate::entity::order::{self, Model, Status};
 use crate::error::Error;
 use crate::metrics;
 
-/// Maximum number of orders in one transaction. A larger one would only add latency.
+/// Maximum number of orders in one transaction. More would only add latency.
 const GROUP_MAX: usize = 200;
 /// Maximum number of queued requests. A healthy database stores this many in well under a second. A
 /// longer queue would only hide that the database is not healthy.
@@ -49,7 +49,7 @@ pub struct NewOrder {
     pub traceparent: Option<String>,
 }
 
-/// The order of a key, and whether this request placed it or an earlier one.
+/// A stored order, and whether this request placed it or an earlier one with the same key.
 #[derive(Clone, Debug)]
 pub struct Placed {
     pub order: Model,
@@ -202,7 +202,7 @@ async fn store(db: &Database, group: impl Iterator<Item = Queued>, pace: &Pace) 
     }
 }
 
-/// Whether a single order can be the cause, and not the database as a whole.
+/// Whether a single order may have caused the failure, so that the others can be stored without it.
 fn concerns_one(failure: &Failure) -> bool {
     let is_refused = matches!(failure, Failure::NotDone(_)) && !failure.is_transient();
     is_refused || failure.is_lock_timeout()

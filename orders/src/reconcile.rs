@@ -1,4 +1,4 @@
-//! Re-asks orders that stay NEW: says which orders these are and rebuilds their requests.
+//! Tells the engine which orders are still NEW and must be re-asked, and rebuilds their requests.
 //!
 //! Nothing here decides how an order ends. Only payments knows whether it was paid: it answers with
 //! its stored decision, or decides now.

@@ -12,8 +12,8 @@ use uuid::Uuid;
 
 use crate::entity::order;
 
-/// How often orders are polled that another replica may have made final. Orders that this process
-/// makes final wake their requests at once.
+/// Interval of polling for orders that another replica made final. Orders that this process makes
+/// final wake their requests at once.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 /// A poll that takes longer is abandoned.
 const POLL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -31,8 +31,8 @@ pub(crate) struct Waiter {
 }
 
 impl Waiting {
-    /// Registers a request. To miss no change, call this before reading the order, and wait with
-    /// [`Waiter::woken`] after that.
+    /// Registers a request. To miss no change, call this first, then read the order, then wait with
+    /// [`Waiter::woken`].
     pub(crate) fn register(&self, id: Uuid) -> Waiter {
         let notify = Arc::new(Notify::new());
         self.lock().entry(id).or_default().push(notify.clone());
@@ -73,7 +73,7 @@ impl Waiting {
             let polled = tokio::time::timeout(POLL_TIMEOUT, order::final_among(db, ids)).await;
             match polled {
                 Ok(Ok(ids)) => self.wake(&ids),
-                // Not serious: each request reads its order itself when its time is up.
+                // Nothing is lost: each request reads its order itself when its time is up.
                 Ok(Err(error)) => debug!(error = %error, "Polling for final orders failed"),
                 Err(elapsed) => debug!(error = %elapsed, "Polling for final orders failed"),
             }

@@ -18,7 +18,7 @@ pub(crate) fn metrics(flow: &Flow) -> anyhow::Result<Metrics> {
         ANSWERED_AGAIN,
         "Stored decisions whose answer was published again because of a re-ask"
     );
-    // Counters start at 0: without this, they are absent until they count.
+    // Sets all counters to 0. Otherwise a counter is absent until its first event.
     counter!(ANSWERED_AGAIN).increment(0);
     let declined = [DeclineReason::InsufficientFunds, DeclineReason::NoAccount];
     for outcome in declined

@@ -1,5 +1,5 @@
-//! All actions. A step is named after the code that performs it, and a crash after the failpoints
-//! at that point, so that a path found by the model can be replayed with the real processes.
+//! All actions. A step has the name of the code that performs it, and a crash has the names of the
+//! failpoints at that point. So a path of the model can be replayed with real processes.
 
 use std::fmt;
 

@@ -10,7 +10,7 @@ use crate::model::Protocol;
 use crate::properties::I7;
 use crate::recovery;
 
-/// Maximum number of states of a small model, far above the real number.
+/// Limit of states for small models. All of them have far fewer.
 const SMALL: usize = 3_000_000;
 
 /// Result of a safety check.

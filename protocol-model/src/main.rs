@@ -14,7 +14,7 @@ use protocol_model::recovery;
 
 /// Minimum number of states of all [`SAFETY`] models together.
 const STATES_MIN: usize = 50_000_000;
-/// Maximum number of states of a [`RECOVERY`] model, above the real numbers.
+/// Limit of states for [`RECOVERY`] models. All of them have fewer.
 const RECOVERY_MAX: usize = 5_000_000;
 
 /// Models whose properties are checked in every state.

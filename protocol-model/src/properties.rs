@@ -1,6 +1,5 @@
-//! The properties that must hold in every state, with the names of ARCHITECTURE.md. [`I7`], that
-//! every order can still be settled, is not a property of one state: see
-//! [`recovery`](crate::recovery).
+//! The properties that must hold in every state, named as in ARCHITECTURE.md. [`I7`] (every order
+//! can still be settled) is not a property of one state: see [`recovery`](crate::recovery).
 
 use stateright::Property;
 

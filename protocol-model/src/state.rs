@@ -118,7 +118,7 @@ packed! {
         answers_published, set_answers_published: 4;
         /// Unacknowledged answers in the stream.
         answers_ready, set_answers_ready: 4;
-        /// Whether the inbox of payments has a row of it. Used only by a broken design.
+        /// Whether the inbox of payments has a row for it. Used only by a broken design.
         inbox, set_inbox: 1;
         /// Whether its last request was published before a noticed loss (`reconciliation.lost_at`).
         /// Used only by the design where nothing else makes an order due.

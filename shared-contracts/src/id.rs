@@ -53,7 +53,7 @@ uuid_id! {
     OrderId
 }
 uuid_id! {
-    /// Created once, when the event is enqueued, and the same each time the event is published.
+    /// Id of an event: created when the event is enqueued, and the same each time it is published.
     EventId
 }
 

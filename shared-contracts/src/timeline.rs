@@ -77,7 +77,7 @@ pub struct Step {
 }
 
 impl Step {
-    /// A step without a message.
+    /// Creates a step whose optional fields are empty.
     pub fn new(at: OffsetDateTime, service: &'static str, step: StepKind) -> Self {
         Self {
             at,

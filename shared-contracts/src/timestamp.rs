@@ -23,7 +23,7 @@ pub fn serialize<S: Serializer>(at: &OffsetDateTime, serializer: S) -> Result<S:
     serializer.serialize_str(&format(*at))
 }
 
-/// For a time that may be absent.
+/// Like [`serialize`], for an optional time.
 pub fn serialize_option<S: Serializer>(
     at: &Option<OffsetDateTime>,
     serializer: S,

@@ -161,8 +161,8 @@ pub(crate) struct Ending {
     pub(crate) final_event_id: Uuid,
 }
 
-/// Makes orders final that are NEW and that the transaction has locked. Returns the number of
-/// updated rows.
+/// Makes orders final. The transaction must have locked them while they were NEW. Returns the
+/// number of updated rows.
 pub(crate) async fn end(
     txn: &Transaction,
     endings: &[Ending],
@@ -173,7 +173,7 @@ pub(crate) async fn end(
     // The driver's arrays cannot contain NULL, so an empty reason means none.
     //
     // `IS NOT DISTINCT FROM 'NEW'` keeps PostgreSQL from using the index of NEW orders. PostgreSQL
-    // estimates that there are almost none, and would compare each of them with each of these.
+    // estimates that there are almost none, and would compare each NEW order with each of these.
     let reasons: Vec<String> = endings
         .iter()
         .map(|one| one.reason.unwrap_or_default().to_owned())
@@ -196,7 +196,7 @@ pub(crate) async fn end(
 /// Orders that are not final.
 #[derive(FromQueryResult)]
 pub(crate) struct Unsettled {
-    /// At most 100000.
+    /// Counted up to 100000.
     pub(crate) number: i64,
     pub(crate) oldest_seconds: f64,
 }

@@ -19,7 +19,7 @@ use stack::http::{Answer, Http};
 use stack::testing::{Apart, TestBroker, TestDatabase, eventually};
 use uuid::Uuid;
 
-/// Deadline of a condition: long enough for a busy machine, normally not reached.
+/// Deadline for a condition. Long enough for a busy machine; only a failing test reaches it.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 
 pub(crate) struct Orders {

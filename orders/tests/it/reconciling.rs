@@ -7,7 +7,7 @@ use stack::testing::{TestBroker, eventually};
 use crate::harness::{Orders, SOON, settlement};
 
 #[tokio::test]
-async fn an_order_without_an_answer_is_asked_for_again_under_new_numbers() {
+async fn an_order_without_an_answer_is_re_asked_under_new_numbers() {
     let orders = Orders::start_with_arguments(&["--ask-again-ms=200"]).await;
     let id = orders.placed().await;
     let published = "SELECT count(*) FROM outbox WHERE n = 5 AND published_at IS NOT NULL";
@@ -55,7 +55,7 @@ async fn an_order_without_an_answer_is_asked_for_again_under_new_numbers() {
 }
 
 #[tokio::test]
-async fn a_final_order_is_not_asked_for_again() {
+async fn a_final_order_is_not_re_asked() {
     let orders = Orders::start_with_arguments(&["--ask-again-ms=200"]).await;
     let (done, open) = (orders.placed().await, orders.placed().await);
     orders
@@ -73,7 +73,7 @@ async fn a_final_order_is_not_asked_for_again() {
 }
 
 #[tokio::test]
-async fn nothing_is_asked_for_again_while_the_first_request_waits_for_the_broker() {
+async fn an_order_is_not_re_asked_while_its_request_waits_for_the_broker() {
     let mut orders =
         Orders::start_with(TestBroker::stopped().unwrap(), &["--ask-again-ms=200"]).await;
     let id = orders.placed().await;
@@ -135,13 +135,13 @@ async fn events_published_before_all_streams_existed_do_not_count_as_lost() {
         )
         .await;
     orders.payments().await;
-    eventually("the consumer is there", SOON, async || {
+    eventually("the consumer is ready", SOON, async || {
         let health = orders.http.get("/readyz?verbose").await.ok()?.text();
         health.contains("[+] consumer: ok").then_some(())
     })
     .await;
-    // By now the consumer has noted a loss if it is going to. The step that finds the second of
-    // these orders began after that.
+    // A new consumer notes a loss before it reports that it is ready. The step that re-asks the
+    // second of these orders began after that.
     for _ in 0..2 {
         let forgotten = orders.forgotten(early, "now() - interval '1 hour'").await;
         eventually("a forgotten order is re-asked", SOON, async || {
@@ -153,7 +153,7 @@ async fn events_published_before_all_streams_existed_do_not_count_as_lost() {
 }
 
 #[tokio::test]
-async fn f43_an_order_dated_by_a_clock_far_ahead_is_asked_for_again_and_its_age_is_shown() {
+async fn f43_an_order_dated_by_a_clock_far_ahead_is_re_asked_and_its_age_is_shown() {
     let orders = Orders::start().await;
     let id = orders.placed().await;
     let ahead = orders.forgotten(id, "now() + interval '30 days'").await;
@@ -189,7 +189,7 @@ async fn f19_a_request_that_the_broker_never_takes_delays_no_other_request() {
 }
 
 #[tokio::test]
-async fn two_replicas_ask_no_more_often_than_one() {
+async fn two_replicas_re_ask_no_more_often_than_one() {
     let orders = Orders::start_with_arguments(&["--ask-again-ms=200"]).await;
     let second = orders.replica().await;
     for _ in 0..20 {
@@ -210,7 +210,7 @@ async fn two_replicas_ask_no_more_often_than_one() {
 }
 
 #[tokio::test]
-async fn old_rows_are_pruned_and_an_order_that_is_still_new_is_asked_for_again() {
+async fn old_rows_are_pruned_and_an_order_that_is_still_new_is_re_asked() {
     let orders = Orders::start_with_arguments(&["--keep-seconds=1", "--ask-again-ms=200"]).await;
     let (done, open) = (orders.placed().await, orders.placed().await);
     orders

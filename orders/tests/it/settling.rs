@@ -16,7 +16,7 @@ const DECLINED: PaymentOutcome = PaymentOutcome::Declined {
 };
 
 #[tokio::test]
-async fn an_order_ends_as_payments_decided_and_publishes_its_end() {
+async fn an_order_ends_as_payments_decided_and_its_final_event_is_published() {
     let orders = Orders::start().await;
     let payments = orders.payments().await;
     let (paid, declined) = (orders.placed().await, orders.placed().await);

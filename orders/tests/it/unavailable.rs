@@ -179,7 +179,7 @@ async fn columns_added_by_a_newer_version_do_not_break_a_running_replica() {
         );
     };
     let asked = async |times: i32| {
-        eventually("it is asked for again", SOON, async || {
+        eventually("it is re-asked", SOON, async || {
             (orders.row(id(&first.json())).await.asks >= times).then_some(())
         })
         .await;

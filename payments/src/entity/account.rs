@@ -31,7 +31,7 @@ pub(crate) struct Funds {
 }
 
 /// Locks the accounts of these users, if they exist, and returns them. They are locked in the order
-/// of user ids, so that transactions with overlapping users do not deadlock.
+/// of their user ids, so that transactions with overlapping users do not deadlock.
 pub(crate) async fn lock(
     txn: &DatabaseTransaction,
     mut user_ids: Vec<String>,

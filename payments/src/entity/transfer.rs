@@ -28,9 +28,9 @@ pub struct Model {
     pub credit_account: String,
     pub amount: i64,
     pub balance_after: i64,
-    /// Only of a payment.
+    /// Set for a payment.
     pub order_id: Option<Uuid>,
-    /// Only of a deposit: the client's key.
+    /// Set for a deposit: the client's key.
     pub idempotency_key: Option<String>,
     pub request_hash: Option<Vec<u8>>,
     pub created_at: TimeDateTimeWithTimeZone,

@@ -13,7 +13,7 @@ use stack::testing::TestDatabase;
 const USERS: [&str; 3] = ["alice", "bob", "carol"];
 const ORDERS: usize = 12;
 
-/// Twelve orders of three users. Each user has this balance.
+/// Twelve orders of three users. Each user starts with `balance`.
 struct Orders<S> {
     subscriber: fn() -> S,
     balance: i64,
@@ -77,7 +77,7 @@ impl<S: Subscriber<Event = OrderPlaced>> Scenario for Orders<S> {
             .collect();
         anyhow::ensure!(
             wrong.is_empty(),
-            "the transfers of these users or orders do not match: {wrong:?}"
+            "transfers do not match for these users or orders: {wrong:?}"
         );
         Ok(())
     }

@@ -20,7 +20,7 @@ const ONE_ORDER: Protocol = Protocol {
     ..SMALLEST
 };
 
-/// Maximum number of states of a small model, above the real numbers.
+/// Limit of states for small models. All of them have fewer.
 const STATES_MAX: usize = 2_000_000;
 
 #[test]
