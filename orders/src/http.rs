@@ -38,7 +38,7 @@ impl FromRef<State> for OperatorApi {
 #[derive(OpenApi)]
 #[openapi(
     info(title = "Gozon orders", description = "Orders and how they ended. Amounts are integers of minor units."),
-    tags((name = "orders", description = "Orders: NEW until their payment is decided, then FINISHED or CANCELLED for ever"), (name = "operators", description = "How the flow goes, and messages that were not applied"))
+    tags((name = "orders", description = "Orders: NEW until their payment is decided, then FINISHED or CANCELLED for ever"), (name = "operators", description = "Status of the event flow, and messages that were not applied"))
 )]
 struct Document;
 

@@ -37,8 +37,8 @@ impl FromRef<State> for OperatorApi {
     info(title = "Gozon payments", description = "Accounts, deposits and balances. Amounts are integers of minor units."),
     tags(
         (name = "accounts", description = "Accounts and the money in them"),
-        (name = "payments", description = "What was decided about orders"),
-        (name = "operators", description = "How the flow goes, and messages that were not applied")
+        (name = "payments", description = "Decisions about the payment of orders"),
+        (name = "operators", description = "Status of the event flow, and messages that were not applied")
     )
 )]
 struct Document;

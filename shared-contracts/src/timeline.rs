@@ -40,7 +40,7 @@ pub struct StepMessage {
     pub payload: Value,
 }
 
-/// A step in the life of an order.
+/// A step in the timeline of an order.
 #[derive(Clone, Debug, Serialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[cfg_attr(feature = "openapi", schema(as = TimelineStep))]
@@ -56,7 +56,7 @@ pub struct Step {
     pub event: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub event_id: Option<Uuid>,
-    /// 0 for the first publication, n for the n-th time it was asked or answered again.
+    /// 0 for the first publication, n for the n-th re-ask or its answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub n: Option<i32>,
     /// Attempts to publish it, or repetitions received.
@@ -96,7 +96,7 @@ impl Step {
     }
 }
 
-/// The life of one order, or the half of it that one service knows.
+/// The timeline of an order, or only the steps of one service.
 #[derive(Clone, Debug, Serialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Timeline {
@@ -105,6 +105,6 @@ pub struct Timeline {
     pub steps: Vec<Step>,
     /// Services that did not answer; their steps are not included.
     pub missing: Vec<String>,
-    /// Whether steps of messages are missing because rows that old were deleted.
+    /// Whether steps are missing because old rows of messages were deleted.
     pub pruned: bool,
 }

@@ -11,26 +11,26 @@ use utoipa::ToSchema;
 
 use crate::entity::order;
 
-/// How the flow of orders is doing.
+/// Status of the event flow of orders.
 #[derive(Serialize, ToSchema)]
 #[schema(as = OrdersFlow)]
 pub(super) struct OrdersFlow {
     #[serde(flatten)]
     flow: FlowStatus,
-    /// Orders that are not final yet. Counts to 100000.
+    /// Orders that are not final yet. Counted up to 100000.
     new_orders: i64,
-    /// Age of the oldest of them.
+    /// Age of the oldest order that is not final.
     new_oldest_seconds: f64,
 }
 
-/// Show how the flow is doing
+/// Show the status of the event flow
 #[utoipa::path(
     get,
     path = "/v1/ops/flow",
     operation_id = "getFlow",
     tag = "operators",
     responses(
-        (status = 200, description = "What waits, and for how long", body = OrdersFlow),
+        (status = 200, description = "The backlogs and their age", body = OrdersFlow),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 503, description = "The service cannot answer now; retry", body = ProblemDocument, content_type = "application/problem+json"),
     )

@@ -49,7 +49,8 @@ pub(super) struct OrderBody {
     updated_at: OffsetDateTime,
 }
 
-/// NEW until the payment is decided; then FINISHED (debited once) or CANCELLED (never debited), for ever.
+/// NEW until the payment is decided. Then FINISHED (debited once) or CANCELLED (never debited), for
+/// ever.
 #[derive(Clone, Copy, Deserialize, Serialize, ToSchema)]
 #[serde(rename_all = "UPPERCASE")]
 pub(super) enum OrderStatus {
@@ -179,8 +180,9 @@ pub(super) struct OrderListBody {
 
 /// Place an order
 ///
-/// The order is stored at once and paid soon after: follow its status, or read it with `wait`. The same request with the
-/// same Idempotency-Key gets the same response and places no second order.
+/// The order is stored at once, and its payment is decided soon after. To see the outcome, read the
+/// order with `wait`. The same request with the same Idempotency-Key gets the same response and
+/// places no second order.
 #[utoipa::path(
     post,
     path = "/v1/orders",
@@ -243,7 +245,7 @@ pub(super) async fn create_order(
 
 /// An order
 ///
-/// With `wait` the response comes when the order is final or the time is over, whichever is first.
+/// With `wait`, the response is sent as soon as the order is final, or when the time is over.
 #[utoipa::path(
     get,
     path = "/v1/orders/{id}",

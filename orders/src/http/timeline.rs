@@ -13,8 +13,9 @@ use crate::read;
 
 /// The timeline of an order
 ///
-/// Every step with its time, from the databases alone: placed, published, taken, decided, ended, and every repetition that
-/// was recognised and ignored. The gateway merges the steps of orders and payments; each service has only its own.
+/// Every step with its time, as stored in the databases: placed, published, taken, decided, ended,
+/// and every repetition that was ignored. The gateway merges the steps of orders and payments; each
+/// service returns only its own.
 #[utoipa::path(
     get,
     path = "/v1/orders/{id}/timeline",

@@ -48,13 +48,14 @@ fn balance() -> ObjectBuilder {
 #[schema(as = NewAccount, example = json!({"user_id": "alice"}))]
 #[serde(deny_unknown_fields)]
 pub(super) struct NewAccountBody {
-    /// The shop's name for the customer.
+    /// Id of the customer, chosen by the shop.
     user_id: UserId,
 }
 
 /// Open an account
 ///
-/// The balance is 0. A user has at most one account. The same request with the same Idempotency-Key gets the same response.
+/// The balance is 0. A user has at most one account. The same request with the same Idempotency-Key
+/// gets the same response.
 #[utoipa::path(
     post,
     path = "/v1/accounts",

@@ -11,9 +11,9 @@ use shared_contracts::timeline::Timeline;
 use crate::error::Error;
 use crate::timeline;
 
-/// What payments did about an order
+/// The steps of payments for an order
 ///
-/// Empty if the order is not known here. The gateway has the whole timeline.
+/// Empty if payments does not know the order. The gateway returns the whole timeline.
 #[utoipa::path(
     get,
     path = "/v1/payments/{order_id}/timeline",
@@ -22,7 +22,7 @@ use crate::timeline;
     params(("order_id" = String, Path, description = "Id of the order", format = Uuid, example = "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11")),
     responses(
         (status = 200, description = "The steps of this service", body = Timeline),
-        (status = 404, description = "This is no order id", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 404, description = "The id is not an order id", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 503, description = "Temporarily unavailable; send it again", body = ProblemDocument, content_type = "application/problem+json"),
     )
