@@ -10,7 +10,7 @@ use bytes::Bytes;
 use serde_json::json;
 use service_kit::server::ConnectionArgs;
 use stack::http::Http;
-use stack::testing::{Apart, eventually};
+use stack::testing::{InProcessService, eventually};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
@@ -326,14 +326,14 @@ async fn an_unavailable_service_is_named_with_what_to_do() {
 }
 
 /// Starts a gateway with this address of orders, without the backend of [`Gateway::start`].
-async fn gateway_for(orders: &str) -> (Apart, Http) {
+async fn gateway_for(orders: &str) -> (InProcessService, Http) {
     let config = [
         "gateway",
         "--listen=127.0.0.1:0",
         &format!("--orders-url=http://{orders}"),
     ];
     let config = <gateway::Config as clap::Parser>::try_parse_from(config).unwrap();
-    let gateway = Apart::start(async move |address, shutdown| {
+    let gateway = InProcessService::start(async move |address, shutdown| {
         let app = gateway::App::build(config).await?;
         // The test may have given up waiting.
         let _ = address.send(app.address()?);

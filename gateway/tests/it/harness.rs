@@ -8,7 +8,7 @@ use clap::Parser as _;
 use gateway::{App, Config};
 use serde_json::Value;
 use stack::http::Http;
-use stack::testing::Apart;
+use stack::testing::InProcessService;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
@@ -142,7 +142,7 @@ pub(crate) struct Gateway {
     pub(crate) http: Http,
     pub(crate) address: SocketAddr,
     pub(crate) backend: Service,
-    process: Apart,
+    process: InProcessService,
 }
 
 impl Gateway {
@@ -164,7 +164,7 @@ impl Gateway {
         ];
         let fixed = ["gateway", "--listen=127.0.0.1:0", &urls[0], &urls[1]];
         let config = Config::try_parse_from(fixed.iter().chain(arguments)).unwrap();
-        let process = Apart::start(async move |address, shutdown| {
+        let process = InProcessService::start(async move |address, shutdown| {
             let app = App::build(config).await?;
             // The test may have given up waiting.
             let _ = address.send(app.address()?);

@@ -100,7 +100,7 @@ impl TestShop {
             .env("NATS_URL", nats_url)
             .env(
                 "NATS_OPS_PASSWORD",
-                &self.stack.system.place().secrets.nats_ops,
+                &self.stack.system.folder().secrets.nats_ops,
             )
             .output()
             .unwrap()

@@ -37,7 +37,7 @@ async fn finished_orders_are_awarded_also_those_from_before_the_service_existed(
         "--nats-user=reader",
         &format!(
             "--nats-password={}",
-            stack.system.place().secrets.nats_reader
+            stack.system.folder().secrets.nats_reader
         ),
     ]);
     let shutdown = CancellationToken::new();
