@@ -1,4 +1,4 @@
-//! One service, one address or one slow client does not take the slots of the others.
+//! One service, one address or one slow client cannot take the slots of the others.
 //!
 //! The short form runs with small limits. `GOZON_LONG=1` runs the full form with the default
 //! limits.
@@ -28,7 +28,7 @@ const DEPOSIT: &str = "POST /v1/accounts/alice/deposits HTTP/1.1\r\nHost: x\r\n\
 const WAIT_7: &str = "GET /v1/orders/7?wait=30 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
 const WAIT_8: &str = "GET /v1/orders/8?wait=30 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
 
-/// The full form of a test, or the short one.
+/// The size of a test, in its short or full form.
 struct Scale {
     arguments: &'static [&'static str],
     /// Number of requests that hold slots.
@@ -142,7 +142,7 @@ async fn one_address_leaves_a_quarter_of_the_slots_to_others() {
         let gateway = with_a_service_that_hangs(scale.arguments, hanging).await;
         let before = gateway.rejected_count("client_share").await;
         let held = join_all((0..scale.greedy).map(|_| send(GREEDY, &gateway, request))).await;
-        eventually("the address has its share", SOON, async || {
+        eventually("the address holds its share", SOON, async || {
             (ask(GREEDY, &gateway, request).await == 503).then_some(())
         })
         .await;
@@ -188,7 +188,7 @@ async fn one_address_leaves_a_quarter_of_the_event_streams_to_others() {
 async fn one_address_leaves_a_quarter_of_the_connections_to_others() {
     let scale = scale(&["--connections-max=64"], (70, 12), (4200, 200));
     let gateway = Gateway::start_with(scale.arguments, |_| Reaction::Answers(ok("{}"))).await;
-    // They read nothing.
+    // These clients do not read the responses.
     let unread = "GET /v1/orders HTTP/1.1\r\nHost: x\r\n\r\n";
     let open = join_all((0..scale.greedy).map(|_| send(GREEDY, &gateway, unread))).await;
     for probe in ["livez", "readyz"] {

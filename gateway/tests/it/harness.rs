@@ -46,7 +46,7 @@ pub(crate) enum Reaction {
     AnswersWhen(Arc<Notify>),
 }
 
-/// 200 with a body.
+/// A 200 response with this JSON body.
 pub(crate) fn ok(body: &str) -> String {
     format!(
         "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
@@ -137,7 +137,7 @@ async fn handle_connection(
     }
 }
 
-/// A gateway, with one backend that takes the place of both services.
+/// A gateway, and one backend that replaces both services.
 pub(crate) struct Gateway {
     pub(crate) http: Http,
     pub(crate) address: SocketAddr,
@@ -180,12 +180,12 @@ impl Gateway {
         }
     }
 
-    /// Stops it gracefully.
+    /// Stops the gateway gracefully.
     pub(crate) async fn stop(self) {
         self.process.stop().await.unwrap();
     }
 
-    /// Sends bytes as they are, and reads until the gateway closes the connection.
+    /// Sends raw bytes, and reads until the gateway closes the connection.
     pub(crate) async fn send_raw(&self, bytes: &str) -> String {
         let mut stream = TcpStream::connect(self.address).await.unwrap();
         // The gateway may reject the request before it has read all of it.
@@ -208,7 +208,7 @@ impl Gateway {
     }
 }
 
-/// Status and code of an answer, which must be a problem document with the request's id.
+/// Status and code of an answer. Asserts that it is a problem document with the request id.
 pub(crate) fn problem(answer: &str) -> (u16, String) {
     let (head, body) = answer
         .split_once("\r\n\r\n")

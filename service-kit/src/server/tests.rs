@@ -68,15 +68,15 @@ impl Server {
     }
 
     /// Sends raw bytes, and reads until the server closes the connection.
-    async fn say(&self, bytes: &[u8]) -> String {
+    async fn send_raw(&self, bytes: &[u8]) -> String {
         let mut stream = TcpStream::connect(self.address).await.unwrap();
         // The server may reject the request before it has read all of it.
         let _ = stream.write_all(bytes).await;
-        heard(&mut stream).await
+        read_to_end(&mut stream).await
     }
 }
 
-async fn heard(stream: &mut TcpStream) -> String {
+async fn read_to_end(stream: &mut TcpStream) -> String {
     let mut answer = Vec::new();
     timeout(Duration::from_secs(20), stream.read_to_end(&mut answer))
         .await
@@ -142,7 +142,7 @@ async fn http_that_cannot_be_parsed_gets_a_bare_status_and_the_rest_a_problem_do
         (&endless, 431),
         (lengths, 400),
     ] {
-        let answer = server.say(bytes.as_bytes()).await;
+        let answer = server.send_raw(bytes.as_bytes()).await;
         assert!(
             answer.starts_with(&format!("HTTP/1.1 {status} ")) && answer.ends_with("\r\n\r\n"),
             "{}: {answer}",
@@ -173,7 +173,7 @@ async fn http_that_cannot_be_parsed_gets_a_bare_status_and_the_rest_a_problem_do
         (&long, 414, "url_too_long"),
         (chunk, 400, "unreadable_body"),
     ] {
-        let answer = server.say(bytes.as_bytes()).await;
+        let answer = server.send_raw(bytes.as_bytes()).await;
         assert_eq!(
             problem(&answer),
             (status, code.to_owned()),
@@ -181,14 +181,14 @@ async fn http_that_cannot_be_parsed_gets_a_bare_status_and_the_rest_a_problem_do
             &bytes[..bytes.len().min(80)]
         );
     }
-    let answer = server.say(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await;
+    let answer = server.send_raw(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await;
     assert!(
         answer.is_empty() || answer.starts_with("HTTP/1.1 400 "),
         "{answer:?}"
     );
     assert!(
         server
-            .say(b"GET /hello HTTP/1.0\r\n\r\n")
+            .send_raw(b"GET /hello HTTP/1.0\r\n\r\n")
             .await
             .ends_with("hello")
     );
@@ -201,7 +201,7 @@ async fn a_large_upload_is_rejected_before_it_is_read_and_the_client_gets_the_an
     let mut upload = head.as_bytes().to_vec();
     upload.resize(head.len() + 3_000_000, b' ');
     assert_eq!(
-        problem(&server.say(&upload).await),
+        problem(&server.send_raw(&upload).await),
         (413, "body_too_large".to_owned())
     );
 }
@@ -213,9 +213,11 @@ async fn connections_with_a_slow_head_or_idle_ones_are_closed() {
         ..LIMITS
     })
     .await;
-    assert_eq!(server.say(b"").await, "");
-    assert_eq!(server.say(b"GET /hello HT").await, "");
-    let answer = server.say(b"GET /hello HTTP/1.1\r\nhost: x\r\n\r\n").await;
+    assert_eq!(server.send_raw(b"").await, "");
+    assert_eq!(server.send_raw(b"GET /hello HT").await, "");
+    let answer = server
+        .send_raw(b"GET /hello HTTP/1.1\r\nhost: x\r\n\r\n")
+        .await;
     assert!(
         answer.starts_with("HTTP/1.1 200") && answer.ends_with("hello"),
         "the connection is kept open, then closed: {answer}"
@@ -235,11 +237,13 @@ async fn a_connection_above_the_limit_is_rejected_at_once() {
         .await
         .unwrap();
     first.readable().await.unwrap();
-    let answer = server.say(b"GET /hello HTTP/1.1\r\nhost: x\r\n\r\n").await;
+    let answer = server
+        .send_raw(b"GET /hello HTTP/1.1\r\nhost: x\r\n\r\n")
+        .await;
     assert_eq!(problem(&answer), (503, "overloaded".to_owned()));
     assert!(answer.contains("retry-after: 1"), "{answer}");
     first.shutdown().await.unwrap();
-    assert!(heard(&mut first).await.ends_with("hello"));
+    assert!(read_to_end(&mut first).await.ends_with("hello"));
 }
 
 #[tokio::test]
@@ -251,7 +255,7 @@ async fn a_shutdown_closes_idle_connections_and_ends() {
         .unwrap();
     idle.readable().await.unwrap();
     server.shutdown.cancel();
-    assert!(heard(&mut idle).await.ends_with("hello"));
+    assert!(read_to_end(&mut idle).await.ends_with("hello"));
     drop(idle);
     timeout(Duration::from_secs(20), server.serving)
         .await
@@ -294,7 +298,7 @@ async fn one_address_leaves_a_quarter_of_the_connections_to_others_and_probes_al
     }
     for probe in ["/livez", "/readyz"] {
         let probe = format!("GET {probe} HTTP/1.1\r\nhost: x\r\n\r\n");
-        let answer = server.say(probe.as_bytes()).await;
+        let answer = server.send_raw(probe.as_bytes()).await;
         assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
         assert!(answer.contains("connection: close\r\n"), "{answer}");
     }
