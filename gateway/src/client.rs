@@ -1,4 +1,4 @@
-//! Identifies the client of a request, by the address that the limits count it under.
+//! Identifies the client of a request by its network address, for the limits.
 
 use std::net::IpAddr;
 

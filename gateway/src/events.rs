@@ -91,8 +91,7 @@ struct FollowOrdersQuery {
     /// Only orders of this user; orders of all users if absent
     #[param(inline, nullable = false)]
     user_id: Option<UserId>,
-    /// Like the header Last-Event-ID, for clients that cannot set headers; the header takes
-    /// precedence
+    /// Like the header Last-Event-ID, for clients that cannot set it; the header takes precedence
     #[param(value_type = Option<String>, nullable = false)]
     last_event_id: Option<LastEventId>,
 }
@@ -100,8 +99,7 @@ struct FollowOrdersQuery {
 #[derive(Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 struct FollowOrderQuery {
-    /// Like the header Last-Event-ID, for clients that cannot set headers; the header takes
-    /// precedence
+    /// Like the header Last-Event-ID, for clients that cannot set it; the header takes precedence
     #[param(value_type = Option<String>, nullable = false)]
     last_event_id: Option<LastEventId>,
 }
@@ -266,8 +264,8 @@ fn resume_after(parameter: Option<LastEventId>, headers: &HeaderMap) -> Option<A
     }
 }
 
-/// Reads the order from its service. `None` if the service is unavailable; a 404 is returned as
-/// error.
+/// Reads the order from its service. `None` if the service is unavailable. Returns a 404 response
+/// as the error.
 async fn current_order(
     forwarder: &Forwarder,
     client: Client,
@@ -420,7 +418,7 @@ impl Session {
                     if joined {
                         return Ok(Some(here));
                     }
-                    // The replica of the stream that answered lags.
+                    // The stream replica that answered lags behind.
                     if stuck {
                         tokio::time::sleep(BROKER_RETRY_DELAY).await;
                     }

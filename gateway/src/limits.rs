@@ -49,8 +49,8 @@ const USER_RATE: &str = "user_rate";
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct LimitArgs {
-    /// Maximum number of concurrent requests to each service; further ones get 503. Must be less
-    /// than the service can queue. One address can have at most three quarters of them; the same
+    /// Maximum number of concurrent requests to each service; further ones get 503. The default is
+    /// less than a service can queue. One address can have at most three quarters of them; the same
     /// share applies to waits and event streams.
     #[arg(long, env = "GOZON_REQUESTS_MAX", default_value_t = 512)]
     pub requests_max: usize,
@@ -313,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_request_for_one_order_can_wait_and_not_longer_than_the_maximum() {
+    fn only_a_request_for_one_order_waits_and_only_up_to_the_maximum() {
         let wait = |method, uri: &str| requested_wait(&method, &uri.parse().unwrap()).as_secs();
         let get = |uri| wait(Method::GET, uri);
         assert_eq!(

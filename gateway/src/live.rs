@@ -77,8 +77,8 @@ struct Inner {
     health: RwLock<Result<(), String>>,
 }
 
-/// One lock for all fields, also held while an event is sent to listeners. So a new listener knows
-/// exactly after which event it starts.
+/// One lock protects all fields. It is also held while an event is sent to listeners, so a new
+/// listener knows exactly after which event it starts.
 #[derive(Default)]
 struct State {
     head: Option<Head>,
@@ -306,8 +306,8 @@ impl Live {
         Ok(here)
     }
 
-    /// Creates an ephemeral consumer, in memory and without acks. `follow` notices a gap in its
-    /// deliveries, and then a new one is created.
+    /// Creates an ephemeral consumer, in memory and without acks. If a delivery is missing,
+    /// [`Self::follow`] fails, and the next attempt creates a new consumer.
     async fn pull(&self, stream: &Stream, after: Position) -> anyhow::Result<pull::Stream> {
         let config = pull::Config {
             // Needs a name, because the permissions check the name in the request's subject.

@@ -1,8 +1,8 @@
 //! Serves the web page: the files of `gateway/web`, embedded in the binary.
 //!
-//! The code is our own because it is short and the alternatives do not fit. `ServeDir` derives the
-//! ETag from size and age instead of the content. Crates that embed and compress files need a build
-//! step and have their own cache rules.
+//! The code is our own, because the alternatives do not fit. For embedded files, `ServeDir` derives
+//! the ETag from size and age instead of the content. Crates that embed and compress files need a
+//! build step and have their own cache rules.
 
 use std::borrow::Cow;
 use std::collections::HashMap;

@@ -36,8 +36,8 @@ struct Explanation {
 
 /// What a problem code means
 ///
-/// The `type` of each problem document points here. A page for people, or JSON for `Accept:
-/// application/json`.
+/// The `type` of each problem document points here. Returns a page for people, or JSON if the
+/// request accepts `application/json`.
 #[utoipa::path(
     get,
     path = "/problems/{code}",

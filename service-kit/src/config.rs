@@ -41,9 +41,9 @@ impl fmt::Debug for Secret {
 /// Opens the HTTP port.
 ///
 /// There is no login, so everyone who can reach the port is an administrator. Therefore an address
-/// that other machines can reach is an error, unless `unprotected` is set. Set it if access is
-/// restricted elsewhere: a container publishes the port on loopback only, or a proxy authenticates
-/// callers.
+/// that other machines can reach is an error, unless `unprotected` is set. Set `unprotected` if
+/// something else restricts access: a container publishes the port on loopback only, or a proxy
+/// authenticates callers.
 pub async fn listen(address: SocketAddr, unprotected: bool) -> anyhow::Result<TcpListener> {
     anyhow::ensure!(
         address.ip().is_loopback() || unprotected,

@@ -97,7 +97,7 @@ async fn readyz(
     let mut lines = String::new();
     let mut failed = Vec::new();
     if shutdown.is_cancelled() {
-        failed.push("the process is stopping".to_owned());
+        failed.push("the process is shutting down".to_owned());
     }
     for (check, result) in results {
         match result {

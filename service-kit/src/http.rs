@@ -41,7 +41,7 @@ pub fn edge(router: Router) -> Router {
 
 pub(crate) fn layered(router: Router) -> Router {
     let layers = ServiceBuilder::new()
-        .map_request(without_unacceptable_request_id)
+        .map_request(without_malformed_request_id)
         .layer(SetRequestIdLayer::new(REQUEST_ID, MintRequestId))
         .layer(PropagateRequestIdLayer::new(REQUEST_ID))
         // Browsers must not guess content types, and no cache may store responses about money.
@@ -139,15 +139,15 @@ fn method_label(method: &Method) -> &str {
     }
 }
 
-fn without_unacceptable_request_id(mut request: Request) -> Request {
-    let acceptable = |value: &HeaderValue| {
+fn without_malformed_request_id(mut request: Request) -> Request {
+    let well_formed = |value: &HeaderValue| {
         let bytes = value.as_bytes();
         (1..=REQUEST_ID_LENGTH_MAX).contains(&bytes.len())
             && bytes
                 .iter()
                 .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-'))
     };
-    if !request.headers().get(REQUEST_ID).is_some_and(acceptable) {
+    if !request.headers().get(REQUEST_ID).is_some_and(well_formed) {
         request.headers_mut().remove(REQUEST_ID);
     }
     request
@@ -240,7 +240,7 @@ mod tests {
         let router = Router::new()
             .route(
                 "/panic",
-                any(async || -> StatusCode { panic!("secret innards") }),
+                any(async || -> StatusCode { panic!("secret internals") }),
             )
             .route("/bare", get(async || StatusCode::IM_A_TEAPOT))
             .route("/echo", post(async |_: ValidatedJson<Empty>| "ok"));
@@ -276,7 +276,7 @@ mod tests {
             (&"unknown".into(), &"the key".into()),
             "{document}"
         );
-        assert!(!document.to_string().contains("innards"), "{document}");
+        assert!(!document.to_string().contains("internals"), "{document}");
         let (_, _, document) = answered(panics(
             Request::get("/").header("idempotency-key", "the key"),
         ))
@@ -330,7 +330,7 @@ mod tests {
                 headers[REQUEST_ID].to_str().unwrap(),
                 "{what}"
             );
-            assert!(!document.to_string().contains("innards"), "{what}");
+            assert!(!document.to_string().contains("internals"), "{what}");
             let title = document["title"].as_str().unwrap();
             assert!(!title.contains("json") && !title.contains("Url"), "{title}");
             assert!(

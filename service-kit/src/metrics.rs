@@ -97,7 +97,7 @@ fn recorder() -> anyhow::Result<&'static PrometheusHandle> {
         describe_counter!(HTTP_REQUESTS, "HTTP requests answered, by route template");
         describe_histogram!(
             HTTP_SECONDS,
-            "From the head of a request to the head of its response"
+            "Seconds from the head of a request to the head of its response"
         );
         describe_counter!(
             HTTP_REFUSED,

@@ -1,5 +1,5 @@
-//! Concurrency limits for requests, connections and event streams. One client cannot use up a limit
-//! alone.
+//! Concurrency limits for requests, connections and event streams. One client alone cannot take all
+//! slots.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::problem::{Code, Problem};
 
-/// Metric label: the client already holds the most that one client may.
+/// Metric label: the client already holds the maximum share of one client.
 pub const CLIENT_SHARE: &str = "client_share";
 
 /// A limited number of slots. One key may hold at most three quarters of them, so that a quarter is
@@ -94,7 +94,7 @@ impl<K: Eq + Hash> Drop for Slot<K> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NoSlot {
     AllTaken(&'static str),
-    /// This client already holds the most that one client may.
+    /// This client already holds the maximum share of one client.
     ShareTaken,
 }
 

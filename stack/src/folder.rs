@@ -113,7 +113,7 @@ pub(crate) fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// Makes the user that PostgreSQL runs as the owner of a file or folder.
+/// Gives a file or folder to the user that PostgreSQL runs as.
 pub(crate) fn chown_to_postgres(path: &Path) -> std::io::Result<()> {
     if is_root() {
         chown(path, Some(UNPRIVILEGED_ID), Some(UNPRIVILEGED_ID))

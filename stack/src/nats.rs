@@ -56,8 +56,8 @@ impl Nats {
         }
     }
 
-    /// Makes it one server of a cluster of three. `port` is its port for the other servers, `all`
-    /// are these ports of all three.
+    /// Makes it one server of a cluster of three. `port` is its port for the other servers, and
+    /// `all` lists this port of each server.
     #[must_use]
     pub fn in_cluster(mut self, name: String, port: u16, all: [u16; 3]) -> Self {
         self.member = Some(Member { name, port, all });

@@ -4,7 +4,7 @@ use crate::proxy::{Protocol, Proxy};
 use crate::seed::Seed;
 use crate::system::System;
 
-/// Client, server and protocol.
+/// The connections that get a proxy: client, server and protocol.
 const CONNECTIONS: [(&str, &str, Protocol); 6] = [
     ("orders", "postgres", Protocol::Postgres),
     ("payments", "postgres", Protocol::Postgres),

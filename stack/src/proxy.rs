@@ -269,7 +269,7 @@ impl Proxy {
             .send_modify(|faults| (faults.delay, faults.chunk_bytes) = (delay, chunk_bytes));
     }
 
-    /// Ends all faults. Connections that were black-holed stay so.
+    /// Ends all faults. Black-holed connections stay black-holed.
     pub fn clear_faults(&self) {
         self.link.faults.send_modify(|faults| {
             (faults.held, faults.delay, faults.chunk_bytes) = (false, Duration::ZERO, 0)

@@ -60,7 +60,7 @@ pub struct System {
     nats: Nats,
     binaries: PathBuf,
     environment: Vec<(String, String)>,
-    /// By service and part: the port at which the service reaches the part, if not the part's own.
+    /// Ports at which a service connects to a part, if not the part's own. By service and part.
     redirects: BTreeMap<(&'static str, &'static str), u16>,
     processes: BTreeMap<&'static str, Process>,
 }

@@ -169,7 +169,7 @@ impl InProcessService {
         let thread = self
             .thread
             .take()
-            .context("the service was stopped before")?;
+            .context("the service is already stopped")?;
         tokio::task::spawn_blocking(move || {
             thread
                 .join()
@@ -214,15 +214,14 @@ impl TestDatabase {
         self.server.connect(&self.name).await
     }
 
-    /// Connects as superuser to another database of the same server. From there this one can be
-    /// dropped.
+    /// Connects as superuser to another database of the same server, for example to drop this one.
     pub async fn connect_elsewhere(&self) -> anyhow::Result<DatabaseConnection> {
         self.server.connect("postgres").await
     }
 }
 
-/// Starts the shared server, once per test process. The server ends when the thread that started it
-/// ends, and that is when the test process ends.
+/// Starts the shared server, once per test process. The server ends with the thread that started
+/// it, and that thread ends with the process.
 async fn shared_postgres() -> anyhow::Result<Postgres> {
     let tools = Tools::find()?;
     let folder = TemporaryFolder::new()?;

@@ -14,7 +14,7 @@ use tokio::time::timeout;
 
 use crate::harness::{Gateway, Reaction, ReceivedRequest, SOON, ok};
 
-/// Two clients, told apart by their addresses.
+/// The addresses of two clients.
 const GREEDY: &str = "127.0.0.2";
 const OTHER: &str = "127.0.0.1";
 
@@ -31,7 +31,7 @@ const WAIT_8: &str = "GET /v1/orders/8?wait=30 HTTP/1.1\r\nHost: x\r\nConnection
 /// The size of a test, in its short or full form.
 struct Scale {
     arguments: &'static [&'static str],
-    /// Number of requests that hold slots.
+    /// Number of requests that try to take slots.
     greedy: usize,
     /// Number of requests that must be answered meanwhile.
     others: usize,

@@ -40,7 +40,7 @@ impl ReceivedRequest {
 pub(crate) enum Reaction {
     /// Sends these bytes.
     Answers(String),
-    /// Sends these bytes and closes the connection without announcing it.
+    /// Sends these bytes and closes the connection, without the header `Connection: close`.
     AnswersThenCloses(String),
     /// Answers 200 when the test allows it.
     AnswersWhen(Arc<Notify>),

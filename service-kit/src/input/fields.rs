@@ -535,7 +535,7 @@ mod tests {
     }
 
     #[test]
-    fn text_that_is_not_json_is_a_400_and_json_that_is_not_an_object_a_422() {
+    fn text_that_is_not_json_gets_400_and_json_that_is_not_an_object_gets_422() {
         for malformed in ["", "{", "{\"a\":}", "nope", "{} {}"] {
             assert_eq!(
                 lamp(malformed).unwrap_err().status(),

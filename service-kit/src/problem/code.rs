@@ -93,7 +93,7 @@ codes! {
         "Send uncompressed JSON with the header Content-Type: application/json.",
     ValidationFailed "validation_failed" UNPROCESSABLE_ENTITY "Validation failed":
         "Parts of the request are not acceptable."
-        "Correct the parts that errors names, and send the request again.",
+        "Correct the parts that are listed in errors, and send the request again.",
     IdempotencyKeyReused "idempotency_key_reused" UNPROCESSABLE_ENTITY "Idempotency key reused":
         "This Idempotency-Key was used for a request with other content."
         "Use a new key for a new request.",

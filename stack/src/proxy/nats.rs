@@ -43,7 +43,7 @@ fn kind(direction: Direction, message: &[u8]) -> Option<Cut> {
             Some(Cut::Delivery)
         }
         (Direction::ToClient, ["MSG", subject, ..]) if subject.starts_with("_INBOX") => {
-            // Responses of the JetStream API contain their type.
+            // Unlike a PubAck, a response of the JetStream API contains its type.
             let has = |word: &[u8]| payload.windows(word.len()).any(|found| found == word);
             (has(b"\"stream\":") && has(b"\"seq\":") && !has(b"\"type\":")).then_some(Cut::PubAck)
         }
