@@ -75,7 +75,7 @@ impl App {
     }
 
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
-        info!(address = %self.listener.local_addr()?, "gateway is listening");
+        info!(address = %self.listener.local_addr()?, "gateway listens");
         let metrics =
             Metrics::start("gateway", env!("CARGO_PKG_VERSION"))?.refusing(&limits::REASONS);
         let probes = self
