@@ -79,7 +79,8 @@ USER 65532:65532
 ENTRYPOINT ["nats-server"]
 CMD ["--config", "/etc/gozon/container.conf"]
 
-# PostgreSQL. When the data folder is created, so are a role and a database for one service.
+# PostgreSQL. When it creates the data folder, it also creates a role and a database for one
+# service.
 FROM postgres:18 AS database
 COPY recipes/compose-database.sh /docker-entrypoint-initdb.d/
 # The tmpfs that is mounted here gets this mode.

@@ -67,7 +67,7 @@ compose-test:
 order amount='1299' user='alice':
     @recipes/order.sh {{ gateway }} "$2" "$1"
 
-# Twenty orders while payments is killed, messages are duplicated and the broker is wiped
+# Place twenty orders while payments is killed, messages are duplicated and the broker is wiped
 [group('use')]
 [no-exit-message]
 demo:
@@ -151,12 +151,12 @@ dlq *arguments: (nats_cli "stream view DLQ")
 nats_cli command:
     @printf '# nats --server %s %s\n' {{ quote(nats) }} {{ quote(command) }} >&2
 
-# Formatting, lints and all tests; arguments go to cargo test
+# Check formatting, run lints and all tests; arguments go to cargo test
 [group('check')]
 test *arguments: check
     @./dev env recipes/test.sh "$@"
 
-# Formatting and lints only
+# Check formatting and run lints only
 [group('check')]
 check:
     cargo fmt --all --check
@@ -233,7 +233,7 @@ bench *arguments:
 bench-full-tables orders='5000000' *arguments:
     @./dev bench --only backlog,saturation --prefilled "$@"
 
-# 100 orders per second for this many seconds; fails if memory grows
+# Place 100 orders per second for this many seconds; fails if memory grows
 [group('check')]
 soak seconds='600' *arguments:
     @./dev bench --only soak --runs 1 --seconds "$@"

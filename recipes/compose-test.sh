@@ -55,7 +55,7 @@ place() { # place USER FIRST LAST
     until post /v1/orders "order-$number" "{\"user_id\":\"$1\",\"amount\":10,\"description\":\"\"}" >"$work/answer"; do
       [ $SECONDS -lt $deadline ] || return 1
       sleep 0.1
-      # Out of a range, Docker may give a restarted gateway another port.
+      # GOZON_HTTP_PORT is a range: Docker may give a restarted gateway another port of it.
       address=$(gateway 2>/dev/null || echo "$address")
     done
     mv "$work/answer" "$work/orders/$number"
@@ -134,7 +134,7 @@ compose config --quiet
 if python3 -m venv "$work/venv" >/dev/null 2>&1 && "$work/venv/bin/pip" install --quiet check-jsonschema 2>/dev/null; then
   "$work/venv/bin/check-jsonschema" --builtin-schema vendor.compose-spec "$repo/docker-compose.yml"
 else
-  echo "Compose itself accepts it; the published schema was not asked, because check-jsonschema could not be installed."
+  echo "Compose itself accepts it; the published schema was not checked, because check-jsonschema could not be installed."
 fi
 # shellcheck disable=SC2016
 diff <(grep -o '\${[A-Z_]*:-[^}]*}' "$repo/docker-compose.yml" | sed 's/[${}]//g; s/:-/=/' | sort --unique) \

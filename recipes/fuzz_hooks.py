@@ -11,8 +11,8 @@ WELL_FORMED = re.compile(r"[!#-~]([ -~]*[!-~])?")
 
 @schemathesis.hook
 def before_call(context, case, kwargs):
-    # Another request under a used key is rejected (422). So every well-formed key is made unique; malformed keys are sent
-    # unchanged and must be rejected.
+    # Another request under a used key is rejected (422). So every well-formed key is made unique;
+    # malformed keys are sent unchanged and must be rejected.
     key = (case.headers or {}).get(KEY)
     if isinstance(key, str) and len(key) <= 255 and WELL_FORMED.fullmatch(key):
         case.headers[KEY] = key[:200] + "." + uuid.uuid4().hex

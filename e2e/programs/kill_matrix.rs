@@ -165,7 +165,7 @@ impl Matrix {
             self.leave_a_row(service).await?;
         }
         let system = &mut self.stack.system;
-        let log = system.place().log(service);
+        let log = system.folder().log(service);
         let log_begins = std::fs::metadata(&log).map_or(0, |metadata| metadata.len());
         system.stop(service).await?;
         system.spawn_with(

@@ -82,7 +82,7 @@ async fn main() -> anyhow::Result<ExitCode> {
     let proxy = network
         .spawn(Proxy::open(Protocol::Postgres, port, Seed::new(1)))
         .await??;
-    stack.system.detour("orders", "postgres", proxy.port());
+    stack.system.redirect("orders", "postgres", proxy.port());
     stack.system.start_all(|_, _| {}).await?;
     let shop = Shop {
         http: Http::new(stack.system.address("gateway")),
@@ -119,7 +119,7 @@ async fn main() -> anyhow::Result<ExitCode> {
     println!("other answers        {:?}", result.others);
 
     // Settling what was accepted is not measured, so the bottleneck is removed.
-    proxy.heal();
+    proxy.clear_faults();
     let begun = Instant::now();
     let databases = checks::databases(&stack.system).await?;
     let settled = loop {

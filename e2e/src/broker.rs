@@ -9,7 +9,7 @@ use std::future::IntoFuture as _;
 use uuid::Uuid;
 
 pub async fn operator(system: &System) -> anyhow::Result<Broker> {
-    let password = system.place().secrets.nats_ops.clone();
+    let password = system.folder().secrets.nats_ops.clone();
     let config = BrokerConfig {
         url: system.nats().url(),
         user: "ops".to_owned(),

@@ -130,7 +130,7 @@ impl Customers {
             let is_order = planned.or_else(|| {
                 (!self.closing.get()).then(|| seed.below(plan.orders + plan.deposits) < plan.orders)
             })?;
-            Some((number, is_order, seed.branch()))
+            Some((number, is_order, seed.fork()))
         });
         stream::iter(requests)
             .for_each_concurrent(IN_FLIGHT_MAX, |(number, is_order, seed)| async move {
@@ -170,7 +170,7 @@ impl Customers {
         };
         let roll = seed.below(100);
         let done = if roll < 3 {
-            let (mut one, mut twin) = (seed.branch(), seed.branch());
+            let (mut one, mut twin) = (seed.fork(), seed.fork());
             let done = tokio::join!(
                 self.retry_until_done(&path, &key, &body, &mut one),
                 self.retry_until_done(&path, &key, &body, &mut twin)
@@ -224,7 +224,7 @@ impl Customers {
             {
                 return None;
             }
-            tokio::time::sleep(delay.mul_f64(0.5 + seed.share() / 2.0)).await;
+            tokio::time::sleep(delay.mul_f64(0.5 + seed.fraction() / 2.0)).await;
             delay = (delay * 2).min(RETRY_DELAY_MAX);
         }
     }

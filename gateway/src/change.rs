@@ -1,4 +1,4 @@
-//! A change of an order's status, read from a message of the stream ORDERS, and its position there.
+//! Changes of an order's status, decoded from messages of the stream ORDERS, and their positions.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -16,15 +16,17 @@ use time::format_description::well_known::Rfc3339;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-/// An OrderPlaced that is stored this long after it was made is an old event that is published again, not a change.
-const NEWS_AGE_MAX: time::Duration = time::Duration::hours(1);
+/// An OrderPlaced that was stored in the stream this long after its creation is an old event that
+/// was published again. It is not a change.
+const PLACED_AGE_MAX: time::Duration = time::Duration::hours(1);
 
-/// A position in the stream, with the event there: sequences start again when a stream is recreated, so a number alone is
-/// ambiguous. As text `<stream sequence>.<event id>`.
+/// A position in the stream: a sequence and the event that is stored there. The sequence alone is
+/// ambiguous, because sequences start again when a stream is recreated. As text it is
+/// `<stream sequence>.<event id>`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Position {
     pub(crate) sequence: u64,
-    /// Absent if there is no event: the stream is empty.
+    /// Absent if the stream has no event there, because it is empty.
     pub(crate) event_id: Option<Uuid>,
 }
 
@@ -61,7 +63,7 @@ pub(crate) fn position(sequence: u64, headers: Option<&HeaderMap>) -> Position {
     }
 }
 
-/// The status of an order since a time.
+/// A change of an order: its status, and when it changed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[schema(as = OrderChange, example = json!({"order_id": "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11", "user_id": "alice", "amount": 1299, "status": "FINISHED", "reason": null, "at": "2026-11-21T10:00:00.123456Z"}))]
 pub(crate) struct Change {
@@ -79,7 +81,8 @@ pub(crate) struct Change {
     pub(crate) at: OffsetDateTime,
 }
 
-/// NEW until the payment is decided; then FINISHED (debited once) or CANCELLED (never debited), for ever.
+/// NEW until the payment is decided; then FINISHED (debited once) or CANCELLED (never debited), for
+/// ever.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "UPPERCASE")]
 #[schema(as = OrderStatus)]
@@ -89,7 +92,7 @@ pub(crate) enum Status {
     Cancelled,
 }
 
-/// The order and the user that a message is about: enough to know who wants it.
+/// The order and user of a message: enough to find the listeners for it.
 #[derive(Clone, Debug, Deserialize)]
 pub(crate) struct Subject {
     pub(crate) order_id: OrderId,
@@ -103,7 +106,7 @@ impl Subject {
 }
 
 impl Status {
-    /// The status that a message of this type tells, if it tells one.
+    /// The order status that a message type stands for. `None` for other types.
     pub(crate) fn of(headers: Option<&HeaderMap>) -> Option<Self> {
         match text_header(headers, header::TYPE)? {
             OrderPlaced::TYPE => Some(Self::New),
@@ -119,7 +122,7 @@ impl Status {
 }
 
 impl Change {
-    /// The change in a message, if there is one: re-asks and unknown types are not changes.
+    /// Decodes the change from a message. `None` for re-asks, old events and unknown types.
     pub(crate) fn read(
         headers: Option<&HeaderMap>,
         payload: &[u8],
@@ -129,7 +132,7 @@ impl Change {
         let status = Status::of(headers)?;
         let (order_id, user_id, amount, reason) = match status {
             Status::New => {
-                if text_header(headers, header::ASK).is_some() || stored_at - at > NEWS_AGE_MAX {
+                if text_header(headers, header::ASK).is_some() || stored_at - at > PLACED_AGE_MAX {
                     return None;
                 }
                 let placed: OrderPlaced = serde_json::from_slice(payload).ok()?;
@@ -160,7 +163,7 @@ impl Change {
         })
     }
 
-    /// An order as its service returns it.
+    /// From the JSON that the service orders returns for an order.
     pub(crate) fn of_order(order: &Value) -> Option<Self> {
         let text = |name: &str| order.get(name)?.as_str();
         Some(Self {
@@ -182,27 +185,27 @@ fn text_header<'a>(headers: Option<&'a HeaderMap>, name: &str) -> Option<&'a str
     Some(headers?.get(name)?.as_str())
 }
 
-/// Which orders are final, and since which position: a later event about such an order is a repetition, and would make its
-/// status go backwards.
+/// Final orders, each with the sequence of its final event. A later event about such an order is a
+/// repetition, which must not set its status back.
 #[derive(Debug, Default)]
-pub(crate) struct Ended {
+pub(crate) struct FinalOrders {
     at: HashMap<Uuid, u64>,
     oldest_first: VecDeque<Uuid>,
 }
 
-impl Ended {
-    /// Orders that are remembered, about 60 bytes each. Far more than a replay can reach back.
+impl FinalOrders {
+    /// Number of orders to remember, about 60 bytes each. A replay never goes back this far.
     const MAX: usize = 100_000;
 
-    /// Whether the order was final before this position.
-    pub(crate) fn before(&self, order_id: OrderId, sequence: u64) -> bool {
+    /// Whether the order became final before this sequence.
+    pub(crate) fn was_final_before(&self, order_id: OrderId, sequence: u64) -> bool {
         self.at
             .get(&order_id.as_uuid())
             .is_some_and(|end| *end < sequence)
     }
 
-    /// Records the first end of an order.
-    pub(crate) fn note(&mut self, order_id: OrderId, sequence: u64) {
+    /// Records that an order became final. Later records of the same order are ignored.
+    pub(crate) fn record(&mut self, order_id: OrderId, sequence: u64) {
         if self.at.contains_key(&order_id.as_uuid()) {
             return;
         }
@@ -215,8 +218,8 @@ impl Ended {
         }
     }
 
-    /// The stream was recreated: every known order was final before its first event.
-    pub(crate) fn all_before_everything(&mut self) {
+    /// For a recreated stream: all known orders became final before its first event.
+    pub(crate) fn move_all_to_start(&mut self) {
         self.at.values_mut().for_each(|end| *end = 0);
     }
 }
@@ -246,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_changes_a_status_is_a_change() {
+    fn only_a_message_that_changes_a_status_is_a_change() {
         let body = br#"{"order_id":"01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11","user_id":"alice","amount":5,"reason":"no_account"}"#;
         let stored_at = OffsetDateTime::parse("2026-11-21T10:00:05Z", &Rfc3339).unwrap();
         let read = |headers: HeaderMap| {
@@ -268,12 +271,12 @@ mod tests {
         assert_eq!(
             read(headers(OrderPlaced::TYPE, at, Some("1"))),
             None,
-            "a re-ask is no change"
+            "a re-ask is not a change"
         );
         assert_eq!(
             read(headers(OrderPlaced::TYPE, "2026-11-21T08:00:00Z", None)),
             None,
-            "old, published again"
+            "an old event that was published again"
         );
         assert_eq!(
             read(headers(OrderFinished::TYPE, "2026-11-21T08:00:00Z", None)),
@@ -287,17 +290,24 @@ mod tests {
     }
 
     #[test]
-    fn what_is_told_after_the_end_is_a_repetition() {
-        let (order, mut ended) = (OrderId::mint(), Ended::default());
-        ended.note(order, 5);
-        ended.note(order, 9);
-        assert!(!ended.before(order, 4) && !ended.before(order, 5) && ended.before(order, 6));
-        ended.all_before_everything();
-        assert!(ended.before(order, 1));
-        for _ in 0..Ended::MAX {
-            ended.note(OrderId::mint(), 10);
+    fn an_event_after_the_final_event_is_a_repetition() {
+        let (order, mut final_orders) = (OrderId::mint(), FinalOrders::default());
+        final_orders.record(order, 5);
+        final_orders.record(order, 9);
+        assert!(
+            !final_orders.was_final_before(order, 4)
+                && !final_orders.was_final_before(order, 5)
+                && final_orders.was_final_before(order, 6)
+        );
+        final_orders.move_all_to_start();
+        assert!(final_orders.was_final_before(order, 1));
+        for _ in 0..FinalOrders::MAX {
+            final_orders.record(OrderId::mint(), 10);
         }
-        assert!(!ended.before(order, 1), "bounded: the oldest is forgotten");
-        assert_eq!(ended.at.len(), Ended::MAX);
+        assert!(
+            !final_orders.was_final_before(order, 1),
+            "the oldest is forgotten"
+        );
+        assert_eq!(final_orders.at.len(), FinalOrders::MAX);
     }
 }

@@ -1,4 +1,4 @@
-//! Who sends a request: the address by which its share of the limits is counted.
+//! Identifies the client of a request by its network address, for the limits.
 
 use std::net::IpAddr;
 
@@ -7,12 +7,13 @@ use service_kit::server::client_network;
 
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 
-/// The client of a request, in the request's extensions. Limits treat it as an opaque key.
+/// The client of a request. The request has it in its extensions. For limits it is an opaque key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Client(IpAddr);
 
 impl Client {
-    /// `peer` is the other end of the connection. Only `trusted_proxies` can name another client.
+    /// `peer` is the remote address of the connection. If it is one of `trusted_proxies`, the
+    /// header X-Forwarded-For names the client.
     pub(crate) fn identify(peer: IpAddr, headers: &HeaderMap, trusted_proxies: &[IpAddr]) -> Self {
         Self(client_network(address(peer, headers, trusted_proxies)))
     }
@@ -22,7 +23,8 @@ fn address(peer: IpAddr, headers: &HeaderMap, trusted_proxies: &[IpAddr]) -> IpA
     if !trusted_proxies.contains(&peer) {
         return peer;
     }
-    // Each proxy appends the address of its caller, so only addresses after the last untrusted one are certain.
+    // Each proxy appends the address of its caller. So the last address that is not a trusted proxy
+    // is the client; the client may have forged the addresses before it.
     let named: Vec<&str> = headers
         .get_all(FORWARDED_FOR)
         .iter()
@@ -47,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_trusted_proxy_says_who_the_client_is() {
+    fn only_a_trusted_proxy_can_name_another_client() {
         let client = |proxies: &[&str], peer: &str, header: &str| {
             let proxies: Vec<IpAddr> = proxies.iter().map(|proxy| proxy.parse().unwrap()).collect();
             let mut headers = HeaderMap::new();
@@ -59,18 +61,18 @@ mod tests {
         assert_eq!(
             client(proxy, "9.9.9.9", "1.1.1.1"),
             "9.9.9.9",
-            "a stranger claims to be a proxy"
+            "a client claims to be a proxy"
         );
         assert_eq!(client(proxy, "10.0.0.1", "1.1.1.1"), "1.1.1.1");
         assert_eq!(
             client(proxy, "10.0.0.1", "6.6.6.6, 1.1.1.1"),
             "1.1.1.1",
-            "the client claims to be a proxy of another"
+            "the client claims to forward for another client"
         );
         assert_eq!(
             client(proxy, "10.0.0.1", "6.6.6.6, 1.1.1.1, 10.0.0.2"),
             "1.1.1.1",
-            "two proxies of ours"
+            "two trusted proxies"
         );
         assert_eq!(client(proxy, "10.0.0.1", "nonsense"), "10.0.0.1");
     }

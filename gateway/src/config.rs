@@ -1,4 +1,4 @@
-//! Settings: flags and environment variables.
+//! Settings, from flags and environment variables.
 
 use std::net::SocketAddr;
 
@@ -11,14 +11,15 @@ use service_kit::telemetry::LogFormat;
 use crate::cors::Origin;
 use crate::limits::LimitArgs;
 
-/// The one address that clients need: forwards to orders and payments, serves the page and the API's documents.
+/// The only address that clients need: forwards requests to orders and payments, and serves the web
+/// page and the API documents.
 #[derive(Clone, Debug, clap::Parser)]
 #[command(name = "gateway", version)]
 pub struct Config {
     /// Address of the HTTP API.
     #[arg(long, env = "GOZON_LISTEN", default_value = "127.0.0.1:8080")]
     pub listen: SocketAddr,
-    /// Allows an address that other machines can reach, although there is no login.
+    /// Allow an address that other machines can reach, although there is no login.
     #[arg(long, env = "GOZON_LISTEN_UNPROTECTED", default_value_t = false)]
     pub listen_unprotected: bool,
     /// URL of the orders service.
@@ -39,8 +40,9 @@ pub struct Config {
     pub connections: ConnectionArgs,
     #[command(flatten)]
     pub limits: LimitArgs,
-    /// Origins of web pages on other hosts that may use the API, separated by commas, each exactly as a browser sends it
-    /// (`https://shop.example`). If absent, only pages of this gateway may.
+    /// Origins of other web pages that may use the API, separated by commas, each exactly as a
+    /// browser sends it (`https://shop.example`). By default only the gateway's own page may use
+    /// it.
     #[arg(long, env = "GOZON_CORS_ORIGINS", value_delimiter = ',')]
     pub cors_origins: Vec<Origin>,
     #[command(flatten)]
@@ -53,22 +55,23 @@ pub struct Config {
     pub log_filter: String,
 }
 
-/// Only live events need the broker.
+/// The connection to the broker, which only live events need.
 #[derive(Clone, Debug, clap::Args)]
 pub struct BrokerArgs {
     /// NATS servers, separated by commas.
     #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222")]
     pub nats_url: String,
-    /// NATS user; also makes the inbox prefix `_INBOX_<user>` that the permissions allow.
+    /// NATS user. It also determines the inbox prefix, `_INBOX_<user>`, which its permissions must
+    /// allow.
     #[arg(long, env = "NATS_USER", default_value = "gateway")]
     pub nats_user: String,
-    /// Password of the NATS user. Without it there are no live events.
+    /// Password of the NATS user. Without it, live events are disabled.
     #[arg(long, env = "NATS_PASSWORD", hide_env_values = true)]
     pub nats_password: Option<Secret>,
 }
 
 impl BrokerArgs {
-    /// None if no password is set.
+    /// `None` if no password is set.
     pub(crate) fn config(self) -> Option<BrokerConfig> {
         Some(BrokerConfig {
             url: self.nats_url,

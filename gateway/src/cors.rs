@@ -1,5 +1,6 @@
-//! Which web pages of other hosts may use the API: none, or an exact list. [`CorsLayer`] does the work; only the check
-//! of a configured origin is by hand, since the layer accepts any text and would silently never match a wrong one.
+//! CORS: the web pages of other origins that may use the API, none by default. [`CorsLayer`] does
+//! the work. Only the validation of configured origins is our own: the layer accepts any text, and
+//! an invalid origin would silently never match.
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -11,7 +12,7 @@ use tower_http::cors::CorsLayer;
 use service_kit::http::REQUEST_ID;
 use service_kit::input::key::{IDEMPOTENCY_KEY, IDEMPOTENCY_REPLAYED};
 
-/// How long browsers cache the answer to a preflight request.
+/// How long browsers may cache the response to a preflight request.
 const PREFLIGHT_MAX_AGE: Duration = Duration::from_secs(600);
 
 /// Scheme, host and port of a web page, as a browser sends them.
@@ -24,7 +25,7 @@ impl FromStr for Origin {
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong = || {
             format!(
-                "{text:?} is no origin: it must look like https://shop.example or http://localhost:3000"
+                "{text:?} is not an origin: it must look like https://shop.example or http://localhost:3000"
             )
         };
         let uri: Uri = text.parse().map_err(|_| wrong())?;
@@ -82,7 +83,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_origin_is_exact_or_refused() {
+    fn only_an_exact_origin_is_accepted() {
         for good in [
             "https://shop.example",
             "http://localhost:3000",

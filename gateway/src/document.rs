@@ -1,4 +1,5 @@
-//! The OpenAPI document of the whole API: the documents of the services, merged with the gateway's own operations.
+//! The OpenAPI document of the whole API: the services' documents, merged with the gateway's own
+//! operations.
 
 use std::sync::LazyLock;
 
@@ -7,16 +8,16 @@ use utoipa::openapi::{InfoBuilder, LicenseBuilder, OpenApi, Server};
 
 use crate::{events, ops, problems};
 
-/// Each service keeps its document in its folder, and a test compares it with the code. Compiled in, so that the gateway
-/// serves the documents while the services are down.
+/// The services' documents; a test in each service compares them with its code. They are compiled
+/// in, so that the gateway can serve them while the services are down.
 const ORDERS: &str = include_str!("../../orders/openapi.json");
 const PAYMENTS: &str = include_str!("../../payments/openapi.json");
 
-/// A service's document without the paths that the gateway does not forward: it has operator paths of its own, and it
-/// serves no half of a timeline.
+/// A service's document, without the paths that the gateway does not forward: its own operator
+/// paths replace those of the services, and it merges the two halves of a timeline.
 fn forwarded(text: &str) -> OpenApi {
     let mut document: OpenApi = serde_json::from_str(text)
-        .expect("the documents in this repository are OpenAPI; a test reads them");
+        .expect("the documents in this repository are valid; a test parses them");
     document
         .paths
         .paths
@@ -32,14 +33,15 @@ pub(crate) fn payments() -> OpenApi {
     finished(forwarded(PAYMENTS))
 }
 
-/// Adds the errors that the gateway may return for any operation, and removes components that no path refers to.
+/// Adds the errors that the gateway may return for any operation, and removes components that no
+/// path refers to.
 fn finished(mut document: OpenApi) -> OpenApi {
     complete(&mut document, true, &[]);
-    forget_what_nothing_names(&mut document);
+    remove_unused_components(&mut document);
     document
 }
 
-/// The whole API in one document: accounts first, as a newcomer needs them.
+/// The whole API in one document. Accounts come first, because a new user needs one first.
 pub fn all() -> OpenApi {
     let mut all = forwarded(PAYMENTS);
     all.merge(forwarded(ORDERS));
@@ -49,18 +51,25 @@ pub fn all() -> OpenApi {
     all.info = InfoBuilder::new()
         .title("Gozon")
         .version(env!("CARGO_PKG_VERSION"))
-        .license(Some(LicenseBuilder::new().name("MIT OR Apache-2.0").identifier(Some("MIT OR Apache-2.0")).build()))
+        .license(Some(
+            LicenseBuilder::new()
+                .name("MIT OR Apache-2.0")
+                .identifier(Some("MIT OR Apache-2.0"))
+                .build(),
+        ))
         .description(Some(
-            "Orders that are paid exactly once, whatever crashes. Amounts are integers of minor units. Every error is a problem \
-             document (RFC 9457). Send an Idempotency-Key with every POST: repeated with the same key, it is done once.\n\n\
-             To try it, open an account, put money into it, and place an order: the examples do so for alice.",
+            "Orders that are paid exactly once, whatever crashes. Amounts are integers in minor \
+             units. Every error is a problem document (RFC 9457). Send an Idempotency-Key with \
+             every POST: a retry with the same key is not executed again.\n\n\
+             To try it, open an account, deposit money and place an order. The examples do this \
+             for alice.",
         ))
         .build();
     all.servers = Some(vec![Server::new("/")]);
     finished(all)
 }
 
-fn forget_what_nothing_names(document: &mut OpenApi) {
+fn remove_unused_components(document: &mut OpenApi) {
     let items = document.paths.paths.values();
     let operations = items.flat_map(|item| [&item.get, &item.post]).flatten();
     let used: Vec<String> = operations

@@ -1,4 +1,4 @@
-//! Live status of orders as server-sent events.
+//! Streams changes of orders to clients as server-sent events.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -14,8 +14,8 @@ use serde::Deserialize;
 use serde_json::Value;
 use service_kit::Problem;
 use service_kit::input::ValidatedQuery;
-use service_kit::places::Place;
 use service_kit::problem::{Code, ProblemDocument};
+use service_kit::slots::Slot;
 use shared_contracts::{OrderId, UserId};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -28,13 +28,14 @@ use crate::change::{Change, Position};
 use crate::client::Client;
 use crate::forward::{Forwarder, Service, trace_of};
 use crate::limits::Limits;
-use crate::listeners::{Filter, News};
+use crate::listeners::{Filter, Notification};
 use crate::live::{Live, REPLAY_MAX, StoredChange, Subscription};
 
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
-/// Keeps proxies from closing a silent connection, and tells the client its position.
+/// Interval of heartbeats. They keep proxies from closing a quiet connection, and tell the client
+/// its position.
 const HEARTBEAT: Duration = Duration::from_secs(15);
-/// Events that are buffered for one client.
+/// Number of events that are buffered for one client.
 const OUTGOING: usize = 64;
 /// How long browsers wait before they reconnect.
 const RECONNECT_AFTER: Duration = Duration::from_secs(1);
@@ -50,7 +51,7 @@ pub(crate) struct Events {
 }
 
 impl Events {
-    /// `live` is absent if no broker is configured.
+    /// `live` is `None` if no broker is configured.
     pub(crate) fn new(
         live: Option<Live>,
         forwarder: Forwarder,
@@ -65,15 +66,16 @@ impl Events {
         }
     }
 
-    fn open(&self, client: Client) -> Result<(Live, Place<Client>), Problem> {
+    fn open(&self, client: Client) -> Result<(Live, Slot<Client>), Problem> {
         let Some(live) = self.live.clone() else {
             return Err(Code::NoLiveEvents.into());
         };
-        Ok((live, self.limits.event_stream(client)?))
+        Ok((live, self.limits.event_stream_slot(client)?))
     }
 }
 
-/// OpenAPI 3.1 can only call a stream of events a text; `x-event-data` names the schema of their data.
+/// In OpenAPI 3.1 an event stream can only be a string. `x-event-data` names the schema of the
+/// events' data.
 #[derive(OpenApi)]
 #[openapi(components(schemas(Change)))]
 struct Document;
@@ -86,10 +88,10 @@ fn example() -> &'static str {
 #[derive(Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 struct FollowOrdersQuery {
-    /// Only this user's; without it, all users'
+    /// Only orders of this user; orders of all users if absent
     #[param(inline, nullable = false)]
     user_id: Option<UserId>,
-    /// As the header Last-Event-ID, for clients that cannot set it; the header counts more
+    /// Like the header Last-Event-ID, for clients that cannot set it; the header takes precedence
     #[param(value_type = Option<String>, nullable = false)]
     last_event_id: Option<LastEventId>,
 }
@@ -97,12 +99,12 @@ struct FollowOrdersQuery {
 #[derive(Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 struct FollowOrderQuery {
-    /// As the header Last-Event-ID, for clients that cannot set it; the header counts more
+    /// Like the header Last-Event-ID, for clients that cannot set it; the header takes precedence
     #[param(value_type = Option<String>, nullable = false)]
     last_event_id: Option<LastEventId>,
 }
 
-/// Empty before the first event: a browser's EventSource starts with an empty id.
+/// `None` for an empty id: a browser's EventSource has an empty id before the first event.
 #[derive(Deserialize)]
 #[serde(try_from = "String")]
 struct LastEventId(Option<Position>);
@@ -126,11 +128,12 @@ pub(crate) fn api() -> OpenApiRouter<Events> {
 
 /// Follow orders as they change
 ///
-/// Server-sent events. `order`, with an OrderChange as its data: an order is now NEW, FINISHED or CANCELLED. `reset`:
-/// events may be missing, so read the orders again; the stream continues from here. Ids are opaque: send the last one as
-/// Last-Event-ID, to this gateway or another, to resume after it (browsers do so by themselves). Comments keep the
-/// connection alive. The status of an order never goes backwards in the stream, but an event may be older than a list that
-/// you have read: a final status stays final.
+/// Server-sent events. An `order` event has an OrderChange as its data: an order is now NEW,
+/// FINISHED or CANCELLED. After a `reset` event, events may be missing: read the orders again. To
+/// resume after an event, send its id as Last-Event-ID, to this gateway or another one; browsers do
+/// this automatically. Ids are opaque. Comments keep the connection alive. In the stream, the
+/// status of an order never goes backwards. But an event may be older than a list that you have
+/// read, so keep a final status.
 #[utoipa::path(
     get,
     path = "/v1/orders/events",
@@ -139,12 +142,12 @@ pub(crate) fn api() -> OpenApiRouter<Events> {
     extensions(("x-event-data" = json!({"$ref": "#/components/schemas/OrderChange"}))),
     params(
         FollowOrdersQuery,
-        ("Last-Event-ID" = Option<String>, Header, description = "Go on after this event", nullable = false),
+        ("Last-Event-ID" = Option<String>, Header, description = "Resume after this event", nullable = false),
     ),
     responses(
         (status = 200, description = "Events, until one side closes the connection", body = String, content_type = "text/event-stream", example = example),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, description = "Too many follow already, or live events are switched off", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Too many clients follow events, or live events are disabled", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 async fn follow_orders(
@@ -153,19 +156,19 @@ async fn follow_orders(
     ValidatedQuery(query): ValidatedQuery<FollowOrdersQuery>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let (live, place) = events.open(client)?;
+    let (live, slot) = events.open(client)?;
     let filter = query.user_id.map_or(Filter::All, Filter::User);
-    let (news, head) = live.subscribe(filter.clone());
+    let (subscription, head) = live.subscribe(filter.clone());
     let after = resume_after(query.last_event_id, &headers).unwrap_or(After::Now);
     Ok(respond(
         Session {
             live,
-            news,
+            subscription,
             head,
             filter,
             opening: None,
-            ended: false,
-            place,
+            is_final: false,
+            slot,
         },
         after,
         events.shutdown,
@@ -174,7 +177,8 @@ async fn follow_orders(
 
 /// Follow one order
 ///
-/// As for all orders. Unless it resumes, the stream begins with the order as it is now, or with `reset` if that is unknown.
+/// Like the stream of all orders. Without Last-Event-ID it starts with the current state of the
+/// order, or with `reset` if the state is unknown.
 #[utoipa::path(
     get,
     path = "/v1/orders/{id}/events",
@@ -182,15 +186,15 @@ async fn follow_orders(
     tag = "orders",
     extensions(("x-event-data" = json!({"$ref": "#/components/schemas/OrderChange"}))),
     params(
-        ("id" = Uuid, Path, description = "Which order"),
+        ("id" = Uuid, Path, description = "Id of the order"),
         FollowOrderQuery,
-        ("Last-Event-ID" = Option<String>, Header, description = "Go on after this event", nullable = false),
+        ("Last-Event-ID" = Option<String>, Header, description = "Resume after this event", nullable = false),
     ),
     responses(
         (status = 200, description = "Events, until one side closes the connection", body = String, content_type = "text/event-stream", example = example),
         (status = 404, description = "There is no such order", body = ProblemDocument, content_type = "application/problem+json"),
         (status = 422, description = "A parameter is not acceptable", body = ProblemDocument, content_type = "application/problem+json"),
-        (status = 503, description = "Too many follow already, or live events are switched off", body = ProblemDocument, content_type = "application/problem+json"),
+        (status = 503, description = "Too many clients follow events, or live events are disabled", body = ProblemDocument, content_type = "application/problem+json"),
     )
 )]
 async fn follow_order(
@@ -203,11 +207,11 @@ async fn follow_order(
     let Ok(order_id) = id.parse::<OrderId>() else {
         return Err(Code::OrderNotFound.into());
     };
-    let (live, place) = events.open(client)?;
-    // Subscribing before reading: no change can be missed between the two.
+    let (live, slot) = events.open(client)?;
+    // Subscribes before reading the order, so that no change in between is missed.
     let filter = Filter::Order(order_id);
-    let (news, head) = live.subscribe(filter.clone());
-    let found = order_as_it_is(&events.forwarder, client, order_id, &headers).await;
+    let (subscription, head) = live.subscribe(filter.clone());
+    let found = current_order(&events.forwarder, client, order_id, &headers).await;
     let opening = match found {
         Ok(found) => found,
         Err(refusal) => return Ok(refusal),
@@ -221,35 +225,36 @@ async fn follow_order(
     Ok(respond(
         Session {
             live,
-            news,
+            subscription,
             head,
             filter,
             opening,
-            ended: false,
-            place,
+            is_final: false,
+            slot,
         },
         after,
         events.shutdown,
     ))
 }
 
-/// Where the stream begins.
+/// Where the event stream starts.
 #[derive(Clone, Copy, Debug)]
 enum After {
     Now,
     Event(Position),
-    /// After an event that is not known.
+    /// After an unknown event: the client must read its orders again.
     Unknown,
 }
 
-/// The header counts more than the parameter: a browser sends the header by itself, so it is newer than the URL.
+/// The header takes precedence over the parameter: a browser sets the header when it reconnects, so
+/// it is newer than the URL.
 fn resume_after(parameter: Option<LastEventId>, headers: &HeaderMap) -> Option<After> {
     let header = headers
         .get(LAST_EVENT_ID)
         .map(HeaderValue::to_str)
         .filter(|value| !matches!(value, Ok("")));
     match header {
-        // An id that is not ours is not refused: a browser would give up for good.
+        // An invalid id is not rejected, because then a browser would never reconnect.
         Some(id) => Some(
             id.ok()
                 .and_then(|id| id.parse().ok())
@@ -259,8 +264,9 @@ fn resume_after(parameter: Option<LastEventId>, headers: &HeaderMap) -> Option<A
     }
 }
 
-/// The order from its service, `None` if the service is unavailable, or the 404 to return.
-async fn order_as_it_is(
+/// Reads the order from its service. `None` if the service is unavailable. Returns a 404 response
+/// as the error.
+async fn current_order(
     forwarder: &Forwarder,
     client: Client,
     id: OrderId,
@@ -307,34 +313,35 @@ fn respond(session: Session, after: After, shutdown: CancellationToken) -> Respo
             .poll_recv(cx)
             .map(|event: Option<Event>| event.map(Ok::<_, Infallible>))
     });
-    // nginx would buffer the events otherwise.
+    // Otherwise nginx would buffer the events.
     ([("x-accel-buffering", "no")], Sse::new(frames)).into_response()
 }
 
-/// One client.
+/// The event stream of one client.
 struct Session {
     live: Live,
-    news: Subscription,
+    subscription: Subscription,
     head: Option<Position>,
     filter: Filter,
     opening: Option<Change>,
-    /// The one order that is followed is final: later events about it are repetitions.
-    ended: bool,
-    /// Released when the session ends.
-    #[expect(dead_code, reason = "held, not read")]
-    place: Place<Client>,
+    /// Whether the followed order is final. Later events about it are repetitions. Always false for
+    /// a stream of many orders.
+    is_final: bool,
+    /// Held while the session lasts.
+    #[expect(dead_code, reason = "released when dropped, never read")]
+    slot: Slot<Client>,
 }
 
-/// The client disconnected, or is too slow.
-struct CutOff;
+/// The client has disconnected, or it was too slow.
+struct Disconnected;
 
 impl Session {
     async fn run(mut self, after: After, to: &mpsc::Sender<Event>) {
-        // A client that was disconnected reconnects and resumes.
-        let _: Result<(), CutOff> = self.tell(after, to).await;
+        // Nothing to do on an error: the client reconnects and resumes.
+        let _: Result<(), Disconnected> = self.stream(after, to).await;
     }
 
-    async fn tell(&mut self, after: After, to: &mpsc::Sender<Event>) -> Result<(), CutOff> {
+    async fn stream(&mut self, after: After, to: &mpsc::Sender<Event>) -> Result<(), Disconnected> {
         let mut here = self.head;
         let hello = Event::default().retry(RECONNECT_AFTER).comment("orders");
         send(
@@ -348,7 +355,7 @@ impl Session {
             After::Event(position) => here = self.catch_up(position, to).await?,
         }
         if let Some(opening) = self.opening.take() {
-            self.ended = opening.is_final();
+            self.is_final = opening.is_final();
             let json = serde_json::to_string(&opening).expect("a change is plain data");
             send(
                 to,
@@ -359,48 +366,49 @@ impl Session {
         let mut heartbeat = tokio::time::interval_at(Instant::now() + HEARTBEAT, HEARTBEAT);
         loop {
             tokio::select! {
-                news = self.news.next() => match news.as_deref() {
-                    // Sent already, while catching up.
-                    Some(News::Change(told)) if here.is_some_and(|here| told.position.sequence <= here.sequence) => {}
-                    Some(News::Change(told)) => {
-                        here = Some(told.position);
-                        self.show(told, to).await?;
+                next = self.subscription.next() => match next.as_deref() {
+                    // Already sent while catching up.
+                    Some(Notification::Change(stored)) if here.is_some_and(|here| stored.position.sequence <= here.sequence) => {}
+                    Some(Notification::Change(stored)) => {
+                        here = Some(stored.position);
+                        self.send_change(stored, to).await?;
                     }
-                    Some(News::Reset(position)) => {
+                    Some(Notification::Reset(position)) => {
                         here = Some(*position);
                         self.reset(here, to).await?;
                     }
-                    None => return Err(CutOff),
+                    None => return Err(Disconnected),
                 },
                 _ = heartbeat.tick() => {
-                    here = self.news.head_if_taken().filter(|head| here.is_none_or(|here| here.sequence <= head.sequence)).or(here);
+                    here = self.subscription.head_if_caught_up().filter(|head| here.is_none_or(|here| here.sequence <= head.sequence)).or(here);
                     send(to, with_id(Event::default().comment("heartbeat"), here)).await?;
                 }
             }
         }
     }
 
-    /// Reads missed events from the stream, until they reach the live events.
+    /// Sends missed events from the broker's stream, until the live events follow without a gap.
     async fn catch_up(
         &mut self,
         after: Position,
         to: &mpsc::Sender<Event>,
-    ) -> Result<Option<Position>, CutOff> {
+    ) -> Result<Option<Position>, Disconnected> {
         let mut here = after;
         let mut heartbeat = tokio::time::interval_at(Instant::now() + HEARTBEAT, HEARTBEAT);
         loop {
-            // For each page, so that the queue need not hold all events of a long replay.
-            (self.news, self.head) = self.live.subscribe(self.filter.clone());
+            // Subscribes again for each page, so that the queue need not hold the events of a long
+            // replay.
+            (self.subscription, self.head) = self.live.subscribe(self.filter.clone());
             let page = match self.head {
                 Some(head) if head == here => return Ok(Some(here)),
                 Some(head) if head.sequence.saturating_sub(here.sequence) > REPLAY_MAX => Ok(None),
                 Some(_) => self.live.page_after(here, &self.filter).await,
-                None => Err(anyhow::anyhow!("the broker was not reached yet")),
+                None => Err(anyhow::anyhow!("the broker has not been reached yet")),
             };
             match page {
                 Ok(Some((page, reached))) => {
-                    for told in page {
-                        self.show(&told, to).await?;
+                    for stored in page {
+                        self.send_change(&stored, to).await?;
                     }
                     let joined = self
                         .head
@@ -410,7 +418,7 @@ impl Session {
                     if joined {
                         return Ok(Some(here));
                     }
-                    // A replica of the stream that lags.
+                    // The stream replica that answered lags behind.
                     if stuck {
                         tokio::time::sleep(BROKER_RETRY_DELAY).await;
                     }
@@ -419,7 +427,7 @@ impl Session {
                     self.reset(self.head, to).await?;
                     return Ok(self.head);
                 }
-                // The broker is unavailable: the client stays connected and waits.
+                // The broker is unavailable. The client stays connected until it is back.
                 Err(_) => tokio::select! {
                     _ = heartbeat.tick() => send(to, with_id(Event::default().comment("heartbeat"), Some(here))).await?,
                     () = tokio::time::sleep(BROKER_RETRY_DELAY) => {}
@@ -428,22 +436,30 @@ impl Session {
         }
     }
 
-    async fn show(&mut self, told: &StoredChange, to: &mpsc::Sender<Event>) -> Result<(), CutOff> {
-        if self.ended {
+    async fn send_change(
+        &mut self,
+        stored: &StoredChange,
+        to: &mpsc::Sender<Event>,
+    ) -> Result<(), Disconnected> {
+        if self.is_final {
             return Ok(());
         }
-        self.ended = matches!(self.filter, Filter::Order(_)) && told.change.is_final();
+        self.is_final = matches!(self.filter, Filter::Order(_)) && stored.change.is_final();
         send(
             to,
             with_id(
-                Event::default().event("order").data(&told.json),
-                Some(told.position),
+                Event::default().event("order").data(&stored.json),
+                Some(stored.position),
             ),
         )
         .await
     }
 
-    async fn reset(&self, here: Option<Position>, to: &mpsc::Sender<Event>) -> Result<(), CutOff> {
+    async fn reset(
+        &self,
+        here: Option<Position>,
+        to: &mpsc::Sender<Event>,
+    ) -> Result<(), Disconnected> {
         send(
             to,
             with_id(Event::default().event("reset").data("{}"), here),
@@ -459,7 +475,7 @@ fn with_id(event: Event, position: Option<Position>) -> Event {
     }
 }
 
-/// Waits for a client that reads slowly. The server disconnects one that reads nothing.
-async fn send(to: &mpsc::Sender<Event>, event: Event) -> Result<(), CutOff> {
-    to.send(event).await.map_err(|_| CutOff)
+/// Waits if the client reads slowly. The server disconnects a client that reads nothing.
+async fn send(to: &mpsc::Sender<Event>, event: Event) -> Result<(), Disconnected> {
+    to.send(event).await.map_err(|_| Disconnected)
 }

@@ -1,4 +1,4 @@
-//! Forwards requests to the services, and answers for a service that is unavailable.
+//! Forwards requests to the services. Answers with a problem document if a service is unavailable.
 
 use std::time::Duration;
 
@@ -27,21 +27,25 @@ use service_kit::problem::Code;
 use service_kit::server::DRAIN_TIMEOUT;
 
 use crate::client::Client;
-use crate::limits::{Limits, wait_asked_for};
+use crate::limits::{Limits, requested_wait};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// While its database is unavailable, a service retries for 5 s, and the last attempt may take 3 s more: this leaves it
-/// time to report that. After this time the client is told that the outcome is unknown.
+/// Time limit for a service's response; after it the outcome is unknown. If its database is
+/// unavailable, a service retries for 5 s, and the last attempt may take 3 s more. So it still has
+/// time to report that.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
-/// Time for a service's response after a shutdown begins: less than [`DRAIN_TIMEOUT`], so that the client still gets one.
+/// Time limit for a service's response after a shutdown begins. Less than [`DRAIN_TIMEOUT`], so
+/// that the client still gets an answer.
 const LAST_ANSWER_TIMEOUT: Duration = Duration::from_secs(4);
 const _: () = assert!(LAST_ANSWER_TIMEOUT.as_secs() < DRAIN_TIMEOUT.as_secs());
-/// Shorter than our servers keep idle connections, so that no request is sent on a connection that is being closed.
+/// Shorter than the servers keep idle connections, so that no request is sent on a connection that
+/// is being closed.
 const IDLE_CONNECTION_TIMEOUT: Duration = Duration::from_secs(20);
-/// The largest response is a page of 100 orders of a few kilobytes each.
+/// Maximum size of a response. The largest is a page of 100 orders, each a few kilobytes.
 const ANSWER_BYTES_MAX: usize = 1024 * 1024;
 
-/// Nothing else is forwarded: no cookie, no credential, no header that a proxy in front might have trusted.
+/// The request headers that are forwarded. All others are dropped, such as cookies, credentials,
+/// and headers that belong to a proxy in front.
 const REQUEST_HEADERS: [HeaderName; 8] = [
     header::ACCEPT,
     header::CONTENT_ENCODING,
@@ -109,12 +113,12 @@ impl Forwarder {
         })
     }
 
-    /// Once `shutdown` begins, requests that wait for a service are answered in time for the drain.
-    pub(crate) fn until(self, shutdown: CancellationToken) -> Self {
+    /// When `shutdown` begins, requests in progress are answered before the drain ends.
+    pub(crate) fn with_shutdown(self, shutdown: CancellationToken) -> Self {
         Self { shutdown, ..self }
     }
 
-    /// Forwards a request and returns the response, whatever it is.
+    /// Forwards a request and returns the service's response, or a problem if there is none.
     pub(crate) async fn forward(
         self,
         service: Service,
@@ -134,7 +138,7 @@ impl Forwarder {
     ) -> Result<Response<Body>, Problem> {
         let (parts, body) = request.into_parts();
         if parts.method == Method::POST {
-            // A malformed key is rejected here, without a request to the service.
+            // Rejects a malformed key, without a request to the service.
             key::find(&parts.headers)?;
         }
         // The body of a GET has no meaning.
@@ -144,19 +148,19 @@ impl Forwarder {
             Bytes::new()
         };
         self.limits.admit_user(&parts.method, &parts.uri, &body)?;
-        let wait = wait_asked_for(&parts.method, &parts.uri);
-        let _place = if wait.is_zero() {
-            self.limits.place(service, client)?
+        let wait = requested_wait(&parts.method, &parts.uri);
+        let _slot = if wait.is_zero() {
+            self.limits.request_slot(service, client)?
         } else {
-            self.limits.wait(client)?
+            self.limits.wait_slot(client)?
         };
-        let at_once = (!wait.is_zero()).then(|| {
+        let without_wait = (!wait.is_zero()).then(|| {
             format!("{}?wait=0", parts.uri.path())
                 .parse()
                 .expect("a path of a URI")
         });
         let mut outgoing = axum::http::Request::new(Full::new(body));
-        // A HEAD is forwarded as a GET: hyper leaves out the body, and Content-Length is right.
+        // Forwards a HEAD as a GET: hyper omits the body, and Content-Length is correct.
         *outgoing.method_mut() = if parts.method == Method::HEAD {
             Method::GET
         } else {
@@ -164,7 +168,7 @@ impl Forwarder {
         };
         *outgoing.uri_mut() = self.uri(service, parts.uri.path_and_query().cloned());
         *outgoing.headers_mut() = only(&REQUEST_HEADERS, &parts.headers);
-        let at_once = at_once.map(|path| {
+        let without_wait = without_wait.map(|path| {
             let mut outgoing = outgoing.clone();
             *outgoing.uri_mut() = self.uri(service, Some(path));
             outgoing
@@ -172,8 +176,8 @@ impl Forwarder {
 
         let answered = tokio::select! {
             answered = self.exchange(outgoing, ANSWER_TIMEOUT + wait) => answered,
-            // During a shutdown a waiting client gets the order as it is now.
-            answered = self.last_exchange(at_once) => answered,
+            // During a shutdown, a request that waits for an order gets its current state.
+            answered = self.last_exchange(without_wait) => answered,
         };
         let failed = match answered {
             Ok((parts, body)) => {
@@ -189,14 +193,14 @@ impl Forwarder {
                 warn!(service = ?service, error, "A service could not be reached");
                 Err(service.unavailable())
             }
-            Failed::Midway(error) => {
+            Failed::OutcomeUnknown(error) => {
                 warn!(service = ?service, error, "A service did not complete its response");
                 Err(service.unavailable().outcome_unknown())
             }
         }
     }
 
-    /// Sends a request and reads the whole response, within this time.
+    /// Sends a request and reads the whole response within a time limit.
     async fn exchange(
         &self,
         request: Outgoing,
@@ -214,17 +218,20 @@ impl Forwarder {
             let body = Limited::new(body, ANSWER_BYTES_MAX)
                 .collect()
                 .await
-                .map_err(|error| Failed::Midway(error.to_string()))?;
+                .map_err(|error| Failed::OutcomeUnknown(error.to_string()))?;
             failpoint!("gateway.after_forward")
-                .map_err(|injected| Failed::Midway(injected.to_string()))?;
+                .map_err(|injected| Failed::OutcomeUnknown(injected.to_string()))?;
             Ok((parts, body.to_bytes()))
         };
-        timeout(within, exchange)
-            .await
-            .unwrap_or_else(|_| Err(Failed::Midway(format!("no answer within {within:?}"))))
+        timeout(within, exchange).await.unwrap_or_else(|_| {
+            Err(Failed::OutcomeUnknown(format!(
+                "no answer within {within:?}"
+            )))
+        })
     }
 
-    /// Once a shutdown begins: sends `instead`, or fails after [`LAST_ANSWER_TIMEOUT`]. Pending until then.
+    /// Waits until a shutdown begins. Then sends `instead`; without it, fails after
+    /// [`LAST_ANSWER_TIMEOUT`].
     async fn last_exchange(
         &self,
         instead: Option<Outgoing>,
@@ -235,19 +242,22 @@ impl Forwarder {
                 self.exchange(request, LAST_ANSWER_TIMEOUT).await
             }
             None => {
-                self.last_moment().await;
-                Err(Failed::Midway("the gateway stops".to_owned()))
+                self.drain_deadline().await;
+                Err(Failed::OutcomeUnknown(
+                    "the gateway is shutting down".to_owned(),
+                ))
             }
         }
     }
 
-    /// Returns when a shutdown has begun and clients that still wait must be answered.
-    async fn last_moment(&self) {
+    /// Returns [`LAST_ANSWER_TIMEOUT`] after a shutdown has begun.
+    async fn drain_deadline(&self) {
         self.shutdown.cancelled().await;
         tokio::time::sleep(LAST_ANSWER_TIMEOUT).await;
     }
 
-    /// The body of a successful GET. `trace` are the headers of [`trace_of`].
+    /// Sends a GET and returns its JSON. Any status but 200 is an error. `trace` comes from
+    /// [`trace_of`].
     pub(crate) async fn read(
         &self,
         service: Service,
@@ -255,7 +265,7 @@ impl Forwarder {
         path: &str,
         trace: HeaderMap,
     ) -> Result<serde_json::Value, Problem> {
-        let _place = self.limits.place(service, client)?;
+        let _slot = self.limits.request_slot(service, client)?;
         let path = path
             .parse::<PathAndQuery>()
             .map_err(|_| service.unavailable())?;
@@ -280,12 +290,13 @@ impl Forwarder {
         };
         let read = async {
             tokio::select! {
-                read = timeout(ANSWER_TIMEOUT, exchange) => read.unwrap_or_else(|_| Err(format!("no answer within {ANSWER_TIMEOUT:?}"))),
-                () = self.last_moment() => Err("the gateway stops".to_owned()),
+                read = timeout(ANSWER_TIMEOUT, exchange) => read
+                    .unwrap_or_else(|_| Err(format!("no answer within {ANSWER_TIMEOUT:?}"))),
+                () = self.drain_deadline() => Err("the gateway is shutting down".to_owned()),
             }
         };
         read.await.map_err(|error| {
-            warn!(service = ?service, error, "A service could not be read");
+            warn!(service = ?service, error, "A service did not return the requested data");
             service.unavailable()
         })
     }
@@ -297,7 +308,7 @@ impl Forwarder {
             .http
             .request(request)
             .await
-            .map_err(|error| format!("not reached: {error}"))?;
+            .map_err(|error| format!("unreachable: {error}"))?;
         if answer.status() == StatusCode::OK {
             Ok(())
         } else {
@@ -321,10 +332,10 @@ impl Forwarder {
 }
 
 enum Failed {
-    /// The service did not get the request.
+    /// The service did not receive the request.
     NotReached(String),
     /// The service may have executed the request.
-    Midway(String),
+    OutcomeUnknown(String),
 }
 
 impl From<hyper_util::client::legacy::Error> for Failed {
@@ -334,7 +345,7 @@ impl From<hyper_util::client::legacy::Error> for Failed {
         if connecting {
             Self::NotReached(words)
         } else {
-            Self::Midway(words)
+            Self::OutcomeUnknown(words)
         }
     }
 }
@@ -346,10 +357,10 @@ fn authority(url: &Uri) -> anyhow::Result<Authority> {
     );
     url.authority()
         .cloned()
-        .with_context(|| format!("{url} names no host"))
+        .with_context(|| format!("{url} has no host"))
 }
 
-/// The headers that connect the requests caused by one request in logs and traces.
+/// The headers that identify the original request in the logs and traces of the services.
 pub(crate) fn trace_of(headers: &HeaderMap) -> HeaderMap {
     only(&[REQUEST_ID, TRACEPARENT, TRACESTATE], headers)
 }

@@ -1,4 +1,4 @@
-//! The routes: what is forwarded to which service, and where the documents and the page are.
+//! The routes: forwarded paths, the gateway's own operations, API documents and the page.
 
 use axum::extract::{Request, State};
 use axum::http::header;

@@ -1,6 +1,6 @@
-//! The gateway: the one address that clients need. It forwards requests to orders and payments ([`forward`]), streams
-//! changes of orders to browsers ([`live`], [`events`]), and serves the page ([`page`]) and the API's documents ([`http`]).
-//! It has no database and decides nothing.
+//! The gateway: the only address that clients need. It forwards requests to orders and payments
+//! ([`forward`]), streams changes of orders to browsers ([`live`], [`events`]), and serves the web
+//! page ([`page`]) and the API documents ([`http`]). It has no database and no business rules.
 
 use std::net::SocketAddr;
 
@@ -39,7 +39,7 @@ use forward::{Forwarder, Service};
 use limits::Limits;
 use live::Live;
 
-/// Everything the process consists of.
+/// All parts of the process.
 pub struct App {
     listener: TcpListener,
     forwarder: Forwarder,
@@ -50,7 +50,7 @@ pub struct App {
 }
 
 impl App {
-    /// Opens the port. The services behind it may start later.
+    /// Opens the port. The services may start later.
     pub async fn build(config: Config) -> anyhow::Result<Self> {
         let listener =
             service_kit::config::listen(config.listen, config.listen_unprotected).await?;
@@ -82,7 +82,7 @@ impl App {
             .health()
             .routes(shutdown.clone())
             .merge(metrics.routes());
-        let forwarder = self.forwarder.until(shutdown.clone());
+        let forwarder = self.forwarder.with_shutdown(shutdown.clone());
         let events = Events::new(
             self.live.clone(),
             forwarder.clone(),
@@ -107,7 +107,8 @@ impl App {
         served
     }
 
-    /// No check is required: the gateway answers for a service that is unavailable, so its health depends on no other's.
+    /// No check is required: the gateway answers for an unavailable service, so its health does not
+    /// depend on other processes.
     fn health(&self) -> Health {
         let (orders, payments) = (self.forwarder.clone(), self.forwarder.clone());
         let live = self.live.clone();
@@ -118,7 +119,7 @@ impl App {
             })
             .informative("events", move || {
                 let health = live.as_ref().map_or_else(
-                    || Err("switched off: NATS_PASSWORD is not set".to_owned()),
+                    || Err("disabled: NATS_PASSWORD is not set".to_owned()),
                     Live::health,
                 );
                 std::future::ready(health)

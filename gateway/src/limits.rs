@@ -1,5 +1,5 @@
-//! Limits by client, by user, and for the requests in progress at each service. A request above a limit is rejected at
-//! once, with the time after which to send it again.
+//! Rate limits per client and per user, and concurrency limits per service. A request above a limit
+//! is rejected at once, with Retry-After.
 
 use std::net::IpAddr;
 use std::num::NonZeroU32;
@@ -18,20 +18,20 @@ use tokio_util::sync::CancellationToken;
 
 use service_kit::Problem;
 use service_kit::metrics::refused;
-use service_kit::places::{Place, Places};
 use service_kit::problem::Code;
 use service_kit::server::Peer;
+use service_kit::slots::{Slot, Slots};
 use shared_contracts::UserId;
 
 use crate::client::Client;
 use crate::forward::Service;
 
-/// The maximum of `?wait=` of an order.
+/// Maximum of the parameter `wait` of an order.
 const WAIT_SECONDS_MAX: u64 = 30;
-/// How often the state of inactive addresses and users is removed.
+/// How often the state of inactive clients and users is removed.
 const FORGET_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Reasons for rejecting requests, as labels of metrics.
+/// Metric labels: the reasons for rejecting a request.
 pub(crate) const REASONS: [&str; 6] = [
     ORDERS_REQUESTS,
     PAYMENTS_REQUESTS,
@@ -49,23 +49,25 @@ const USER_RATE: &str = "user_rate";
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct LimitArgs {
-    /// Requests to each service that may be in progress at once; one more gets 503. Fewer than the service can queue. One
-    /// address can have three quarters of them, and of the waits and event streams.
+    /// Maximum number of concurrent requests to each service; further ones get 503. The default is
+    /// less than a service can queue. One address can have at most three quarters of them; the same
+    /// share applies to waits and event streams.
     #[arg(long, env = "GOZON_REQUESTS_MAX", default_value_t = 512)]
     pub requests_max: usize,
-    /// Requests that may wait for an order (`?wait=`) at once, in addition to the others.
+    /// Maximum number of concurrent requests that wait for an order (`?wait=`), counted separately.
     #[arg(long, env = "GOZON_WAITS_MAX", default_value_t = 1024)]
     pub waits_max: usize,
-    /// Clients that may follow events at once; one more gets 503.
+    /// Maximum number of concurrent event streams; further ones get 503.
     #[arg(long, env = "GOZON_EVENT_STREAMS_MAX", default_value_t = 1024)]
     pub event_streams_max: usize,
-    /// Requests a second from one address, in bursts of as many. No limit if absent.
+    /// Maximum requests per second from one address; bursts may be as large. Unlimited by default.
     #[arg(long, env = "GOZON_RATE_PER_IP")]
     pub rate_per_ip: Option<NonZeroU32>,
-    /// Requests a second for one user, in bursts of as many. No limit if absent.
+    /// Maximum requests per second for one user; bursts may be as large. Unlimited by default.
     #[arg(long, env = "GOZON_RATE_PER_USER")]
     pub rate_per_user: Option<NonZeroU32>,
-    /// Addresses of proxies, separated by commas, whose header X-Forwarded-For is trusted. It is ignored from all others.
+    /// Addresses of trusted proxies, separated by commas. X-Forwarded-For is ignored from all
+    /// others.
     #[arg(long, env = "GOZON_TRUSTED_PROXIES", value_delimiter = ',')]
     pub trusted_proxies: Vec<IpAddr>,
 }
@@ -75,10 +77,10 @@ pub struct LimitArgs {
 pub(crate) struct Limits(Arc<Inner>);
 
 struct Inner {
-    orders: Places<Client>,
-    payments: Places<Client>,
-    waits: Places<Client>,
-    event_streams: Places<Client>,
+    orders: Slots<Client>,
+    payments: Slots<Client>,
+    waits: Slots<Client>,
+    event_streams: Slots<Client>,
     per_ip: Option<DefaultKeyedRateLimiter<Client>>,
     per_user: Option<DefaultKeyedRateLimiter<UserId>>,
     trusted_proxies: Vec<IpAddr>,
@@ -87,10 +89,10 @@ struct Inner {
 impl Limits {
     pub(crate) fn new(arguments: LimitArgs) -> Self {
         Self(Arc::new(Inner {
-            orders: Places::new(ORDERS_REQUESTS, arguments.requests_max),
-            payments: Places::new(PAYMENTS_REQUESTS, arguments.requests_max),
-            waits: Places::new(WAITS, arguments.waits_max),
-            event_streams: Places::new(EVENT_STREAMS, arguments.event_streams_max),
+            orders: Slots::new(ORDERS_REQUESTS, arguments.requests_max),
+            payments: Slots::new(PAYMENTS_REQUESTS, arguments.requests_max),
+            waits: Slots::new(WAITS, arguments.waits_max),
+            event_streams: Slots::new(EVENT_STREAMS, arguments.event_streams_max),
             per_ip: arguments
                 .rate_per_ip
                 .map(|rate| RateLimiter::keyed(Quota::per_second(rate))),
@@ -101,7 +103,7 @@ impl Limits {
         }))
     }
 
-    /// Removes the state of inactive addresses and users, until `shutdown`.
+    /// Removes the state of inactive clients and users from time to time, until `shutdown`.
     pub(crate) async fn run(&self, shutdown: CancellationToken) {
         while shutdown
             .run_until_cancelled(tokio::time::sleep(FORGET_INTERVAL))
@@ -119,7 +121,7 @@ impl Limits {
         }
     }
 
-    /// Counts a request for the user whom it concerns.
+    /// Applies the rate limit of the user that the request is about.
     pub(crate) fn admit_user(
         &self,
         method: &Method,
@@ -135,8 +137,12 @@ impl Limits {
         }
     }
 
-    /// A place for a request to a service that does not wait.
-    pub(crate) fn place(&self, service: Service, client: Client) -> Result<Place<Client>, Problem> {
+    /// Takes a slot for a request that does not wait for an order.
+    pub(crate) fn request_slot(
+        &self,
+        service: Service,
+        client: Client,
+    ) -> Result<Slot<Client>, Problem> {
         take(
             match service {
                 Service::Orders => &self.0.orders,
@@ -146,26 +152,26 @@ impl Limits {
         )
     }
 
-    /// A place for a request that waits for an order.
-    pub(crate) fn wait(&self, client: Client) -> Result<Place<Client>, Problem> {
+    /// Takes a slot for a request that waits for an order.
+    pub(crate) fn wait_slot(&self, client: Client) -> Result<Slot<Client>, Problem> {
         take(&self.0.waits, client)
     }
 
-    /// A place for a client that follows events.
-    pub(crate) fn event_stream(&self, client: Client) -> Result<Place<Client>, Problem> {
+    /// Takes a slot for an event stream.
+    pub(crate) fn event_stream_slot(&self, client: Client) -> Result<Slot<Client>, Problem> {
         take(&self.0.event_streams, client)
     }
 }
 
-fn take(places: &Places<Client>, client: Client) -> Result<Place<Client>, Problem> {
-    places.take(client).map_err(|refusal| {
+fn take(slots: &Slots<Client>, client: Client) -> Result<Slot<Client>, Problem> {
+    slots.take(client).map_err(|refusal| {
         refused(refusal.reason());
         refusal.into()
     })
 }
 
-/// Identifies the client of each request and limits its rate. Places are taken later: a client that sends its body slowly
-/// holds none.
+/// Identifies the client of each request and applies its rate limit. Slots are taken later, when
+/// the body is complete, so a client that sends slowly holds none.
 pub(crate) async fn admit(
     State(limits): State<Limits>,
     mut request: Request,
@@ -184,7 +190,7 @@ fn check<K>(
     limiter: &DefaultKeyedRateLimiter<K>,
     key: &K,
     reason: &'static str,
-    whose: &str,
+    scope: &str,
 ) -> Result<(), Problem>
 where
     K: Clone + Eq + std::hash::Hash,
@@ -195,14 +201,14 @@ where
         let seconds = u32::try_from(wait.as_millis().div_ceil(1000))
             .unwrap_or(u32::MAX)
             .max(1);
-        let cause = format!("Too many requests came {whose}, so this one was not executed.");
+        let cause = format!("Too many requests came {scope}, so this one was not executed.");
         Problem::new(Code::RateLimited)
             .because(cause)
             .retry_after(seconds)
     })
 }
 
-/// The first parameter with this name.
+/// The first query parameter with this name.
 fn parameter(uri: &Uri, name: &str) -> Option<String> {
     form_urlencoded::parse(uri.query()?.as_bytes())
         .find(|(found, _)| found == name)
@@ -213,8 +219,8 @@ fn decoded(text: &str) -> String {
     percent_decode_str(text).decode_utf8_lossy().into_owned()
 }
 
-/// How long a request asks to wait. Only a single order can be waited for.
-pub(crate) fn wait_asked_for(method: &Method, uri: &Uri) -> Duration {
+/// How long the request wants to wait. Only a request for a single order can wait.
+pub(crate) fn requested_wait(method: &Method, uri: &Uri) -> Duration {
     let one_order = uri
         .path()
         .strip_prefix("/v1/orders/")
@@ -228,11 +234,11 @@ pub(crate) fn wait_asked_for(method: &Method, uri: &Uri) -> Duration {
     Duration::from_secs(seconds.min(WAIT_SECONDS_MAX))
 }
 
-/// The user of a request, read from where the service reads it: elsewhere a client could name another user to bypass
-/// the limit.
+/// The user of a request, read from the same part as the service reads it. Otherwise a client could
+/// name another user elsewhere and bypass the limit.
 fn user_of(method: &Method, uri: &Uri, body: &[u8]) -> Option<UserId> {
     #[derive(Deserialize)]
-    struct Whose {
+    struct HasUser {
         user_id: String,
     }
     let in_path = || {
@@ -244,9 +250,9 @@ fn user_of(method: &Method, uri: &Uri, body: &[u8]) -> Option<UserId> {
     };
     let in_query = || parameter(uri, "user_id");
     let in_body = || {
-        serde_json::from_slice::<Whose>(body)
+        serde_json::from_slice::<HasUser>(body)
             .ok()
-            .map(|whose| whose.user_id)
+            .map(|body| body.user_id)
     };
     let named = match in_path() {
         Some(user) => Some(user),
@@ -261,7 +267,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_user_of_a_request_is_found_where_the_service_will_read_it() {
+    fn the_user_is_read_from_the_same_part_as_in_the_service() {
         let user = |method, uri: &str, body: &str| {
             user_of(&method, &uri.parse().unwrap(), body.as_bytes()).map(|user| user.to_string())
         };
@@ -282,7 +288,7 @@ mod tests {
         assert_eq!(
             get("/v1/accounts/%61lice").as_deref(),
             Some("alice"),
-            "no way around a limit"
+            "encoding does not bypass the limit"
         );
         assert_eq!(
             get("/v1/orders?user%5Fid=%61lice").as_deref(),
@@ -291,7 +297,7 @@ mod tests {
         assert_eq!(
             post("/v1/orders?user_id=x1", order).as_deref(),
             Some("alice"),
-            "nobody else can be named"
+            "the query cannot name another user"
         );
         assert_eq!(
             post(
@@ -307,8 +313,8 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_for_an_order_is_waited_for_and_bounded() {
-        let wait = |method, uri: &str| wait_asked_for(&method, &uri.parse().unwrap()).as_secs();
+    fn only_a_request_for_one_order_waits_and_only_up_to_the_maximum() {
+        let wait = |method, uri: &str| requested_wait(&method, &uri.parse().unwrap()).as_secs();
         let get = |uri| wait(Method::GET, uri);
         assert_eq!(
             [

@@ -1,4 +1,5 @@
-//! Who listens to which order events. Each listener has a bounded queue and gets only the events that it wants.
+//! Listeners and their filters. Each listener has a bounded queue and gets only the events that
+//! match its filter.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -9,10 +10,10 @@ use tokio::sync::mpsc;
 use crate::change::{Position, Subject};
 use crate::live::StoredChange;
 
-/// Events that wait for one listener: a few seconds of full load. They are shared, so each costs a listener 8 bytes.
+/// Queue length per listener: a few seconds of full load. Listeners share the events, so an entry
+/// costs 8 bytes.
 const QUEUE: usize = 8192;
 
-/// The events that a listener wants.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Filter {
     All,
@@ -21,7 +22,7 @@ pub(crate) enum Filter {
 }
 
 impl Filter {
-    pub(crate) fn wants(&self, subject: &Subject) -> bool {
+    pub(crate) fn matches(&self, subject: &Subject) -> bool {
         match self {
             Self::All => true,
             Self::User(user_id) => subject.user_id == *user_id,
@@ -31,45 +32,48 @@ impl Filter {
 }
 
 #[derive(Debug)]
-pub(crate) enum News {
+pub(crate) enum Notification {
     Change(StoredChange),
-    /// The stream was recreated or rolled back. Listeners read their orders again and continue from here.
+    /// The stream was recreated or rolled back. Clients must read their orders again. Events
+    /// continue after this position.
     Reset(Position),
 }
 
-/// Identifies a listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ListenerId(u64);
 
 struct Listener {
     id: ListenerId,
-    queue: mpsc::Sender<Arc<News>>,
+    queue: mpsc::Sender<Arc<Notification>>,
 }
 
 impl Listener {
-    /// False if it must be disconnected: its queue is full.
-    fn tell(&self, news: &Arc<News>) -> bool {
-        self.queue.try_send(news.clone()).is_ok()
+    /// Returns false if the queue is full; then the listener must be disconnected.
+    fn send(&self, notification: &Arc<Notification>) -> bool {
+        self.queue.try_send(notification.clone()).is_ok()
     }
 }
 
 #[derive(Default)]
 pub(crate) struct Listeners {
     last_id: u64,
-    /// No filter without listeners is kept.
+    /// A filter is removed with its last listener.
     by_filter: HashMap<Filter, Vec<Listener>>,
 }
 
 impl Listeners {
-    pub(crate) fn add(&mut self, filter: Filter) -> (ListenerId, mpsc::Receiver<Arc<News>>) {
-        let (queue, news) = mpsc::channel(QUEUE);
+    pub(crate) fn add(
+        &mut self,
+        filter: Filter,
+    ) -> (ListenerId, mpsc::Receiver<Arc<Notification>>) {
+        let (queue, receiver) = mpsc::channel(QUEUE);
         self.last_id += 1;
         let id = ListenerId(self.last_id);
         self.by_filter
             .entry(filter)
             .or_default()
             .push(Listener { id, queue });
-        (id, news)
+        (id, receiver)
     }
 
     pub(crate) fn remove(&mut self, filter: &Filter, id: ListenerId) {
@@ -85,14 +89,14 @@ impl Listeners {
         self.by_filter.is_empty()
     }
 
-    /// Tells those who want an event about this order of this user. If nobody does, `change` is not called. A listener
-    /// whose queue is full is disconnected.
-    pub(crate) fn tell(
+    /// Sends a change to the listeners whose filter matches. Calls `change` only if there are any.
+    /// Disconnects a listener whose queue is full.
+    pub(crate) fn notify(
         &mut self,
         subject: &Subject,
         change: impl FnOnce() -> Option<StoredChange>,
     ) {
-        let wanting: Vec<Filter> = [
+        let matching: Vec<Filter> = [
             Filter::All,
             Filter::Order(subject.order_id),
             Filter::User(subject.user_id.clone()),
@@ -100,16 +104,16 @@ impl Listeners {
         .into_iter()
         .filter(|filter| self.by_filter.contains_key(filter))
         .collect();
-        if wanting.is_empty() {
+        if matching.is_empty() {
             return;
         }
         let Some(change) = change() else {
             return;
         };
-        let news = Arc::new(News::Change(change));
-        for filter in wanting {
+        let notification = Arc::new(Notification::Change(change));
+        for filter in matching {
             if let Some(listeners) = self.by_filter.get_mut(&filter) {
-                listeners.retain(|listener| listener.tell(&news));
+                listeners.retain(|listener| listener.send(&notification));
                 if listeners.is_empty() {
                     self.by_filter.remove(&filter);
                 }
@@ -118,9 +122,9 @@ impl Listeners {
     }
 
     pub(crate) fn reset_all(&mut self, here: Position) {
-        let news = Arc::new(News::Reset(here));
+        let notification = Arc::new(Notification::Reset(here));
         self.by_filter.retain(|_, listeners| {
-            listeners.retain(|listener| listener.tell(&news));
+            listeners.retain(|listener| listener.send(&notification));
             !listeners.is_empty()
         });
     }
@@ -152,21 +156,24 @@ mod tests {
     }
 
     #[test]
-    fn an_event_is_told_only_to_those_who_want_it() {
+    fn an_event_is_sent_only_to_listeners_with_a_matching_filter() {
         let mut listeners = Listeners::default();
         let (subject, change) = event("alice");
         assert!(listeners.is_empty());
         let user = |user: &str| Filter::User(UserId::parse(user).unwrap());
         let (bob, mut to_bob) = listeners.add(user("bob"));
-        listeners.tell(&subject, || {
-            unreachable!("nobody wants it, so it is not decoded")
+        listeners.notify(&subject, || {
+            unreachable!("no filter matches, so it is not decoded")
         });
         let (_, mut to_alice) = listeners.add(user("alice"));
         let (_, mut to_order) = listeners.add(Filter::Order(subject.order_id));
         let (_, mut to_all) = listeners.add(Filter::All);
-        listeners.tell(&subject, || Some(change));
+        listeners.notify(&subject, || Some(change));
         for wanted in [&mut to_alice, &mut to_order, &mut to_all] {
-            assert!(matches!(*wanted.try_recv().unwrap(), News::Change(_)));
+            assert!(matches!(
+                *wanted.try_recv().unwrap(),
+                Notification::Change(_)
+            ));
         }
         assert!(to_bob.try_recv().is_err());
         listeners.remove(&user("bob"), bob);
@@ -174,13 +181,13 @@ mod tests {
     }
 
     #[test]
-    fn a_listener_whose_queue_is_full_is_disconnected_and_no_other() {
+    fn only_a_listener_with_a_full_queue_is_disconnected() {
         let mut listeners = Listeners::default();
         let (_, mut slow) = listeners.add(Filter::All);
         let (_, mut quick) = listeners.add(Filter::All);
         for _ in 0..=QUEUE {
             let (subject, change) = event("alice");
-            listeners.tell(&subject, || Some(change));
+            listeners.notify(&subject, || Some(change));
             quick.try_recv().unwrap();
         }
         for _ in 0..QUEUE {

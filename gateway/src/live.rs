@@ -1,7 +1,9 @@
-//! Follows the order events of the broker, once per process, and hands each to the listeners that want it.
+//! Follows the broker's order events with one consumer per process, and sends each to the listeners
+//! with a matching filter.
 //!
-//! A payload is decoded only as far as somebody wants it. Each listener has a bounded queue: a slow one is disconnected and
-//! delays nobody. A listener that resumes reads from the stream itself, on any gateway.
+//! A payload is decoded completely only if a listener wants it. Each listener has a bounded queue:
+//! a slow one is disconnected and delays no other. A client that resumes reads missed events from
+//! the broker's stream, so any gateway can serve it.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
@@ -23,23 +25,25 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use crate::change::{Change, Ended, Position, Status, Subject, position};
-use crate::listeners::{Filter, ListenerId, Listeners, News};
+use crate::change::{Change, FinalOrders, Position, Status, Subject, position};
+use crate::listeners::{Filter, ListenerId, Listeners, Notification};
 
 const SUBJECTS: &str = "gozon.orders.>";
-/// A listener that missed more events than this is reset: reading its orders again is cheaper.
+/// A listener that has missed more events than this gets a reset, since reading its orders again is
+/// cheaper.
 pub(crate) const REPLAY_MAX: u64 = 20_000;
-/// Messages in one read.
+/// Maximum number of messages in one read.
 const READ_MAX: u64 = 500;
-/// Concurrent reads. After a restart all clients reconnect at once.
+/// Maximum number of concurrent reads, because after a restart all clients reconnect at once.
 const READS_MAX: usize = 16;
 const PULL_EXPIRES: Duration = Duration::from_secs(10);
-/// Without heartbeats a deleted stream would look like a quiet one.
+/// Interval of consumer heartbeats. Without them, a deleted stream would look like a quiet one.
 const HEARTBEAT: Duration = Duration::from_secs(2);
 const MISSING_HEARTBEATS_MAX: u32 = 2;
-/// How often the stream is checked: a recreated or rolled-back one may deliver nothing for long.
-const LOOK_INTERVAL: Duration = Duration::from_secs(5);
-/// The broker removes the consumer of a gateway that has ended after this time.
+/// How often the stream's state is checked. A recreated or rolled-back stream may deliver nothing
+/// for a long time.
+const CHECK_INTERVAL: Duration = Duration::from_secs(5);
+/// The broker deletes the consumer this long after its gateway has ended.
 const CONSUMER_INACTIVE_MAX: Duration = Duration::from_secs(30);
 const RETRY_DELAY: Duration = Duration::from_millis(250);
 
@@ -73,34 +77,35 @@ struct Inner {
     health: RwLock<Result<(), String>>,
 }
 
-/// Updated under the same lock as events are sent, so that a subscriber knows exactly which event comes next.
+/// One lock protects all fields. It is also held while an event is sent to listeners, so a new
+/// listener knows exactly after which event it starts.
 #[derive(Default)]
 struct State {
     head: Option<Head>,
-    ended: Ended,
+    final_orders: FinalOrders,
     listeners: Listeners,
 }
 
-/// Receives the events that a listener wants. Dropping it ends that.
+/// The queue of one listener. Dropping it unsubscribes.
 pub(crate) struct Subscription {
     live: Live,
     filter: Filter,
     id: ListenerId,
-    news: mpsc::Receiver<Arc<News>>,
+    queue: mpsc::Receiver<Arc<Notification>>,
 }
 
 impl Subscription {
-    /// None if the listener was too slow.
-    pub(crate) async fn next(&mut self) -> Option<Arc<News>> {
-        self.news.recv().await
+    /// Waits for the next event. `None` if the listener was too slow and was disconnected.
+    pub(crate) async fn next(&mut self) -> Option<Arc<Notification>> {
+        self.queue.recv().await
     }
 
-    /// The position of the stream, if the listener has received everything until there.
-    pub(crate) fn head_if_taken(&self) -> Option<Position> {
+    /// The position that this process has read up to, if the listener's queue is empty.
+    pub(crate) fn head_if_caught_up(&self) -> Option<Position> {
         let state = self.live.state();
         state
             .head
-            .filter(|_| self.news.is_empty())
+            .filter(|_| self.queue.is_empty())
             .map(|head| head.position)
     }
 }
@@ -111,11 +116,12 @@ impl Drop for Subscription {
     }
 }
 
-/// The last event that this process has read, and when its stream was created.
+/// The last event that this process has read.
 #[derive(Clone, Copy, Debug)]
 struct Head {
     position: Position,
-    made_at: OffsetDateTime,
+    /// When the stream was created.
+    created_at: OffsetDateTime,
 }
 
 impl Live {
@@ -129,17 +135,18 @@ impl Live {
         }))
     }
 
-    /// Receives the events after the returned head, which is absent until the broker was reached once.
+    /// Subscribes to the events after the returned position. There is none until the broker has
+    /// been reached once.
     pub(crate) fn subscribe(&self, filter: Filter) -> (Subscription, Option<Position>) {
         let mut state = self.state();
-        let (id, news) = state.listeners.add(filter.clone());
+        let (id, queue) = state.listeners.add(filter.clone());
         let head = state.head.map(|head| head.position);
         drop(state);
         let subscription = Subscription {
             live: self.clone(),
             filter,
             id,
-            news,
+            queue,
         };
         (subscription, head)
     }
@@ -152,16 +159,16 @@ impl Live {
             .clone()
     }
 
-    /// Follows until `shutdown`; retries after every failure.
+    /// Follows the stream until `shutdown`. Retries after every failure.
     pub(crate) async fn run(&self, shutdown: CancellationToken) {
         let following = async {
             loop {
                 if !self.0.broker.is_connected() {
-                    self.say("the broker is away");
+                    self.set_unhealthy("the broker is not connected");
                     self.0.broker.until_connected().await;
                 }
                 if let Err(error) = self.follow().await {
-                    self.say(&format!("{error:#}"));
+                    self.set_unhealthy(&format!("{error:#}"));
                 }
                 tokio::time::sleep(RETRY_DELAY).await;
             }
@@ -169,14 +176,14 @@ impl Live {
         shutdown.run_until_cancelled(following).await;
     }
 
-    fn say(&self, why: &str) {
+    fn set_unhealthy(&self, why: &str) {
         let mut health = self
             .0
             .health
             .write()
             .unwrap_or_else(PoisonError::into_inner);
         if health.as_ref().err().is_none_or(|before| before != why) {
-            info!(why, "Not following order events; trying again");
+            info!(why, "Order events are not followed; retrying");
         }
         *health = Err(why.to_owned());
     }
@@ -185,7 +192,7 @@ impl Live {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Follows until an event may have been missed; the error says why.
+    /// Follows the stream until an event may have been missed. The error says why.
     async fn follow(&self) -> anyhow::Result<()> {
         let connection_number = self.0.broker.connection_number();
         let mut stream = self
@@ -195,64 +202,76 @@ impl Live {
             .get_stream(ORDERS_STREAM)
             .await
             .context("stream ORDERS cannot be looked up")?;
-        let made_at = stream.cached_info().created;
-        let from = self.settle(&stream).await?;
+        let created_at = stream.cached_info().created;
+        let from = self.resume_position(&stream).await?;
         let mut messages = self.pull(&stream, from).await?;
         *self
             .0
             .health
             .write()
             .unwrap_or_else(PoisonError::into_inner) = Ok(());
-        let mut look = tokio::time::interval(LOOK_INTERVAL);
+        let mut check = tokio::time::interval(CHECK_INTERVAL);
         let (mut taken, mut missing_heartbeats) = (0, 0);
         loop {
             tokio::select! {
-                message = messages.next() => match message.context("the stream of messages ended")? {
+                message = messages.next() => match message.context("the subscription ended")? {
                     Ok(message) => {
                         let info = message.info().map_err(anyhow::Error::from_boxed)?;
                         let number = info.consumer_sequence;
-                        ensure!(number == taken + 1, "a message is missing between {taken} and {number}");
+                        ensure!(
+                            number == taken + 1,
+                            "a message is missing between {taken} and {number}"
+                        );
                         (taken, missing_heartbeats) = (number, 0);
-                        self.take(&message, &info, made_at);
+                        self.handle(&message, &info, created_at);
                     }
                     Err(error) if matches!(error.kind(), MessagesErrorKind::MissingHeartbeat) => {
                         missing_heartbeats += 1;
-                        ensure!(missing_heartbeats < MISSING_HEARTBEATS_MAX, "no heartbeat from the consumer; it may be gone");
+                        ensure!(
+                            missing_heartbeats < MISSING_HEARTBEATS_MAX,
+                            "no heartbeat from the consumer, which may be deleted"
+                        );
                     }
                     Err(error) => return Err(error.into()),
                 },
-                _ = look.tick() => {
+                _ = check.tick() => {
                     let info = stream.info().await.context("stream ORDERS cannot be looked up")?;
-                    ensure!(info.created == made_at, "stream ORDERS was made anew");
+                    ensure!(info.created == created_at, "stream ORDERS was recreated");
                     let last = info.state.last_sequence;
                     let here = self.state().head.map_or(0, |head| head.position.sequence);
                     ensure!(last >= here, "stream ORDERS was rolled back from {here} to {last}");
                 }
-                () = self.0.broker.until_reconnected(connection_number) => bail!("there is a new connection to the broker"),
+                () = self.0.broker.until_reconnected(connection_number) => {
+                    bail!("the connection to the broker was replaced")
+                }
             }
         }
     }
 
-    /// Where to resume: at the head, if the stream still has it; else at its end, after resetting all listeners.
-    async fn settle(&self, stream: &Stream) -> anyhow::Result<Position> {
+    /// Where to resume: at the last event that was read, if the stream still has it. Otherwise
+    /// resets all listeners and resumes at the end of the stream.
+    async fn resume_position(&self, stream: &Stream) -> anyhow::Result<Position> {
         let info = stream.cached_info();
         let known = self.state().head;
         if let Some(Head {
             position: known,
-            made_at,
+            created_at,
         }) = known
         {
             let there = match known.event_id {
                 Some(_) => self.find(known.sequence).await? == Some(known),
-                None => made_at == info.created && info.state.last_sequence >= known.sequence,
+                None => created_at == info.created && info.state.last_sequence >= known.sequence,
             };
             if there {
                 return Ok(known);
             }
-            warn!(position = %known, "Stream ORDERS is not what it was; listeners read afresh");
+            warn!(
+                position = %known,
+                "Stream ORDERS no longer has the last event that was read; resetting all listeners"
+            );
         }
         let last = info.state.last_sequence;
-        let mut ended = Vec::new();
+        let mut final_changes = Vec::new();
         let mut here = Position {
             sequence: last,
             event_id: None,
@@ -270,27 +289,28 @@ impl Live {
                     here = position(last, Some(&message.headers));
                 }
                 if let Some(change) = change_of(&message).filter(Change::is_final) {
-                    ended.push((change.order_id, message.sequence));
+                    final_changes.push((change.order_id, message.sequence));
                 }
             }
         }
         let mut state = self.state();
-        state.ended.all_before_everything();
-        ended
+        state.final_orders.move_all_to_start();
+        final_changes
             .into_iter()
-            .for_each(|(order_id, sequence)| state.ended.note(order_id, sequence));
+            .for_each(|(order_id, sequence)| state.final_orders.record(order_id, sequence));
         state.head = Some(Head {
             position: here,
-            made_at: info.created,
+            created_at: info.created,
         });
         state.listeners.reset_all(here);
         Ok(here)
     }
 
-    /// An ephemeral consumer: in memory, without acks. A gap in its deliveries is noticed, and it is created again.
+    /// Creates an ephemeral consumer, in memory and without acks. If a delivery is missing,
+    /// [`Self::follow`] fails, and the next attempt creates a new consumer.
     async fn pull(&self, stream: &Stream, after: Position) -> anyhow::Result<pull::Stream> {
         let config = pull::Config {
-            // The permissions allow only names with this prefix, which are part of the request's subject.
+            // Needs a name, because the permissions check the name in the request's subject.
             name: Some(format!("gateway-{}", Uuid::new_v4().simple())),
             filter_subject: SUBJECTS.to_owned(),
             deliver_policy: DeliverPolicy::ByStartSequence {
@@ -305,7 +325,7 @@ impl Live {
         let consumer = stream
             .create_consumer(config)
             .await
-            .context("a consumer cannot be made")?;
+            .context("a consumer cannot be created")?;
         consumer
             .stream()
             .max_messages_per_batch(READ_MAX as usize)
@@ -313,14 +333,17 @@ impl Live {
             .heartbeat(HEARTBEAT)
             .messages()
             .await
-            .context("pulling cannot begin")
+            .context("the consumer cannot be pulled from")
     }
 
-    fn take(&self, message: &Message, info: &Info<'_>, made_at: OffsetDateTime) {
+    fn handle(&self, message: &Message, info: &Info<'_>, created_at: OffsetDateTime) {
         let headers = message.headers.as_ref();
         let position = position(info.stream_sequence, headers);
         let mut state = self.state();
-        state.head = Some(Head { position, made_at });
+        state.head = Some(Head {
+            position,
+            created_at,
+        });
         let Some(status) = Status::of(headers) else {
             return;
         };
@@ -330,27 +353,37 @@ impl Live {
         let Some(subject) = Subject::read(&message.payload) else {
             return;
         };
-        if state.ended.before(subject.order_id, position.sequence) {
+        if state
+            .final_orders
+            .was_final_before(subject.order_id, position.sequence)
+        {
             return;
         }
         if status.is_final() {
-            state.ended.note(subject.order_id, position.sequence);
+            state
+                .final_orders
+                .record(subject.order_id, position.sequence);
         }
-        state.listeners.tell(&subject, || {
+        state.listeners.notify(&subject, || {
             let change = Change::read(headers, &message.payload, info.published)?;
             Some(StoredChange::new(position, change))
         });
     }
 
-    /// A page of changes after a position that the filter wants, and the position of the page's end. `None`: the stream
-    /// does not have the position.
+    /// A page of the changes after a position that match the filter, and the position where the
+    /// page ends. `None` if the stream does not have the given position.
     pub(crate) async fn page_after(
         &self,
         after: Position,
         filter: &Filter,
     ) -> anyhow::Result<Option<(Vec<StoredChange>, Position)>> {
-        let _turn = self.0.reads.acquire().await.context("the gateway stops")?;
-        // The message at the position is read too: it must still be the same event.
+        let _turn = self
+            .0
+            .reads
+            .acquire()
+            .await
+            .context("the gateway is shutting down")?;
+        // Also reads the message at the position, to check that it is still the same event.
         let messages = self.read(after.sequence.max(1), READ_MAX).await?;
         let mut messages = messages.into_iter();
         let found = messages
@@ -362,16 +395,17 @@ impl Live {
         let (mut page, mut reached) = (Vec::new(), after);
         for message in messages {
             reached = position(message.sequence, Some(&message.headers));
-            let wanted = Subject::read(&message.payload).is_some_and(|found| filter.wants(&found));
+            let wanted =
+                Subject::read(&message.payload).is_some_and(|found| filter.matches(&found));
             if let Some(change) = wanted.then(|| change_of(&message)).flatten() {
                 page.push(StoredChange::new(reached, change));
             }
         }
         let state = self.state();
-        page.retain(|told| {
+        page.retain(|stored| {
             !state
-                .ended
-                .before(told.change.order_id, told.position.sequence)
+                .final_orders
+                .was_final_before(stored.change.order_id, stored.position.sequence)
         });
         Ok(Some((page, reached)))
     }
@@ -383,7 +417,7 @@ impl Live {
             .map(|message| position(message.sequence, Some(&message.headers))))
     }
 
-    /// Messages from a sequence on, in order, with one request and without a consumer.
+    /// Reads messages in order, from a sequence on, with one request and without a consumer.
     async fn read(&self, from: u64, count: u64) -> anyhow::Result<Vec<StreamMessage>> {
         let client = self.0.broker.client();
         let inbox = client.new_inbox();
@@ -401,10 +435,10 @@ impl Live {
             let answer = tokio::time::timeout(ANSWER_TIMEOUT, answers.next()).await;
             let answer = answer
                 .context("the broker does not answer")?
-                .context("the broker is away")?;
+                .context("the broker is not connected")?;
             match answer.status {
                 None => messages.push(jetstream::message::StreamMessage::try_from(answer)?),
-                // The end of the batch, or no message.
+                // 204 ends a batch; 404 means that there is no message.
                 Some(status) if status.as_u16() == 204 || status == StatusCode::NOT_FOUND => {
                     return Ok(messages);
                 }

@@ -8,6 +8,7 @@ async fn main() -> Result<(), Failure> {
     let config: Config = service_kit::healthcheck::parse_or_check().await;
     service_kit::telemetry::init(config.log_format, &config.log_filter)?;
     let shutdown = service_kit::shutdown::on_signal()?;
-    // A spawned task runs on the worker threads that poll the sockets; `main` would have to be woken by them each time.
+    // Spawned, so that it runs on a worker thread. `main` runs on another thread, which the workers
+    // would have to wake for each event.
     Ok(tokio::spawn(App::build(config).await?.run(shutdown)).await??)
 }

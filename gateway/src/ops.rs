@@ -1,4 +1,5 @@
-//! Operator paths over both services. A service that is unavailable is named, and the other one is shown.
+//! Operator paths that combine both services. If one is unavailable, the response lists it as
+//! unavailable and contains the data of the other.
 
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -57,11 +58,11 @@ struct DeadLettersBody {
     unavailable: Vec<&'static str>,
 }
 
-// Schemas that refer to those of the services' documents.
+// Schemas that refer to schemas of the services' documents.
 
-fn or_null(name: &str, whose: &str) -> Schema {
+fn or_null(name: &str, source: &str) -> Schema {
     OneOfBuilder::new()
-        .description(Some(format!("From {whose}; null if it is unavailable.")))
+        .description(Some(format!("From {source}; null if it is unavailable.")))
         .item(Ref::from_schema_name(name))
         .item(ObjectBuilder::new().schema_type(Type::Null))
         .into()
@@ -79,7 +80,7 @@ fn dead_letters_of_both() -> Array {
     let service = ObjectBuilder::new()
         .schema_type(Type::String)
         .enum_values(Some(SERVICES.map(|(_, name)| name)));
-    let whose = ObjectBuilder::new()
+    let with_service = ObjectBuilder::new()
         .property("service", service)
         .required("service");
     ArrayBuilder::new()
@@ -87,7 +88,7 @@ fn dead_letters_of_both() -> Array {
         .items(
             AllOfBuilder::new()
                 .item(Ref::from_schema_name("DeadLetter"))
-                .item(whose),
+                .item(with_service),
         )
         .build()
 }
@@ -121,7 +122,7 @@ async fn flow(
         found
             .iter()
             .position(|(other, _)| *other == name)
-            .map(|place| found.swap_remove(place).1)
+            .map(|index| found.swap_remove(index).1)
     };
     Json(FlowBody {
         orders: take("orders"),
@@ -157,7 +158,8 @@ async fn dead_letters(
     Json(merge(both, limit)).into_response()
 }
 
-/// Ids sort by time, so the newest entries of both pages are the page of both.
+/// Merges a page of each service into one. Ids sort by time, so the newest entries of both pages
+/// are the newest entries overall.
 fn merge(both: Both, limit: usize) -> DeadLettersBody {
     let mut more = false;
     let mut items: Vec<Value> = Vec::new();
@@ -189,9 +191,9 @@ fn merge(both: Both, limit: usize) -> DeadLettersBody {
 
 /// Replay a dead letter
 ///
-/// Runs in the service that owns the message, through the same handler, in one transaction. A message that was applied
-/// meanwhile changes nothing; one that is refused again keeps waiting. With `dry_run` the transaction is rolled back, and
-/// the response says what would happen.
+/// Runs in the service that owns the message, through the same handler, in one transaction. A
+/// message that was applied meanwhile changes nothing; one that is refused again keeps waiting.
+/// With `dry_run` the transaction is rolled back, and the response says what would happen.
 #[utoipa::path(
     post,
     path = "/v1/ops/dead-letters/{id}/replay",
@@ -212,21 +214,22 @@ async fn replay(
     Extension(client): Extension<Client>,
     request: Parts,
 ) -> Response {
-    let mut away = None;
-    let mut missing = None;
+    let mut unavailable = None;
+    let mut not_found = None;
     for (service, _) in SERVICES {
         let answer = forwarder
             .clone()
-            .forward(service, client, again(&request))
+            .forward(service, client, copy_of(&request))
             .await;
         match answer.status() {
-            StatusCode::NOT_FOUND => missing = Some(answer),
-            StatusCode::SERVICE_UNAVAILABLE => away = Some(answer),
+            StatusCode::NOT_FOUND => not_found = Some(answer),
+            StatusCode::SERVICE_UNAVAILABLE => unavailable = Some(answer),
             _ => return answer,
         }
     }
-    // The service that is unavailable may own it.
-    away.or(missing)
+    // An unavailable service may own the dead letter, so its 503 takes precedence over a 404.
+    unavailable
+        .or(not_found)
         .unwrap_or_else(|| StatusCode::NOT_FOUND.into_response())
 }
 
@@ -235,20 +238,21 @@ struct Both {
     unavailable: Vec<&'static str>,
 }
 
-/// Sends the same request to both services. Any response but 200 and 503 is returned as it is, and so is a 503 of both.
+/// Sends the same request to both services. Returns a response as an error if it is neither 200 nor
+/// 503, or if both services return 503.
 async fn ask_both(
     forwarder: &Forwarder,
     client: Client,
     request: &Parts,
 ) -> Result<Both, Response> {
     let [orders, payments] =
-        SERVICES.map(|(service, _)| forwarder.clone().forward(service, client, again(request)));
+        SERVICES.map(|(service, _)| forwarder.clone().forward(service, client, copy_of(request)));
     let (orders, payments) = tokio::join!(orders, payments);
     let mut both = Both {
         found: Vec::new(),
         unavailable: Vec::new(),
     };
-    let mut away = None;
+    let mut last_unavailable = None;
     for ((_, name), answer) in SERVICES.into_iter().zip([orders, payments]) {
         match answer.status() {
             StatusCode::OK => {
@@ -263,19 +267,19 @@ async fn ask_both(
             }
             StatusCode::SERVICE_UNAVAILABLE => {
                 both.unavailable.push(name);
-                away = Some(answer);
+                last_unavailable = Some(answer);
             }
             _ => return Err(answer),
         }
     }
-    match away {
-        Some(away) if both.found.is_empty() => Err(away),
+    match last_unavailable {
+        Some(answer) if both.found.is_empty() => Err(answer),
         _ => Ok(both),
     }
 }
 
-/// A copy of the request; none of these has a body.
-fn again(request: &Parts) -> Request {
+/// Copies a request. None of the operator paths has a body.
+fn copy_of(request: &Parts) -> Request {
     let mut copy = Request::new(Body::empty());
     *copy.method_mut() = request.method.clone();
     *copy.uri_mut() = request.uri.clone();
@@ -290,7 +294,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pages_of_both_services_make_one_page_without_gaps() {
+    fn the_pages_of_both_services_are_merged_without_gaps() {
         let page = |ids: &[&str], cursor: Option<&str>| json!({ "items": ids.iter().map(|id| json!({ "id": id })).collect::<Vec<_>>(), "next_cursor": cursor });
         let found = vec![
             ("orders", page(&["9", "3"], Some("3"))),
@@ -317,7 +321,7 @@ mod tests {
         assert_eq!(
             merged.next_cursor.as_deref(),
             Some("8"),
-            "the next page begins with 7, then 3"
+            "the next page starts with 7 and 3"
         );
         let found = vec![
             ("orders", page(&["3"], None)),

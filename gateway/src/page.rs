@@ -1,7 +1,8 @@
-//! The web page: the files of `gateway/web`, in the binary.
+//! Serves the web page: the files of `gateway/web`, embedded in the binary.
 //!
-//! Serving them is by hand, and short: `ServeDir` over embedded files would take its ETag from their size and age instead
-//! of their content, and crates that embed and compress files bring a build step and cache rules of their own.
+//! The code is our own, because the alternatives do not fit. For embedded files, `ServeDir` derives
+//! the ETag from size and age instead of the content. Crates that embed and compress files need a
+//! build step and have their own cache rules.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -19,32 +20,35 @@ use flate2::write::GzEncoder;
 use rust_embed::{Embed, EmbeddedFile};
 use tower_http::set_header::SetResponseHeaderLayer;
 
-/// The page talks to this gateway only, and runs no script but its own: an order's description stays text.
+/// The page may contact only this gateway and run only its own scripts. So a description of an
+/// order can never run as code.
 const CONTENT_SECURITY_POLICY: HeaderValue = HeaderValue::from_static(
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; base-uri 'none'; \
      form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
 );
 const REFERRER_POLICY: HeaderValue = HeaderValue::from_static("no-referrer");
-/// Browsers keep a file and ask each time whether it has changed: a new gateway is a new page.
+/// Browsers cache files but revalidate them each time, so a new gateway version shows its page at
+/// once.
 const CACHE_CONTROL: HeaderValue = HeaderValue::from_static("no-cache");
-/// Bytes of the digest in an entity tag.
+/// Number of digest bytes in an ETag.
 const TAG_BYTES: usize = 12;
 
-/// A debug build reads the folder at run time, so a change shows after a restart of the gateway, without building.
+/// A debug build reads the folder at run time, so a change needs a restart of the gateway but no
+/// build.
 #[derive(Embed)]
 #[folder = "web/"]
 struct Files;
 
-/// A file as it is sent.
+/// A file, ready to send.
 struct Asset {
     content_type: HeaderValue,
-    /// Weak, since the same file is sent plain and compressed.
+    /// A weak ETag, because the plain and the compressed file share it.
     tag: HeaderValue,
     plain: Bytes,
     gzip: Bytes,
 }
 
-/// Read and compressed once, when the routes are made.
+/// Read and compressed once, when the routes are created.
 static ASSETS: LazyLock<HashMap<String, Asset>> = LazyLock::new(|| {
     let named = |path: Cow<'static, str>| {
         let asset = Asset::new(content_type(&path)?, Files::get(&path)?);
@@ -75,7 +79,7 @@ fn set(name: HeaderName, value: HeaderValue) -> SetResponseHeaderLayer<HeaderVal
     SetResponseHeaderLayer::overriding(name, value)
 }
 
-/// A file of another kind is not part of the page, although it lies in its folder.
+/// `None` for files that are not served, such as a README.
 fn content_type(path: &str) -> Option<HeaderValue> {
     Some(HeaderValue::from_static(match path.rsplit_once('.')?.1 {
         "html" => "text/html; charset=utf-8",
@@ -119,9 +123,9 @@ fn respond(path: &str, request: &HeaderMap) -> Response {
         (header::VARY, HeaderValue::from_static("accept-encoding")),
     ];
     let tag = asset.tag.to_str().unwrap_or_default();
-    if lists(request, &header::IF_NONE_MATCH, tag) {
+    if list_header_contains(request, &header::IF_NONE_MATCH, tag) {
         (StatusCode::NOT_MODIFIED, headers).into_response()
-    } else if lists(request, &header::ACCEPT_ENCODING, "gzip") {
+    } else if list_header_contains(request, &header::ACCEPT_ENCODING, "gzip") {
         let encoding = [(header::CONTENT_ENCODING, "gzip")];
         (headers, encoding, asset.gzip.clone()).into_response()
     } else {
@@ -129,8 +133,8 @@ fn respond(path: &str, request: &HeaderMap) -> Response {
     }
 }
 
-/// Whether a header that is a list holds `wanted`, with a quality other than 0.
-fn lists(request: &HeaderMap, name: &HeaderName, wanted: &str) -> bool {
+/// Whether a comma-separated header contains `wanted` with a quality above 0.
+fn list_header_contains(request: &HeaderMap, name: &HeaderName, wanted: &str) -> bool {
     let values = request
         .get_all(name)
         .into_iter()

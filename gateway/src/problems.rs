@@ -1,4 +1,4 @@
-//! Pages about the problem codes: what `type` of a problem document points to.
+//! A page for each problem code. The `type` of a problem document is the URL of its page.
 
 use axum::Json;
 use axum::extract::Path;
@@ -36,7 +36,8 @@ struct Explanation {
 
 /// What a problem code means
 ///
-/// The `type` of each problem document points here. A page for people, or JSON for `Accept: application/json`.
+/// The `type` of each problem document points here. Returns a page for people, or JSON if the
+/// request accepts `application/json`.
 #[utoipa::path(
     get,
     path = "/problems/{code}",
@@ -85,7 +86,7 @@ fn page(explanation: &Explanation) -> Response {
         cause,
         advice,
     } = explanation;
-    // The texts are constants without markup.
+    // No escaping: the texts are constants without markup, as a test checks.
     let html = format!(
         "<!doctype html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n<title>{title} - Gozon</title>\n\
          <h1>{title}</h1>\n<p>Code <code>{}</code>, HTTP status {status}</p>\n\

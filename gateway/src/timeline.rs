@@ -1,4 +1,4 @@
-//! The timeline of an order, merged from those of orders and payments.
+//! The timeline of an order, merged from the halves that orders and payments return.
 
 use axum::extract::{Path, Request, State};
 use axum::http::StatusCode;
@@ -12,14 +12,15 @@ use service_kit::problem::Code;
 use crate::client::Client;
 use crate::forward::{Forwarder, Service, trace_of};
 
-/// Without payments the timeline is partial and says so; without orders there is none.
+/// If payments is unavailable, returns the half of orders, which lists payments as missing. If
+/// orders is unavailable, returns its error.
 pub(crate) async fn timeline(
     State(forwarder): State<Forwarder>,
     Extension(client): Extension<Client>,
     Path(id): Path<String>,
     request: Request,
 ) -> Result<Response, Problem> {
-    // Only a valid id may become part of a path.
+    // Only a valid id may be inserted into a path.
     let id: uuid::Uuid = id.parse().map_err(|_| Problem::new(Code::OrderNotFound))?;
     let of_payments = format!("/v1/payments/{id}/timeline");
     let trace = trace_of(request.headers());
@@ -41,7 +42,7 @@ pub(crate) async fn timeline(
     Ok(Json(whole).into_response())
 }
 
-/// Sorts the steps by time. At equal times those of orders come first, as in the flow.
+/// Merges the steps by time. At equal times, steps of orders come first.
 fn merge(whole: &mut Value, mut half: Value) {
     let take = |value: &mut Value| {
         value["steps"]
@@ -57,7 +58,8 @@ fn merge(whole: &mut Value, mut half: Value) {
     whole["missing"] = json!([]);
 }
 
-/// An older replica may write fewer digits of fraction, so the texts alone do not sort.
+/// A sortable time. The text itself is not sortable: an older replica may write fewer fraction
+/// digits.
 fn time(step: &Value) -> (String, String) {
     let text = step["at"]
         .as_str()
@@ -72,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_halves_are_put_in_the_order_of_time() {
+    fn the_steps_of_both_halves_are_sorted_by_time() {
         let step = |service: &str, at: &str| json!({ "service": service, "at": at });
         let mut whole = json!({
             "order_id": "x",

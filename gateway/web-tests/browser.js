@@ -11,7 +11,7 @@ import { base } from './stack.js';
 const require = createRequire(import.meta.url);
 const { chromium, selectors } = require('playwright-core');
 const AXE = readFileSync(require.resolve('axe-core/axe.min.js'), 'utf8');
-// Long enough for a busy machine: whoever needs more has failed.
+// Long enough for a busy machine. Only failing tests reach it.
 const DEADLINE_MS = 60_000;
 const SEVERE = ['serious', 'critical'];
 
@@ -32,11 +32,11 @@ export function browsing(options, body) {
     const context = await (await started).newContext({ locale: 'en-GB', viewport: { width: 1200, height: 900 }, ...rest });
     context.setDefaultTimeout(DEADLINE_MS);
     const complaints = [];
-    await context.exposeBinding('gozonViolation', (_, text) => complaints.push(`the policy forbids ${text}`));
+    await context.exposeBinding('gozonViolation', (_, text) => complaints.push(`the policy blocks ${text}`));
     await context.addInitScript(() => addEventListener('securitypolicyviolation', (event) => gozonViolation(`${event.violatedDirective} ${event.blockedURI} ${event.sample}`)));
     context.on('request', (request) => {
       const asked = new URL(request.url());
-      if (asked.origin !== new URL(request.frame().page().gozonUrl).origin && asked.protocol !== 'data:') complaints.push(`it asks ${asked}`);
+      if (asked.origin !== new URL(request.frame().page().gozonUrl).origin && asked.protocol !== 'data:') complaints.push(`it requests ${asked}`);
     });
     const open = async (path = '', from = base) => {
       const page = await context.newPage();

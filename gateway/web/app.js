@@ -1,4 +1,4 @@
-// The frame around the views: navigation, connection, language, keys, and where the focus goes.
+// The frame around the views: navigation, connection state, language, shortcuts, focus.
 
 import { html, useEffect, useState } from './vendor/htm-preact.js';
 import { LANGUAGES, choose, language, t } from './i18n.js';

@@ -1,4 +1,4 @@
-// The newest known state of orders. A final state stays, whatever older data arrives later.
+// The newest known state of orders. Older data that arrives later never replaces a final state.
 
 const ENDS_MAX = 10_000;
 

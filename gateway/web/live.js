@@ -1,8 +1,8 @@
 // Order events from the gateway. Each tab has one connection, because browsers allow few per host.
 //
-// A view that shows orders subscribes first and then reads, and reads again whenever `reloads`
-// rises. So it misses nothing, neither between the two nor while disconnected. Repeated and late
-// events have no effect: see known.js.
+// A view that shows orders subscribes first and then reads. It reads again whenever `reloads`
+// increases. So it misses no change, not even while disconnected. Repeated and late events have no
+// effect: see known.js.
 
 import { note } from './known.js';
 import { store } from './store.js';
@@ -15,7 +15,7 @@ const HIDDEN_MAX_MS = 60_000;
 /// `connecting`, `open` or `reconnecting`.
 export const connection = store('connecting');
 
-/// A counter that rises whenever everything must be read again.
+/// A counter that increases when all data must be read again.
 export const reloads = store(0);
 
 const listeners = new Set();
@@ -30,7 +30,7 @@ export function onChange(listener) {
   return () => listeners.delete(listener);
 }
 
-/// Treats an order that this page has read or placed itself like an event.
+/// Notifies listeners of an order that this page has read or placed, as if it were an event.
 export function noteOwnChange(order) {
   notify({ order_id: order.id, user_id: order.user_id, amount: order.amount, status: order.status, reason: order.reason, at: order.updated_at, order });
 }

@@ -132,7 +132,7 @@ pub(crate) fn report(report: &Report, took: Duration) -> String {
         ));
     }
     text.push_str(&match report.findings.len() {
-        0 => "Everything fits together.\n".to_owned(),
+        0 => "Everything is consistent.\n".to_owned(),
         number => format!("{number} findings.\n"),
     });
     text

@@ -1,4 +1,4 @@
-//! The API of a service: its routes, its document, and Swagger UI over both.
+//! The API of a service: its routes, its OpenAPI document, and Swagger UI.
 
 use axum::Router;
 use axum::response::Redirect;
@@ -11,7 +11,7 @@ use crate::http::edge;
 use crate::openapi::complete;
 use crate::problem::Code;
 
-/// The OpenAPI document of these routes. `examples` are the codes that it shows as examples.
+/// Builds the OpenAPI document of the routes. `examples` are the problem codes to show as examples.
 pub fn document<S>(api: OpenApiRouter<S>, version: &str, examples: &[Code]) -> OpenApi
 where
     S: Clone + Send + Sync + 'static,

@@ -1,4 +1,4 @@
-//! Parts of the configuration that mean the same in every binary.
+//! Settings that all binaries share.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -7,12 +7,12 @@ use std::str::FromStr;
 use anyhow::Context as _;
 use tokio::net::TcpListener;
 
-/// A value that is never printed: a password, or a URL with one.
+/// A password, or a URL that contains one. Its `Debug` prints `***`.
 #[derive(Clone)]
 pub struct Secret(String);
 
 impl Secret {
-    /// The value itself. Never print it.
+    /// The secret value. Do not print it.
     pub fn expose(&self) -> &str {
         &self.0
     }
@@ -40,13 +40,14 @@ impl fmt::Debug for Secret {
 
 /// Opens the HTTP port.
 ///
-/// There is no login, so everyone who reaches the port is an administrator: an address that other machines can reach is
-/// refused unless `unprotected` says that something outside protects it (a container's port published on loopback, or an
-/// authenticating proxy).
+/// There is no login, so everyone who can reach the port is an administrator. Therefore an address
+/// that other machines can reach is an error, unless `unprotected` is set. Set `unprotected` if
+/// something else restricts access: a container publishes the port on loopback only, or a proxy
+/// authenticates callers.
 pub async fn listen(address: SocketAddr, unprotected: bool) -> anyhow::Result<TcpListener> {
     anyhow::ensure!(
         address.ip().is_loopback() || unprotected,
-        "{address} can be reached from other machines, and there is no login: listen on 127.0.0.1, or set \
+        "other machines can reach {address}, and there is no login: listen on 127.0.0.1, or set \
          GOZON_LISTEN_UNPROTECTED=true if only trusted callers can reach this port"
     );
     TcpListener::bind(address)
@@ -66,7 +67,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_address_that_others_can_reach_is_refused_unless_said_otherwise() {
+    async fn a_non_loopback_address_is_an_error_unless_it_is_allowed() {
         let everywhere: SocketAddr = "0.0.0.0:0".parse().unwrap();
         let refusal = listen(everywhere, false).await.unwrap_err().to_string();
         assert!(refusal.contains("GOZON_LISTEN_UNPROTECTED"), "{refusal}");

@@ -1,4 +1,5 @@
-//! `/livez` answers 200 while the process runs, `/readyz` while it can do its work. `/readyz?verbose` lists the checks.
+//! Health endpoints: `/livez` answers 200 while the process runs, `/readyz` while it can do its
+//! work. `/readyz?verbose` lists the checks.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,7 +28,7 @@ struct Check {
 pub struct Health(Vec<Check>);
 
 impl Health {
-    /// A check without which the process is not ready.
+    /// Adds a check that must pass for the process to be ready.
     #[must_use]
     pub fn required<F>(
         self,
@@ -40,7 +41,7 @@ impl Health {
         self.check(name, true, probe)
     }
 
-    /// A check whose failure is shown as degraded: the process works, but something waits.
+    /// Adds a check whose failure is only shown as degraded. The process stays ready.
     #[must_use]
     pub fn informative<F>(
         self,
@@ -70,7 +71,8 @@ impl Health {
         self
     }
 
-    /// Once `shutdown` is cancelled the process is not ready, so that no new work is sent to it.
+    /// The routes. Once `shutdown` is cancelled the process is not ready, so that a load balancer
+    /// sends it no new requests.
     pub fn routes(self, shutdown: CancellationToken) -> Router {
         Router::new()
             .route("/livez", get(async || "ok\n"))
@@ -95,7 +97,7 @@ async fn readyz(
     let mut lines = String::new();
     let mut failed = Vec::new();
     if shutdown.is_cancelled() {
-        failed.push("the process is stopping".to_owned());
+        failed.push("the process is shutting down".to_owned());
     }
     for (check, result) in results {
         match result {

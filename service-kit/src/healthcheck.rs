@@ -1,5 +1,6 @@
-//! `orders healthcheck` asks the process that runs with the same settings whether it is ready, and ends with exit code 0 if
-//! it is. A container needs no shell and no curl in its image for its health check.
+//! The subcommand `healthcheck` of each service. It asks the process that runs with the same
+//! settings whether it is ready; exit code 0 means yes. So the health check of a container needs no
+//! shell and no curl in the image.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -13,12 +14,13 @@ use hyper_util::rt::TokioExecutor;
 use tokio::time::timeout;
 
 const NAME: &str = "healthcheck";
-/// Longer than `/readyz` waits for its checks.
+/// Longer than the time limit of the checks in `/readyz`.
 const TIMEOUT: Duration = Duration::from_secs(3);
-/// Another program on the port may answer more than a few lines.
+/// Limits the answer, because another program may use the port.
 const ANSWER_BYTES_MAX: usize = 16 * 1024;
 
-/// Parses the command line as [`Parser::parse`] does. With the subcommand `healthcheck` the process ends here.
+/// Parses the command line like [`Parser::parse`]. For the subcommand `healthcheck`, runs the check
+/// and exits.
 pub async fn parse_or_check<C: Parser>() -> C {
     let matches = with_subcommand(C::command()).get_matches();
     if matches.subcommand_matches(NAME).is_some() {
@@ -27,11 +29,11 @@ pub async fn parse_or_check<C: Parser>() -> C {
             .expect("every service has --listen, with a default");
         std::process::exit(match check(listen).await {
             Ok(()) => {
-                println!("It is ready.");
+                println!("Ready.");
                 0
             }
             Err(why) => {
-                eprintln!("It is not ready: {why}");
+                eprintln!("Not ready: {why}");
                 1
             }
         });
@@ -39,15 +41,16 @@ pub async fn parse_or_check<C: Parser>() -> C {
     C::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
 }
 
-/// The check needs the address only: settings that the service requires, such as passwords, are optional for it.
+/// Adds the subcommand. It needs only the address: settings that the service requires, such as
+/// passwords, are optional for it.
 fn with_subcommand(command: Command) -> Command {
-    let about = "Asks the process on --listen whether it is ready; exit code 1 if it is not";
+    let about = "Ask the process on --listen whether it is ready; exit code 1 if it is not";
     command
         .subcommand_negates_reqs(true)
         .subcommand(Command::new(NAME).about(about))
 }
 
-/// Whether the process that listens on this address is ready; if not, why.
+/// Returns an error with the reason if the process on this address is not ready.
 async fn check(listen: SocketAddr) -> Result<(), String> {
     let address = SocketAddr::new(reachable(listen.ip()), listen.port());
     let uri = format!("http://{address}/readyz")
@@ -70,7 +73,7 @@ async fn check(listen: SocketAddr) -> Result<(), String> {
     }
 }
 
-/// A process that listens on all addresses is reached at the loopback address.
+/// The address to connect to: loopback if the process listens on all addresses.
 fn reachable(ip: IpAddr) -> IpAddr {
     match ip {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
@@ -129,8 +132,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_check_tells_whether_the_process_is_ready_and_why_not() {
-        // On all addresses, as in a container.
+    async fn the_check_reports_whether_the_process_is_ready_and_why_not() {
+        // All addresses, as in a container.
         let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
         let listen = listener.local_addr().unwrap();
         let good = Arc::new(AtomicBool::new(true));
@@ -140,7 +143,7 @@ mod tests {
             std::future::ready(if seen.load(Ordering::SeqCst) {
                 Ok(())
             } else {
-                Err("away".to_owned())
+                Err("down".to_owned())
             })
         });
         let router = crate::http::edge(health.routes(shutdown.clone()));
@@ -154,7 +157,7 @@ mod tests {
         assert_eq!(check(listen).await, Ok(()));
         good.store(false, Ordering::SeqCst);
         let why = check(listen).await.unwrap_err();
-        assert!(why.contains("database: away"), "{why}");
+        assert!(why.contains("database: down"), "{why}");
 
         shutdown.cancel();
         server.await.unwrap().unwrap();
@@ -176,7 +179,7 @@ mod tests {
             let address = listener.local_addr().unwrap();
             let other = tokio::spawn(async move {
                 let (mut stream, _) = listener.accept().await.unwrap();
-                // The whole request: closing with unread bytes would reset the connection.
+                // Reads the whole request: closing with unread bytes would reset the connection.
                 let mut request = Vec::new();
                 while !request.ends_with(b"\r\n\r\n") {
                     request.push(stream.read_u8().await.unwrap());

@@ -1,4 +1,4 @@
-//! The outermost layer of every HTTP server: request ids, problem documents, panics, access log.
+//! The outermost layers of every HTTP server: request ids, problem documents, panics, access log.
 
 use std::any::Any;
 use std::time::Instant;
@@ -22,15 +22,15 @@ use crate::input::key::{self, IDEMPOTENCY_KEY};
 use crate::metrics;
 use crate::problem::{self, Code, Problem};
 
-/// Names a request in logs and problem documents. An acceptable one from the caller is kept.
+/// Identifies a request in logs and problem documents. A well-formed id from the caller is kept.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// Longest path and query.
+/// Maximum length of path and query together.
 const URL_BYTES_MAX: usize = 4 * 1024;
-/// Machines request these all the time: metrics about them would say nothing.
+/// Not counted in the request metrics, since monitoring requests them all the time.
 const PROBES: [&str; 3] = ["/livez", "/readyz", "/metrics"];
 const REQUEST_ID_LENGTH_MAX: usize = 64;
 
-/// Wraps `router` in the layers that every server has. Paths and methods that it does not have are answered here.
+/// Wraps `router` in the layers that every server has, and answers unknown paths and methods.
 pub fn edge(router: Router) -> Router {
     layered(
         router
@@ -41,10 +41,10 @@ pub fn edge(router: Router) -> Router {
 
 pub(crate) fn layered(router: Router) -> Router {
     let layers = ServiceBuilder::new()
-        .map_request(without_unacceptable_request_id)
+        .map_request(without_malformed_request_id)
         .layer(SetRequestIdLayer::new(REQUEST_ID, MintRequestId))
         .layer(PropagateRequestIdLayer::new(REQUEST_ID))
-        // Browsers must not guess content types, and nobody may keep copies of responses about money.
+        // Browsers must not guess content types, and no cache may store responses about money.
         .layer(SetResponseHeaderLayer::overriding(
             header::X_CONTENT_TYPE_OPTIONS,
             HeaderValue::from_static("nosniff"),
@@ -58,8 +58,9 @@ pub(crate) fn layered(router: Router) -> Router {
     router.layer(layers)
 }
 
-/// By hand, since it needs both the request and the response: logs and counts the request, gives a POST an idempotency
-/// key, and turns every error, from whichever layer, into a problem document.
+/// Logs and counts the request, gives a POST an idempotency key, and turns every error from an
+/// inner layer into a problem document. One middleware, because all of this needs request and
+/// response.
 async fn answer(mut request: Request, next: Next) -> Response {
     let request_id = request
         .extensions()
@@ -97,7 +98,8 @@ async fn answer(mut request: Request, next: Next) -> Response {
         }
         let duration_ms = elapsed.as_millis() as u64;
         match written {
-            // Logging every rejected request would add to the load; they are counted.
+            // Not at level info: a log line per rejection would add to the load. A metric counts
+            // them.
             Some(code) if !matches!(code, Code::Overloaded | Code::RateLimited) => info!(
                 http.status = status,
                 problem.code = code.as_str(),
@@ -112,8 +114,8 @@ async fn answer(mut request: Request, next: Next) -> Response {
     .await
 }
 
-/// The key of a POST. One is minted for a client that sent none, so that there is a key to retry with if the outcome is
-/// unknown. A malformed key is left for the handler to reject.
+/// The key of a POST. A request without a key gets a new one, so that the client can retry with it
+/// if the outcome is unknown. The handler rejects a malformed key.
 fn idempotency_key(request: &mut Request) -> Option<IdempotencyKey> {
     if request.method() != Method::POST {
         return None;
@@ -129,7 +131,7 @@ fn idempotency_key(request: &mut Request) -> Option<IdempotencyKey> {
     Some(key)
 }
 
-/// Clients may invent methods; each would be a new series.
+/// Unknown methods share one label. Otherwise each invented method would create a new series.
 fn method_label(method: &Method) -> &str {
     match method.as_str() {
         known @ ("GET" | "HEAD" | "POST" | "PUT" | "PATCH" | "DELETE" | "OPTIONS") => known,
@@ -137,15 +139,15 @@ fn method_label(method: &Method) -> &str {
     }
 }
 
-fn without_unacceptable_request_id(mut request: Request) -> Request {
-    let acceptable = |value: &HeaderValue| {
+fn without_malformed_request_id(mut request: Request) -> Request {
+    let well_formed = |value: &HeaderValue| {
         let bytes = value.as_bytes();
         (1..=REQUEST_ID_LENGTH_MAX).contains(&bytes.len())
             && bytes
                 .iter()
                 .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-'))
     };
-    if !request.headers().get(REQUEST_ID).is_some_and(acceptable) {
+    if !request.headers().get(REQUEST_ID).is_some_and(well_formed) {
         request.headers_mut().remove(REQUEST_ID);
     }
     request
@@ -161,8 +163,8 @@ impl MakeRequestId for MintRequestId {
     }
 }
 
-/// Writes the document of a problem, and says which code it has. A document that was only forwarded is logged by its
-/// author.
+/// Writes the document of a problem and returns its code, for the log. Returns no code for a
+/// document that was only forwarded: the service that created it has logged it.
 fn as_problem_document(
     mut response: Response,
     request_id: &str,
@@ -204,7 +206,8 @@ fn has_problem_document(headers: &HeaderMap) -> bool {
     })
 }
 
-/// A POST may or may not have been executed before its handler panicked.
+/// Answers 500 with an unknown outcome: the handler of a POST may have committed before it
+/// panicked.
 fn panicked(panic: Box<dyn Any + Send>) -> Response {
     let words = panic
         .downcast_ref::<&str>()
@@ -237,7 +240,7 @@ mod tests {
         let router = Router::new()
             .route(
                 "/panic",
-                any(async || -> StatusCode { panic!("secret innards") }),
+                any(async || -> StatusCode { panic!("secret internals") }),
             )
             .route("/bare", get(async || StatusCode::IM_A_TEAPOT))
             .route("/echo", post(async |_: ValidatedJson<Empty>| "ok"));
@@ -259,7 +262,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_handler_that_panics_names_the_key_to_try_again_with() {
+    async fn the_answer_after_a_panic_contains_the_key_to_retry_with() {
         let panics = |request: axum::http::request::Builder| {
             request.uri("/panic").body(Body::empty()).unwrap()
         };
@@ -273,7 +276,7 @@ mod tests {
             (&"unknown".into(), &"the key".into()),
             "{document}"
         );
-        assert!(!document.to_string().contains("innards"), "{document}");
+        assert!(!document.to_string().contains("internals"), "{document}");
         let (_, _, document) = answered(panics(
             Request::get("/").header("idempotency-key", "the key"),
         ))
@@ -327,7 +330,7 @@ mod tests {
                 headers[REQUEST_ID].to_str().unwrap(),
                 "{what}"
             );
-            assert!(!document.to_string().contains("innards"), "{what}");
+            assert!(!document.to_string().contains("internals"), "{what}");
             let title = document["title"].as_str().unwrap();
             assert!(!title.contains("json") && !title.contains("Url"), "{title}");
             assert!(
@@ -341,7 +344,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_reasonable_request_id_is_kept_and_another_is_replaced() {
+    async fn a_well_formed_request_id_is_kept_and_any_other_is_replaced() {
         let with_id = |id: &str| {
             Request::get("/nowhere")
                 .header(REQUEST_ID, id)
@@ -352,10 +355,10 @@ mod tests {
             answered(with_id("abc-1.2_3")).await.2["request_id"],
             "abc-1.2_3"
         );
-        for unreasonable in ["a b", "x".repeat(65).as_str(), "", "<script>"] {
+        for malformed in ["a b", "x".repeat(65).as_str(), "", "<script>"] {
             assert_ne!(
-                answered(with_id(unreasonable)).await.2["request_id"],
-                unreasonable
+                answered(with_id(malformed)).await.2["request_id"],
+                malformed
             );
         }
     }

@@ -1,18 +1,20 @@
-//! The client's name for one request, so that a retry is not executed again. Free of HTTP: use cases import it.
+//! Idempotency keys: a client names a request, so that a retry is not executed again. No HTTP here,
+//! because the use cases import this module.
 //!
-//! Parsing is by hand: the IETF draft wants the key quoted, most clients send it bare, and no crate reads both.
+//! The parser is our own: the IETF draft requires quotes, most clients send the key without, and no
+//! crate accepts both.
 
 const LENGTH_MAX: usize = 255;
 
-/// Names one intended request of a client: a retry carries the same key.
+/// Identifies a request of a client. A retry has the same key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IdempotencyKey(String);
 
 impl IdempotencyKey {
-    /// Longest key, in characters.
+    /// Maximum length, in characters.
     pub const LENGTH_MAX: usize = LENGTH_MAX;
 
-    /// Accepts a key bare, as most clients send it, and quoted, as the IETF draft defines it.
+    /// Accepts a key with or without double quotes.
     pub fn parse(text: &str) -> Option<Self> {
         let text = text.trim();
         let key = match text.strip_prefix('"') {
@@ -20,18 +22,19 @@ impl IdempotencyKey {
             Some(quoted) => unquote(quoted.strip_suffix('"')?)?,
         };
         let printable = key.bytes().all(|byte| (b' '..=b'~').contains(&byte));
-        // Responses name the key bare, and sent back bare it must be read as the same key. A leading double quote
-        // would start a quoted key, and spaces around a header value are not part of it.
+        // Responses contain the key without quotes. If a client sends it back like that, it must be
+        // parsed as the same key. A leading double quote would start a quoted key, and spaces
+        // around a header value are not part of the value.
         let same_when_bare = !key.starts_with('"') && key.trim() == key;
         ((1..=LENGTH_MAX).contains(&key.len()) && printable && same_when_bare).then_some(Self(key))
     }
 
-    /// Mints a key for a request that has none.
+    /// Creates a random key, for a request that has none.
     pub fn mint() -> Self {
         Self(uuid::Uuid::new_v4().to_string())
     }
 
-    /// The bare key, without quotes.
+    /// The key without quotes.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -54,7 +57,7 @@ fn unquote(inner: &str) -> Option<String> {
     Some(key)
 }
 
-/// Whether this request was executed now, or an earlier one with the same key was.
+/// Whether the request was executed now, or earlier under the same key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Execution {
@@ -71,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_may_be_bare_or_quoted() {
+    fn a_key_may_have_double_quotes_or_none() {
         for (text, key) in [
             ("abc", "abc"),
             ("\"abc\"", "abc"),
@@ -85,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn a_malformed_key_is_refused() {
+    fn a_malformed_key_is_rejected() {
         for text in [
             "",
             "\"\"",
@@ -101,8 +104,8 @@ mod tests {
         }
     }
 
-    /// Responses name keys bare. A key that is parsed differently when it is sent back would be another key, and its
-    /// request would be executed twice.
+    /// Responses contain keys without quotes. If a key that is sent back were parsed differently,
+    /// it would be a new key, and the request would be executed twice.
     #[test]
     fn a_key_from_a_response_is_parsed_as_the_same_key() {
         for text in [r#""\"q9\"""#, "\" z\"", "\"z \"", "\" \""] {

@@ -1,14 +1,14 @@
-//! Extractors: what a request carries, checked before a handler sees it.
+//! Extractors: they validate a request before a handler sees it.
 //!
-//! A body or a query is one struct, which is its schema and its validation. It derives `Deserialize` and utoipa's
-//! `ToSchema` or `IntoParams`. Its rules:
+//! One struct describes a body or a query. It is both the schema and the validation: it derives
+//! `Deserialize` and utoipa's `ToSchema` or `IntoParams`. Rules for such a struct:
 //!
-//! - The type of a field states its rule: the text of an error is what the type's visitor expects, or the error of its
-//!   `TryFrom`.
-//! - A field that may be absent is an `Option`. Null is not absent: it is refused.
+//! - The type of a field defines which values are valid. The error text is what the type's visitor
+//!   expects, or the error of its `TryFrom`.
+//! - An optional field is an `Option`. Null is not the same as absent: it is rejected.
 //! - No `#[serde(flatten)]` and no `#[serde(default)]`.
 //!
-//! All wrong fields are named at once; repeated and unknown fields are refused.
+//! A rejection lists all invalid fields. Repeated and unknown fields are rejected too.
 
 mod body;
 mod fields;

@@ -1,6 +1,6 @@
-//! What every binary of the system needs: logging, shutdown, health, metrics, settings, and an HTTP server that answers
-//! every error with a problem document (RFC 9457). It knows no rule of the shop; only the list of problem codes, which is
-//! one for the whole API, names its nouns.
+//! Everything that all binaries need: logging, shutdown, health checks, metrics, settings, and an
+//! HTTP server that answers every error with a problem document (RFC 9457). It contains no business
+//! rules. Only the list of problem codes uses domain words, because the whole API has one list.
 
 pub mod api;
 pub mod config;
@@ -11,10 +11,10 @@ pub mod idempotency;
 pub mod input;
 pub mod metrics;
 pub mod openapi;
-pub mod places;
 pub mod problem;
 pub mod server;
 pub mod shutdown;
+pub mod slots;
 pub mod telemetry;
 
 pub use problem::Problem;

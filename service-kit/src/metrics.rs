@@ -1,8 +1,9 @@
 //! `GET /metrics` for Prometheus.
 //!
-//! Everything goes through the facade crate `metrics`, so a library counts without knowing who reads. Counters and
-//! histograms are kept while the process runs. Gauges are set by callbacks before each page, see [`Metrics::refresh`].
-//! Label values are names from the code (routes, outcomes, consumers), never ids: clients cannot create series.
+//! All code uses the facade crate `metrics`, so libraries do not depend on the exporter. Counters
+//! and histograms are kept while the process runs. Callbacks set the gauges before each page, see
+//! [`Metrics::refresh`]. Label values are names from the code (routes, outcomes, consumers), never
+//! ids, so clients cannot create series.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -19,13 +20,13 @@ use metrics_util::MetricKindMask;
 use tokio::sync::Mutex;
 use tracing::warn;
 
-use crate::{places, server};
+use crate::{server, slots};
 
-/// The page is served without the gauges of a refresh that takes longer.
+/// If a refresh takes longer, the page is served without its gauges.
 const REFRESH_TIMEOUT: Duration = Duration::from_secs(2);
-/// Recorded durations are kept in memory until they are moved into their buckets.
+/// How often recorded durations are moved from memory into their buckets.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
-/// In seconds.
+/// Bucket boundaries of durations, in seconds.
 const BUCKETS: [f64; 16] = [
     0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0,
 ];
@@ -52,11 +53,11 @@ impl Metrics {
             version,
             refreshes: Vec::new(),
         }
-        .refusing(&[server::CONNECTIONS, places::CLIENT_SHARE]))
+        .refusing(&[server::CONNECTIONS, slots::CLIENT_SHARE]))
     }
 
-    /// Registers the reasons for which this process may reject requests, each with 0: with an absent counter nobody
-    /// could tell "nothing was rejected" from "not known".
+    /// Registers the reasons for which this process may reject requests. Each counter starts at 0,
+    /// because an absent counter could mean "nothing rejected" or "not known".
     #[must_use]
     pub fn refusing(self, reasons: &[&'static str]) -> Self {
         for reason in reasons {
@@ -65,9 +66,9 @@ impl Metrics {
         self
     }
 
-    /// Runs `refresh` before each page. It sets gauges with [`metrics::gauge!`] and describes them once at start with
-    /// [`metrics::describe_gauge!`]. A gauge that was not set since the last page is left out of the page: if `refresh`
-    /// fails or times out, no old value is shown as a new one.
+    /// Runs `refresh` before each page, to set gauges with [`metrics::gauge!`]. Describe them once
+    /// at start with [`metrics::describe_gauge!`]. The page omits a gauge that was not set since
+    /// the last page: if `refresh` fails or times out, no old value is shown as a new one.
     #[must_use]
     pub fn refresh<F>(mut self, refresh: impl Fn() -> F + Send + Sync + 'static) -> Self
     where
@@ -84,7 +85,7 @@ impl Metrics {
     }
 }
 
-/// There is one per process, even if several services run in it (in tests).
+/// One recorder per process, even if several services run in it, as in tests.
 fn recorder() -> anyhow::Result<&'static PrometheusHandle> {
     static RECORDER: OnceLock<Result<PrometheusHandle, BuildError>> = OnceLock::new();
     let recorder = RECORDER.get_or_init(|| {
@@ -96,7 +97,7 @@ fn recorder() -> anyhow::Result<&'static PrometheusHandle> {
         describe_counter!(HTTP_REQUESTS, "HTTP requests answered, by route template");
         describe_histogram!(
             HTTP_SECONDS,
-            "From the head of a request to the head of its response"
+            "Seconds from the head of a request to the head of its response"
         );
         describe_counter!(
             HTTP_REFUSED,
@@ -107,10 +108,10 @@ fn recorder() -> anyhow::Result<&'static PrometheusHandle> {
     });
     recorder
         .as_ref()
-        .map_err(|error| anyhow::anyhow!("metrics cannot be kept: {error}"))
+        .map_err(|error| anyhow::anyhow!("the metrics recorder cannot be installed: {error}"))
 }
 
-/// Bounds the memory of recorded durations where nobody reads the page.
+/// Moves recorded durations into their buckets, which bounds memory even if nobody reads the page.
 pub(crate) async fn upkeep() {
     loop {
         tokio::time::sleep(UPKEEP_INTERVAL).await;
@@ -131,13 +132,13 @@ pub(crate) fn answered(method: &str, route: &str, status: u16, duration: Duratio
     .increment(1);
 }
 
-/// Counts a request that was rejected by a limit. [`Metrics::refusing`] registers the reason.
+/// Counts a request that a limit rejected. Register the reason with [`Metrics::refusing`].
 pub fn refused(reason: &'static str) {
     counter!(HTTP_REFUSED, "reason" => reason).increment(1);
 }
 
 async fn page(State(metrics): State<Arc<Metrics>>) -> Response {
-    // One page at a time: a second one would find that no gauge was set since the first.
+    // One page at a time: of two concurrent pages, the second would omit all gauges.
     static ONE_PAGE: Mutex<()> = Mutex::const_new(());
     let _guard = ONE_PAGE.lock().await;
     gauge!(BUILD_INFO, "service" => metrics.service, "version" => metrics.version).set(1.0);
@@ -148,9 +149,9 @@ async fn page(State(metrics): State<Arc<Metrics>>) -> Response {
     for refreshed in join_all(refreshes).await {
         match refreshed {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => warn!(error, "Some gauges are left out: they could not be read"),
+            Ok(Err(error)) => warn!(error, "Some gauges are omitted: they could not be read"),
             Err(_) => {
-                warn!("Some gauges are left out: they were not read within {REFRESH_TIMEOUT:?}");
+                warn!("Some gauges are omitted: they were not read within {REFRESH_TIMEOUT:?}");
             }
         }
     }
@@ -179,7 +180,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_gauge_that_cannot_be_read_is_left_out_and_comes_back() {
+    async fn a_gauge_that_cannot_be_read_is_omitted_until_it_can() {
         static READABLE: AtomicBool = AtomicBool::new(true);
         let routes = Metrics::start("test", "1")
             .unwrap()

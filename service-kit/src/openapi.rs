@@ -1,6 +1,6 @@
-//! What all operations of an OpenAPI document have in common: errors that any request can get, an example of each, and
-//! headers of every response. Handlers document only what is specific to them. By hand, since utoipa describes one
-//! operation at a time.
+//! The parts that all operations of an OpenAPI document share: errors that any request can get, an
+//! example of each, and the headers of every response. Handlers document only what is specific to
+//! them. utoipa cannot do this, because it describes one operation at a time.
 
 use utoipa::openapi::header::HeaderBuilder;
 use utoipa::openapi::path::Operation;
@@ -13,22 +13,23 @@ use crate::problem::{CONTENT_TYPE, Code, FieldError, Problem};
 
 const REQUEST_ID_EXAMPLE: &str = "01933f3c-7d5a-7b60-9d6f-3f0b4b1f2a11";
 
-/// Adds to every operation the errors that any request can meet. `limited` adds 429. `codes` are the service's own, for
-/// examples: the first one with the status of a response is its example.
+/// Adds the errors that any request can get to every operation; with `limited`, also 429. `codes`
+/// are the service's own codes, for examples: the first code with the status of a response is its
+/// example.
 pub fn complete(document: &mut OpenApi, limited: bool, codes: &[Code]) {
-    // Redocly wants it said that there is no login.
+    // Redocly requires an explicit statement that there is no login.
     document.security.get_or_insert_with(Vec::new);
     let mut used = Vec::new();
     for item in document.paths.paths.values_mut() {
         for (operation, has_body) in [(&mut item.get, false), (&mut item.post, true)] {
             let Some(operation) = operation else { continue };
             for (status, name, description) in COMMON {
-                let concerns = match status {
+                let applies = match status {
                     408 | 413 | 415 => has_body,
                     429 => limited,
                     _ => true,
                 };
-                if concerns
+                if applies
                     && !operation
                         .responses
                         .responses
@@ -42,18 +43,18 @@ pub fn complete(document: &mut OpenApi, limited: bool, codes: &[Code]) {
                     used.push((status, name, description));
                 }
             }
-            furnish(operation, codes);
+            add_headers_and_examples(operation, codes);
         }
     }
     let components = document.components.get_or_insert_with(Default::default);
     for (status, name, description) in used {
         let mut response = ResponseBuilder::new().description(description).build();
-        // Headers that are too large are rejected before a handler could write a document.
+        // Headers that are too large are rejected by hyper, without a problem document.
         if status != 431 {
             response
                 .content
                 .insert(CONTENT_TYPE.to_owned(), RefOr::T(problem_content()));
-            furnish_response(status, &mut response, codes, false);
+            add_headers_and_example(status, &mut response, codes, false);
         }
         components
             .responses
@@ -89,16 +90,16 @@ const COMMON: [(u16, &str, &str); 9] = [
     ),
 ];
 
-/// Adds headers and examples to the responses that an operation describes itself.
-fn furnish(operation: &mut Operation, codes: &[Code]) {
+/// Adds headers and examples to the responses that an operation documents.
+fn add_headers_and_examples(operation: &mut Operation, codes: &[Code]) {
     for (status, response) in &mut operation.responses.responses {
         if let (RefOr::T(response), Ok(status)) = (response, status.parse()) {
-            furnish_response(status, response, codes, operation.request_body.is_some());
+            add_headers_and_example(status, response, codes, operation.request_body.is_some());
         }
     }
 }
 
-fn furnish_response(status: u16, response: &mut Response, codes: &[Code], has_body: bool) {
+fn add_headers_and_example(status: u16, response: &mut Response, codes: &[Code], has_body: bool) {
     let mut header = |name: &str, kind, description: &str| {
         let header = HeaderBuilder::new()
             .schema(Some(Object::with_type(SchemaType::Type(kind))))
@@ -112,7 +113,7 @@ fn furnish_response(status: u16, response: &mut Response, codes: &[Code], has_bo
     header(
         "X-Request-Id",
         Type::String,
-        "Identifies the request in logs; an acceptable one of the request is kept",
+        "Identifies the request in logs; a well-formed id from the client is kept",
     );
     if matches!(status, 429 | 503) {
         header(
@@ -134,7 +135,7 @@ fn problem_content() -> utoipa::openapi::Content {
         .build()
 }
 
-/// An error that every operation has.
+/// A validation error that every operation can return.
 fn unknown(has_body: bool) -> FieldError {
     let (pointer, detail) = match has_body {
         true => ("/colour", "unknown field"),

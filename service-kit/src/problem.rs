@@ -1,4 +1,4 @@
-//! Errors as problem documents (RFC 9457): one shape for every response that is not a success, from every layer.
+//! Problem documents (RFC 9457): the format of every error response, from every layer.
 
 use std::borrow::Cow;
 
@@ -14,11 +14,12 @@ pub use code::Code;
 pub const CONTENT_TYPE: &str = "application/problem+json";
 
 const RETRY_AFTER_SECONDS: u32 = 1;
-const UNKNOWN_OUTCOME_ADVICE: &str = "The request may or may not have been executed: send it again with the \
-                                      idempotency_key named here, and it is executed once.";
+const UNKNOWN_OUTCOME_ADVICE: &str = "The request may or may not have been executed: send it again \
+                                      with the idempotency_key named here, and it is executed \
+                                      once.";
 
-/// A response that is not a success. It has no body yet: the outermost layer ([`crate::http::edge`]) knows the request's
-/// id and its idempotency key, and writes the document.
+/// An error response without a body. The outermost layer ([`crate::http::edge`]) adds the document,
+/// because it knows the request id and the idempotency key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
     code: Code,
@@ -61,10 +62,11 @@ pub struct ProblemDocument {
     pub request_id: String,
     /// Every part of the request that is not acceptable.
     pub errors: Vec<FieldError>,
-    /// Null unless it is not known whether the request was executed. Send it again with `idempotency_key`.
+    /// `unknown` if the request may or may not have been executed: send it again with
+    /// `idempotency_key`. Otherwise null.
     #[schema(required = true)]
     pub outcome: Option<Outcome>,
-    /// The key to send the request again with; null unless the outcome is unknown.
+    /// The key for sending the request again, if the outcome is unknown. Otherwise null.
     #[schema(required = true)]
     pub idempotency_key: Option<String>,
 }
@@ -94,7 +96,7 @@ impl Problem {
         }
     }
 
-    /// The request was understood, but parts of it are not acceptable.
+    /// The request can be read, but these parts of it are invalid.
     pub fn validation(errors: Vec<FieldError>) -> Self {
         let cause = match errors.as_slice() {
             [one] if one.pointer.is_empty() => capitalised(format!("{}.", one.detail)),
@@ -107,7 +109,7 @@ impl Problem {
         }
     }
 
-    /// A status from a layer that does not know problem documents.
+    /// For an error status from a layer that does not know problem documents.
     pub fn from_status(status: StatusCode) -> Self {
         let code = match status {
             StatusCode::BAD_REQUEST => Code::BadRequest,
@@ -123,14 +125,14 @@ impl Problem {
         }
     }
 
-    /// Says exactly what is wrong, in one sentence, in place of the general sentence of the code.
+    /// Replaces the general cause of the code with a more exact sentence.
     #[must_use]
     pub fn because(mut self, cause: impl Into<Cow<'static, str>>) -> Self {
         self.cause = cause.into();
         self
     }
 
-    /// Names the service if the problem is that it is unavailable.
+    /// Names the service if the code is [`Code::ServiceUnavailable`].
     #[must_use]
     pub fn of_service(self, name: &str) -> Self {
         match self.code {
@@ -145,7 +147,8 @@ impl Problem {
         self
     }
 
-    /// The request may or may not have been executed. If it was a POST, the document names its idempotency key.
+    /// Marks that the request may or may not have been executed. For a POST, the document contains
+    /// the idempotency key.
     #[must_use]
     pub fn outcome_unknown(mut self) -> Self {
         self.outcome_unknown = true;
@@ -160,7 +163,7 @@ impl Problem {
         self.code
     }
 
-    /// The document for the request with this id. `key` is the idempotency key of the request, if it has one.
+    /// Builds the document. `key` is the idempotency key of the request, if it has one.
     pub fn into_document(self, request_id: &str, key: Option<&str>) -> ProblemDocument {
         let key = key.filter(|_| self.outcome_unknown);
         let advice = match key {
@@ -202,7 +205,7 @@ impl IntoResponse for Problem {
                 .headers_mut()
                 .insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
-        // The rest of the body would still arrive, and nobody reads it.
+        // The connection cannot be reused: the rest of the body may still arrive, and is not read.
         if matches!(
             self.status,
             StatusCode::PAYLOAD_TOO_LARGE | StatusCode::REQUEST_TIMEOUT
@@ -221,7 +224,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_code_says_what_is_wrong_and_what_to_do_in_one_sentence_each() {
+    fn the_cause_and_advice_of_every_code_are_one_sentence_each() {
         for code in Code::ALL {
             let name = serde_json::to_value(code).unwrap();
             assert_eq!(name, code.as_str());

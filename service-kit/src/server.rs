@@ -1,4 +1,5 @@
-//! Serving HTTP/1.1 with limits: a client that is slow or greedy holds nothing for long.
+//! An HTTP/1.1 server with limits on time, size and connections, so that slow or greedy clients
+//! cannot exhaust its resources.
 
 use std::net::{IpAddr, Ipv6Addr};
 use std::pin::pin;
@@ -22,31 +23,32 @@ use tokio_util::sync::CancellationToken;
 use tower::{Service as _, ServiceExt as _};
 use tracing::{debug, warn};
 
-use crate::places::{Place, Places};
 use crate::problem::{Code, Problem};
+use crate::slots::{Slot, Slots};
 
-/// Open requests get this long after a shutdown begins.
+/// Time for requests in progress after a shutdown begins.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
-/// Largest request line and headers together.
+/// Maximum size of the request line and headers together.
 const HEAD_BYTES_MAX: usize = 16 * 1024;
-/// Delay before the next accept if one fails, since no file descriptor is left.
+/// Delay after a failed accept. Usually no file descriptor is left.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(50);
-/// A client that still sends when its connection ends gets this long to read the last response. Closing at once would
-/// reset the connection, and the client would lose the response.
+/// Time for a client that is still sending to read the last response before the connection is
+/// closed. Closing at once would reset the connection, and the client would lose the response.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(1);
-/// A connection above the limit gets this long to send the request that is rejected.
+/// Time for a connection above the limit to send the request that is then rejected.
 const REJECTED_HEAD_TIMEOUT: Duration = Duration::from_secs(1);
-/// Connections above the limit that may be open until they are rejected. One more is closed without a response.
+/// Number of connections above the limit that may wait for their rejection. Further connections are
+/// closed without a response.
 const REJECTED_MAX: usize = 1024;
 
-/// The address at the other end of the connection, in the extensions of each request.
+/// The client address of the connection. Each request has it in its extensions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer(pub IpAddr);
 
-/// The reason for rejecting a connection, as a label of metrics.
+/// Metric label: there are too many connections.
 pub(crate) const CONNECTIONS: &str = "connections";
 
-/// The part of an address that stands for one client: an IPv6 client usually has a whole /64 network.
+/// The part of an address that identifies a client: an IPv6 client usually has a whole /64 network.
 pub fn client_network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
@@ -56,8 +58,9 @@ pub fn client_network(address: IpAddr) -> IpAddr {
 
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct ConnectionArgs {
-    /// HTTP connections that may be open at once; one more gets 503. One address can open three quarters of them. A
-    /// gateway opens up to GOZON_REQUESTS_MAX connections to each service, and up to GOZON_WAITS_MAX more to orders.
+    /// Maximum number of open HTTP connections; further ones get 503. One address can open at most
+    /// three quarters of them. A gateway opens up to GOZON_REQUESTS_MAX connections to each
+    /// service, and up to GOZON_WAITS_MAX more to orders.
     #[arg(long, env = "GOZON_CONNECTIONS_MAX", default_value_t = ConnectionArgs::default().connections_max)]
     pub connections_max: usize,
 }
@@ -72,10 +75,11 @@ impl Default for ConnectionArgs {
 
 #[derive(Clone, Copy, Debug)]
 struct Limits {
-    /// A request's head must be complete within this time, and a connection may be idle as long. Longer than our own
-    /// clients keep idle connections, so that they close them and not the server.
+    /// Time for the head of a request, and maximum idle time of a connection. Our own clients close
+    /// idle connections earlier, so the server never closes a connection that they are about to
+    /// use.
     head_timeout: Duration,
-    /// A client that reads nothing of what was sent to it is disconnected after this time.
+    /// A client that reads nothing for this long is disconnected.
     unread_timeout: Duration,
     connections_max: usize,
 }
@@ -90,7 +94,7 @@ impl Limits {
     }
 }
 
-/// Serves until `shutdown`, then lets open requests end, for at most [`DRAIN_TIMEOUT`].
+/// Serves until `shutdown`. Then waits for requests in progress, for at most [`DRAIN_TIMEOUT`].
 pub async fn serve(
     listener: TcpListener,
     router: Router,
@@ -112,7 +116,8 @@ async fn serve_within(
     shutdown: CancellationToken,
 ) {
     let admission = Admission::new(limits, router);
-    // A JoinSet and not a TaskTracker: connections that outlive the drain, or a dropped server, are aborted.
+    // A JoinSet, not a TaskTracker: connections are aborted when the drain times out or the server
+    // is dropped.
     let mut connections = JoinSet::new();
     while let Some(accepted) = shutdown.run_until_cancelled(listener.accept()).await {
         while connections.try_join_next().is_some() {}
@@ -137,22 +142,22 @@ async fn serve_within(
     drop(listener);
     let drained = async { while connections.join_next().await.is_some() {} };
     if timeout(DRAIN_TIMEOUT, drained).await.is_err() {
-        warn!("Some requests did not end within {DRAIN_TIMEOUT:?} and are aborted");
+        warn!("Some requests were aborted: they did not end within {DRAIN_TIMEOUT:?}");
     }
 }
 
-/// Decides what a new connection gets.
+/// Decides whether a new connection is served or rejected.
 struct Admission {
-    places: Places<IpAddr>,
+    slots: Slots<IpAddr>,
     head_timeout: Duration,
     router: Router,
-    rejected_places: Places<IpAddr>,
+    rejected_slots: Slots<IpAddr>,
     rejecting: Router,
 }
 
 struct Admitted {
     /// Held while the connection is open.
-    _place: Place<IpAddr>,
+    _slot: Slot<IpAddr>,
     head_timeout: Duration,
     keep_alive: bool,
     router: Router,
@@ -160,7 +165,8 @@ struct Admitted {
 
 impl Admission {
     fn new(limits: Limits, router: Router) -> Self {
-        // Clients that open too many connections cannot make this process look dead.
+        // Probes are served above the limit too. Otherwise clients with too many connections would
+        // make this process look dead.
         let served = router.clone();
         let probe = any(move |request: Request| served.clone().oneshot(request));
         let rejecting = Router::new()
@@ -170,29 +176,29 @@ impl Admission {
                 Router::new().fallback(too_many_connections),
             ));
         Self {
-            places: Places::new(CONNECTIONS, limits.connections_max),
+            slots: Slots::new(CONNECTIONS, limits.connections_max),
             head_timeout: limits.head_timeout,
             router,
-            rejected_places: Places::new(CONNECTIONS, REJECTED_MAX),
+            rejected_slots: Slots::new(CONNECTIONS, REJECTED_MAX),
             rejecting,
         }
     }
 
-    /// None: the connection is closed at once.
+    /// `None` if the connection must be closed at once.
     fn admit(&self, peer: IpAddr) -> Option<Admitted> {
         let client = client_network(peer);
-        match self.places.take(client) {
-            Ok(place) => Some(Admitted {
-                _place: place,
+        match self.slots.take(client) {
+            Ok(slot) => Some(Admitted {
+                _slot: slot,
                 head_timeout: self.head_timeout,
                 keep_alive: true,
                 router: self.router.clone(),
             }),
             Err(refusal) => {
                 crate::metrics::refused(refusal.reason());
-                let place = self.rejected_places.take(client).ok()?;
+                let slot = self.rejected_slots.take(client).ok()?;
                 Some(Admitted {
-                    _place: place,
+                    _slot: slot,
                     head_timeout: REJECTED_HEAD_TIMEOUT,
                     keep_alive: false,
                     router: self.rejecting.clone(),
@@ -204,8 +210,8 @@ impl Admission {
 
 fn set_options(stream: &TcpStream, unread_timeout: Duration) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
-    // Counts from the last byte that the client took, also while our own buffers still have room. Other systems have no
-    // such option: there a client that reads nothing keeps its connection.
+    // The time runs from the last byte that the client took, even while our own buffers have room.
+    // Other systems lack this option: there a client that reads nothing keeps its connection.
     #[cfg(target_os = "linux")]
     rustix::net::sockopt::set_tcp_user_timeout(stream, unread_timeout.as_millis() as u32)?;
     Ok(())
@@ -218,7 +224,7 @@ async fn serve_connection(
     shutdown: CancellationToken,
 ) {
     let Admitted {
-        _place,
+        _slot,
         head_timeout,
         keep_alive,
         router,
@@ -246,24 +252,24 @@ async fn serve_connection(
         }
     };
     if let Err(error) = ended {
-        debug!(error = %error, "A connection ended early");
+        debug!(error = %error, "A connection ended with an error");
     }
     let rest = async {
         let mut discarded = [0; 4096];
         while matches!(stream.read(&mut discarded).await, Ok(1..)) {}
     };
-    // A client that sends longer loses the response.
+    // If the client sends for longer than this, it loses the response.
     let _ = timeout(LINGER_TIMEOUT, rest).await;
 }
 
-/// A client is rejected at once rather than left waiting for a free connection.
+/// Rejects the request at once, instead of letting the client wait for a free connection.
 async fn too_many_connections() -> impl IntoResponse {
-    // One line for each connection would add to the load; they are counted.
-    debug!("A connection is rejected: there are too many");
+    // Not at level info: a log line per rejection would add to the load. A metric counts them.
+    debug!("A connection was rejected: there are too many");
     Problem::new(Code::Overloaded).because("There are too many connections.")
 }
 
-/// The usual soft limit of 1024 is soon reached. The hard limit is what the administrator allows.
+/// Raises the soft limit, usually 1024, to the hard limit set by the administrator.
 fn raise_open_files_limit(connections_max: usize) {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     if current != maximum
@@ -277,7 +283,7 @@ fn raise_open_files_limit(connections_max: usize) {
     {
         debug!(error = %error, "The limit of open files could not be raised");
     }
-    // A connection of a client, and the one to the service that its request is forwarded to.
+    // Two per client: its connection, and the connection to the service behind the gateway.
     let needed = 2 * connections_max as u64;
     if let Some(allowed) = maximum.filter(|allowed| *allowed < needed) {
         warn!(

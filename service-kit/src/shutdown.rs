@@ -1,5 +1,5 @@
-//! How a process ends: gracefully on SIGTERM or Ctrl-C, within a bounded time; or with one line that says why it cannot
-//! run.
+//! The end of a process: a graceful shutdown on SIGTERM or Ctrl-C, in bounded time, or one line
+//! that says why it cannot run.
 
 use std::fmt;
 use std::time::Duration;
@@ -8,11 +8,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
-/// Time for the graceful shutdown. An orchestrator usually kills after 10 s.
+/// Time for the graceful shutdown. Orchestrators usually send SIGKILL after 10 s.
 const GRACE: Duration = Duration::from_secs(9);
 
-/// A token that the first SIGTERM or SIGINT cancels. A second signal, or the end of the grace period, ends the process at
-/// once: that is as safe as kill -9.
+/// Returns a token that the first SIGTERM or SIGINT cancels. A second signal, or the end of the
+/// grace period, ends the process at once. That is as safe as kill -9.
 pub fn on_signal() -> std::io::Result<CancellationToken> {
     let token = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate())?;
@@ -23,20 +23,22 @@ pub fn on_signal() -> std::io::Result<CancellationToken> {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-        info!("Stopping: finishing open work");
+        info!("Shutting down: finishing work in progress");
         cancelled.cancel();
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
-            () = tokio::time::sleep(GRACE) => error!("Stopping took longer than {GRACE:?}; ending now"),
+            () = tokio::time::sleep(GRACE) => {
+                error!("Shutdown took longer than {GRACE:?}: exiting now");
+            }
         }
         std::process::exit(1);
     });
     Ok(token)
 }
 
-/// The error that `main` returns. Rust prints its `Debug`, which for anyhow is several lines and a backtrace if
-/// RUST_BACKTRACE is set. This prints the chain of causes in one line.
+/// The error that `main` returns. Its `Debug`, which Rust prints, is the chain of causes in one
+/// line. The `Debug` of anyhow has several lines, and a backtrace if RUST_BACKTRACE is set.
 pub struct Failure(anyhow::Error);
 
 impl fmt::Debug for Failure {

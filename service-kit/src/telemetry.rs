@@ -1,4 +1,4 @@
-//! Logs: one readable line per event, with the same facts as fields to search.
+//! Logs: one readable line per event, with its facts as searchable fields.
 
 use std::io::IsTerminal as _;
 
@@ -12,7 +12,7 @@ use tracing_subscriber::{Layer as _, fmt};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
@@ -20,8 +20,8 @@ pub enum LogFormat {
 pub fn init(format: LogFormat, filter: &str) -> anyhow::Result<()> {
     let filter: Targets = filter
         .parse()
-        .map_err(|error| anyhow::anyhow!("RUST_LOG is not understood: {error}"))?;
-    // async_nats logs every reconnect attempt, the others every start.
+        .map_err(|error| anyhow::anyhow!("RUST_LOG is not a valid filter: {error}"))?;
+    // async_nats logs every reconnect attempt, the other two log at every start.
     let quiet = [
         ("async_nats", Level::ERROR),
         ("sea_orm_migration", Level::WARN),
@@ -39,8 +39,9 @@ pub fn init(format: LogFormat, filter: &str) -> anyhow::Result<()> {
             .with_writer(std::io::stderr)
             .boxed(),
     };
-    // The filter is global. As the filter of one layer it would sometimes drop lines: a library that only asks whether
-    // something is enabled (sqlx does, for each statement) leaves its answer behind for the next event.
+    // The filter is global. A filter of one layer sometimes drops lines: if a library only asks
+    // whether a level is enabled (sqlx does so for each statement), the answer wrongly applies to
+    // the next event.
     tracing_subscriber::registry()
         .with(filter)
         .with(layer)

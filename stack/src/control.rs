@@ -1,5 +1,5 @@
-//! How `status`, `stop`, `start` and `down` reach the supervisor of a stack: one JSON line each way over a socket in the
-//! stack's folder.
+//! Carries the commands `status`, `stop`, `start` and `down` to the supervisor of a stack. Request
+//! and reply are one JSON line each, over a Unix socket in the stack's folder.
 
 use std::hash::{Hash as _, Hasher as _};
 use std::path::{Path, PathBuf};
@@ -12,20 +12,22 @@ use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(90);
-/// The path of a socket must fit into 108 bytes.
+/// Linux limits the path of a socket to 108 bytes.
 const PATH_BYTES_MAX: usize = 100;
 
 /// A request to a running stack.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case")]
 pub enum Request {
-    /// The state of every part.
+    /// Returns the state of every part.
     Status,
-    /// Starts one part.
-    Start { name: String },
+    Start {
+        name: String,
+    },
     /// Stops one part until it is started again.
-    Stop { name: String },
-    /// Stops everything.
+    Stop {
+        name: String,
+    },
     Down,
 }
 
@@ -46,7 +48,7 @@ fn socket(folder: &Path) -> PathBuf {
     std::env::temp_dir().join(format!("gozon-{name:016x}.sock"))
 }
 
-/// Opens the socket. The caller holds the folder's lock, so an existing socket is a leftover.
+/// Opens the socket. The caller holds the folder's lock, so no process uses an existing socket.
 pub(crate) fn listen(folder: &Path) -> anyhow::Result<UnixListener> {
     let path = socket(folder);
     if path.exists() {
@@ -55,9 +57,8 @@ pub(crate) fn listen(folder: &Path) -> anyhow::Result<UnixListener> {
     UnixListener::bind(&path).with_context(|| format!("{} cannot be opened", path.display()))
 }
 
-/// Deletes the socket.
 pub(crate) fn close(folder: &Path) {
-    // It may be gone already.
+    // The socket may be deleted already.
     let _ = std::fs::remove_file(socket(folder));
 }
 

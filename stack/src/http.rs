@@ -1,4 +1,4 @@
-//! A small HTTP client for readiness checks, tests and load.
+//! A small HTTP client for readiness checks, tests and load generators.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ const TIMEOUT: Duration = Duration::from_secs(45);
 #[derive(Clone, Debug)]
 pub struct Answer {
     pub status: u16,
-    /// Names are in lower case.
+    /// Header names are in lower case.
     pub headers: Vec<(String, String)>,
     pub body: Bytes,
 }
@@ -32,7 +32,7 @@ impl Answer {
         String::from_utf8_lossy(&self.body).into_owned()
     }
 
-    /// The first header with this name, in lower case.
+    /// The first header with this name. `name` must be in lower case.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers
             .iter()
@@ -43,14 +43,14 @@ impl Answer {
 
 /// A response whose body is still being received.
 #[derive(Debug)]
-pub struct Opened {
+pub struct StreamingResponse {
     pub status: u16,
     pub content_type: String,
     body: Incoming,
 }
 
-impl Opened {
-    /// The next chunk of the body; `None` when it ended or the connection broke.
+impl StreamingResponse {
+    /// The next chunk of the body; `None` if the body ended or the connection broke.
     pub async fn next(&mut self) -> Option<Bytes> {
         loop {
             if let Ok(bytes) = self.body.frame().await?.ok()?.into_data() {
@@ -100,8 +100,12 @@ impl Http {
             .await
     }
 
-    /// GET of a response that may never end.
-    pub async fn open(&self, path: &str, headers: &[(&str, &str)]) -> anyhow::Result<Opened> {
+    /// Sends a GET and returns as soon as the headers arrive. The body may never end.
+    pub async fn open(
+        &self,
+        path: &str,
+        headers: &[(&str, &str)],
+    ) -> anyhow::Result<StreamingResponse> {
         let mut request = hyper::Request::get(format!("{}{path}", self.base));
         for (name, value) in headers {
             request = request.header(*name, *value);
@@ -118,7 +122,7 @@ impl Http {
             .and_then(|value| value.to_str().ok())
             .unwrap_or_default()
             .to_owned();
-        Ok(Opened {
+        Ok(StreamingResponse {
             status: parts.status.as_u16(),
             content_type,
             body,

@@ -1,16 +1,17 @@
-//! The whole system on one machine, as real processes: PostgreSQL, NATS, orders, payments and gateway, each to be
-//! started, stopped, killed, paused and wiped. Used by `stack up`, tests, chaos and benchmarks.
+//! Runs the whole system on one machine, as real processes: PostgreSQL, NATS, orders, payments and
+//! gateway. Each can be started, stopped, killed, paused and wiped. `stack up`, tests, chaos and
+//! benchmarks use it.
 //!
 //! Depends on the programs that it starts, not on their code.
 
 mod control;
-mod edges;
+pub mod folder;
 pub mod http;
 pub mod nats;
-pub mod place;
 pub mod ports;
 pub mod postgres;
 pub mod process;
+mod proxies;
 pub mod proxy;
 pub mod seed;
 mod supervisor;
@@ -19,8 +20,8 @@ pub mod testing;
 pub mod tools;
 
 pub use control::{Request, ask};
-pub use edges::Edges;
-pub use place::Place;
+pub use folder::StackFolder;
+pub use proxies::Proxies;
 pub use supervisor::{PartStatus, supervise};
 pub use system::{NAMES, Options, Service, System};
 pub use tools::Tools;

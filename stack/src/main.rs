@@ -1,4 +1,4 @@
-//! `stack up` starts the whole system on this machine. People use it through `./dev`.
+//! `stack up` starts the whole system on this machine. `./dev` is its user interface.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -9,18 +9,18 @@ use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use stack::ports::Ports;
 use stack::process::tail;
-use stack::{NAMES, Options, PartStatus, Place, Request, System, Tools};
+use stack::{NAMES, Options, PartStatus, Request, StackFolder, System, Tools};
 
 const DETACHED_START_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// The whole system on this machine: PostgreSQL, NATS, orders, payments, gateway.
+/// Runs the whole system on this machine: PostgreSQL, NATS, orders, payments, gateway.
 #[derive(Parser)]
 #[command(name = "stack")]
 struct Arguments {
     /// Folder for data, logs and passwords.
     #[arg(long, env = "GOZON_DIR", default_value = ".gozon")]
     dir: PathBuf,
-    /// Added to every port, so that several stacks can run side by side.
+    /// Number to add to every port, so that several stacks can run side by side.
     #[arg(long, env = "GOZON_PORT_OFFSET", default_value_t = 0)]
     port_offset: u16,
     #[command(subcommand)]
@@ -37,7 +37,7 @@ enum Command {
     },
     /// Stop everything.
     Down,
-    /// Start one part that was stopped.
+    /// Start one part, and wait until it is ready.
     Start {
         /// postgres, nats, orders, payments or gateway
         name: String,
@@ -55,7 +55,7 @@ enum Command {
     },
 }
 
-// One thread: the kernel ends the processes of a stack when the thread that started them ends.
+// One thread: the kernel signals the processes of a stack when the thread that started them ends.
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
     match run(Arguments::parse()).await {
@@ -108,23 +108,23 @@ async fn up(folder: &Path, ports: Ports) -> anyhow::Result<()> {
     let tools = Tools::find()?;
     let binaries = std::env::current_exe()?
         .parent()
-        .context("this program is in a folder")?
+        .context("the path of this program has no folder")?
         .to_owned();
-    let place = Place::open(folder)?;
-    println!("Starting in {}", place.folder().display());
+    let folder = StackFolder::open(folder)?;
+    println!("Starting in {}", folder.path().display());
     let options = Options {
         ports,
         binaries,
         environment: Vec::new(),
     };
-    stack::supervise(&tools, place, options, |system| {
+    stack::supervise(&tools, folder, options, |system| {
         print_welcome(system);
         println!("Ctrl-C stops everything.");
     })
     .await
 }
 
-/// Starts a copy of this program in a new session and waits until it answers.
+/// Starts this program again in a new session, and waits until it answers.
 async fn up_detached(folder: &Path, dir: &Path, port_offset: u16) -> anyhow::Result<()> {
     if let Some(parts) = stack::ask(folder, &Request::Status).await? {
         println!("Already running.");
@@ -134,8 +134,7 @@ async fn up_detached(folder: &Path, dir: &Path, port_offset: u16) -> anyhow::Res
         ));
         return Ok(());
     }
-    let place = Place::open(folder)?;
-    let log_path = place.log("stack");
+    let log_path = StackFolder::open(folder)?.log("stack");
     let log = std::fs::File::create(&log_path)?;
     let mut child = tokio::process::Command::new("setsid")
         .arg(std::env::current_exe()?)
@@ -154,7 +153,7 @@ async fn up_detached(folder: &Path, dir: &Path, port_offset: u16) -> anyhow::Res
             let reason = words
                 .split_once("error: ")
                 .map_or(words.as_str(), |(_, reason)| reason);
-            anyhow::bail!("{reason}\n(the stack ended with {status}; nothing is left running)");
+            anyhow::bail!("{reason}\n(the stack ended with {status}; nothing runs)");
         }
         if stack::ask(folder, &Request::Status).await?.is_some() {
             print!(
@@ -202,7 +201,7 @@ fn status_table(folder: &Path, parts: &[PartStatus]) -> String {
 }
 
 fn print_lines(text: &str) {
-    // The reader may close the pipe: `./dev status | head -n 1`.
+    // Printing fails if the reader has closed the pipe: `./dev status | head -n 1`.
     let _ = writeln!(std::io::stdout(), "{text}");
 }
 
@@ -218,7 +217,7 @@ fn print_welcome(system: &System) {
         "monitor",
         system.ports().nats_monitor
     );
-    println!("  {:<9} {}", "data", system.place().folder().display());
+    println!("  {:<9} {}", "data", system.folder().path().display());
     println!();
     println!("Try it:");
     println!(
@@ -226,7 +225,7 @@ fn print_welcome(system: &System) {
     );
     println!(
         "  nats --server nats://viewer:{}@127.0.0.1:{} stream ls",
-        system.place().secrets.nats_viewer,
+        system.folder().secrets.nats_viewer,
         system.ports().nats
     );
     println!();

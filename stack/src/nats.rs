@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use rustix::process::Signal;
 
+use crate::folder::Secrets;
 use crate::http::Http;
-use crate::place::Secrets;
 use crate::process::Program;
 use crate::tools::Tools;
 
@@ -21,9 +21,8 @@ pub struct Nats {
     /// On 127.0.0.1.
     pub port: u16,
     pub monitor_port: u16,
-    /// The passwords of its users.
     pub secrets: Secrets,
-    /// The configuration file, which includes the file of users beside it.
+    /// The configuration file. It includes `users.conf` from the same folder.
     pub configuration: PathBuf,
     member: Option<Member>,
 }
@@ -36,7 +35,7 @@ struct Member {
 }
 
 impl Nats {
-    /// A single server.
+    /// A server without a cluster.
     pub fn new(
         tools: &Tools,
         data: PathBuf,
@@ -57,9 +56,10 @@ impl Nats {
         }
     }
 
-    /// Makes it one of three: `port` is for connections from the others, `all` are the ports of all three.
+    /// Makes it one server of a cluster of three. `port` is its port for the other servers, and
+    /// `all` lists this port of each server.
     #[must_use]
-    pub fn member(mut self, name: String, port: u16, all: [u16; 3]) -> Self {
+    pub fn in_cluster(mut self, name: String, port: u16, all: [u16; 3]) -> Self {
         self.member = Some(Member { name, port, all });
         self.configuration = CLUSTER_CONFIGURATION.into();
         self

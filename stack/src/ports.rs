@@ -19,8 +19,8 @@ pub struct Ports {
 }
 
 impl Ports {
-    /// The default ports plus `offset`, so that several stacks can run side by side. The defaults are below 32768,
-    /// where Linux starts to take ports for outgoing connections.
+    /// The default ports plus `offset`, so that several stacks can run side by side. The defaults
+    /// are below 32768, because Linux uses higher ports for outgoing connections.
     pub fn with_offset(offset: u16) -> anyhow::Result<Self> {
         let port = |base: u16| {
             base.checked_add(offset)
@@ -36,7 +36,7 @@ impl Ports {
         })
     }
 
-    /// Ports on which nobody listens.
+    /// Ports that no program uses.
     pub fn free() -> anyhow::Result<Self> {
         Ok(Self {
             postgres: free_port()?,
@@ -48,7 +48,7 @@ impl Ports {
         })
     }
 
-    /// Fails if another program listens on one of the ports, and names it.
+    /// Fails if another program listens on one of the ports. The error names the port.
     pub fn ensure_free(&self) -> anyhow::Result<()> {
         let named = [
             ("postgres", self.postgres),
@@ -61,7 +61,8 @@ impl Ports {
         for (name, port) in named {
             if is_taken(port) {
                 bail!(
-                    "port {port}, for {name}, is taken by another program: stop it, or set GOZON_PORT_OFFSET=100"
+                    "port {port} ({name}) is taken by another program: stop that program, or set \
+                     GOZON_PORT_OFFSET=100"
                 );
             }
         }
@@ -73,8 +74,8 @@ pub fn local(port: u16) -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, port))
 }
 
-/// Whether a program listens on the port. A failed `bind` alone does not prove that: a closed connection that used the
-/// port as its local one (TIME_WAIT) makes `bind` fail too.
+/// Whether a program listens on the port. A failed `bind` alone does not prove it: `bind` also
+/// fails if a closed connection had this local port and is still in TIME_WAIT.
 fn is_taken(port: u16) -> bool {
     const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
     if TcpListener::bind(local(port)).is_ok() {
@@ -82,13 +83,13 @@ fn is_taken(port: u16) -> bool {
     }
     match TcpStream::connect_timeout(&local(port), CONNECT_TIMEOUT) {
         Ok(_) => true,
-        // A program that listens but does not accept: its queue is full.
+        // A program listens but does not accept: its backlog is full.
         Err(error) => error.kind() == ErrorKind::TimedOut,
     }
 }
 
-/// A port that nobody listens on, below the range of outgoing connections, so that none of them takes it before it is
-/// used. Each process starts at another place of the range.
+/// A port that no program uses. It is below the range of outgoing connections, so no connection
+/// takes it before the caller does. Each process starts its search at a different port.
 pub fn free_port() -> anyhow::Result<u16> {
     const FIRST: u16 = 10_000;
     const COUNT: u16 = 20_000;
@@ -100,7 +101,7 @@ pub fn free_port() -> anyhow::Result<u16> {
             return Ok(port);
         }
     }
-    bail!("no port from {FIRST} is free")
+    bail!("no port from {FIRST} to {} is free", FIRST + COUNT - 1)
 }
 
 #[cfg(test)]
@@ -136,7 +137,8 @@ mod tests {
     #[tokio::test]
     async fn a_port_in_time_wait_is_not_taken() {
         let server = TcpListener::bind(local(0)).unwrap();
-        // The side that closes first keeps its port in TIME_WAIT. Its socket has no SO_REUSEADDR, so `bind` fails.
+        // The side that closes first keeps its port in TIME_WAIT. Its socket has no SO_REUSEADDR,
+        // so `bind` fails.
         let port = free_port().unwrap();
         let client = TcpSocket::new_v4().unwrap();
         client.bind(local(port)).unwrap();

@@ -12,7 +12,7 @@ use sea_orm::{
 };
 use tokio::process::Command;
 
-use crate::place::{UNPRIVILEGED_ID, give_to_postgres, is_root};
+use crate::folder::{UNPRIVILEGED_ID, chown_to_postgres, is_root};
 use crate::process::{Program, tail};
 use crate::tools::Tools;
 
@@ -21,20 +21,20 @@ const SUPERUSER: &str = "postgres";
 /// A server: its files, port and password.
 #[derive(Clone)]
 pub struct Postgres {
-    /// The folder with its programs.
+    /// The folder with `postgres` and `initdb`.
     pub programs: PathBuf,
     pub data: PathBuf,
     pub log: PathBuf,
     /// On 127.0.0.1.
     pub port: u16,
-    /// Of the superuser.
+    /// The superuser's password.
     pub password: String,
     /// Additional settings, `name=value`.
     pub settings: Vec<String>,
 }
 
 impl Postgres {
-    /// A server for a data folder, with the PostgreSQL version that created it.
+    /// A server for a data folder. Uses the PostgreSQL version that created the folder.
     pub fn new(
         tools: &Tools,
         data: PathBuf,
@@ -57,19 +57,20 @@ impl Postgres {
         if self.data.join("PG_VERSION").exists() {
             return Ok(());
         }
-        // Created under another name and renamed, so that an interruption leaves no incomplete folder.
+        // Created under a temporary name and renamed, so that an interruption leaves no incomplete
+        // folder.
         let draft = self.data.with_extension("new");
         if draft.exists() {
             fs::remove_dir_all(&draft)?;
         }
         fs::create_dir(&draft).with_context(|| format!("{} cannot be created", draft.display()))?;
         fs::set_permissions(&draft, Permissions::from_mode(0o700))?;
-        give_to_postgres(&draft)?;
+        chown_to_postgres(&draft)?;
         let password_file = self.data.with_extension("password");
         fs::write(&password_file, "")?;
         fs::set_permissions(&password_file, Permissions::from_mode(0o600))?;
         fs::write(&password_file, &self.password)?;
-        give_to_postgres(&password_file)?;
+        chown_to_postgres(&password_file)?;
         let log = fs::File::options()
             .create(true)
             .append(true)
@@ -88,7 +89,7 @@ impl Postgres {
         } else {
             Command::new(self.programs.join("initdb"))
         };
-        // C locale: text sorts by its bytes, in the database as in Rust.
+        // In the C locale text is sorted by bytes, as in Rust.
         let status = command
             .args([
                 "--username",
@@ -148,18 +149,17 @@ impl Postgres {
             arguments,
             environment: Vec::new(),
             log: self.log.clone(),
-            // Fast shutdown: terminates sessions and writes a checkpoint.
+            // Fast shutdown: ends sessions and writes a checkpoint.
             stop_signal: Signal::INT,
             unprivileged: true,
         }
     }
 
-    /// Whether it accepts connections.
     pub async fn is_ready(&self) -> bool {
         self.connect(SUPERUSER).await.is_ok()
     }
 
-    /// A connection as superuser.
+    /// Connects as superuser.
     pub async fn connect(&self, database: &str) -> anyhow::Result<DatabaseConnection> {
         let mut options = ConnectOptions::new(self.url(SUPERUSER, &self.password, database));
         options
@@ -178,7 +178,8 @@ impl Postgres {
         )
     }
 
-    /// Creates a role and a database of the same name, which no other role may use, unless they exist.
+    /// Creates a role and a database of the same name, unless they exist. No other role may use the
+    /// database.
     pub async fn ensure_database(&self, name: &str, password: &str) -> anyhow::Result<()> {
         ensure!(
             name.bytes()
@@ -187,7 +188,7 @@ impl Postgres {
         );
         ensure!(
             password.bytes().all(|byte| byte.is_ascii_alphanumeric()),
-            "a generated password has only letters and digits"
+            "the password must contain only letters and digits"
         );
         let db = self.connect("postgres").await?;
         let exists = async |query: &str| {

@@ -1,4 +1,4 @@
-//! One process: started without a wrapper, with its output in a log file, and ended when this process ends.
+//! One child process. Its output goes to a log file, and it ends when this process ends.
 
 use std::fs::{self, File};
 use std::io::{Read as _, Seek as _, SeekFrom};
@@ -10,22 +10,22 @@ use anyhow::Context as _;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::{Child, Command};
 
-use crate::place::{UNPRIVILEGED_ID, is_root};
+use crate::folder::{UNPRIVILEGED_ID, is_root};
 
 /// A program to run.
 #[derive(Clone, Debug)]
 pub struct Program {
-    /// For messages.
+    /// For error messages.
     pub name: String,
     pub executable: PathBuf,
     pub arguments: Vec<String>,
-    /// In addition to PATH and HOME.
+    /// Added to the inherited variables, such as PATH and HOME.
     pub environment: Vec<(String, String)>,
-    /// For its output.
+    /// Gets standard output and standard error.
     pub log: PathBuf,
-    /// Asks it to end.
+    /// Requests a graceful shutdown.
     pub stop_signal: Signal,
-    /// Never runs as root.
+    /// Under root, run as `nobody`.
     pub unprivileged: bool,
 }
 
@@ -37,12 +37,13 @@ pub struct Process {
     stop_signal: Signal,
 }
 
-/// After the stop signal; then it is killed.
+/// Time from the stop signal to SIGKILL.
 const STOP_TIMEOUT: Duration = Duration::from_secs(15);
 
 impl Process {
-    /// Starts it. `setpriv` makes the kernel end the process when this one ends for any reason, and then execs the
-    /// program, so the process id is the program's.
+    /// Starts a program through `setpriv --pdeathsig`: the kernel sends it the stop signal when
+    /// this process ends for any reason. `setpriv` execs the program, so the process id is the
+    /// program's.
     pub fn start(program: &Program) -> anyhow::Result<Self> {
         let log = File::options().create(true).append(true).open(&program.log);
         let log =
@@ -80,7 +81,8 @@ impl Process {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
-            // Its own process group: Ctrl-C must reach only this process, which then stops everything in order.
+            // Its own process group: Ctrl-C must reach only this process, and this process stops
+            // the others in order.
             .process_group(0)
             .kill_on_drop(true)
             .spawn()
@@ -88,7 +90,7 @@ impl Process {
         let pid = child
             .id()
             .and_then(|id| Pid::from_raw(i32::try_from(id).ok()?))
-            .context("a started process has an id")?;
+            .context("the process ended at once")?;
         Ok(Self {
             name: program.name.clone(),
             child,
@@ -101,18 +103,18 @@ impl Process {
         self.pid.as_raw_nonzero().get().unsigned_abs()
     }
 
-    /// The exit status, if it ended.
+    /// The exit status; `None` while the process runs.
     pub fn ended(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().ok().flatten()
     }
 
-    /// Sends the stop signal and waits; kills it after a timeout.
+    /// Sends the stop signal and waits. Kills the process after a timeout.
     pub async fn stop(self) -> anyhow::Result<()> {
         let signal = self.stop_signal;
         self.stop_by(signal).await
     }
 
-    /// The same with another signal.
+    /// Like [`Self::stop`], but with another signal.
     pub async fn stop_by(mut self, signal: Signal) -> anyhow::Result<()> {
         if self.ended().is_some() {
             return Ok(());
@@ -133,7 +135,7 @@ impl Process {
         Ok(())
     }
 
-    /// SIGKILL.
+    /// Sends SIGKILL.
     pub async fn kill(&mut self) -> anyhow::Result<()> {
         self.child
             .kill()
@@ -152,7 +154,7 @@ impl Process {
     }
 }
 
-/// The name for setpriv.
+/// The signal's name as `setpriv` expects it.
 fn signal_name(signal: Signal) -> &'static str {
     match signal {
         Signal::INT => "INT",
@@ -161,6 +163,7 @@ fn signal_name(signal: Signal) -> &'static str {
     }
 }
 
+/// The last lines of a log file.
 pub fn tail(log: &Path, lines: usize) -> String {
     const BYTES_MAX: u64 = 16 * 1024;
     let read = || -> std::io::Result<Vec<u8>> {

@@ -1,5 +1,6 @@
-//! A faulty network between a client and a server: slow, cut, black-holed, or losing exactly one message. For
-//! unencrypted connections on this machine.
+//! A proxy that simulates a faulty network between a client and a server: it can delay bytes, cut
+//! or black-hole connections, or lose exactly one message. For unencrypted connections on this
+//! machine.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -34,40 +35,41 @@ pub enum Protocol {
     Plain,
 }
 
-/// A message to lose the next time it passes.
+/// A message that the proxy loses the next time it sees one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Cut {
-    /// The server committed a transaction that contained these words; its answer and the connection are lost.
+    /// The server commits a transaction. Its answer and the connection are lost.
     CommitAnswer {
-        /// Part of a statement; empty for any transaction.
+        /// Text that a statement of the transaction must contain; empty for any transaction.
         after: &'static str,
     },
-    /// COMMIT and the connection are lost before the server, which rolls back. The client cannot tell the difference.
+    /// COMMIT and the connection are lost on the way to the server, so the server rolls back. The
+    /// client cannot tell this from [`Self::CommitAnswer`].
     CommitRequest {
-        /// As above.
+        /// As in [`Cut::CommitAnswer`].
         after: &'static str,
     },
-    /// The broker stored a message; its answer is lost.
+    /// The broker stores a message. Its answer is lost.
     PubAck,
-    /// A reader's ack is lost.
+    /// The ack of a consumer is lost.
     Ack,
-    /// A message on its way to a reader is lost.
+    /// A message is lost on the way to a consumer.
     Delivery,
 }
 
 /// The armed cuts, and how often each one fired.
 #[derive(Debug, Default)]
-struct Armory(Mutex<(Vec<Cut>, BTreeMap<Cut, u64>)>);
+struct Cuts(Mutex<(Vec<Cut>, BTreeMap<Cut, u64>)>);
 
-impl Armory {
+impl Cuts {
     fn arm(&self, cut: Cut, times: usize) {
-        self.with(|(waiting, _)| waiting.extend(std::iter::repeat_n(cut, times)));
+        self.with(|(armed, _)| armed.extend(std::iter::repeat_n(cut, times)));
     }
 
-    fn take(&self, is_meant: impl Fn(&Cut) -> bool) -> bool {
-        self.with(|(waiting, fired)| match waiting.iter().position(is_meant) {
+    fn take(&self, matches: impl Fn(&Cut) -> bool) -> bool {
+        self.with(|(armed, fired)| match armed.iter().position(matches) {
             Some(index) => {
-                *fired.entry(waiting.swap_remove(index)).or_default() += 1;
+                *fired.entry(armed.swap_remove(index)).or_default() += 1;
                 true
             }
             None => false,
@@ -78,8 +80,8 @@ impl Armory {
         self.with(|(_, fired)| fired.get(&cut).copied().unwrap_or_default())
     }
 
-    fn waiting(&self) -> usize {
-        self.with(|(waiting, _)| waiting.len())
+    fn armed(&self) -> usize {
+        self.with(|(armed, _)| armed.len())
     }
 
     fn with<T>(&self, change: impl FnOnce(&mut (Vec<Cut>, BTreeMap<Cut, u64>)) -> T) -> T {
@@ -92,15 +94,14 @@ impl Armory {
 pub struct Traffic {
     /// Statements for PostgreSQL.
     pub statements: u64,
-    /// How often a client waited for PostgreSQL's answer.
+    /// How often a client waited for an answer of PostgreSQL.
     pub round_trips: u64,
     /// Messages for the broker, including acks and requests.
     pub messages: u64,
-    /// Their bytes, including headers.
+    /// The size of these messages, including headers.
     pub message_bytes: u64,
 }
 
-/// Counts [`Traffic`].
 #[derive(Debug, Default)]
 struct Meter(Mutex<Traffic>);
 
@@ -116,30 +117,29 @@ enum Direction {
     ToClient,
 }
 
-/// What to do with bytes.
-enum Passed {
-    /// Forward them.
+/// What to do with the bytes that were read.
+enum Action {
     On(Bytes),
-    /// Forward them, then cut the connection.
     Cut(Bytes),
 }
 
-/// The state of the network.
+/// The faults that are active now.
 #[derive(Clone, Copy, Debug, Default)]
-struct Weather {
-    /// Each chunk is delayed by up to this much.
+struct Faults {
+    /// The maximum delay of each chunk.
     delay: Duration,
-    /// Bytes in a chunk; 0 for no limit.
-    piece: usize,
-    /// Nothing is forwarded for now.
+    /// The maximum size of a chunk; 0 for no limit.
+    chunk_bytes: usize,
+    /// Nothing is forwarded.
     held: bool,
     /// Connections with lower numbers are cut.
     cut_below: u64,
-    /// Connections with lower numbers are black-holed for ever: nothing is forwarded, nothing is closed.
-    dead_below: u64,
+    /// Connections with lower numbers are black-holed for ever: they stay open, but nothing is
+    /// forwarded.
+    black_holed_below: u64,
 }
 
-/// A handle of one proxy. Its connections are closed when the last clone is dropped.
+/// A handle of one proxy. Dropping the last clone closes all connections.
 #[derive(Clone, Debug)]
 pub struct Proxy {
     link: Arc<Link>,
@@ -161,8 +161,8 @@ impl Drop for Accepting {
 struct Link {
     protocol: Protocol,
     server: SocketAddr,
-    weather: watch::Sender<Weather>,
-    armory: Armory,
+    faults: watch::Sender<Faults>,
+    cuts: Cuts,
     meter: Meter,
     connections: AtomicU64,
     seed: Mutex<Seed>,
@@ -176,8 +176,8 @@ impl Proxy {
         let link = Arc::new(Link {
             protocol,
             server: local(server_port),
-            weather: watch::Sender::new(Weather::default()),
-            armory: Armory::default(),
+            faults: watch::Sender::new(Faults::default()),
+            cuts: Cuts::default(),
             meter: Meter::default(),
             connections: AtomicU64::new(0),
             seed: Mutex::new(seed),
@@ -185,7 +185,7 @@ impl Proxy {
         let accepting = tokio::spawn({
             let link = Arc::downgrade(&link);
             async move {
-                // Connections are closed when this set is dropped, which is when the last handle is.
+                // Dropped with the last handle, which closes all connections.
                 let mut open = JoinSet::new();
                 loop {
                     while open.try_join_next().is_some() {}
@@ -193,7 +193,7 @@ impl Proxy {
                         continue;
                     };
                     let Some(link) = link.upgrade() else { return };
-                    open.spawn(link.carry(client));
+                    open.spawn(link.forward(client));
                 }
             }
         });
@@ -208,27 +208,26 @@ impl Proxy {
         self.port
     }
 
-    /// Loses the next `times` messages of this kind.
+    /// Arms a cut: the next `times` messages of this kind are lost.
     pub fn arm(&self, cut: Cut, times: usize) {
-        self.link.armory.arm(cut, times);
+        self.link.cuts.arm(cut, times);
     }
 
     /// How often this cut fired.
     pub fn fired(&self, cut: Cut) -> u64 {
-        self.link.armory.fired(cut)
+        self.link.cuts.fired(cut)
     }
 
-    /// How many cuts are armed.
-    pub fn waiting(&self) -> usize {
-        self.link.armory.waiting()
+    /// How many armed cuts have not fired yet.
+    pub fn armed(&self) -> usize {
+        self.link.cuts.armed()
     }
 
-    /// Disarms all cuts.
     pub fn disarm(&self) {
-        self.link.armory.with(|(waiting, _)| waiting.clear());
+        self.link.cuts.with(|(armed, _)| armed.clear());
     }
 
-    /// How many connections were opened.
+    /// How many connections were opened since the proxy was opened.
     pub fn connections(&self) -> u64 {
         self.link.connections.load(Ordering::Relaxed)
     }
@@ -245,33 +244,35 @@ impl Proxy {
     /// Cuts every connection (RST). New connections work.
     pub fn cut(&self) {
         self.link
-            .weather
-            .send_modify(|weather| weather.cut_below = self.connections());
+            .faults
+            .send_modify(|faults| faults.cut_below = self.connections());
     }
 
-    /// Black-holes every connection, and new ones until [`Self::heal`]: nothing is forwarded, nothing is closed.
+    /// Black-holes every open connection for ever, and new ones until [`Self::clear_faults`]:
+    /// connections stay open, but nothing is forwarded.
     pub fn black_hole(&self) {
-        self.link
-            .weather
-            .send_modify(|weather| (weather.dead_below, weather.held) = (self.connections(), true));
+        self.link.faults.send_modify(|faults| {
+            (faults.black_holed_below, faults.held) = (self.connections(), true)
+        });
     }
 
-    /// Holds all bytes back until [`Self::heal`].
+    /// Forwards nothing until [`Self::clear_faults`]; then forwards the bytes that were held back.
     pub fn hold(&self) {
-        self.link.weather.send_modify(|weather| weather.held = true);
+        self.link.faults.send_modify(|faults| faults.held = true);
     }
 
-    /// Delays each chunk of at most `piece` bytes (0: no limit) by up to `delay`.
-    pub fn slow(&self, delay: Duration, piece: usize) {
+    /// Splits data into chunks of at most `chunk_bytes` (0: no limit), and delays each by up to
+    /// `delay`.
+    pub fn slow(&self, delay: Duration, chunk_bytes: usize) {
         self.link
-            .weather
-            .send_modify(|weather| (weather.delay, weather.piece) = (delay, piece));
+            .faults
+            .send_modify(|faults| (faults.delay, faults.chunk_bytes) = (delay, chunk_bytes));
     }
 
-    /// Ends all faults. Black-holed connections stay dead.
-    pub fn heal(&self) {
-        self.link.weather.send_modify(|weather| {
-            (weather.held, weather.delay, weather.piece) = (false, Duration::ZERO, 0)
+    /// Ends all faults. Black-holed connections stay black-holed.
+    pub fn clear_faults(&self) {
+        self.link.faults.send_modify(|faults| {
+            (faults.held, faults.delay, faults.chunk_bytes) = (false, Duration::ZERO, 0)
         });
     }
 }
@@ -291,12 +292,12 @@ enum Session {
 }
 
 impl Link {
-    async fn carry(self: Arc<Self>, mut client: TcpStream) {
+    async fn forward(self: Arc<Self>, mut client: TcpStream) {
         let number = self.connections.fetch_add(1, Ordering::Relaxed);
         let cut = async {
-            let mut weather = self.weather.subscribe();
+            let mut faults = self.faults.subscribe();
             // The sender lives as long as `self`.
-            let _ = weather.wait_for(|weather| number < weather.cut_below).await;
+            let _ = faults.wait_for(|faults| number < faults.cut_below).await;
         };
         let mut server = None;
         let carried = async {
@@ -338,7 +339,7 @@ impl Link {
         };
         if ended.is_err() {
             for stream in [Some(&client), server.as_ref()].into_iter().flatten() {
-                // Without this the peer would see a graceful end.
+                // Sends RST. Without this the peer would see a graceful close.
                 let _ = stream.set_zero_linger();
             }
         }
@@ -355,18 +356,22 @@ impl Link {
         let mut bytes = BytesMut::with_capacity(16 * 1024);
         loop {
             if from.read_buf(&mut bytes).await? == 0 {
-                if self.is_dead(number) {
+                if self.is_black_holed(number) {
                     return Err(Reset);
                 }
                 return Ok(to.shutdown().await?);
             }
-            if self.weather.borrow().held || self.is_dead(number) {
+            if self.faults.borrow().held || self.is_black_holed(number) {
                 if direction == Direction::ToServer {
-                    // If one side gives up and closes, the other one must see it, or servers would keep it for ever.
+                    // If the client closes its side, the server must see it. Otherwise the server
+                    // would keep the connection for ever.
                     let mut closed = BytesMut::new();
                     tokio::select! {
                         () = self.until_open(number) => {}
-                        read = until_closed(&mut from, &mut closed) => match read { Ok(never) => match never {}, Err(reset) => return Err(reset) },
+                        read = until_closed(&mut from, &mut closed) => match read {
+                            Ok(never) => match never {},
+                            Err(reset) => return Err(reset),
+                        },
                     }
                     bytes.unsplit(closed);
                 } else {
@@ -377,13 +382,13 @@ impl Link {
                 Session::Postgres(session) => session
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner)
-                    .pass(direction, &mut bytes, &self.armory, &self.meter),
-                Session::Nats => nats::pass(direction, &mut bytes, &self.armory, &self.meter),
-                Session::Plain => Passed::On(bytes.split().freeze()),
+                    .pass(direction, &mut bytes, &self.cuts, &self.meter),
+                Session::Nats => nats::pass(direction, &mut bytes, &self.cuts, &self.meter),
+                Session::Plain => Action::Forward(bytes.split().freeze()),
             };
             match passed {
-                Passed::On(bytes) => self.write(bytes, &mut to).await?,
-                Passed::Cut(bytes) => {
+                Action::Forward(bytes) => self.write(bytes, &mut to).await?,
+                Action::ForwardThenCut(bytes) => {
                     self.write(bytes, &mut to).await?;
                     return Err(Reset);
                 }
@@ -393,40 +398,42 @@ impl Link {
 
     async fn write(&self, mut bytes: Bytes, to: &mut WriteHalf<'_>) -> Result<(), Reset> {
         while !bytes.is_empty() {
-            let Weather { delay, piece, .. } = *self.weather.borrow();
+            let Faults {
+                delay, chunk_bytes, ..
+            } = *self.faults.borrow();
             if !delay.is_zero() {
                 let share = self
                     .seed
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner)
-                    .share();
+                    .fraction();
                 tokio::time::sleep(delay.mul_f64(share)).await;
             }
-            let piece = if piece == 0 {
+            let chunk_bytes = if chunk_bytes == 0 {
                 bytes.len()
             } else {
-                piece.min(bytes.len())
+                chunk_bytes.min(bytes.len())
             };
-            to.write_all(&bytes.split_to(piece)).await?;
+            to.write_all(&bytes.split_to(chunk_bytes)).await?;
         }
         Ok(())
     }
 
-    fn is_dead(&self, number: u64) -> bool {
-        number < self.weather.borrow().dead_below
+    fn is_black_holed(&self, number: u64) -> bool {
+        number < self.faults.borrow().black_holed_below
     }
 
-    /// Waits until this connection forwards again; for ever if it is black-holed.
+    /// Waits until this connection forwards again. Never returns for a black-holed connection.
     async fn until_open(&self, number: u64) {
-        let mut weather = self.weather.subscribe();
+        let mut faults = self.faults.subscribe();
         // The sender lives as long as `self`.
-        let _ = weather
-            .wait_for(|weather| !weather.held && number >= weather.dead_below)
+        let _ = faults
+            .wait_for(|faults| !faults.held && number >= faults.black_holed_below)
             .await;
     }
 }
 
-/// Reads and discards until the other side closes.
+/// Reads until the other side closes the connection.
 async fn until_closed(from: &mut ReadHalf<'_>, bytes: &mut BytesMut) -> Result<Infallible, Reset> {
     loop {
         if from.read_buf(bytes).await? == 0 {

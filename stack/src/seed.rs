@@ -1,6 +1,7 @@
-//! Pseudo-random numbers (SplitMix64): the same seed repeats a run.
+//! Pseudo-random numbers (SplitMix64): the same seed gives the same numbers, so a run can be
+//! repeated.
 
-/// A generator.
+/// A random number generator.
 #[derive(Clone, Debug)]
 pub struct Seed(u64);
 
@@ -23,12 +24,12 @@ impl Seed {
     }
 
     /// A number in 0.0..1.0.
-    pub fn share(&mut self) -> f64 {
+    pub fn fraction(&mut self) -> f64 {
         (self.number() >> 11) as f64 / (1_u64 << 53) as f64
     }
 
-    /// An independent generator.
-    pub fn branch(&mut self) -> Self {
+    /// Creates an independent generator.
+    pub fn fork(&mut self) -> Self {
         Self(self.number())
     }
 
@@ -59,7 +60,7 @@ mod tests {
         assert_eq!(things, (0..50).collect::<Vec<_>>());
         assert!(
             (0..100)
-                .map(|_| Seed::new(9).share())
+                .map(|_| Seed::new(9).fraction())
                 .all(|share| (0.0..1.0).contains(&share))
         );
     }

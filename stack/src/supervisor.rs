@@ -1,5 +1,5 @@
-//! Keeps a stack running: a second after a part died, it starts it again, as a container engine would. Serves the
-//! requests from [`crate::control`].
+//! Keeps a stack running: restarts a part one second after it died, like a container engine. Serves
+//! the requests of [`crate::control`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -14,13 +14,13 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 
 use crate::control::{self, Request};
-use crate::place::Place;
+use crate::folder::StackFolder;
 use crate::ports::Ports;
 use crate::system::{NAMES, Options, System, address, known};
 use crate::tools::Tools;
 
 const RESTART_DELAY: Duration = Duration::from_secs(1);
-const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The state of one part.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,14 +30,14 @@ pub struct PartStatus {
     pub pid: Option<u32>,
     pub address: String,
     pub log: String,
-    /// A folder that contains only its data.
+    /// The data folder of PostgreSQL or NATS.
     pub data: Option<String>,
     /// Whether it passes its readiness check.
     pub ready: bool,
 }
 
 impl PartStatus {
-    /// The state of the parts while nothing runs.
+    /// The state of all parts if nothing runs.
     pub fn all_stopped(folder: &std::path::Path, ports: &Ports) -> Vec<Self> {
         let part = |name: &str| Self {
             name: name.to_owned(),
@@ -58,32 +58,32 @@ impl PartStatus {
 
 struct Supervisor {
     system: System,
-    /// Stopped on request, so not restarted.
-    resting: BTreeSet<&'static str>,
-    /// When to restart the parts that died.
+    /// These parts are not restarted.
+    stopped_by_request: BTreeSet<&'static str>,
+    /// When to restart each part that died.
     due: BTreeMap<&'static str, Instant>,
 }
 
-/// Starts a stack and keeps it running until Ctrl-C, SIGTERM or `down`. If the start fails, nothing is left
-/// running. `ready` is called once, when everything is ready.
+/// Starts a stack and keeps it running until Ctrl-C, SIGTERM or `down`. If the start fails, stops
+/// everything. Calls `ready` once, when all parts are ready.
 pub async fn supervise(
     tools: &Tools,
-    place: Place,
+    folder: StackFolder,
     options: Options,
     ready: impl FnOnce(&System),
 ) -> anyhow::Result<()> {
-    let folder = place.folder().to_owned();
-    let lock = File::create(folder.join("lock"))?;
+    let path = folder.path().to_owned();
+    let lock = File::create(path.join("lock"))?;
     if lock.try_lock().is_err() {
         bail!(
-            "a stack is running in {} already: ./dev status shows it, ./dev down stops it",
-            folder.display()
+            "a stack already runs in {}: ./dev status shows it, ./dev down stops it",
+            path.display()
         );
     }
     options.ports.ensure_free()?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
-    let mut system = System::prepare(tools, place, options).await?;
+    let mut system = System::prepare(tools, folder, options).await?;
 
     let begun = Instant::now();
     let progress = |name: &str, took: Duration| {
@@ -101,27 +101,27 @@ pub async fn supervise(
     println!("  all ready after {:.1} s", begun.elapsed().as_secs_f32());
     ready(&system);
 
-    let listener = control::listen(&folder)?;
+    let listener = control::listen(&path)?;
     let mut supervisor = Supervisor {
         system,
-        resting: BTreeSet::new(),
+        stopped_by_request: BTreeSet::new(),
         due: BTreeMap::new(),
     };
-    let asker = loop {
+    let requester = loop {
         tokio::select! {
             _ = interrupt.recv() => break None,
             _ = terminate.recv() => break None,
-            () = tokio::time::sleep(LOOK_INTERVAL) => supervisor.look(),
+            () = tokio::time::sleep(POLL_INTERVAL) => supervisor.restart_dead_parts(),
             connection = listener.accept() => match supervisor.serve(connection?.0).await {
-                Served::Goes => {}
+                Served::Continue => {}
                 Served::Down(stream) => break Some(stream),
             },
         }
     };
     println!("Stopping.");
     let stopped = supervisor.system.stop_all().await;
-    control::close(&folder);
-    if let Some(stream) = asker {
+    control::close(&path);
+    if let Some(stream) = requester {
         control::reply(
             stream,
             stopped
@@ -135,15 +135,15 @@ pub async fn supervise(
 }
 
 enum Served {
-    Goes,
+    Continue,
     Down(UnixStream),
 }
 
 impl Supervisor {
-    /// Detects parts that died, and restarts those that are due.
-    fn look(&mut self) {
+    /// Notices parts that died, and restarts each after [`RESTART_DELAY`].
+    fn restart_dead_parts(&mut self) {
         for name in NAMES {
-            if self.resting.contains(name) {
+            if self.stopped_by_request.contains(name) {
                 continue;
             }
             let Some(status) = self.system.ended(name) else {
@@ -171,7 +171,7 @@ impl Supervisor {
             Ok(read) => read,
             Err(error) => {
                 println!("Invalid request: {error:#}");
-                return Served::Goes;
+                return Served::Continue;
             }
         };
         let answer = match &request {
@@ -183,11 +183,11 @@ impl Supervisor {
         if let Err(error) = control::reply(stream, answer).await {
             println!("A request could not be answered: {error:#}");
         }
-        Served::Goes
+        Served::Continue
     }
 
     async fn status(&mut self) -> anyhow::Result<Value> {
-        let mut parts = PartStatus::all_stopped(self.system.place().folder(), self.system.ports());
+        let mut parts = PartStatus::all_stopped(self.system.folder().path(), self.system.ports());
         let ready = join_all(NAMES.map(|name| self.system.is_ready(name))).await;
         for (part, ready) in parts.iter_mut().zip(ready) {
             part.pid = self.system.pid(&part.name);
@@ -198,11 +198,11 @@ impl Supervisor {
 
     async fn start(&mut self, name: &str) -> anyhow::Result<Value> {
         let name = known(name)?;
-        self.resting.remove(name);
+        self.stopped_by_request.remove(name);
         self.due.remove(name);
         if self.system.pid(name).is_none() {
             self.system.spawn(name)?;
-            println!("{name} is started on request");
+            println!("{name} was started on request");
         }
         self.system.until_ready(name).await?;
         Ok(Value::Null)
@@ -210,10 +210,10 @@ impl Supervisor {
 
     async fn stop(&mut self, name: &str) -> anyhow::Result<Value> {
         let name = known(name)?;
-        self.resting.insert(name);
+        self.stopped_by_request.insert(name);
         self.due.remove(name);
         self.system.stop(name).await?;
-        println!("{name} is stopped on request");
+        println!("{name} was stopped on request");
         Ok(Value::Null)
     }
 }

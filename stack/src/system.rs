@@ -1,4 +1,4 @@
-//! The five parts of a stack: what each is, and how to start, stop, kill and pause it.
+//! The five parts of a stack, and how to start, stop, kill and pause each of them.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,15 +9,15 @@ use anyhow::{Context as _, bail, ensure};
 use rustix::process::Signal;
 use tokio::time::Instant;
 
+use crate::folder::StackFolder;
 use crate::http::Http;
 use crate::nats::Nats;
-use crate::place::Place;
 use crate::ports::Ports;
 use crate::postgres::Postgres;
 use crate::process::{Process, Program, tail};
 use crate::tools::Tools;
 
-/// The parts, in start order. (Any order works; this one is the fastest.)
+/// The parts in start order. Any order works; this one is the fastest.
 pub const NAMES: [&str; 5] = ["postgres", "nats", "orders", "payments", "gateway"];
 
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
@@ -33,7 +33,7 @@ pub enum Service {
 }
 
 impl Service {
-    /// Also the name of its program.
+    /// The name of the part and of its program.
     pub fn name(self) -> &'static str {
         match self {
             Self::Orders => "orders",
@@ -43,26 +43,25 @@ impl Service {
     }
 }
 
-/// Options of a stack.
 #[derive(Clone, Debug)]
 pub struct Options {
     pub ports: Ports,
     /// The folder with our own programs.
     pub binaries: PathBuf,
-    /// Additional environment of our own programs: shorter timers, failpoints.
+    /// Additional environment variables of our own programs, for example failpoints.
     pub environment: Vec<(String, String)>,
 }
 
 #[derive(Debug)]
 pub struct System {
-    place: Place,
+    folder: StackFolder,
     ports: Ports,
     postgres: PostgresPart,
     nats: Nats,
     binaries: PathBuf,
     environment: Vec<(String, String)>,
-    /// Ports at which a service finds another part instead of the part's own port.
-    detours: BTreeMap<(&'static str, &'static str), u16>,
+    /// Ports at which a service connects to a part, if not the part's own. By service and part.
+    redirects: BTreeMap<(&'static str, &'static str), u16>,
     processes: BTreeMap<&'static str, Process>,
 }
 
@@ -75,8 +74,12 @@ impl std::fmt::Debug for PostgresPart {
 }
 
 impl System {
-    /// Creates data folders. Starts nothing.
-    pub async fn prepare(tools: &Tools, place: Place, options: Options) -> anyhow::Result<Self> {
+    /// Creates the data folders. Starts nothing.
+    pub async fn prepare(
+        tools: &Tools,
+        folder: StackFolder,
+        options: Options,
+    ) -> anyhow::Result<Self> {
         let Options {
             ports,
             binaries,
@@ -90,39 +93,39 @@ impl System {
                 program.display()
             );
         }
-        let secrets = place.secrets.clone();
+        let secrets = folder.secrets.clone();
         let password = secrets.postgres_superuser.clone();
         let postgres = Postgres::new(
             tools,
-            place.postgres_data(),
-            place.log("postgres"),
+            folder.postgres_data(),
+            folder.log("postgres"),
             ports.postgres,
             password,
         )?;
         postgres.initialize().await?;
         let nats = Nats::new(
             tools,
-            place.nats_data(),
-            place.log("nats"),
+            folder.nats_data(),
+            folder.log("nats"),
             ports.nats,
             ports.nats_monitor,
             secrets,
         );
         fs::create_dir_all(&nats.data)?;
         Ok(Self {
-            place,
+            folder,
             ports,
             postgres: PostgresPart(postgres),
             nats,
             binaries,
             environment,
-            detours: BTreeMap::new(),
+            redirects: BTreeMap::new(),
             processes: BTreeMap::new(),
         })
     }
 
-    pub fn place(&self) -> &Place {
-        &self.place
+    pub fn folder(&self) -> &StackFolder {
+        &self.folder
     }
 
     pub fn ports(&self) -> &Ports {
@@ -147,19 +150,19 @@ impl System {
         })
     }
 
-    /// Services run the programs in this folder from their next start on.
+    /// From their next start on, services run the programs in this folder.
     pub fn install(&mut self, binaries: PathBuf) {
         self.binaries = binaries;
     }
 
-    /// The broker reads this configuration from its next start on.
+    /// From its next start on, the broker uses this configuration file.
     pub fn configure_nats(&mut self, configuration: PathBuf) {
         self.nats.configuration = configuration;
     }
 
-    /// From its next start on, `service` finds `part` at this port.
-    pub fn detour(&mut self, service: &'static str, part: &'static str, port: u16) {
-        self.detours.insert((service, part), port);
+    /// From its next start on, `service` connects to `part` at this port.
+    pub fn redirect(&mut self, service: &'static str, part: &'static str, port: u16) {
+        self.redirects.insert((service, part), port);
     }
 
     /// Starts a part and waits until it is ready.
@@ -172,14 +175,14 @@ impl System {
         self.spawn_with(name, &[])
     }
 
-    /// Starts a part with additional environment for this run only.
+    /// Starts a part with additional environment variables, for this run only.
     pub fn spawn_with(&mut self, name: &str, environment: &[(&str, &str)]) -> anyhow::Result<()> {
         let name = known(name)?;
         ensure!(
             self.processes
                 .get_mut(name)
                 .is_none_or(|process| process.ended().is_some()),
-            "{name} runs already"
+            "{name} already runs"
         );
         let mut program = self.program(name);
         program.environment.extend(
@@ -191,12 +194,12 @@ impl System {
         Ok(())
     }
 
-    /// Waits until a started part is ready. If it ends instead, the error contains the end of its log.
+    /// Waits until a started part is ready. If it exits, the error contains the end of its log.
     pub async fn until_ready(&mut self, name: &str) -> anyhow::Result<()> {
         let name = known(name)?;
         let deadline = Instant::now() + READY_TIMEOUT;
         loop {
-            let log = self.place.log(name);
+            let log = self.folder.log(name);
             let ended = self
                 .processes
                 .get_mut(name)
@@ -222,7 +225,7 @@ impl System {
             tokio::time::sleep(READY_INTERVAL).await;
         }
         if name == "postgres" {
-            let secrets = &self.place.secrets;
+            let secrets = &self.folder.secrets;
             self.postgres()
                 .ensure_database("orders", &secrets.postgres_orders)
                 .await?;
@@ -251,7 +254,7 @@ impl System {
             .unwrap_or(false)
     }
 
-    /// Sends the stop signal and waits for the end.
+    /// Sends the stop signal and waits until the part has exited.
     pub async fn stop(&mut self, name: &str) -> anyhow::Result<()> {
         match self.processes.remove(known(name)?) {
             Some(process) => process.stop().await,
@@ -259,7 +262,7 @@ impl System {
         }
     }
 
-    /// SIGKILL.
+    /// Sends SIGKILL.
     pub async fn kill(&mut self, name: &str) -> anyhow::Result<()> {
         match self.processes.remove(known(name)?) {
             Some(mut process) => process.kill().await,
@@ -267,7 +270,8 @@ impl System {
         }
     }
 
-    /// PostgreSQL's immediate shutdown: terminates all sessions and writes nothing; the next start recovers.
+    /// Immediate shutdown of PostgreSQL: ends all sessions without a checkpoint. The next start
+    /// runs crash recovery.
     pub async fn stop_postgres_immediately(&mut self) -> anyhow::Result<()> {
         match self.processes.remove("postgres") {
             Some(process) => process.stop_by(Signal::QUIT).await,
@@ -285,7 +289,7 @@ impl System {
         self.running(name)?.signal(Signal::CONT)
     }
 
-    /// Starts everything, and calls `progress` for each part that is ready.
+    /// Starts all parts. Calls `progress` each time one is ready.
     pub async fn start_all(
         &mut self,
         mut progress: impl FnMut(&str, Duration),
@@ -298,7 +302,7 @@ impl System {
         Ok(())
     }
 
-    /// Stops everything, the gateway first.
+    /// Stops all parts, the gateway first.
     pub async fn stop_all(&mut self) -> anyhow::Result<()> {
         let mut result = Ok(());
         for name in NAMES.into_iter().rev() {
@@ -308,7 +312,7 @@ impl System {
         result
     }
 
-    /// Deletes everything that the broker has stored. It must not run.
+    /// Deletes all data of the broker, which must not run.
     pub fn wipe_nats(&mut self) -> anyhow::Result<()> {
         ensure!(
             self.processes
@@ -321,7 +325,7 @@ impl System {
         Ok(())
     }
 
-    /// Copies everything that the broker has stored, replacing an earlier copy. It must not run.
+    /// Copies all data of the broker, which must not run. Replaces an earlier copy.
     pub fn copy_nats(&mut self) -> anyhow::Result<()> {
         ensure!(
             self.pid("nats").is_none(),
@@ -334,7 +338,7 @@ impl System {
         copy_folder(&self.nats.data, &copy)
     }
 
-    /// Restores what [`Self::copy_nats`] copied. It must not run.
+    /// Restores the copy made by [`Self::copy_nats`]. The broker must not run.
     pub fn roll_back_nats(&mut self) -> anyhow::Result<()> {
         self.wipe_nats()?;
         copy_folder(&self.nats_copy(), &self.nats.data)
@@ -344,7 +348,7 @@ impl System {
         self.nats.data.with_extension("copy")
     }
 
-    /// The process id of a part, if it runs.
+    /// The process id of a part; `None` if it does not run.
     pub fn pid(&mut self, name: &str) -> Option<u32> {
         let process = self.processes.get_mut(known(name).ok()?)?;
         if process.ended().is_some() {
@@ -354,23 +358,23 @@ impl System {
         }
     }
 
-    /// Whether a part is paused (SIGSTOP), also by itself.
+    /// Whether a part is paused, by us or by a failpoint in it (SIGSTOP).
     pub fn is_paused(&mut self, name: &str) -> bool {
         let Some(pid) = self.pid(name) else {
             return false;
         };
-        // The state follows the program's name, which is in parentheses.
+        // The state is the field after the program's name in parentheses.
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         stat.rsplit_once(") ")
             .is_some_and(|(_, rest)| rest.starts_with('T'))
     }
 
-    /// The exit status of a part that was started and ended.
+    /// The exit status of a part that was started and has exited.
     pub fn ended(&mut self, name: &str) -> Option<std::process::ExitStatus> {
         self.processes.get_mut(known(name).ok()?)?.ended()
     }
 
-    /// Where a part listens.
+    /// The URL of a part.
     pub fn address(&self, name: &str) -> String {
         address(&self.ports, name)
     }
@@ -390,18 +394,18 @@ impl System {
                 executable: self.binaries.join(name),
                 arguments: Vec::new(),
                 environment: self.service_environment(name, &self.ports),
-                log: self.place.log(name),
+                log: self.folder.log(name),
                 stop_signal: Signal::TERM,
                 unprivileged: false,
             },
         }
     }
 
-    /// A second process of a service on other ports, with the same databases and broker. A gateway talks to the services
-    /// on `ports`.
+    /// A second process of a service on other ports, with the same databases and broker. A gateway
+    /// forwards to the services on `ports`.
     pub fn replica(&self, service: Service, ports: &Ports) -> Program {
         let name = service.name();
-        let log = self.place.log(&format!("{name}-{}", ports.gateway));
+        let log = self.folder.log(&format!("{name}-{}", ports.gateway));
         Program {
             environment: self.service_environment(name, ports),
             log,
@@ -410,10 +414,11 @@ impl System {
     }
 
     fn service_environment(&self, name: &'static str, ports: &Ports) -> Vec<(String, String)> {
-        let secrets = &self.place.secrets;
+        let secrets = &self.folder.secrets;
         let local = |port: u16| format!("127.0.0.1:{port}");
-        let port =
-            |part: &'static str, own: u16| self.detours.get(&(name, part)).copied().unwrap_or(own);
+        let port = |part: &'static str, own: u16| {
+            self.redirects.get(&(name, part)).copied().unwrap_or(own)
+        };
         let postgres = Postgres {
             port: port("postgres", self.ports.postgres),
             ..self.postgres().clone()
@@ -492,5 +497,10 @@ pub(crate) fn known(name: &str) -> anyhow::Result<&'static str> {
     NAMES
         .into_iter()
         .find(|known| *known == name)
-        .with_context(|| format!("there is no part {name:?}, only {}", NAMES.join(", ")))
+        .with_context(|| {
+            format!(
+                "there is no part {name:?}; the parts are {}",
+                NAMES.join(", ")
+            )
+        })
 }

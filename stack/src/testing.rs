@@ -1,5 +1,5 @@
-//! For tests: one database server for the whole run, a fresh database and a fresh broker for each test, and
-//! waiting for a condition instead of sleeping.
+//! For tests: one database server for the whole run, a new database and a new broker for each test,
+//! and waiting for a condition instead of sleeping.
 
 mod cluster;
 mod disk;
@@ -19,13 +19,13 @@ use tokio::sync::{OnceCell, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::edges::Edges;
+use crate::folder::{Secrets, StackFolder};
 use crate::http::Http;
 use crate::nats::Nats;
-use crate::place::{Place, Secrets};
 use crate::ports::{Ports, free_port};
 use crate::postgres::Postgres;
 use crate::process::{Process, Program, tail};
+use crate::proxies::Proxies;
 use crate::seed::Seed;
 use crate::system::{Options, System};
 use crate::tools::Tools;
@@ -34,9 +34,9 @@ pub use self::cluster::TestCluster;
 pub use self::disk::SmallDisk;
 
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
-const LOOK_INTERVAL: Duration = Duration::from_millis(10);
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Waits until `check` returns a value; panics with `what` after `within`.
+/// Waits until `check` returns a value. Panics with `what` after `within`.
 pub async fn eventually<T>(
     what: &str,
     within: Duration,
@@ -48,16 +48,17 @@ pub async fn eventually<T>(
             return value;
         }
         assert!(Instant::now() < deadline, "not within {within:?}: {what}");
-        tokio::time::sleep(LOOK_INTERVAL).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
 }
 
-/// A folder that is deleted after the test. It is in the system's temporary folder, which every user can enter.
+/// A folder that is deleted after the test. It is in the system's temporary folder, because every
+/// user can enter that one.
 #[derive(Debug)]
 pub struct TemporaryFolder(PathBuf);
 
 impl TemporaryFolder {
-    /// Creates one, and deletes those that killed test runs left behind.
+    /// Creates a folder. The first call also deletes the folders that killed test runs have left.
     pub fn new() -> anyhow::Result<Self> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
@@ -103,17 +104,19 @@ fn remove_leftovers() {
     }
 }
 
-/// A service in this process with a thread and a runtime of its own, so that it can crash like a process.
+/// A service inside the test process. It has its own thread and runtime, so that a test can crash
+/// it like a process.
 #[derive(Debug)]
-pub struct Apart {
+pub struct InProcessService {
     pub address: SocketAddr,
     shutdown: CancellationToken,
     crash: CancellationToken,
     thread: Option<JoinHandle<anyhow::Result<()>>>,
 }
 
-impl Apart {
-    /// Runs `service`, which must send its address once it listens, and end when the token is cancelled.
+impl InProcessService {
+    /// Runs `service`. It must send its address as soon as it listens, and end when the token is
+    /// cancelled.
     pub async fn start<F>(
         service: impl FnOnce(oneshot::Sender<SocketAddr>, CancellationToken) -> F + Send + 'static,
     ) -> anyhow::Result<Self>
@@ -156,14 +159,17 @@ impl Apart {
         self.join().await
     }
 
-    /// Drops everything it does, at whatever point: nothing is finished or reported.
+    /// Drops the service wherever it is. It cannot finish or report anything.
     pub async fn crash(mut self) -> anyhow::Result<()> {
         self.crash.cancel();
         self.join().await
     }
 
     async fn join(&mut self) -> anyhow::Result<()> {
-        let thread = self.thread.take().context("a service ends once")?;
+        let thread = self
+            .thread
+            .take()
+            .context("the service is already stopped")?;
         tokio::task::spawn_blocking(move || {
             thread
                 .join()
@@ -173,23 +179,23 @@ impl Apart {
     }
 }
 
-impl Drop for Apart {
+impl Drop for InProcessService {
     fn drop(&mut self) {
         self.crash.cancel();
     }
 }
 
-/// A database of one test.
+/// The database of one test.
 #[derive(Clone)]
 pub struct TestDatabase {
-    /// The connection URL of its owner.
+    /// The connection URL, as the database's owner.
     pub url: String,
     name: String,
     server: Postgres,
 }
 
 impl TestDatabase {
-    /// An empty database on the server that all tests of this process share.
+    /// Creates an empty database on the server that all tests of this process share.
     pub async fn fresh() -> anyhow::Result<Self> {
         static SERVER: OnceCell<Postgres> = OnceCell::const_new();
         static NUMBER: AtomicU32 = AtomicU32::new(0);
@@ -203,18 +209,19 @@ impl TestDatabase {
         })
     }
 
-    /// A connection as superuser, to inspect and to corrupt.
+    /// Connects as superuser, to read or corrupt data.
     pub async fn connect(&self) -> anyhow::Result<DatabaseConnection> {
         self.server.connect(&self.name).await
     }
 
-    /// A connection as superuser to another database of the same server, from which this one can be dropped.
+    /// Connects as superuser to another database of the same server, for example to drop this one.
     pub async fn connect_elsewhere(&self) -> anyhow::Result<DatabaseConnection> {
         self.server.connect("postgres").await
     }
 }
 
-/// Starts it once per test process. It ends with the process, because the thread that started it does.
+/// Starts the shared server, once per test process. The server ends with the thread that started
+/// it, and that thread ends with the process.
 async fn shared_postgres() -> anyhow::Result<Postgres> {
     let tools = Tools::find()?;
     let folder = TemporaryFolder::new()?;
@@ -225,7 +232,7 @@ async fn shared_postgres() -> anyhow::Result<Postgres> {
         free_port()?,
         "password".to_owned(),
     )?;
-    // Tests that need durability start a server of their own.
+    // Tests that need durability start their own server.
     server.settings = ["fsync=off", "max_connections=500", "shared_buffers=64MB"]
         .map(str::to_owned)
         .to_vec();
@@ -241,7 +248,8 @@ async fn shared_postgres() -> anyhow::Result<Postgres> {
             let process = runtime.map_err(anyhow::Error::from).and_then(|runtime| {
                 let _entered = runtime.enter();
                 let process = Process::start(&program)?;
-                // Kept until this process ends, together with the runtime that watches the child.
+                // Keeps the folder, and the runtime that watches the child, until this process
+                // ends.
                 Ok((process, runtime, folder))
             });
             let failed = process.as_ref().err().map(|error| format!("{error:#}"));
@@ -262,12 +270,12 @@ async fn shared_postgres() -> anyhow::Result<Postgres> {
             "PostgreSQL for tests is not ready. The end of its log:\n{}",
             tail(&log, 15)
         );
-        tokio::time::sleep(LOOK_INTERVAL).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
     Ok(server)
 }
 
-/// A broker of one test, with the shipped configuration and users.
+/// The broker of one test, with the shipped configuration and users.
 #[derive(Debug)]
 pub struct TestBroker {
     nats: Nats,
@@ -282,11 +290,11 @@ impl TestBroker {
         Ok(broker)
     }
 
-    /// One that is not started yet but has its address.
+    /// A broker that has an address but is not started yet.
     pub fn stopped() -> anyhow::Result<Self> {
         let folder = TemporaryFolder::new()?;
-        let place = Place::open(folder.path())?;
-        let (data, log) = (place.nats_data(), place.log("nats"));
+        let stack_folder = StackFolder::open(folder.path())?;
+        let (data, log) = (stack_folder.nats_data(), stack_folder.log("nats"));
         fs::create_dir_all(&data)?;
         let nats = Nats::new(
             &Tools::find()?,
@@ -294,7 +302,7 @@ impl TestBroker {
             log,
             free_port()?,
             free_port()?,
-            place.secrets,
+            stack_folder.secrets,
         );
         Ok(Self {
             nats,
@@ -303,7 +311,7 @@ impl TestBroker {
         })
     }
 
-    /// Starts it and waits until it is ready.
+    /// Starts the broker and waits until it is ready.
     pub async fn up(&mut self) -> anyhow::Result<()> {
         self.process = Some(Process::start(&self.nats.program())?);
         let deadline = Instant::now() + READY_TIMEOUT;
@@ -313,12 +321,12 @@ impl TestBroker {
                 "NATS for tests is not ready. The end of its log:\n{}",
                 tail(&self.nats.log, 15)
             );
-            tokio::time::sleep(LOOK_INTERVAL).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
         Ok(())
     }
 
-    /// SIGKILL.
+    /// Sends SIGKILL.
     pub async fn kill(&mut self) -> anyhow::Result<()> {
         match self.process.take() {
             Some(mut process) => process.kill().await,
@@ -326,14 +334,15 @@ impl TestBroker {
         }
     }
 
-    /// Deletes everything it has stored. It must not run.
+    /// Deletes all data of the broker, which must not run.
     pub fn wipe(&mut self) -> anyhow::Result<()> {
         anyhow::ensure!(self.process.is_none(), "kill the broker before wiping it");
         fs::remove_dir_all(&self.nats.data)?;
         Ok(fs::create_dir_all(&self.nats.data)?)
     }
 
-    /// The messages of a durable consumer that are not delivered yet, and those that are delivered and not acknowledged.
+    /// Numbers of messages of a durable consumer: not delivered yet, and delivered but not
+    /// acknowledged.
     pub async fn lag(&self, consumer: &str) -> Option<(u64, u64)> {
         let monitor = Http::new(format!("http://127.0.0.1:{}", self.nats.monitor_port));
         let answer = monitor
@@ -362,7 +371,7 @@ impl TestBroker {
     }
 }
 
-/// One of our own programs as built by cargo, for a test that runs more of them than a stack has.
+/// One of our own programs as built by cargo, for a test that runs more processes than a stack has.
 pub fn service_program(name: &str, log: PathBuf) -> anyhow::Result<Program> {
     Ok(Program {
         name: name.to_owned(),
@@ -375,24 +384,24 @@ pub fn service_program(name: &str, log: PathBuf) -> anyhow::Result<Program> {
     })
 }
 
-/// A whole stack of one test, with real processes.
+/// The stack of one test, with real processes.
 pub struct TestStack {
     pub system: System,
     _folder: TemporaryFolder,
 }
 
 impl TestStack {
-    /// Starts everything, with our own programs as built by cargo.
+    /// Starts all parts. Our own programs are those built by cargo.
     pub async fn start() -> anyhow::Result<Self> {
         Self::start_with(Vec::new()).await
     }
 
-    /// Starts everything, with additional environment of our own programs.
+    /// Like [`Self::start`], with additional environment variables for our own programs.
     pub async fn start_with(environment: Vec<(String, String)>) -> anyhow::Result<Self> {
         Self::start_in(&own_programs()?, environment).await
     }
 
-    /// The same with our own programs from `binaries`.
+    /// Like [`Self::start_with`], with our own programs from `binaries`.
     pub async fn start_in(
         binaries: &Path,
         environment: Vec<(String, String)>,
@@ -402,49 +411,49 @@ impl TestStack {
         Ok(stack)
     }
 
-    /// Starts nothing yet, for a test that changes something first.
+    /// Starts nothing, so that the test can change the system before it calls `start_all`.
     pub async fn prepare(environment: Vec<(String, String)>) -> anyhow::Result<Self> {
         Self::prepare_in(&own_programs()?, environment).await
     }
 
-    /// The same with our own programs from `binaries`.
+    /// Like [`Self::prepare`], with our own programs from `binaries`.
     pub async fn prepare_in(
         binaries: &Path,
         environment: Vec<(String, String)>,
     ) -> anyhow::Result<Self> {
         let folder = TemporaryFolder::new()?;
-        let place = Place::open(folder.path())?;
+        let stack_folder = StackFolder::open(folder.path())?;
         let options = Options {
             ports: Ports::free()?,
             binaries: binaries.to_owned(),
             environment,
         };
-        let system = System::prepare(&Tools::find()?, place, options).await?;
+        let system = System::prepare(&Tools::find()?, stack_folder, options).await?;
         Ok(Self {
             system,
             _folder: folder,
         })
     }
 
-    /// Starts everything with a proxy on every connection between the parts.
+    /// Starts all parts, with a proxy for each connection between them.
     pub async fn start_behind_proxies(
         binaries: &Path,
         environment: Vec<(String, String)>,
         seed: &mut Seed,
-    ) -> anyhow::Result<(Self, Edges)> {
+    ) -> anyhow::Result<(Self, Proxies)> {
         let mut stack = Self::prepare_in(binaries, environment).await?;
-        let edges = Edges::open(&mut stack.system, seed).await?;
+        let proxies = Proxies::open(&mut stack.system, seed).await?;
         stack.system.start_all(|_, _| {}).await?;
-        Ok((stack, edges))
+        Ok((stack, proxies))
     }
 }
 
-/// Tests live in target/PROFILE/deps, programs in target/PROFILE.
+/// The folder of our own programs: target/PROFILE. Tests are in target/PROFILE/deps.
 pub fn own_programs() -> anyhow::Result<PathBuf> {
     let test = std::env::current_exe()?;
     Ok(test
         .ancestors()
         .nth(2)
-        .context("a test is in target/PROFILE/deps")?
+        .context("the test is not in target/PROFILE/deps")?
         .to_owned())
 }

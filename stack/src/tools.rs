@@ -1,7 +1,8 @@
 //! Finds the programs that are not ours: PostgreSQL and nats-server.
 //!
-//! They come from the folder where `./dev` installs the pinned versions, or from the folders that `GOZON_TOOLS_FROM`
-//! names. `PATH` is never searched: tests and benchmarks must use the same versions on every machine.
+//! They are in the folder where `./dev` installs the pinned versions, or in the folders listed in
+//! `GOZON_TOOLS_FROM`. `PATH` is never searched: tests and benchmarks must use the same versions on
+//! every machine.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -11,17 +12,15 @@ use anyhow::{Context as _, ensure};
 
 /// The oldest supported PostgreSQL.
 const POSTGRES_MAJOR_MIN: u32 = 15;
-/// The first nats-server with every JetStream fix that the services need.
+/// The oldest nats-server with all JetStream fixes that the services need.
 const NATS_VERSION_MIN: (u32, u32) = (2, 15);
-/// Where `./dev` installs the pinned versions, unless `GOZON_TOOLS` names another folder.
+/// The folder where `./dev` installs the pinned versions, unless `GOZON_TOOLS` names another one.
 const PINNED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../.tools");
 
-/// Where the programs are.
 #[derive(Clone, Debug)]
 pub struct Tools {
     /// Folders with `postgres` and `initdb`, the preferred one first.
     postgres_folders: Vec<PathBuf>,
-    /// The `nats-server` program.
     pub nats_server: PathBuf,
 }
 
@@ -31,7 +30,7 @@ impl Tools {
         if let Some(folders) = env::var_os("GOZON_TOOLS_FROM").filter(|value| !value.is_empty()) {
             let folders: Vec<PathBuf> = env::split_paths(&folders).collect();
             return Self::find_in(&folders)
-                .context("GOZON_TOOLS_FROM does not name what is needed");
+                .context("a program is missing in the folders of GOZON_TOOLS_FROM");
         }
         let pinned = env::var_os("GOZON_TOOLS")
             .filter(|value| !value.is_empty())
@@ -49,7 +48,8 @@ impl Tools {
             let folders = folders.iter().map(|folder| folder.display().to_string());
             folders.collect::<Vec<_>>().join(", ")
         };
-        // Canonical, because PostgreSQL finds its libraries relative to its program, not to a link.
+        // Symbolic links are resolved, because PostgreSQL finds its libraries relative to its
+        // program.
         let found = |name: &str, is_supported: &dyn Fn((u32, u32)) -> bool| -> Vec<PathBuf> {
             folders
                 .iter()
@@ -79,7 +79,8 @@ impl Tools {
         })
     }
 
-    /// The PostgreSQL for a data folder: the version that created it, or the preferred one for a new folder.
+    /// The PostgreSQL programs for a data folder: the version that created it, or the preferred
+    /// version for a new folder.
     pub fn postgres_for(&self, data: &Path) -> anyhow::Result<&Path> {
         let Ok(created_by) = std::fs::read_to_string(data.join("PG_VERSION")) else {
             return Ok(&self.postgres_folders[0]);
@@ -95,8 +96,8 @@ impl Tools {
         });
         fitting.map(PathBuf::as_path).with_context(|| {
             format!(
-                "the data in {} was created by PostgreSQL {created_by}, but only other versions are installed: add the folder with its \
-                 programs to GOZON_TOOLS_FROM, or delete the data (./dev reset)",
+                "the data in {} was created by PostgreSQL {created_by}, which is not installed: add the \
+                 folder with its programs to GOZON_TOOLS_FROM, or delete the data (./dev reset)",
                 data.display()
             )
         })

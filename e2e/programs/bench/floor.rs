@@ -44,7 +44,7 @@ COMMIT;
 
 /// Creates the baseline's own database.
 pub(crate) async fn prepare(system: &System) -> anyhow::Result<()> {
-    let password = &system.place().secrets.postgres_payments;
+    let password = &system.folder().secrets.postgres_payments;
     system.postgres().ensure_database("floor", password).await?;
     system
         .postgres()
@@ -52,13 +52,13 @@ pub(crate) async fn prepare(system: &System) -> anyhow::Result<()> {
         .await?
         .execute_unprepared(TABLES)
         .await?;
-    fs::write(system.place().folder().join("debit.sql"), DEBIT)?;
+    fs::write(system.folder().path().join("debit.sql"), DEBIT)?;
     Ok(())
 }
 
 /// Debits per second by `clients` clients, one transaction each.
 pub(crate) async fn debits(system: &System, clients: u32, time: Duration) -> anyhow::Result<f64> {
-    let folder = system.place().folder();
+    let folder = system.folder().path();
     let db = system.postgres().connect("floor").await?;
     db.execute_unprepared("TRUNCATE inbox, transfers, outbox")
         .await?;
@@ -79,7 +79,7 @@ pub(crate) async fn debits(system: &System, clients: u32, time: Duration) -> any
         .arg("--file")
         .arg(folder.join("debit.sql"))
         .arg("floor")
-        .env("PGPASSWORD", &system.place().secrets.postgres_superuser)
+        .env("PGPASSWORD", &system.folder().secrets.postgres_superuser)
         .stdin(Stdio::null())
         .output()
         .await
@@ -105,7 +105,7 @@ pub(crate) async fn publishes(system: &System, time: Duration) -> anyhow::Result
     let config = BrokerConfig {
         url: system.nats().url(),
         user: "ops".to_owned(),
-        password: system.place().secrets.nats_ops.clone().into(),
+        password: system.folder().secrets.nats_ops.clone().into(),
         name: "bench".to_owned(),
     };
     let broker = Broker::connect(config).await?;

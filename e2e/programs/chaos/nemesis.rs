@@ -10,7 +10,7 @@ use e2e::broker::{operator, replay_stream};
 use stack::proxy::Cut;
 use stack::seed::Seed;
 use stack::testing::TestStack;
-use stack::{Edges, NAMES, System};
+use stack::{NAMES, Proxies, System};
 use tokio::time::Instant;
 
 const START_WITHIN: Duration = Duration::from_secs(60);
@@ -171,7 +171,7 @@ const FAULTS: [Fault; 33] = [
 /// Injects the faults.
 pub(crate) struct Nemesis {
     stack: TestStack,
-    edges: Edges,
+    proxies: Proxies,
     seed: Seed,
     /// The time since the start, and the index of the fault.
     schedule: Vec<(Duration, usize)>,
@@ -183,12 +183,12 @@ pub(crate) struct Nemesis {
 impl Nemesis {
     pub(crate) fn new(
         stack: TestStack,
-        edges: Edges,
+        proxies: Proxies,
         over: Duration,
         only: &[String],
         seed: &mut Seed,
     ) -> anyhow::Result<Self> {
-        let mut seed = seed.branch();
+        let mut seed = seed.fork();
         let wanted = |fault: &Fault| {
             only.is_empty() || only.iter().any(|word| fault.name.contains(word.as_str()))
         };
@@ -227,7 +227,7 @@ impl Nemesis {
             .collect();
         Ok(Self {
             stack,
-            edges,
+            proxies,
             seed,
             schedule: times.zip(deck).collect(),
             fired,
@@ -284,13 +284,13 @@ impl Nemesis {
         *status.borrow_mut() = format!("{} waiting for the last cuts", schedule.len());
         // An armed cut fires when its message passes, and some messages exist only under load.
         let deadline = Instant::now() + CUTS_WITHIN;
-        while self.edges.all().any(|proxy| proxy.waiting() > 0) && Instant::now() < deadline {
+        while self.proxies.all().any(|proxy| proxy.armed() > 0) && Instant::now() < deadline {
             tokio::time::sleep(RETRY_INTERVAL).await;
             self.check_processes().await?;
         }
-        for proxy in self.edges.all() {
+        for proxy in self.proxies.all() {
             proxy.disarm();
-            proxy.heal();
+            proxy.clear_faults();
         }
         self.count_cuts();
         self.check_processes().await
@@ -376,11 +376,11 @@ impl Nemesis {
                 .await
             }
             Action::CutAll => {
-                self.edges.all().for_each(stack::proxy::Proxy::cut);
+                self.proxies.all().for_each(stack::proxy::Proxy::cut);
                 Ok(())
             }
             Action::Swizzle => {
-                let mut proxies: Vec<_> = self.edges.all().cloned().collect();
+                let mut proxies: Vec<_> = self.proxies.all().cloned().collect();
                 self.seed.shuffle(&mut proxies);
                 for proxy in &proxies {
                     proxy.hold();
@@ -388,7 +388,7 @@ impl Nemesis {
                 }
                 self.seed.shuffle(&mut proxies);
                 for proxy in &proxies {
-                    proxy.heal();
+                    proxy.clear_faults();
                     self.pause_up_to(300).await;
                 }
                 Ok(())
@@ -400,21 +400,25 @@ impl Nemesis {
                 } else {
                     Duration::from_millis(2)
                 };
-                self.edges.all().for_each(|proxy| proxy.slow(delay, piece));
+                self.proxies
+                    .all()
+                    .for_each(|proxy| proxy.slow(delay, piece));
                 tokio::time::sleep(Duration::from_secs(3)).await;
-                self.edges.all().for_each(stack::proxy::Proxy::heal);
+                self.proxies
+                    .all()
+                    .for_each(stack::proxy::Proxy::clear_faults);
                 Ok(())
             }
             Action::BlackHole(part) => {
                 let service = self.pick(["orders", "payments"]);
-                let proxy = self.edges.between(service, part).clone();
+                let proxy = self.proxies.between(service, part).clone();
                 proxy.black_hole();
                 tokio::time::sleep(Duration::from_millis(1000 + self.seed.below(3000))).await;
-                proxy.heal();
+                proxy.clear_faults();
                 Ok(())
             }
             Action::Lose(service, part, cut, times) => {
-                self.edges.between(service, part).arm(cut, times);
+                self.proxies.between(service, part).arm(cut, times);
                 Ok(())
             }
         }
@@ -426,7 +430,7 @@ impl Nemesis {
             if let Action::Lose(service, part, cut, _) = fault.act
                 && let Some(count) = self.fired.get_mut(fault.name)
             {
-                *count = self.edges.between(service, part).fired(cut);
+                *count = self.proxies.between(service, part).fired(cut);
             }
         }
     }
@@ -435,7 +439,7 @@ impl Nemesis {
     async fn check_processes(&mut self) -> anyhow::Result<()> {
         for name in NAMES {
             if let Some(status) = self.stack.system.ended(name) {
-                let log = stack::process::tail(&self.stack.system.place().log(name), 5);
+                let log = stack::process::tail(&self.stack.system.folder().log(name), 5);
                 self.unexpected_exits
                     .push(format!("{name} exited unexpectedly ({status}): {log}"));
                 self.start(name).await?;

@@ -31,7 +31,7 @@ pub(crate) async fn run(settings: &Settings) -> anyhow::Result<Report> {
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .to_vec();
     environment.extend(settings.environment.iter().cloned());
-    let (stack, edges) =
+    let (stack, proxies) =
         TestStack::start_behind_proxies(&settings.binaries, environment, &mut seed).await?;
     let over = Duration::from_secs(settings.seconds);
     let plan = Plan {
@@ -40,13 +40,13 @@ pub(crate) async fn run(settings: &Settings) -> anyhow::Result<Report> {
         deposits: settings.deposits,
         over,
     };
-    let customers = Customers::new(&edges.front());
+    let customers = Customers::new(&proxies.client_url());
     let status = RefCell::new(String::new());
-    let mut nemesis = Nemesis::new(stack, edges, over, &settings.only, &mut seed)?;
+    let mut nemesis = Nemesis::new(stack, proxies, over, &settings.only, &mut seed)?;
     let faults = nemesis.planned();
     let begun = Instant::now();
 
-    let (shop_seed, watch_seeds) = (seed.branch(), [seed.branch(), seed.branch()]);
+    let (shop_seed, watch_seeds) = (seed.fork(), [seed.fork(), seed.fork()]);
     let [one_seed, other_seed] = watch_seeds;
     let report_progress = async {
         let mut last = String::new();

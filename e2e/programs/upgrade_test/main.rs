@@ -93,7 +93,7 @@ async fn test(upgrade: &mut Upgrade, old: &Old, binaries: &Path, seed: u64) -> a
         customers: &customers,
         databases: &databases,
     };
-    let (shop_seed, watch_seed) = (seed.branch(), seed.branch());
+    let (shop_seed, watch_seed) = (seed.fork(), seed.fork());
     let work = async {
         let replacing = async {
             let replaced = steps.replace_all(upgrade, old, binaries).await;

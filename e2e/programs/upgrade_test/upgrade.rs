@@ -48,8 +48,8 @@ impl Upgrade {
         let ports = *system.ports();
         let orders = balancer::open([ports.orders, second_ports.orders]).await?;
         let payments = balancer::open([ports.payments, second_ports.payments]).await?;
-        system.detour("gateway", "orders", orders);
-        system.detour("gateway", "payments", payments);
+        system.redirect("gateway", "orders", orders);
+        system.redirect("gateway", "payments", payments);
         system.start_all(|_, _| {}).await?;
         let second_orders = start_second(system, Service::Orders, &second_ports).await?;
         let second_payments = start_second(system, Service::Payments, &second_ports).await?;
@@ -68,7 +68,7 @@ impl Upgrade {
     /// Copies the logs to a folder, before they are deleted with the stack.
     pub(crate) fn keep_logs(&self, folder: &Path) -> anyhow::Result<PathBuf> {
         std::fs::create_dir_all(folder)?;
-        for entry in std::fs::read_dir(self.system().place().folder().join("logs"))? {
+        for entry in std::fs::read_dir(self.system().folder().path().join("logs"))? {
             let entry = entry?;
             std::fs::copy(entry.path(), folder.join(entry.file_name()))?;
         }

@@ -54,7 +54,7 @@ async fn f61_clients_of_a_service_with_locked_tables_keep_no_request_from_the_ot
             .await
             .unwrap();
         let working = async {
-            eventually("all places are taken", SOON, async || {
+            eventually("all slots are taken", SOON, async || {
                 let answer = shop.http.get(hangs).await.unwrap();
                 (answer.status == 503 && answer.text().contains("overloaded")).then_some(())
             })

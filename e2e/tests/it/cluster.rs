@@ -23,7 +23,7 @@ async fn shop_with_a_cluster() -> (Shop, TestCluster) {
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .to_vec();
     let mut stack = TestStack::prepare(environment).await.unwrap();
-    let mut cluster = TestCluster::prepare(&stack.system.place().secrets, ports).unwrap();
+    let mut cluster = TestCluster::prepare(&stack.system.folder().secrets, ports).unwrap();
     for number in 0..3 {
         cluster.spawn(number).unwrap();
     }
@@ -108,7 +108,7 @@ async fn f18_a_duplicate_sent_while_the_first_is_being_stored_is_stored_once() {
         cluster.leader("ORDERS").await
     })
     .await;
-    let password = shop.stack.system.place().secrets.nats_ops.clone();
+    let password = shop.stack.system.folder().secrets.nats_ops.clone();
     let config = BrokerConfig {
         url: cluster.url(leader),
         user: "ops".to_owned(),

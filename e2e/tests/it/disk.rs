@@ -34,11 +34,11 @@ async fn shop_on_a_small_disk(part: &str, megabytes: u32) -> Option<(Shop, Small
             return None;
         }
     };
-    let place = stack.system.place();
-    disk.take_in(&if part == "postgres" {
-        place.postgres_data()
+    let folder = stack.system.folder();
+    disk.move_folder(&if part == "postgres" {
+        folder.postgres_data()
     } else {
-        place.nats_data()
+        folder.nats_data()
     })
     .unwrap();
     stack.system.start_all(|_, _| {}).await.unwrap();
@@ -116,7 +116,7 @@ async fn f13_nothing_is_lost_when_fsync_of_the_database_fails() {
         "inject=fdatasync,fsync:error=EIO:when=3+",
         "-p",
     ];
-    let log = shop.stack.system.place().log("postgres");
+    let log = shop.stack.system.folder().log("postgres");
     place_orders_while(&mut shop, async |shop| {
         let strace = tokio::process::Command::new("strace")
             .args(failing)

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use futures_util::future::join_all;
 use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbBackend, Statement};
-use stack::Edges;
+use stack::Proxies;
 use stack::proxy::Traffic;
 use stack::seed::Seed;
 use stack::testing::{TestStack, eventually, own_programs};
@@ -38,14 +38,14 @@ struct Cost {
 
 struct Meters {
     shop: Shop,
-    edges: Edges,
+    proxies: Proxies,
     databases: [DatabaseConnection; 2],
 }
 
 impl Meters {
     async fn start() -> Self {
         let mut seed = Seed::new(1);
-        let (stack, edges) =
+        let (stack, proxies) =
             TestStack::start_behind_proxies(&own_programs().unwrap(), Vec::new(), &mut seed)
                 .await
                 .unwrap();
@@ -56,7 +56,7 @@ impl Meters {
         ];
         Self {
             shop: Shop::with_stack(stack),
-            edges,
+            proxies,
             databases,
         }
     }
@@ -73,7 +73,7 @@ impl Meters {
         let mut traffic = Traffic::default();
         for service in ["orders", "payments"] {
             let [database, broker] =
-                ["postgres", "nats"].map(|part| self.edges.between(service, part).traffic());
+                ["postgres", "nats"].map(|part| self.proxies.between(service, part).traffic());
             traffic.statements += database.statements;
             traffic.round_trips += database.round_trips;
             traffic.messages += broker.messages;

@@ -8,7 +8,7 @@ use async_nats::HeaderMap;
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 use shared_contracts::{Event as _, OrderFinished, header};
-use stack::http::{Http, Opened};
+use stack::http::{Http, StreamingResponse};
 use stack::ports::free_port;
 use stack::process::{Process, Program};
 use stack::testing::{eventually, service_program};
@@ -23,7 +23,7 @@ use crate::shop::{SOON, Shop};
 
 /// A minimal EventSource.
 struct Listener {
-    stream: Opened,
+    stream: StreamingResponse,
     text: String,
     ready: VecDeque<ReceivedEvent>,
     last_event_id: Option<String>,
@@ -149,7 +149,7 @@ impl Gateway {
             ("NATS_URL".to_owned(), system.nats().url()),
             (
                 "NATS_PASSWORD".to_owned(),
-                system.place().secrets.nats_gateway.clone(),
+                system.folder().secrets.nats_gateway.clone(),
             ),
         ];
         environment.extend(
@@ -158,7 +158,7 @@ impl Gateway {
         );
         let program = Program {
             environment,
-            ..service_program("gateway", system.place().log("gateway-2")).unwrap()
+            ..service_program("gateway", system.folder().log("gateway-2")).unwrap()
         };
         let process = Process::start(&program).unwrap();
         let http = Http::new(format!("http://{address}"));

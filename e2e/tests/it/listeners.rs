@@ -9,7 +9,7 @@ use broker::Broker;
 use futures_util::future::join_all;
 use serde_json::json;
 use shared_contracts::{Event as _, OrderFinished, header};
-use stack::http::{Http, Opened};
+use stack::http::{Http, StreamingResponse};
 use stack::testing::eventually;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -52,7 +52,7 @@ async fn publish(operator: &Broker, numbers: &[usize]) -> u64 {
     sequence
 }
 
-async fn listen(http: &Http, user: usize) -> Opened {
+async fn listen(http: &Http, user: usize) -> StreamingResponse {
     let path = format!("/v1/orders/events?user_id=u{user}");
     let mut stream = http.open(&path, &[]).await.unwrap();
     assert_eq!(stream.status, 200);
@@ -61,7 +61,7 @@ async fn listen(http: &Http, user: usize) -> Opened {
 }
 
 /// Reads until an order comes.
-async fn hear(stream: &mut Opened) {
+async fn hear(stream: &mut StreamingResponse) {
     let mut text = String::new();
     while !text.contains("event: order") {
         let bytes = timeout(SOON, stream.next()).await.unwrap();

@@ -8,7 +8,7 @@ use serde_json::json;
 use stack::proxy::Cut;
 use stack::seed::Seed;
 use stack::testing::{TestStack, eventually, own_programs};
-use stack::{Edges, NAMES};
+use stack::{NAMES, Proxies};
 
 use crate::shop::{SOON, Shop, fault_lasts};
 
@@ -17,28 +17,28 @@ const NOTICED_WITHIN: Duration = Duration::from_secs(40);
 /// The gateway's timeout with some margin.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(10);
 
-async fn shop_behind_proxies() -> (Shop, Edges) {
+async fn shop_behind_proxies() -> (Shop, Proxies) {
     let environment = SHORT_TIMERS
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .to_vec();
     let mut seed = Seed::new(1);
-    let (stack, edges) =
+    let (stack, proxies) =
         TestStack::start_behind_proxies(&own_programs().unwrap(), environment, &mut seed)
             .await
             .unwrap();
-    (Shop::with_stack(stack), edges)
+    (Shop::with_stack(stack), proxies)
 }
 
 /// Places one order while `cut` loses messages; it must have fired `times` times.
 async fn order_while_lost(
     shop: &Shop,
-    edges: &Edges,
+    proxies: &Proxies,
     service: &str,
     part: &str,
     cut: Cut,
     times: usize,
 ) {
-    let proxy = edges.between(service, part);
+    let proxy = proxies.between(service, part);
     proxy.arm(cut, times);
     assert_eq!(
         shop.order("alice", 10).await,
@@ -53,7 +53,7 @@ async fn order_while_lost(
 /// COMMIT reached the server or not; the client sees a closed connection in both cases (F8).
 #[tokio::test]
 async fn f08_a_commit_whose_outcome_is_unknown_happens_exactly_once() {
-    let (shop, edges) = shop_behind_proxies().await;
+    let (shop, proxies) = shop_behind_proxies().await;
     shop.customer("alice", 1000).await;
     let places = [
         ("orders", "INSERT INTO orders"),
@@ -65,7 +65,7 @@ async fn f08_a_commit_whose_outcome_is_unknown_happens_exactly_once() {
     let mut orders = 0;
     for (service, after) in places {
         for cut in [Cut::CommitAnswer { after }, Cut::CommitRequest { after }] {
-            order_while_lost(&shop, &edges, service, "postgres", cut, 1).await;
+            order_while_lost(&shop, &proxies, service, "postgres", cut, 1).await;
             orders += 1;
         }
     }
@@ -79,7 +79,7 @@ async fn f08_a_commit_whose_outcome_is_unknown_happens_exactly_once() {
     let after = "SET balance = balance + $2";
     for cut in [Cut::CommitAnswer { after }, Cut::CommitRequest { after }] {
         let before = shop.balance("alice").await;
-        edges.between("payments", "postgres").arm(cut, 1);
+        proxies.between("payments", "postgres").arm(cut, 1);
         let paid_in = shop
             .until_done("/v1/accounts/alice/deposits", &json!({ "amount": 5 }))
             .await;
@@ -87,7 +87,7 @@ async fn f08_a_commit_whose_outcome_is_unknown_happens_exactly_once() {
         assert_eq!(
             (
                 shop.balance("alice").await,
-                edges.between("payments", "postgres").fired(cut)
+                proxies.between("payments", "postgres").fired(cut)
             ),
             (before + 5, 1)
         );
@@ -98,9 +98,9 @@ async fn f08_a_commit_whose_outcome_is_unknown_happens_exactly_once() {
 /// under the same key resolves it (I9).
 #[tokio::test]
 async fn f08_an_unknown_outcome_is_reported_and_a_retry_under_its_key_resolves_it() {
-    let (shop, edges) = shop_behind_proxies().await;
+    let (shop, proxies) = shop_behind_proxies().await;
     shop.customer("alice", 100).await;
-    let proxy = edges.between("orders", "postgres");
+    let proxy = proxies.between("orders", "postgres");
     let cut = Cut::CommitAnswer {
         after: "INSERT INTO orders",
     };
@@ -145,7 +145,7 @@ async fn f08_an_unknown_outcome_is_reported_and_a_retry_under_its_key_resolves_i
 /// PubAcks, acks and deliveries are lost (F18, F36).
 #[tokio::test]
 async fn f36_a_lost_puback_ack_or_delivery_only_causes_delay() {
-    let (shop, edges) = shop_behind_proxies().await;
+    let (shop, proxies) = shop_behind_proxies().await;
     shop.customer("alice", 1000).await;
     let mut orders = 0;
     for service in ["orders", "payments"] {
@@ -155,15 +155,15 @@ async fn f36_a_lost_puback_ack_or_delivery_only_causes_delay() {
             (Cut::Ack, 2),
             (Cut::Delivery, 2),
         ] {
-            let fired = edges.between(service, "nats").fired(cut);
-            edges.between(service, "nats").arm(cut, times);
+            let fired = proxies.between(service, "nats").fired(cut);
+            proxies.between(service, "nats").arm(cut, times);
             assert_eq!(
                 shop.order("alice", 10).await,
                 ("FINISHED".to_owned(), None),
                 "{service}, {cut:?}"
             );
             eventually("the message was lost", SOON, async || {
-                (edges.between(service, "nats").fired(cut) == fired + times as u64).then_some(())
+                (proxies.between(service, "nats").fired(cut) == fired + times as u64).then_some(())
             })
             .await;
             orders += 1;
@@ -179,7 +179,7 @@ async fn f36_a_lost_puback_ack_or_delivery_only_causes_delay() {
 /// Connections are black-holed: nothing is forwarded, nothing is closed (F48).
 #[tokio::test]
 async fn f48_black_holed_connections_are_detected_and_replaced() {
-    let (shop, edges) = shop_behind_proxies().await;
+    let (shop, proxies) = shop_behind_proxies().await;
     shop.customer("alice", 1000).await;
     let mut orders = 0;
     for (service, part) in [
@@ -190,8 +190,8 @@ async fn f48_black_holed_connections_are_detected_and_replaced() {
     ] {
         // Use each connection, so that data is in flight on each of them.
         assert_eq!(shop.order("alice", 10).await.0, "FINISHED");
-        edges.between(service, part).black_hole();
-        edges.between(service, part).heal();
+        proxies.between(service, part).black_hole();
+        proxies.between(service, part).clear_faults();
         let begun = Instant::now();
         let ended = async || {
             let order = shop.order("alice", 10).await;
@@ -217,7 +217,7 @@ async fn f48_black_holed_connections_are_detected_and_replaced() {
 /// keeps working (F48).
 #[tokio::test]
 async fn f48_no_request_hangs_while_a_connection_is_black_holed() {
-    let (shop, edges) = shop_behind_proxies().await;
+    let (shop, proxies) = shop_behind_proxies().await;
     shop.customer("alice", 1000).await;
     for (service, request, body) in [
         (
@@ -231,7 +231,7 @@ async fn f48_no_request_hangs_while_a_connection_is_black_holed() {
             json!({ "amount": 10 }),
         ),
     ] {
-        let proxy = edges.between(service, "postgres");
+        let proxy = proxies.between(service, "postgres");
         proxy.black_hole();
         let begun = Instant::now();
         for answer in join_all((0..5).map(|_| shop.http.post(request, None, &body))).await {
@@ -243,7 +243,7 @@ async fn f48_no_request_hangs_while_a_connection_is_black_holed() {
             "{service} took {:?} to report that its database is down",
             begun.elapsed()
         );
-        proxy.heal();
+        proxy.clear_faults();
         let healed = async || {
             shop.http
                 .post(request, None, &body)
@@ -259,7 +259,7 @@ async fn f48_no_request_hangs_while_a_connection_is_black_holed() {
         .unwrap();
     }
     // Placing an order does not need the broker.
-    edges.to("nats").for_each(stack::proxy::Proxy::black_hole);
+    proxies.to("nats").for_each(stack::proxy::Proxy::black_hole);
     let placed = shop
         .http
         .post(
@@ -270,7 +270,9 @@ async fn f48_no_request_hangs_while_a_connection_is_black_holed() {
         .await
         .unwrap();
     assert_eq!(placed.status, 201, "{}", placed.text());
-    edges.to("nats").for_each(stack::proxy::Proxy::heal);
+    proxies
+        .to("nats")
+        .for_each(stack::proxy::Proxy::clear_faults);
     let path = format!(
         "/v1/orders/{}?wait=30",
         placed.json()["id"].as_str().unwrap()
@@ -288,7 +290,7 @@ async fn f48_no_request_hangs_while_a_connection_is_black_holed() {
 /// Every connection is slow: delayed, in single bytes, 10 kB/s (F47).
 #[tokio::test]
 async fn f47_a_slow_network_only_causes_delay() {
-    let (shop, edges) = shop_behind_proxies().await;
+    let (shop, proxies) = shop_behind_proxies().await;
     shop.customer("alice", 1000).await;
     let mut orders = 0;
     for (delay, piece) in [
@@ -296,7 +298,7 @@ async fn f47_a_slow_network_only_causes_delay() {
         (Duration::ZERO, 1),
         (Duration::from_millis(100), 512),
     ] {
-        edges.all().for_each(|proxy| proxy.slow(delay, piece));
+        proxies.all().for_each(|proxy| proxy.slow(delay, piece));
         let ended = join_all((0..10).map(|_| shop.order("alice", 10))).await;
         assert_eq!(
             ended
@@ -308,7 +310,7 @@ async fn f47_a_slow_network_only_causes_delay() {
         );
         orders += 10;
     }
-    edges.all().for_each(stack::proxy::Proxy::heal);
+    proxies.all().for_each(stack::proxy::Proxy::clear_faults);
     assert_eq!(shop.assert_settled(orders).await, orders);
     assert_eq!(
         shop.balance("alice").await,
@@ -319,14 +321,14 @@ async fn f47_a_slow_network_only_causes_delay() {
 /// All connections are blocked one after the other, then cut, and reopened in another order (F49).
 #[tokio::test]
 async fn f49_connections_are_blocked_one_by_one_and_reopened_in_another_order() {
-    let (shop, edges) = shop_behind_proxies().await;
+    let (shop, proxies) = shop_behind_proxies().await;
     shop.customer("alice", 1000).await;
     let mut seed = Seed::new(49);
     let body = json!({ "user_id": "alice", "amount": 10 });
     let orders = join_all((0..40).map(|_| shop.until_done("/v1/orders", &body)));
     let swizzle = async {
         for _ in 0..3 {
-            let mut proxies: Vec<_> = edges.all().cloned().collect();
+            let mut proxies: Vec<_> = proxies.all().cloned().collect();
             seed.shuffle(&mut proxies);
             for proxy in &proxies {
                 proxy.hold();
@@ -335,7 +337,7 @@ async fn f49_connections_are_blocked_one_by_one_and_reopened_in_another_order() 
             proxies.iter().for_each(stack::proxy::Proxy::cut);
             seed.shuffle(&mut proxies);
             for proxy in &proxies {
-                proxy.heal();
+                proxy.clear_faults();
                 fault_lasts(Duration::from_millis(100)).await;
             }
         }

@@ -79,7 +79,7 @@ impl User {
 #[tokio::test]
 async fn each_nats_user_can_do_its_work_and_nothing_else() {
     let stack = TestStack::start().await.unwrap();
-    let secrets = stack.system.place().secrets.clone();
+    let secrets = stack.system.folder().secrets.clone();
 
     let mut orders = User::log_in(&stack, "orders", &secrets.nats_orders).await;
     for subject in [
@@ -240,7 +240,7 @@ async fn each_nats_user_can_do_its_work_and_nothing_else() {
 #[tokio::test]
 async fn each_postgres_role_can_only_connect_to_its_own_database() {
     let stack = TestStack::start().await.unwrap();
-    let secrets = stack.system.place().secrets.clone();
+    let secrets = stack.system.folder().secrets.clone();
     let postgres = stack.system.postgres();
     let enter = async |role: &str, password: &str, database: &str| {
         let mut options = DbOptions::new(postgres.url(role, password, database));

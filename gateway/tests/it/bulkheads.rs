@@ -1,6 +1,7 @@
-//! One service, one address or one slow client does not take the places of the others.
+//! One service, one address or one slow client cannot take the slots of the others.
 //!
-//! The short form runs with small limits. `GOZON_LONG=1` runs the full form with the default limits.
+//! The short form runs with small limits. `GOZON_LONG=1` runs the full form with the default
+//! limits.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use tokio::time::timeout;
 
 use crate::harness::{Gateway, Reaction, ReceivedRequest, SOON, ok};
 
-/// Two clients, told apart by their addresses.
+/// The addresses of two clients.
 const GREEDY: &str = "127.0.0.2";
 const OTHER: &str = "127.0.0.1";
 
@@ -27,11 +28,12 @@ const DEPOSIT: &str = "POST /v1/accounts/alice/deposits HTTP/1.1\r\nHost: x\r\n\
 const WAIT_7: &str = "GET /v1/orders/7?wait=30 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
 const WAIT_8: &str = "GET /v1/orders/8?wait=30 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
 
-/// The full form of a test, or the short one.
+/// The size of a test, in its short or full form.
 struct Scale {
     arguments: &'static [&'static str],
-    /// Places, waits and event streams, each.
+    /// Number of requests that try to take slots.
     greedy: usize,
+    /// Number of requests that must be answered meanwhile.
     others: usize,
 }
 
@@ -96,12 +98,12 @@ async fn with_a_service_that_hangs(arguments: &[&str], hanging: &'static str) ->
 }
 
 #[tokio::test]
-async fn a_service_that_hangs_takes_no_place_of_the_other() {
+async fn a_service_that_hangs_takes_no_slot_of_the_other() {
     let scale = scale(&["--requests-max=8"], (24, 20), (700, 200));
     for (hanging, hangs, works) in [("/accounts", BALANCE, ORDER), ("/orders", LIST, DEPOSIT)] {
         let gateway = with_a_service_that_hangs(scale.arguments, hanging).await;
         let held = join_all((0..scale.greedy).map(|_| send(OTHER, &gateway, hangs))).await;
-        eventually("all places are taken", SOON, async || {
+        eventually("all slots are taken", SOON, async || {
             (ask(OTHER, &gateway, hangs).await == 503).then_some(())
         })
         .await;
@@ -111,7 +113,7 @@ async fn a_service_that_hangs_takes_no_place_of_the_other() {
 }
 
 #[tokio::test]
-async fn a_request_takes_no_place_before_its_body_is_complete() {
+async fn a_request_takes_no_slot_before_its_body_is_complete() {
     let scale = scale(&["--requests-max=8"], (12, 20), (600, 200));
     let gateway = Gateway::start_with(scale.arguments, |_| Reaction::Answers(ok("{}"))).await;
     let head = ORDER.replace("\r\n\r\n{}", "\r\nExpect: 100-continue\r\n\r\n");
@@ -126,7 +128,7 @@ async fn a_request_takes_no_place_before_its_body_is_complete() {
 }
 
 #[tokio::test]
-async fn one_address_leaves_a_quarter_of_the_places_to_others() {
+async fn one_address_leaves_a_quarter_of_the_slots_to_others() {
     for (hanging, request, other) in [
         ("GET /v1/accounts/alice", BALANCE, DEPOSIT),
         ("GET /v1/orders", LIST, ORDER),
@@ -140,7 +142,7 @@ async fn one_address_leaves_a_quarter_of_the_places_to_others() {
         let gateway = with_a_service_that_hangs(scale.arguments, hanging).await;
         let before = gateway.rejected_count("client_share").await;
         let held = join_all((0..scale.greedy).map(|_| send(GREEDY, &gateway, request))).await;
-        eventually("the address has its share", SOON, async || {
+        eventually("the address holds its share", SOON, async || {
             (ask(GREEDY, &gateway, request).await == 503).then_some(())
         })
         .await;
@@ -186,7 +188,7 @@ async fn one_address_leaves_a_quarter_of_the_event_streams_to_others() {
 async fn one_address_leaves_a_quarter_of_the_connections_to_others() {
     let scale = scale(&["--connections-max=64"], (70, 12), (4200, 200));
     let gateway = Gateway::start_with(scale.arguments, |_| Reaction::Answers(ok("{}"))).await;
-    // They read nothing.
+    // These clients do not read the responses.
     let unread = "GET /v1/orders HTTP/1.1\r\nHost: x\r\n\r\n";
     let open = join_all((0..scale.greedy).map(|_| send(GREEDY, &gateway, unread))).await;
     for probe in ["livez", "readyz"] {

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use serde_json::json;
 use service_kit::server::ConnectionArgs;
 use stack::http::Http;
-use stack::testing::{Apart, eventually};
+use stack::testing::{InProcessService, eventually};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
@@ -325,15 +325,16 @@ async fn an_unavailable_service_is_named_with_what_to_do() {
     );
 }
 
-/// Starts a gateway with this address of orders, without the backend of [`Gateway::start`].
-async fn gateway_for(orders: &str) -> (Apart, Http) {
+/// Starts a gateway whose orders service has this address, without the backend of
+/// [`Gateway::start`].
+async fn gateway_for(orders: &str) -> (InProcessService, Http) {
     let config = [
         "gateway",
         "--listen=127.0.0.1:0",
         &format!("--orders-url=http://{orders}"),
     ];
     let config = <gateway::Config as clap::Parser>::try_parse_from(config).unwrap();
-    let gateway = Apart::start(async move |address, shutdown| {
+    let gateway = InProcessService::start(async move |address, shutdown| {
         let app = gateway::App::build(config).await?;
         // The test may have given up waiting.
         let _ = address.send(app.address()?);
@@ -345,7 +346,7 @@ async fn gateway_for(orders: &str) -> (Apart, Http) {
 }
 
 #[tokio::test]
-async fn an_unreachable_service_has_done_nothing() {
+async fn a_request_to_an_unreachable_service_has_no_effect() {
     let free = stack::ports::free_port().unwrap();
     let (gateway, http) = gateway_for(&format!("127.0.0.1:{free}")).await;
     let answer = http.post("/v1/orders", None, &json!({})).await.unwrap();
@@ -355,8 +356,8 @@ async fn an_unreachable_service_has_done_nothing() {
     );
     assert_eq!(
         answer.json()["detail"],
-        "Orders Service temporarily unavailable. Wait as long as Retry-After says, then send the request again with the \
-         same Idempotency-Key."
+        "Orders Service temporarily unavailable. Wait as long as Retry-After says, then send the \
+         request again with the same Idempotency-Key."
     );
     assert_eq!(
         (&answer.json()["outcome"], &answer.json()["idempotency_key"]),
@@ -405,7 +406,7 @@ async fn an_invalid_or_too_large_answer_is_not_forwarded() {
             (503, &json!("service_unavailable")),
             "{path}"
         );
-        assert!(!answer.text().contains("SSH"), "no innards");
+        assert!(!answer.text().contains("SSH"), "internals leak");
     }
 }
 
@@ -438,7 +439,7 @@ async fn the_answer_after_a_panic_contains_the_key_made_by_the_gateway() {
         "{body}"
     );
     assert_eq!(body["idempotency_key"], seen.lock().unwrap().as_str());
-    assert!(!answer.text().contains("a bug"), "no innards");
+    assert!(!answer.text().contains("a bug"), "internals leak");
     serving.abort();
 }
 

@@ -8,7 +8,7 @@ use clap::Parser as _;
 use gateway::{App, Config};
 use serde_json::Value;
 use stack::http::Http;
-use stack::testing::Apart;
+use stack::testing::InProcessService;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
@@ -40,13 +40,13 @@ impl ReceivedRequest {
 pub(crate) enum Reaction {
     /// Sends these bytes.
     Answers(String),
-    /// Sends these bytes and closes the connection without announcing it.
+    /// Sends these bytes and closes the connection, without the header `Connection: close`.
     AnswersThenCloses(String),
     /// Answers 200 when the test allows it.
     AnswersWhen(Arc<Notify>),
 }
 
-/// 200 with a body.
+/// A 200 response with this JSON body.
 pub(crate) fn ok(body: &str) -> String {
     format!(
         "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
@@ -137,12 +137,12 @@ async fn handle_connection(
     }
 }
 
-/// A gateway, with one backend that takes the place of both services.
+/// A gateway, and one backend that replaces both services.
 pub(crate) struct Gateway {
     pub(crate) http: Http,
     pub(crate) address: SocketAddr,
     pub(crate) backend: Service,
-    process: Apart,
+    process: InProcessService,
 }
 
 impl Gateway {
@@ -164,7 +164,7 @@ impl Gateway {
         ];
         let fixed = ["gateway", "--listen=127.0.0.1:0", &urls[0], &urls[1]];
         let config = Config::try_parse_from(fixed.iter().chain(arguments)).unwrap();
-        let process = Apart::start(async move |address, shutdown| {
+        let process = InProcessService::start(async move |address, shutdown| {
             let app = App::build(config).await?;
             // The test may have given up waiting.
             let _ = address.send(app.address()?);
@@ -180,12 +180,12 @@ impl Gateway {
         }
     }
 
-    /// Stops it gracefully.
+    /// Stops the gateway gracefully.
     pub(crate) async fn stop(self) {
         self.process.stop().await.unwrap();
     }
 
-    /// Sends bytes as they are, and reads until the gateway closes the connection.
+    /// Sends raw bytes, and reads until the gateway closes the connection.
     pub(crate) async fn send_raw(&self, bytes: &str) -> String {
         let mut stream = TcpStream::connect(self.address).await.unwrap();
         // The gateway may reject the request before it has read all of it.
@@ -208,7 +208,7 @@ impl Gateway {
     }
 }
 
-/// Status and code of an answer, which must be a problem document with the request's id.
+/// Status and code of an answer. Asserts that it is a problem document with the request id.
 pub(crate) fn problem(answer: &str) -> (u16, String) {
     let (head, body) = answer
         .split_once("\r\n\r\n")

@@ -61,7 +61,11 @@ async fn requests_above_the_limit_are_rejected_at_once_with_retry_after() {
             (503, Some("1"))
         );
         assert_eq!(answer.json()["code"], "overloaded");
-        assert_eq!(answer.json()["outcome"], json!(null), "nothing was done");
+        assert_eq!(
+            answer.json()["outcome"],
+            json!(null),
+            "the request was not executed"
+        );
     }
     assert_eq!(
         gateway.backend.requests().len(),

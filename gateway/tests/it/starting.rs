@@ -65,7 +65,7 @@ async fn a_request_id_is_in_the_log_of_the_service_that_answered() {
         ask("PUT", "/v1/orders", "id-405").await,
         ask("GET", "/v1/orders/events", "id-without-broker").await,
         ask("GET", "/v1/orders/7", "id-away").await,
-        // An answer of payments is in the log of payments.
+        // The gateway does not log this one, because payments logs its own answers.
         ask("GET", "/v1/accounts/alice", "id-409").await,
     ];
     eventually("alice is rate limited", SOON, async || {

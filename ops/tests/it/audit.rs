@@ -219,7 +219,7 @@ async fn every_planted_fault_is_reported_and_a_healthy_system_has_none() {
         (30, 30, 3, 6 + 18)
     );
 
-    // PostgreSQL copies a database only while nobody is connected to it.
+    // PostgreSQL copies a database only while it has no connections.
     for name in ["gateway", "orders", "payments"] {
         stack.system.stop(name).await.unwrap();
     }
@@ -294,13 +294,14 @@ async fn work_in_progress_is_no_finding() {
 
 /// The largest atomic batch that the broker accepts.
 const BATCH: u64 = 1000;
-/// A release build, as operators use it, has messages about all orders.
+/// In a release build, which operators use, there are messages about all orders.
 const MESSAGES_PER_SUBJECT: u64 = if cfg!(debug_assertions) {
     10_000
 } else {
     100_000
 };
-/// The promise is for a release build. A debug build, with other tests running, gets more time.
+/// The time limit is meant for a release build. A debug build gets more time, since other tests run
+/// at the same time.
 const AUDITED_WITHIN: Duration = Duration::from_secs(if cfg!(debug_assertions) { 30 } else { 10 });
 
 /// Publishes a message about each order that the test inserts into the databases.

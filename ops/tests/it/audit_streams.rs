@@ -28,8 +28,8 @@ impl TestShop {
             .unwrap()
     }
 
-    /// Publishes as somebody who has the broker's credentials. Without `event_id`, a new id is
-    /// used; with an empty one, the message has no headers.
+    /// Publishes a forged message with the broker's credentials. Without `event_id`, it gets a new
+    /// id. With an empty `event_id`, it has no headers.
     async fn publish_forged(
         &self,
         (subject, kind): (&'static str, &str),
@@ -100,7 +100,7 @@ impl TestShop {
             .env("NATS_URL", nats_url)
             .env(
                 "NATS_OPS_PASSWORD",
-                &self.stack.system.place().secrets.nats_ops,
+                &self.stack.system.folder().secrets.nats_ops,
             )
             .output()
             .unwrap()
@@ -368,8 +368,8 @@ async fn every_fault_planted_in_a_stream_is_reported_once() {
     let mut found = kinds_and_ids(&shop.audit().await);
     found.sort();
     assert_eq!(found, expected);
-    // Replayed, they come back. Dropped, they are no findings, although the messages stay in the
-    // stream.
+    // A replayed dead letter comes back. A dropped one is not a finding, although its message stays
+    // in the stream.
     for letter in &letters {
         shop.replay(letter).await;
     }
@@ -445,12 +445,12 @@ async fn without_the_broker_or_its_streams_the_audit_continues_and_says_so() {
     let words = String::from_utf8(away.stdout).unwrap();
     assert_eq!(away.status.code(), Some(0), "{words}");
     assert!(
-        words.contains("not checked: the streams: NATS at ") && words.contains("fits together"),
+        words.contains("not checked: the streams: NATS at ") && words.contains("is consistent"),
         "{words}"
     );
     let words = String::from_utf8(shop.gozon_audit(&["--no-streams"], &url).stdout).unwrap();
     assert!(
-        !words.contains("streams") && words.contains("fits together"),
+        !words.contains("streams") && words.contains("is consistent"),
         "{words}"
     );
 }

@@ -121,7 +121,7 @@ async fn a_contradicting_message_comes_back_after_each_replay() {
     })
     .await;
 
-    // Somebody with the broker's credentials publishes the order with another amount.
+    // Publish a forged message with the broker's credentials: the same order, another amount.
     let mut headers = async_nats::HeaderMap::new();
     for (name, value) in [
         ("ce-specversion", "1.0"),

@@ -26,7 +26,7 @@ pub(crate) struct TestShop {
 
 /// Connects to the broker as user `ops`.
 pub(crate) async fn operator(stack: &TestStack) -> Broker {
-    let password = stack.system.place().secrets.nats_ops.clone();
+    let password = stack.system.folder().secrets.nats_ops.clone();
     let config = BrokerConfig {
         url: stack.system.nats().url(),
         user: "ops".to_owned(),

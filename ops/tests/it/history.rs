@@ -432,7 +432,7 @@ async fn every_fault_planted_in_or_against_a_history_is_reported() {
         );
     }
 
-    // PostgreSQL copies a database only while nobody is connected to it.
+    // PostgreSQL copies a database only while it has no connections.
     live.orders.close().await.unwrap();
     live.payments.close().await.unwrap();
     for name in ["gateway", "orders", "payments"] {

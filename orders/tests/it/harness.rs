@@ -16,7 +16,7 @@ use shared_contracts::{
     SPEC_VERSION, UserId, header,
 };
 use stack::http::{Answer, Http};
-use stack::testing::{Apart, TestBroker, TestDatabase, eventually};
+use stack::testing::{InProcessService, TestBroker, TestDatabase, eventually};
 use uuid::Uuid;
 
 /// Deadline for a condition. Long enough for a busy machine; only a failing test reaches it.
@@ -28,7 +28,7 @@ pub(crate) struct Orders {
     pub(crate) broker: TestBroker,
     pub(crate) database: TestDatabase,
     arguments: Vec<&'static str>,
-    service: Option<Apart>,
+    service: Option<InProcessService>,
 }
 
 impl Orders {
@@ -67,7 +67,7 @@ impl Orders {
     }
 
     /// Starts a replica of the service with the same database and broker.
-    pub(crate) async fn replica(&self) -> Apart {
+    pub(crate) async fn replica(&self) -> InProcessService {
         let service = self.replica_unready().await;
         let http = Http::new(format!("http://{}", service.address));
         eventually("the service is ready", SOON, async || {
@@ -80,7 +80,7 @@ impl Orders {
         service
     }
 
-    pub(crate) async fn replica_unready(&self) -> Apart {
+    pub(crate) async fn replica_unready(&self) -> InProcessService {
         let arguments = [
             "orders".to_owned(),
             "--listen=127.0.0.1:0".to_owned(),
@@ -91,7 +91,7 @@ impl Orders {
         ];
         let more = self.arguments.iter().map(|argument| (*argument).to_owned());
         let config = Config::try_parse_from(arguments.into_iter().chain(more)).unwrap();
-        let service = Apart::start(async move |address, shutdown| {
+        let service = InProcessService::start(async move |address, shutdown| {
             let app = App::build(config).await?;
             // The test may have given up waiting.
             let _ = address.send(app.address()?);

@@ -18,7 +18,7 @@ use shared_contracts::{
     Amount, Event as _, EventId, ORDERS_STREAM, OrderId, OrderPlaced, SPEC_VERSION, UserId, header,
 };
 use stack::http::Http;
-use stack::testing::{Apart, TestBroker, TestDatabase, eventually};
+use stack::testing::{InProcessService, TestBroker, TestDatabase, eventually};
 use uuid::Uuid;
 
 /// Deadline for a condition. Long enough for a busy machine; only a failing test reaches it.
@@ -31,7 +31,7 @@ pub(crate) struct Payments {
     database: TestDatabase,
     /// Connected as the orders service.
     orders: Broker,
-    service: Option<Apart>,
+    service: Option<InProcessService>,
     /// How long the broker waits for an ack, in milliseconds.
     ack_wait: u64,
 }
@@ -168,7 +168,7 @@ impl Payments {
     }
 
     /// Starts a replica of the service with the same database and broker.
-    pub(crate) async fn replica(&self) -> Apart {
+    pub(crate) async fn replica(&self) -> InProcessService {
         let arguments = [
             "payments".to_owned(),
             "--listen=127.0.0.1:0".to_owned(),
@@ -178,7 +178,7 @@ impl Payments {
             format!("--ack-wait-ms={}", self.ack_wait),
         ];
         let config = Config::try_parse_from(arguments).unwrap();
-        let service = Apart::start(async move |address, shutdown| {
+        let service = InProcessService::start(async move |address, shutdown| {
             let app = App::build(config).await?;
             // The test may have given up waiting.
             let _ = address.send(app.address()?);

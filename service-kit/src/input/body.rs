@@ -1,4 +1,4 @@
-//! Bodies: within limits, and strictly JSON.
+//! Request bodies: limits on size and time, and strict JSON.
 
 use std::time::Duration;
 
@@ -12,12 +12,12 @@ use serde::de::DeserializeOwned;
 use super::fields::Fields;
 use crate::problem::{Code, Problem};
 
-/// Largest request body.
+/// Maximum size of a request body.
 pub const BODY_BYTES_MAX: usize = 16 * 1024;
-/// Time for a whole body. 16 KiB take less on any line.
+/// Time limit for a whole body. Even slow lines transfer 16 KiB faster.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Reads a whole body of at most [`BODY_BYTES_MAX`].
+/// Reads a whole body. Rejects more than [`BODY_BYTES_MAX`].
 pub async fn read(body: Body) -> Result<Bytes, Problem> {
     read_within(BODY_TIMEOUT, body).await
 }
@@ -27,7 +27,7 @@ async fn read_within(time: Duration, body: Body) -> Result<Bytes, Problem> {
         let cause = format!("The body is larger than {BODY_BYTES_MAX} bytes.");
         Problem::new(Code::BodyTooLarge).because(cause)
     };
-    // Known from Content-Length, before a byte has arrived.
+    // Rejects by Content-Length, before any byte of the body has arrived.
     if body.size_hint().lower() > BODY_BYTES_MAX as u64 {
         return Err(too_large());
     }
@@ -42,7 +42,7 @@ async fn read_within(time: Duration, body: Body) -> Result<Bytes, Problem> {
     }
 }
 
-/// A JSON body that is a valid `T`.
+/// Extracts a JSON body that is a valid `T`.
 #[derive(Clone, Copy, Debug)]
 pub struct ValidatedJson<T>(pub T);
 
@@ -59,7 +59,7 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for ValidatedJson<T> {
     }
 }
 
-/// JSON is UTF-8: a body with another charset or a content coding would be misread.
+/// Whether the body is uncompressed JSON in UTF-8. Anything else would be misread.
 fn is_plain_json(headers: &HeaderMap) -> bool {
     let content_type = headers
         .get(header::CONTENT_TYPE)
@@ -92,7 +92,7 @@ mod tests {
     struct Empty {}
 
     #[tokio::test]
-    async fn a_body_in_another_coding_is_refused() {
+    async fn a_body_with_another_charset_or_coding_is_rejected() {
         let read = async |content_type: &str, coding: Option<&str>| {
             let mut request = Request::post("/").header("content-type", content_type);
             if let Some(coding) = coding {
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_body_that_is_too_large_too_slow_or_cut_off_is_refused() {
+    async fn a_body_that_is_too_large_too_slow_or_incomplete_is_rejected() {
         let code = async |body| {
             let refused = read_within(Duration::from_millis(10), body)
                 .await
@@ -165,7 +165,7 @@ mod tests {
             ))
             .await,
             too_large,
-            "no length announced"
+            "without Content-Length"
         );
         let cut_off = chunks(Err(std::io::ErrorKind::UnexpectedEof.into()), 1);
         assert_eq!(code(cut_off).await, (400, Code::UnreadableBody));

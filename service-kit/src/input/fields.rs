@@ -1,8 +1,9 @@
-//! Reads fields into a struct and finds everything that is wrong with them.
+//! Deserializes fields into a struct and reports all invalid fields.
 //!
-//! Plain serde stops at the first error. Here the struct is deserialized again without the field that was wrong, until
-//! no other wrong field is found: a valid input takes one pass, an invalid one a pass more for each wrong field. By hand:
-//! crates for validation check values only after serde has accepted all their types.
+//! Plain serde stops at the first error. Here the struct is deserialized again without the invalid
+//! field, until no further invalid field is found. So a valid input takes one pass, and each
+//! invalid field takes one more. Validation crates do not help: they check values only after serde
+//! has accepted all types.
 
 use std::fmt::{self, Display};
 
@@ -17,7 +18,7 @@ use serde_json::value::RawValue;
 
 use crate::problem::{Code, FieldError, Problem};
 
-/// A name, and its value or why it cannot be read.
+/// A name, and its value or the reason why it cannot be read.
 type Field = (String, Result<Value, &'static str>);
 
 #[derive(Clone, Copy, Debug)]
@@ -30,13 +31,13 @@ enum Source {
 pub(super) struct Fields {
     fields: Vec<Field>,
     source: Source,
-    /// The fields of the struct that is read.
+    /// The field names of the target struct.
     known: &'static [&'static str],
     wrong: Vec<(&'static str, Wrong)>,
 }
 
 impl Fields {
-    /// Text that is not JSON is a 400, JSON that is not an object a 422.
+    /// Rejects text that is not JSON with 400, and JSON that is not an object with 422.
     pub(super) fn from_json(body: &[u8]) -> Result<Self, Problem> {
         let malformed = |error| {
             Problem::new(Code::MalformedJson).because(format!("The body is not JSON: {error}."))
@@ -86,7 +87,7 @@ impl Fields {
         errors.extend(self.unknown());
         match read {
             Ok(read) if errors.is_empty() => Ok(read),
-            // The fields fit one by one, but not together.
+            // Each field is valid, but not their combination.
             Err(Wrong(detail)) if errors.is_empty() => Err(Problem::validation(vec![FieldError {
                 pointer: String::new(),
                 detail,
@@ -123,13 +124,13 @@ impl Fields {
 }
 
 impl Source {
-    /// The part is named by a JSON pointer (RFC 6901) into a body, or by the name of a parameter of a query.
+    /// The pointer is a JSON pointer (RFC 6901) for a body, and the parameter's name for a query.
     fn error(self, name: &str, detail: &str) -> FieldError {
         let pointer = match self {
             Self::Body => format!("/{}", name.replace('~', "~0").replace('/', "~1")),
             Self::Query => name.to_owned(),
         };
-        // An empty name could be mistaken for the whole body.
+        // Shows an empty name: without it, the error would seem to be about the whole body.
         let detail = match name {
             "" => format!("{detail} \"\""),
             _ => detail.to_owned(),
@@ -138,7 +139,8 @@ impl Source {
     }
 }
 
-/// Presents the fields of the struct in its order, also the absent ones, without those that are known to be wrong.
+/// Presents all fields of the struct in declaration order, including absent ones, but not those
+/// already known to be invalid.
 impl<'de> Deserializer<'de> for &mut Fields {
     type Error = Wrong;
 
@@ -211,7 +213,7 @@ impl<'de> MapAccess<'de> for Entries<'_> {
     }
 }
 
-/// A field that is not there: only an `Option` accepts it.
+/// An absent field: only an `Option` accepts it.
 struct Absent;
 
 impl<'de> Deserializer<'de> for Absent {
@@ -231,7 +233,7 @@ impl<'de> Deserializer<'de> for Absent {
     }
 }
 
-/// A value of a field. Those of a query are text, in which numbers and booleans are written.
+/// A field's value. In a query, numbers and booleans are given as text.
 struct Given(Value, Source);
 
 impl<'de> Deserializer<'de> for Given {
@@ -323,7 +325,7 @@ impl<'de> IntoDeserializer<'de, Wrong> for Given {
     }
 }
 
-/// What a field must be.
+/// An error text that says what a field must be.
 #[derive(Debug)]
 pub(super) struct Wrong(String);
 
@@ -358,22 +360,23 @@ impl de::Error for Wrong {
     }
 }
 
-/// Some JSON cannot be held in a [`Value`]; the field is named all the same.
+/// Parses a field's value. Some JSON does not fit into a [`Value`]; the error then names the field.
 fn value(raw: &RawValue) -> Result<Value, &'static str> {
     let error = match serde_json::from_str(raw.get()) {
         Ok(value) => return Ok(value),
         Err(error) => error.to_string(),
     };
     match raw.get().as_bytes() {
-        // Larger than any f64. The largest one is out of every range too, so the field's own rule is named.
+        // The number is larger than any f64. The largest f64 is out of every range too, so the
+        // error states the field's own range.
         [b'-' | b'0'..=b'9', ..] => Ok(Value::from(f64::MAX)),
         [b'"', ..] => Err("must be Unicode text"),
         _ if error.starts_with("recursion limit") => Err("is nested too deeply"),
-        _ => Err("holds a number or a text that cannot be read"),
+        _ => Err("contains a number or text that cannot be read"),
     }
 }
 
-/// The members of an object as they are written. Repeated names are kept, so that they can be refused.
+/// The members of a JSON object, including repeated names, so that these can be rejected.
 struct Members<'a>(Vec<(String, &'a RawValue)>);
 
 impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {
@@ -468,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_that_is_wrong_is_named_at_once() {
+    fn all_invalid_fields_are_reported_at_once() {
         let wrong = lamp(
             r#"{"watts": 1.5, "surprise": 1, "name": 7, "a/b": 1, "colour": "PINK", "tags": {"a": 1}}"#,
         );
@@ -498,7 +501,7 @@ mod tests {
     }
 
     #[test]
-    fn a_repeated_field_is_refused() {
+    fn a_repeated_field_is_rejected() {
         let twice = lamp(r#"{"name": "a", "watts": 1, "name": "b", "name": "c"}"#);
         assert_eq!(
             errors(twice.unwrap_err()),
@@ -512,7 +515,7 @@ mod tests {
     }
 
     #[test]
-    fn the_text_of_a_parameter_is_read_by_the_type_of_its_field() {
+    fn a_query_parameter_is_parsed_as_the_type_of_its_field() {
         let read = filter(&[("limit", "7"), ("lit", "true"), ("name", "1")]).unwrap();
         assert_eq!(PageLimit::or_default(read.limit), 7);
         assert_eq!((read.lit, read.name.as_deref()), (Some(true), Some("1")));
@@ -532,7 +535,7 @@ mod tests {
     }
 
     #[test]
-    fn text_that_is_not_json_is_a_400_and_json_that_is_not_an_object_a_422() {
+    fn text_that_is_not_json_gets_400_and_json_that_is_not_an_object_gets_422() {
         for malformed in ["", "{", "{\"a\":}", "nope", "{} {}"] {
             assert_eq!(
                 lamp(malformed).unwrap_err().status(),
@@ -557,7 +560,7 @@ mod tests {
     }
 
     #[test]
-    fn a_number_or_nesting_beyond_all_bounds_names_its_field() {
+    fn a_huge_number_or_deep_nesting_is_reported_at_its_field() {
         let nines = "9".repeat(401);
         for number in ["1e400", "-1e400", &nines] {
             let problem = lamp(&format!(r#"{{"name": "x", "watts": {number}}}"#)).unwrap_err();

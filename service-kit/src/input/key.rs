@@ -14,10 +14,10 @@ use crate::idempotency::{Execution, IdempotencyKey};
 use crate::problem::{Code, Problem};
 
 pub const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
-/// `true` on a response that was given before.
+/// `true` on a response that repeats an earlier one.
 pub const IDEMPOTENCY_REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 
-/// The key in the headers of a request, if there is one.
+/// The key in the headers of a request; `None` if there is none.
 pub fn find(headers: &HeaderMap) -> Result<Option<IdempotencyKey>, Problem> {
     let mut values = headers.get_all(IDEMPOTENCY_KEY).iter();
     match (values.next(), values.next()) {
@@ -32,7 +32,7 @@ pub fn find(headers: &HeaderMap) -> Result<Option<IdempotencyKey>, Problem> {
     }
 }
 
-/// The outermost layer ([`crate::http::edge`]) has found the key already, or minted one.
+/// Uses the key that the outermost layer ([`crate::http::edge`]) has found or created.
 impl<S: Send + Sync> FromRequestParts<S> for IdempotencyKey {
     type Rejection = Problem;
 
@@ -56,7 +56,8 @@ impl IntoParams for IdempotencyKey {
             .parameter_in(ParameterIn::Header)
             .required(Required::False)
             .description(Some(
-                "Names this request: sent again with the same key, it is executed once. Minted if absent",
+                "Identifies this request: a retry with the same key is not executed again. \
+                 Generated if absent",
             ))
             .schema(Some(key))
             .example(Some("lamp".into()));
@@ -64,7 +65,7 @@ impl IntoParams for IdempotencyKey {
     }
 }
 
-/// 201 with `body`, marked if it repeats an earlier response.
+/// Answers 201 with `body`, marked with a header if it repeats an earlier response.
 pub fn created(execution: Execution, body: impl Serialize) -> Response {
     let mut response = (StatusCode::CREATED, Json(body)).into_response();
     if execution == Execution::Replayed {

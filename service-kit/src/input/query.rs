@@ -1,4 +1,4 @@
-//! Parameters of a URL.
+//! Query parameters.
 
 use std::fmt;
 
@@ -13,7 +13,8 @@ use uuid::Uuid;
 use super::fields::Fields;
 use crate::problem::{Code, Problem};
 
-/// Parameters that are a valid `T`. A misspelled parameter is refused: it would look like an absent one.
+/// Extracts query parameters that are a valid `T`. Unknown parameters are rejected: otherwise a
+/// misspelled one would look like an absent one.
 #[derive(Clone, Copy, Debug)]
 pub struct ValidatedQuery<T>(pub T);
 
@@ -27,7 +28,7 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for ValidatedQuery
     }
 }
 
-/// Refuses every parameter.
+/// Rejects every query parameter.
 #[derive(Clone, Copy, Debug)]
 pub struct NoParameters;
 
@@ -91,19 +92,19 @@ impl<const MIN: u64, const MAX: u64> PartialSchema for Number<MIN, MAX> {
 
 impl<const MIN: u64, const MAX: u64> ToSchema for Number<MIN, MAX> {}
 
-/// Which page of a list. The ids of its entries are the cursors.
+/// Selects a page of a list. The cursors are ids of entries.
 #[derive(Clone, Copy, Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct PageQuery {
-    /// At most this many entries
+    /// Maximum number of entries on the page
     #[param(inline, nullable = false)]
     pub limit: Option<PageLimit>,
-    /// The next_cursor of the page before
+    /// The next_cursor of the previous page
     #[param(inline, nullable = false)]
     pub cursor: Option<Cursor>,
 }
 
-/// How many entries a page of a list has.
+/// Maximum number of entries on a page.
 #[derive(Clone, Copy, Debug, Deserialize)]
 pub struct PageLimit(Number<1, 100>);
 
@@ -127,7 +128,7 @@ impl PartialSchema for PageLimit {
 
 impl ToSchema for PageLimit {}
 
-/// The `next_cursor` of a page whose last entry has this id.
+/// The `next_cursor` of a page: the id of its last entry.
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(try_from = "String")]
 pub struct Cursor(Uuid);

@@ -1,4 +1,5 @@
-//! Every problem code of the API. The gateway documents the codes of all services, so they are listed in one place.
+//! All problem codes of the API. There is one list, because the gateway documents the codes of all
+//! services.
 
 use axum::http::StatusCode;
 use serde::Serialize;
@@ -29,7 +30,7 @@ macro_rules! codes {
                 match self { $(Self::$code => $title,)* }
             }
 
-            /// What is wrong, in one sentence. A problem may say it more exactly.
+            /// What is wrong, in one sentence. A problem may replace it with a more exact one.
             pub const fn cause(self) -> &'static str {
                 match self { $(Self::$code => $cause,)* }
             }
@@ -51,8 +52,9 @@ codes! {
         "Send the request again.",
     IdempotencyKeyMalformed "idempotency_key_malformed" BAD_REQUEST "Idempotency key malformed":
         "The Idempotency-Key is malformed, or it is given more than once."
-        "Send one Idempotency-Key of 1 to 255 printable ASCII characters, bare or in double quotes, such as a UUID; the key \
-         itself may not begin with a double quote, nor begin or end with a space.",
+        "Send one Idempotency-Key of 1 to 255 printable ASCII characters, bare or in double quotes, \
+         such as a UUID; the key itself may not begin with a double quote, nor begin or end with a \
+         space.",
     BadRequest "bad_request" BAD_REQUEST "Bad request":
         "The server cannot read the request."
         "Compare the request with /openapi.json.",
@@ -91,7 +93,7 @@ codes! {
         "Send uncompressed JSON with the header Content-Type: application/json.",
     ValidationFailed "validation_failed" UNPROCESSABLE_ENTITY "Validation failed":
         "Parts of the request are not acceptable."
-        "Correct the parts that errors names, and send the request again.",
+        "Correct the parts that are listed in errors, and send the request again.",
     IdempotencyKeyReused "idempotency_key_reused" UNPROCESSABLE_ENTITY "Idempotency key reused":
         "This Idempotency-Key was used for a request with other content."
         "Use a new key for a new request.",
@@ -103,13 +105,16 @@ codes! {
         "Wait as long as Retry-After says, then send the request again.",
     InternalError "internal_error" INTERNAL_SERVER_ERROR "Internal error":
         "Something went wrong on our side."
-        "Send the request again with the same Idempotency-Key, and report the request_id if it fails again.",
+        "Send the request again with the same Idempotency-Key, and report the request_id if it \
+         fails again.",
     ServiceUnavailable "service_unavailable" SERVICE_UNAVAILABLE "Service unavailable":
         "A service is temporarily unavailable."
-        "Wait as long as Retry-After says, then send the request again with the same Idempotency-Key.",
+        "Wait as long as Retry-After says, then send the request again with the same \
+         Idempotency-Key.",
     Overloaded "overloaded" SERVICE_UNAVAILABLE "Overloaded":
         "There are more requests than can be handled, so this one was not executed."
-        "Wait as long as Retry-After says, then send the request again with the same Idempotency-Key.",
+        "Wait as long as Retry-After says, then send the request again with the same \
+         Idempotency-Key.",
     NoLiveEvents "no_live_events" SERVICE_UNAVAILABLE "No live events":
         "This gateway was started without NATS_PASSWORD, so it has no live events."
         "Poll GET /v1/orders instead.",

@@ -67,16 +67,16 @@ impl Server {
         }
     }
 
-    /// Sends bytes as they are and reads until the server closes the connection.
-    async fn say(&self, bytes: &[u8]) -> String {
+    /// Sends raw bytes, and reads until the server closes the connection.
+    async fn send_raw(&self, bytes: &[u8]) -> String {
         let mut stream = TcpStream::connect(self.address).await.unwrap();
-        // The server may refuse before it has read everything.
+        // The server may reject the request before it has read all of it.
         let _ = stream.write_all(bytes).await;
-        heard(&mut stream).await
+        read_to_end(&mut stream).await
     }
 }
 
-async fn heard(stream: &mut TcpStream) -> String {
+async fn read_to_end(stream: &mut TcpStream) -> String {
     let mut answer = Vec::new();
     timeout(Duration::from_secs(20), stream.read_to_end(&mut answer))
         .await
@@ -85,7 +85,7 @@ async fn heard(stream: &mut TcpStream) -> String {
     String::from_utf8(answer).unwrap()
 }
 
-/// Status and code of an answer, which must be a problem document with the request's id.
+/// Status and code of an answer. Asserts that it is a problem document with the request id.
 fn problem(answer: &str) -> (u16, String) {
     let (head, body) = answer
         .split_once("\r\n\r\n")
@@ -142,7 +142,7 @@ async fn http_that_cannot_be_parsed_gets_a_bare_status_and_the_rest_a_problem_do
         (&endless, 431),
         (lengths, 400),
     ] {
-        let answer = server.say(bytes.as_bytes()).await;
+        let answer = server.send_raw(bytes.as_bytes()).await;
         assert!(
             answer.starts_with(&format!("HTTP/1.1 {status} ")) && answer.ends_with("\r\n\r\n"),
             "{}: {answer}",
@@ -173,7 +173,7 @@ async fn http_that_cannot_be_parsed_gets_a_bare_status_and_the_rest_a_problem_do
         (&long, 414, "url_too_long"),
         (chunk, 400, "unreadable_body"),
     ] {
-        let answer = server.say(bytes.as_bytes()).await;
+        let answer = server.send_raw(bytes.as_bytes()).await;
         assert_eq!(
             problem(&answer),
             (status, code.to_owned()),
@@ -181,49 +181,51 @@ async fn http_that_cannot_be_parsed_gets_a_bare_status_and_the_rest_a_problem_do
             &bytes[..bytes.len().min(80)]
         );
     }
-    let answer = server.say(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await;
+    let answer = server.send_raw(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await;
     assert!(
         answer.is_empty() || answer.starts_with("HTTP/1.1 400 "),
         "{answer:?}"
     );
     assert!(
         server
-            .say(b"GET /hello HTTP/1.0\r\n\r\n")
+            .send_raw(b"GET /hello HTTP/1.0\r\n\r\n")
             .await
             .ends_with("hello")
     );
 }
 
 #[tokio::test]
-async fn a_large_upload_is_refused_before_it_has_come_and_the_answer_arrives() {
+async fn a_large_upload_is_rejected_before_it_is_read_and_the_client_gets_the_answer() {
     let server = Server::start(LIMITS).await;
     let head = "POST /echo HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 3000000\r\n\r\n";
     let mut upload = head.as_bytes().to_vec();
     upload.resize(head.len() + 3_000_000, b' ');
     assert_eq!(
-        problem(&server.say(&upload).await),
+        problem(&server.send_raw(&upload).await),
         (413, "body_too_large".to_owned())
     );
 }
 
 #[tokio::test]
-async fn a_slow_head_and_an_idle_connection_are_cut_off() {
+async fn connections_with_a_slow_head_or_idle_ones_are_closed() {
     let server = Server::start(Limits {
         head_timeout: Duration::from_millis(50),
         ..LIMITS
     })
     .await;
-    assert_eq!(server.say(b"").await, "");
-    assert_eq!(server.say(b"GET /hello HT").await, "");
-    let answer = server.say(b"GET /hello HTTP/1.1\r\nhost: x\r\n\r\n").await;
+    assert_eq!(server.send_raw(b"").await, "");
+    assert_eq!(server.send_raw(b"GET /hello HT").await, "");
+    let answer = server
+        .send_raw(b"GET /hello HTTP/1.1\r\nhost: x\r\n\r\n")
+        .await;
     assert!(
         answer.starts_with("HTTP/1.1 200") && answer.ends_with("hello"),
-        "kept open, then closed: {answer}"
+        "the connection is kept open, then closed: {answer}"
     );
 }
 
 #[tokio::test]
-async fn one_connection_too_many_is_rejected_at_once() {
+async fn a_connection_above_the_limit_is_rejected_at_once() {
     let server = Server::start(Limits {
         connections_max: 1,
         ..LIMITS
@@ -235,11 +237,13 @@ async fn one_connection_too_many_is_rejected_at_once() {
         .await
         .unwrap();
     first.readable().await.unwrap();
-    let answer = server.say(b"GET /hello HTTP/1.1\r\nhost: x\r\n\r\n").await;
+    let answer = server
+        .send_raw(b"GET /hello HTTP/1.1\r\nhost: x\r\n\r\n")
+        .await;
     assert_eq!(problem(&answer), (503, "overloaded".to_owned()));
     assert!(answer.contains("retry-after: 1"), "{answer}");
     first.shutdown().await.unwrap();
-    assert!(heard(&mut first).await.ends_with("hello"));
+    assert!(read_to_end(&mut first).await.ends_with("hello"));
 }
 
 #[tokio::test]
@@ -251,7 +255,7 @@ async fn a_shutdown_closes_idle_connections_and_ends() {
         .unwrap();
     idle.readable().await.unwrap();
     server.shutdown.cancel();
-    assert!(heard(&mut idle).await.ends_with("hello"));
+    assert!(read_to_end(&mut idle).await.ends_with("hello"));
     drop(idle);
     timeout(Duration::from_secs(20), server.serving)
         .await
@@ -259,10 +263,10 @@ async fn a_shutdown_closes_idle_connections_and_ends() {
         .unwrap();
 }
 
-/// A client at `source` that has sent this request.
+/// Connects from the address `source` and sends this request.
 async fn client(source: &str, server: &Server, request: &[u8]) -> TcpStream {
     let socket = tokio::net::TcpSocket::new_v4().unwrap();
-    // So little that a large response does not fit.
+    // So small that a large response does not fit.
     socket.set_recv_buffer_size(4096).unwrap();
     let source = std::net::SocketAddr::new(source.parse().unwrap(), 0);
     socket.bind(source).unwrap();
@@ -272,7 +276,7 @@ async fn client(source: &str, server: &Server, request: &[u8]) -> TcpStream {
 }
 
 #[tokio::test]
-async fn one_address_leaves_a_quarter_of_the_connections_to_others_and_none_starves_probes() {
+async fn one_address_leaves_a_quarter_of_the_connections_to_others_and_probes_always_work() {
     let server = Server::start(Limits {
         connections_max: 8,
         ..LIMITS
@@ -294,7 +298,7 @@ async fn one_address_leaves_a_quarter_of_the_connections_to_others_and_none_star
     }
     for probe in ["/livez", "/readyz"] {
         let probe = format!("GET {probe} HTTP/1.1\r\nhost: x\r\n\r\n");
-        let answer = server.say(probe.as_bytes()).await;
+        let answer = server.send_raw(probe.as_bytes()).await;
         assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
         assert!(answer.contains("connection: close\r\n"), "{answer}");
     }
@@ -314,9 +318,9 @@ async fn a_client_that_reads_nothing_is_disconnected() {
         b"GET /endless HTTP/1.1\r\nhost: x\r\n\r\n",
     )
     .await;
-    // The response is dropped with its connection.
+    // The server drops the response when it closes the connection.
     let ended = timeout(Duration::from_secs(20), ENDED.notified()).await;
-    assert!(ended.is_ok(), "the client still has its connection");
+    assert!(ended.is_ok(), "the client is still connected");
     drop(unread);
 }
 

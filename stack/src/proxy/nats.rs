@@ -1,16 +1,16 @@
-//! Parses the NATS protocol as far as needed to lose a single PubAck, ack or delivery.
+//! Parses as much of the NATS protocol as is needed to lose a single PubAck, ack or delivery.
 
 use bytes::{Bytes, BytesMut};
 
-use super::{Armory, Cut, Direction, Meter, Passed};
+use super::{Action, Cut, Cuts, Direction, Meter};
 
-/// Takes complete messages from `from`.
+/// Takes the complete messages from `from`, and returns those that are not lost.
 pub(super) fn pass(
     direction: Direction,
     from: &mut BytesMut,
-    armory: &Armory,
+    cuts: &Cuts,
     meter: &Meter,
-) -> Passed {
+) -> Action {
     let mut passed = BytesMut::new();
     while let Some(message) = next(from) {
         if direction == Direction::ToServer
@@ -22,11 +22,11 @@ pub(super) fn pass(
             });
         }
         let meant = kind(direction, &message);
-        if !meant.is_some_and(|meant| armory.take(|cut| *cut == meant)) {
+        if !meant.is_some_and(|meant| cuts.take(|cut| *cut == meant)) {
             passed.extend_from_slice(&message);
         }
     }
-    Passed::On(passed.freeze())
+    Action::Forward(passed.freeze())
 }
 
 /// The cut that applies to this message, if any.
@@ -43,7 +43,7 @@ fn kind(direction: Direction, message: &[u8]) -> Option<Cut> {
             Some(Cut::Delivery)
         }
         (Direction::ToClient, ["MSG", subject, ..]) if subject.starts_with("_INBOX") => {
-            // Responses of the JetStream API contain their type.
+            // Unlike a PubAck, a response of the JetStream API contains its type.
             let has = |word: &[u8]| payload.windows(word.len()).any(|found| found == word);
             (has(b"\"stream\":") && has(b"\"seq\":") && !has(b"\"type\":")).then_some(Cut::PubAck)
         }
@@ -77,9 +77,9 @@ mod tests {
 
     #[test]
     fn a_cut_loses_only_the_matching_nats_message() {
-        let armory = Armory::default();
+        let cuts = Cuts::default();
         for cut in [Cut::PubAck, Cut::Ack, Cut::Delivery] {
-            armory.arm(cut, 1);
+            cuts.arm(cut, 1);
         }
         let pub_ack = "{\"stream\":\"ORDERS\",\"seq\":7}";
         let info = "{\"type\":\"io.nats.x\",\"stream\":1,\"seq\":2}";
@@ -108,9 +108,9 @@ mod tests {
             let mut on = Vec::new();
             for byte in messages.iter().flat_map(|(message, _)| message.bytes()) {
                 from.extend_from_slice(&[byte]);
-                let Passed::On(bytes) = pass(direction, &mut from, &armory, &Meter::default())
+                let Action::Forward(bytes) = pass(direction, &mut from, &cuts, &Meter::default())
                 else {
-                    panic!("nothing is cut")
+                    panic!("the connection must stay open")
                 };
                 on.extend_from_slice(&bytes);
             }
@@ -134,7 +134,7 @@ mod tests {
             ],
         );
         assert_eq!(
-            [Cut::PubAck, Cut::Ack, Cut::Delivery].map(|cut| armory.fired(cut)),
+            [Cut::PubAck, Cut::Ack, Cut::Delivery].map(|cut| cuts.fired(cut)),
             [1, 1, 1]
         );
     }

@@ -1,11 +1,12 @@
-//! Parses the PostgreSQL protocol as far as needed to recognise a commit and the statements before it. A statement
-//! outside a transaction is a transaction: it commits before the server is ready for the next one.
+//! Parses as much of the PostgreSQL protocol as is needed to recognise a commit and the statements
+//! before it. A statement outside a transaction block is a transaction: it is committed before the
+//! server is ready for the next one.
 
 use std::collections::HashMap;
 
 use bytes::{Buf as _, Bytes, BytesMut};
 
-use super::{Armory, Cut, Direction, Meter, Passed};
+use super::{Action, Cut, Cuts, Direction, Meter};
 
 const SSL_REQUEST: u32 = 80_877_103;
 const GSS_REQUEST: u32 = 80_877_104;
@@ -15,25 +16,24 @@ const HEAD: usize = 5;
 #[derive(Default)]
 pub(super) struct Session {
     started: bool,
-    /// Encryption requests, which are answered with one byte.
-    bare_answers: usize,
-    /// By name.
+    /// Expected answers to encryption requests. Each is a single byte.
+    encryption_answers: usize,
+    /// Prepared statements by name.
     statements: HashMap<String, String>,
-    /// Whether a transaction is open.
     in_transaction: bool,
-    /// The statements of the transaction.
-    done: String,
+    /// The statements of the current or last transaction.
+    transaction: String,
 }
 
 impl Session {
-    /// Takes complete messages from `from`.
+    /// Takes the complete messages from `from`. A matching commit cuts the connection.
     pub(super) fn pass(
         &mut self,
         direction: Direction,
         from: &mut BytesMut,
-        armory: &Armory,
+        cuts: &Cuts,
         meter: &Meter,
-    ) -> Passed {
+    ) -> Action {
         let mut passed = BytesMut::new();
         while let Some(message) = self.next(direction, from) {
             if direction == Direction::ToServer {
@@ -46,34 +46,34 @@ impl Session {
             }
             let cut = match direction {
                 Direction::ToServer => self
-                    .asked(&message)
-                    .then(|| armory.take(|cut| self.is_meant(cut, false))),
+                    .record_request(&message)
+                    .then(|| cuts.take(|cut| self.matches_cut(cut, false))),
                 Direction::ToClient => self
-                    .tells(&message)
-                    .then(|| armory.take(|cut| self.is_meant(cut, true))),
+                    .confirms_commit(&message)
+                    .then(|| cuts.take(|cut| self.matches_cut(cut, true))),
             };
             if cut == Some(true) {
-                return Passed::Cut(passed.freeze());
+                return Action::ForwardThenCut(passed.freeze());
             }
             passed.extend_from_slice(&message);
         }
-        Passed::On(passed.freeze())
+        Action::Forward(passed.freeze())
     }
 
-    fn is_meant(&self, cut: &Cut, answer: bool) -> bool {
+    fn matches_cut(&self, cut: &Cut, answer: bool) -> bool {
         match cut {
-            Cut::CommitAnswer { after } => answer && self.done.contains(after),
-            Cut::CommitRequest { after } => !answer && self.done.contains(after),
+            Cut::CommitAnswer { after } => answer && self.transaction.contains(after),
+            Cut::CommitRequest { after } => !answer && self.transaction.contains(after),
             _ => false,
         }
     }
 
     fn next(&mut self, direction: Direction, from: &mut BytesMut) -> Option<Bytes> {
-        if direction == Direction::ToClient && self.bare_answers > 0 {
-            self.bare_answers -= usize::from(!from.is_empty());
+        if direction == Direction::ToClient && self.encryption_answers > 0 {
+            self.encryption_answers -= usize::from(!from.is_empty());
             return (!from.is_empty()).then(|| from.split_to(1).freeze());
         }
-        // Startup messages have no type.
+        // Startup messages have no type byte.
         let kind = usize::from(direction == Direction::ToClient || self.started);
         let mut length = from.get(kind..kind + 4)?;
         let end = kind + usize::try_from(length.get_u32()).ok()?;
@@ -83,7 +83,7 @@ impl Session {
         let message = from.split_to(end).freeze();
         if kind == 0 {
             match message.get(4..8).map(|mut code| code.get_u32()) {
-                Some(SSL_REQUEST | GSS_REQUEST) => self.bare_answers += 1,
+                Some(SSL_REQUEST | GSS_REQUEST) => self.encryption_answers += 1,
                 Some(CANCEL_REQUEST) => {}
                 _ => self.started = true,
             }
@@ -92,7 +92,7 @@ impl Session {
     }
 
     /// Whether this message confirms a commit.
-    fn tells(&self, message: &[u8]) -> bool {
+    fn confirms_commit(&self, message: &[u8]) -> bool {
         match message.first() {
             Some(b'C') => body(message) == b"COMMIT\0",
             Some(b'Z') => !self.in_transaction,
@@ -100,8 +100,8 @@ impl Session {
         }
     }
 
-    /// Records the client's statement. Returns whether it leads to a commit.
-    fn asked(&mut self, message: &[u8]) -> bool {
+    /// Records the client's statement. Returns whether the message causes a commit.
+    fn record_request(&mut self, message: &[u8]) -> bool {
         let mut words = body(message)
             .split(|byte| *byte == 0)
             .map(|word| String::from_utf8_lossy(word).into_owned());
@@ -114,10 +114,10 @@ impl Session {
             Some(b'B') => {
                 let (_portal, name) = (word(), word());
                 if !self.in_transaction {
-                    self.done.clear();
+                    self.transaction.clear();
                 }
                 if let Some(statement) = self.statements.get(&name) {
-                    self.done.push_str(statement);
+                    self.transaction.push_str(statement);
                 }
             }
             Some(b'E') => return !self.in_transaction,
@@ -125,7 +125,7 @@ impl Session {
                 let statement = word();
                 match statement.trim().to_ascii_uppercase() {
                     begin if begin.starts_with("BEGIN") => {
-                        self.done.clear();
+                        self.transaction.clear();
                         self.in_transaction = true;
                     }
                     commit if commit.starts_with("COMMIT") => {
@@ -133,12 +133,12 @@ impl Session {
                         return true;
                     }
                     rollback if rollback.starts_with("ROLLBACK") => {
-                        self.done.clear();
+                        self.transaction.clear();
                         self.in_transaction = false;
                     }
-                    // A ping must not be taken for the statement before it.
-                    _ if !self.in_transaction => self.done = statement,
-                    _ => self.done.push_str(&statement),
+                    // Replaces the earlier statement: a ping must not be mistaken for it.
+                    _ if !self.in_transaction => self.transaction = statement,
+                    _ => self.transaction.push_str(&statement),
                 }
             }
             _ => {}
@@ -160,25 +160,25 @@ mod tests {
         [&[kind][..], &length.to_be_bytes(), body].concat()
     }
 
-    fn start(session: &mut Session, armory: &Armory) {
+    fn start(session: &mut Session, cuts: &Cuts) {
         let mut from = BytesMut::from(&[0, 0, 0, 8, 4, 210, 22, 47][..]);
         assert!(
-            matches!(session.pass(Direction::ToServer, &mut from, armory, &Meter::default()), Passed::On(bytes) if bytes.len() == 8)
+            matches!(session.pass(Direction::ToServer, &mut from, cuts, &Meter::default()), Action::Forward(bytes) if bytes.len() == 8)
         );
         assert!(
-            matches!(session.pass(Direction::ToClient, &mut BytesMut::from(&b"N"[..]), armory, &Meter::default()), Passed::On(bytes) if bytes == "N")
+            matches!(session.pass(Direction::ToClient, &mut BytesMut::from(&b"N"[..]), cuts, &Meter::default()), Action::Forward(bytes) if bytes == "N")
         );
         let mut from = BytesMut::from(&[0, 0, 0, 9, 0, 3, 0, 0, 0][..]);
         assert!(
-            matches!(session.pass(Direction::ToServer, &mut from, armory, &Meter::default()), Passed::On(bytes) if bytes.len() == 9)
+            matches!(session.pass(Direction::ToServer, &mut from, cuts, &Meter::default()), Action::Forward(bytes) if bytes.len() == 9)
         );
     }
 
     #[test]
     fn a_cut_loses_only_the_answer_of_the_matching_commit() {
-        let (mut session, armory) = (Session::default(), Armory::default());
-        start(&mut session, &armory);
-        armory.arm(
+        let (mut session, cuts) = (Session::default(), Cuts::default());
+        start(&mut session, &cuts);
+        cuts.arm(
             Cut::CommitAnswer {
                 after: "INSERT INTO orders",
             },
@@ -196,29 +196,33 @@ mod tests {
                 message(b'Q', b"COMMIT\0"),
             ]
             .concat();
-            // In chunks, as from a network.
+            // In small chunks, as the network may deliver it.
             let mut from = BytesMut::new();
             let mut on = 0;
             for piece in asked.chunks(3) {
                 from.extend_from_slice(piece);
-                let Passed::On(bytes) =
-                    session.pass(Direction::ToServer, &mut from, &armory, &Meter::default())
+                let Action::Forward(bytes) =
+                    session.pass(Direction::ToServer, &mut from, &cuts, &Meter::default())
                 else {
-                    panic!("requests go on")
+                    panic!("requests must be forwarded")
                 };
                 on += bytes.len();
             }
             assert_eq!(on, asked.len());
             let mut answer = BytesMut::from(&message(b'C', b"COMMIT\0")[..]);
-            let passed = session.pass(Direction::ToClient, &mut answer, &armory, &Meter::default());
-            assert_eq!(matches!(passed, Passed::Cut(_)), cut, "{statement}");
+            let passed = session.pass(Direction::ToClient, &mut answer, &cuts, &Meter::default());
+            assert_eq!(
+                matches!(passed, Action::ForwardThenCut(_)),
+                cut,
+                "{statement}"
+            );
         }
         assert_eq!(
             (
-                armory.fired(Cut::CommitAnswer {
+                cuts.fired(Cut::CommitAnswer {
                     after: "INSERT INTO orders"
                 }),
-                armory.waiting()
+                cuts.armed()
             ),
             (1, 0)
         );
@@ -226,8 +230,8 @@ mod tests {
 
     #[test]
     fn an_autocommit_statement_counts_as_a_transaction() {
-        let (mut session, armory) = (Session::default(), Armory::default());
-        start(&mut session, &armory);
+        let (mut session, cuts) = (Session::default(), Cuts::default());
+        start(&mut session, &cuts);
         let asked = [
             message(b'P', b"s1\0UPDATE outbox\0"),
             message(b'B', b"\0s1\0rest"),
@@ -239,11 +243,11 @@ mod tests {
             session.pass(
                 direction,
                 &mut BytesMut::from(&messages.concat()[..]),
-                &armory,
+                &cuts,
                 &Meter::default(),
             )
         };
-        armory.arm(
+        cuts.arm(
             Cut::CommitAnswer {
                 after: "UPDATE outbox",
             },
@@ -251,24 +255,25 @@ mod tests {
         );
         assert!(matches!(
             pass(&mut session, Direction::ToServer, &asked),
-            Passed::On(_)
+            Action::Forward(_)
         ));
-        // A completed statement is not committed yet.
+        // CommandComplete does not confirm the commit yet; ReadyForQuery does.
         assert!(
-            matches!(pass(&mut session, Direction::ToClient, &answer), Passed::Cut(bytes) if bytes == answer[0])
+            matches!(pass(&mut session, Direction::ToClient, &answer), Action::ForwardThenCut(bytes) if bytes == answer[0])
         );
-        armory.arm(
+        cuts.arm(
             Cut::CommitRequest {
                 after: "UPDATE outbox",
             },
             1,
         );
         assert!(
-            matches!(pass(&mut session, Direction::ToServer, &asked), Passed::Cut(bytes) if bytes == asked[..2].concat())
+            matches!(pass(&mut session, Direction::ToServer, &asked), Action::ForwardThenCut(bytes) if bytes == asked[..2].concat())
         );
 
-        // Inside a transaction it is not, and a ping is not the statement before it.
-        armory.arm(
+        // Inside a transaction block the statement does not commit. A ping afterwards does not
+        // count as that statement.
+        cuts.arm(
             Cut::CommitRequest {
                 after: "UPDATE outbox",
             },
@@ -280,11 +285,11 @@ mod tests {
                 Direction::ToServer,
                 &[message(b'Q', b"BEGIN\0")]
             ),
-            Passed::On(_)
+            Action::Forward(_)
         ));
         assert!(matches!(
             pass(&mut session, Direction::ToServer, &asked),
-            Passed::On(_)
+            Action::Forward(_)
         ));
         assert!(matches!(
             pass(
@@ -292,16 +297,16 @@ mod tests {
                 Direction::ToServer,
                 &[message(b'Q', b"ROLLBACK\0")]
             ),
-            Passed::On(_)
+            Action::Forward(_)
         ));
         assert!(matches!(
             pass(&mut session, Direction::ToClient, &answer[1..]),
-            Passed::On(_)
+            Action::Forward(_)
         ));
         assert!(matches!(
             pass(&mut session, Direction::ToServer, &[message(b'Q', b"\0")]),
-            Passed::On(_)
+            Action::Forward(_)
         ));
-        assert_eq!(armory.waiting(), 1);
+        assert_eq!(cuts.armed(), 1);
     }
 }

@@ -1,4 +1,4 @@
-//! A cluster of brokers.
+//! A NATS cluster for tests.
 
 use std::fs;
 
@@ -6,10 +6,10 @@ use anyhow::Context as _;
 use rustix::process::Signal;
 use tokio::time::Instant;
 
-use super::{LOOK_INTERVAL, READY_TIMEOUT, TemporaryFolder};
+use super::{POLL_INTERVAL, READY_TIMEOUT, TemporaryFolder};
+use crate::folder::Secrets;
 use crate::http::Http;
 use crate::nats::Nats;
-use crate::place::Secrets;
 use crate::ports::free_port;
 use crate::process::{Process, tail};
 use crate::tools::Tools;
@@ -22,7 +22,7 @@ pub struct TestCluster {
 }
 
 impl TestCluster {
-    /// Three servers with these passwords and ports. Starts nothing.
+    /// Prepares three servers with these passwords and ports. Starts nothing.
     pub fn prepare(secrets: &Secrets, ports: [u16; 3]) -> anyhow::Result<Self> {
         let folder = TemporaryFolder::new()?;
         let tools = Tools::find()?;
@@ -34,7 +34,7 @@ impl TestCluster {
             let log = folder.path().join(format!("nats-{number}.log"));
             let nats = Nats::new(&tools, data, log, port, free_port()?, secrets.clone());
             servers.push((
-                nats.member(
+                nats.in_cluster(
                     format!("gozon-{number}"),
                     cluster_ports[number],
                     cluster_ports,
@@ -58,7 +58,7 @@ impl TestCluster {
         Ok(())
     }
 
-    /// SIGKILL.
+    /// Sends SIGKILL.
     pub async fn kill(&mut self, number: usize) -> anyhow::Result<()> {
         match self.servers[number].1.take() {
             Some(mut process) => process.kill().await,
@@ -95,18 +95,18 @@ impl TestCluster {
                     nats.log.display(),
                     tail(&nats.log, 15)
                 );
-                tokio::time::sleep(LOOK_INTERVAL).await;
+                tokio::time::sleep(POLL_INTERVAL).await;
             }
         }
         Ok(())
     }
 
-    /// The server that leads a stream, if any.
+    /// The server that is the leader of a stream, if there is one.
     pub async fn leader(&self, stream: &str) -> Option<usize> {
         self.leader_among(stream, &[0, 1, 2]).await
     }
 
-    /// The same, asking only these servers: a frozen one does not answer.
+    /// Like [`Self::leader`], but asks only these servers, because a frozen server does not answer.
     pub async fn leader_among(&self, stream: &str, numbers: &[usize]) -> Option<usize> {
         for &number in numbers {
             let (nats, process) = &self.servers[number];

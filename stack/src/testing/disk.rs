@@ -1,4 +1,4 @@
-//! A disk that can be full.
+//! A small file system that a test can fill.
 
 use std::fs;
 use std::io::Write as _;
@@ -9,7 +9,7 @@ use anyhow::Context as _;
 
 use super::TemporaryFolder;
 
-/// A file system of a few megabytes that can be filled. Only root can create one.
+/// A tmpfs of a few megabytes. Only root can mount it.
 #[derive(Debug)]
 pub struct SmallDisk(TemporaryFolder);
 
@@ -23,15 +23,15 @@ impl SmallDisk {
         Ok(disk)
     }
 
-    /// Moves a folder to it and leaves a symbolic link in its place.
-    pub fn take_in(&self, folder: &Path) -> anyhow::Result<()> {
+    /// Moves a folder to this disk, and leaves a symbolic link at the old path.
+    pub fn move_folder(&self, folder: &Path) -> anyhow::Result<()> {
         let here = self.0.path().join("data");
         run(Command::new("cp").arg("-a").arg(folder).arg(&here))?;
         fs::remove_dir_all(folder)?;
         Ok(std::os::unix::fs::symlink(here, folder)?)
     }
 
-    /// Fills it.
+    /// Writes a file until the disk is full.
     pub fn fill(&self) -> anyhow::Result<()> {
         let mut ballast = fs::File::create(self.ballast())?;
         let block = [0; 4096];
@@ -44,7 +44,7 @@ impl SmallDisk {
         }
     }
 
-    /// Frees the space again.
+    /// Deletes the file that [`Self::fill`] wrote.
     pub fn free(&self) -> anyhow::Result<()> {
         Ok(fs::remove_file(self.ballast())?)
     }
@@ -56,7 +56,7 @@ impl SmallDisk {
 
 impl Drop for SmallDisk {
     fn drop(&mut self) {
-        // Lazily: a process that used it may still be ending.
+        // Lazy, because a process that uses the disk may not have exited yet.
         let _ = Command::new("umount")
             .arg("--lazy")
             .arg(self.0.path())

@@ -37,7 +37,7 @@ async fn orders_placed_before_the_service_started_are_awarded() {
         "--nats-user=reader",
         &format!(
             "--nats-password={}",
-            stack.system.place().secrets.nats_reader
+            stack.system.folder().secrets.nats_reader
         ),
     ]);
     let shutdown = CancellationToken::new();

@@ -1,4 +1,4 @@
-//! The folder of a stack: data, logs, passwords.
+//! The folder of a stack: its data, logs and passwords.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt as _, chown};
@@ -12,18 +12,17 @@ use uuid::Uuid;
 /// PostgreSQL refuses to run as root. Under root it runs as this user (`nobody`).
 pub(crate) const UNPRIVILEGED_ID: u32 = 65534;
 
-/// The folder of one stack.
 #[derive(Clone, Debug)]
-pub struct Place {
-    folder: PathBuf,
-    /// Generated when the folder is created.
+pub struct StackFolder {
+    path: PathBuf,
+    /// Generated once, when the folder is created.
     pub secrets: Secrets,
 }
 
-/// Passwords. All are random except that of `viewer`, who can only read streams.
+/// Passwords. All are random except the one of `viewer`, a user who can only read streams.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct Secrets {
-    // PostgreSQL: superuser, role of orders, role of payments.
+    // PostgreSQL roles.
     pub postgres_superuser: String,
     pub postgres_orders: String,
     pub postgres_payments: String,
@@ -34,13 +33,13 @@ pub struct Secrets {
     pub nats_gateway: String,
     pub nats_ops: String,
     pub nats_viewer: String,
-    /// Absent in folders made before there was this user.
+    /// Folders of older versions lack it.
     #[serde(default = "random")]
     pub nats_reader: String,
 }
 
 fn random() -> String {
-    // A letter first: nats-server parses a value of digits as a number.
+    // Starts with a letter, because nats-server parses a value of digits as a number.
     format!("p{}", Uuid::new_v4().simple())
 }
 
@@ -67,8 +66,8 @@ impl Secrets {
     }
 }
 
-impl Place {
-    /// Opens the folder, or creates it.
+impl StackFolder {
+    /// Opens the folder. Creates it if it does not exist.
     pub fn open(folder: &Path) -> anyhow::Result<Self> {
         fs::create_dir_all(folder.join("logs"))
             .with_context(|| format!("the folder {} cannot be created", folder.display()))?;
@@ -79,31 +78,34 @@ impl Place {
             fs::set_permissions(&folder, Permissions::from_mode(0o755))?;
             ensure!(
                 reachable_by_nobody(&folder),
-                "PostgreSQL does not run as root but as `nobody`, who cannot enter {}: set GOZON_DIR to a folder that every user can enter, \
-                 such as /var/tmp/gozon",
+                "PostgreSQL does not run as root but as `nobody`, and `nobody` cannot enter {}: set \
+                 GOZON_DIR to a folder that every user can enter, such as /var/tmp/gozon",
                 folder.display()
             );
         }
-        let secrets = read_or_make_secrets(&folder.join("secrets.json"))?;
-        Ok(Self { folder, secrets })
+        let secrets = read_or_create_secrets(&folder.join("secrets.json"))?;
+        Ok(Self {
+            path: folder,
+            secrets,
+        })
     }
 
-    pub fn folder(&self) -> &Path {
-        &self.folder
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     pub fn log(&self, name: &str) -> PathBuf {
-        self.folder.join("logs").join(format!("{name}.log"))
+        self.path.join("logs").join(format!("{name}.log"))
     }
 
-    /// Contains only PostgreSQL's data.
+    /// The data folder of PostgreSQL.
     pub fn postgres_data(&self) -> PathBuf {
-        self.folder.join("postgres")
+        self.path.join("postgres")
     }
 
-    /// Contains only the data of NATS.
+    /// The data folder of NATS.
     pub fn nats_data(&self) -> PathBuf {
-        self.folder.join("nats")
+        self.path.join("nats")
     }
 }
 
@@ -111,8 +113,8 @@ pub(crate) fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// Makes the user who runs PostgreSQL the owner of a file or folder.
-pub(crate) fn give_to_postgres(path: &Path) -> std::io::Result<()> {
+/// Gives a file or folder to the user that PostgreSQL runs as.
+pub(crate) fn chown_to_postgres(path: &Path) -> std::io::Result<()> {
     if is_root() {
         chown(path, Some(UNPRIVILEGED_ID), Some(UNPRIVILEGED_ID))
     } else {
@@ -133,7 +135,7 @@ fn reachable_by_nobody(folder: &Path) -> bool {
         .is_ok_and(|status| status.success())
 }
 
-fn read_or_make_secrets(path: &Path) -> anyhow::Result<Secrets> {
+fn read_or_create_secrets(path: &Path) -> anyhow::Result<Secrets> {
     match fs::read_to_string(path) {
         Ok(text) => {
             let secrets: Secrets = serde_json::from_str(&text)
@@ -153,7 +155,7 @@ fn read_or_make_secrets(path: &Path) -> anyhow::Result<Secrets> {
 }
 
 fn write_secrets(path: &Path, secrets: &Secrets) -> anyhow::Result<()> {
-    // Renamed into place, so that an interruption leaves no incomplete file.
+    // Written to a temporary file and renamed, so that an interruption leaves no incomplete file.
     let draft = path.with_extension("new");
     fs::write(&draft, "")?;
     fs::set_permissions(&draft, Permissions::from_mode(0o600))?;

@@ -1,5 +1,5 @@
-//! Places for what is in progress: requests, connections, event streams. Their number is bounded, and one client cannot
-//! hold all of them.
+//! Concurrency limits for requests, connections and event streams. One client alone cannot take all
+//! slots.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -7,15 +7,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::problem::{Code, Problem};
 
-/// The reason for rejecting a client that holds its share, as a label of metrics.
+/// Metric label: the client already holds the maximum share of one client.
 pub const CLIENT_SHARE: &str = "client_share";
 
-/// A bounded number of places. One key may hold three quarters of them; the rest is a reserve for all others. Cheap to
-/// clone.
-pub struct Places<K>(Arc<Inner<K>>);
+/// A limited number of slots. One key may hold at most three quarters of them, so that a quarter is
+/// left for others. Cheap to clone.
+pub struct Slots<K>(Arc<Inner<K>>);
 
 struct Inner<K> {
-    /// The reason for rejecting a client if all places are taken, as a label of metrics.
+    /// Metric label: all slots are taken.
     reason: &'static str,
     max: usize,
     share_max: usize,
@@ -27,7 +27,7 @@ struct Taken<K> {
     by_key: HashMap<K, usize>,
 }
 
-impl<K: Clone + Eq + Hash> Places<K> {
+impl<K: Clone + Eq + Hash> Slots<K> {
     pub fn new(reason: &'static str, max: usize) -> Self {
         Self(Arc::new(Inner {
             reason,
@@ -40,26 +40,26 @@ impl<K: Clone + Eq + Hash> Places<K> {
         }))
     }
 
-    /// Takes a place for `key` until the returned value is dropped.
-    pub fn take(&self, key: K) -> Result<Place<K>, NoPlace> {
+    /// Takes a slot for `key`. Dropping the returned value releases it.
+    pub fn take(&self, key: K) -> Result<Slot<K>, NoSlot> {
         let mut taken = self.0.taken();
         if taken.total >= self.0.max {
-            return Err(NoPlace::AllTaken(self.0.reason));
+            return Err(NoSlot::AllTaken(self.0.reason));
         }
         if taken.by_key.get(&key).copied().unwrap_or(0) >= self.0.share_max {
-            return Err(NoPlace::ShareTaken);
+            return Err(NoSlot::ShareTaken);
         }
         taken.total += 1;
         *taken.by_key.entry(key.clone()).or_default() += 1;
         drop(taken);
-        Ok(Place {
-            places: self.clone(),
+        Ok(Slot {
+            slots: self.clone(),
             key,
         })
     }
 }
 
-impl<K> Clone for Places<K> {
+impl<K> Clone for Slots<K> {
     fn clone(&self) -> Self {
         Self(self.0.clone())
     }
@@ -71,16 +71,16 @@ impl<K> Inner<K> {
     }
 }
 
-/// One place. Dropping it gives it back.
+/// One slot. Dropping it releases it.
 #[must_use]
-pub struct Place<K: Eq + Hash> {
-    places: Places<K>,
+pub struct Slot<K: Eq + Hash> {
+    slots: Slots<K>,
     key: K,
 }
 
-impl<K: Eq + Hash> Drop for Place<K> {
+impl<K: Eq + Hash> Drop for Slot<K> {
     fn drop(&mut self) {
-        let mut taken = self.places.0.taken();
+        let mut taken = self.slots.0.taken();
         taken.total -= 1;
         if let Some(count) = taken.by_key.get_mut(&self.key) {
             *count -= 1;
@@ -92,14 +92,14 @@ impl<K: Eq + Hash> Drop for Place<K> {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NoPlace {
+pub enum NoSlot {
     AllTaken(&'static str),
-    /// This client holds as many as one client may.
+    /// This client already holds the maximum share of one client.
     ShareTaken,
 }
 
-impl NoPlace {
-    /// The reason as a label of metrics.
+impl NoSlot {
+    /// The reason as a metric label.
     pub fn reason(self) -> &'static str {
         match self {
             Self::AllTaken(reason) => reason,
@@ -108,12 +108,12 @@ impl NoPlace {
     }
 }
 
-impl From<NoPlace> for Problem {
-    fn from(refusal: NoPlace) -> Self {
+impl From<NoSlot> for Problem {
+    fn from(refusal: NoSlot) -> Self {
         let problem = Self::new(Code::Overloaded);
         match refusal {
-            NoPlace::AllTaken(_) => problem,
-            NoPlace::ShareTaken => {
+            NoSlot::AllTaken(_) => problem,
+            NoSlot::ShareTaken => {
                 problem.because("Too many requests from your address are in progress.")
             }
         }
@@ -125,33 +125,33 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_client_leaves_a_quarter_of_the_places_to_others() {
-        let places = Places::new("test", 8);
+    fn one_client_leaves_a_quarter_of_the_slots_to_others() {
+        let slots = Slots::new("test", 8);
         let take = |key: &'static str, count: usize| -> Vec<_> {
-            (0..count).map(|_| places.take(key).unwrap()).collect()
+            (0..count).map(|_| slots.take(key).unwrap()).collect()
         };
         let mut greedy = take("greedy", 6);
-        assert_eq!(places.take("greedy").err(), Some(NoPlace::ShareTaken));
+        assert_eq!(slots.take("greedy").err(), Some(NoSlot::ShareTaken));
         let others = take("other", 2);
-        assert_eq!(places.take("third").err(), Some(NoPlace::AllTaken("test")));
+        assert_eq!(slots.take("third").err(), Some(NoSlot::AllTaken("test")));
         greedy.pop();
         drop(take("third", 1));
         greedy.extend(take("greedy", 1));
-        assert_eq!(places.take("greedy").err(), Some(NoPlace::AllTaken("test")));
+        assert_eq!(slots.take("greedy").err(), Some(NoSlot::AllTaken("test")));
         drop((greedy, others));
-        assert_eq!(places.0.taken().total, 0);
+        assert_eq!(slots.0.taken().total, 0);
         assert!(
-            places.0.taken().by_key.is_empty(),
-            "nothing is kept of clients that left"
+            slots.0.taken().by_key.is_empty(),
+            "clients without slots are forgotten"
         );
     }
 
     #[test]
-    fn few_places_have_no_reserve() {
-        assert!(Places::new("test", 0).take("a").is_err());
-        let places = Places::new("test", 3);
-        let all: Vec<_> = (0..3).map(|_| places.take("a").unwrap()).collect();
-        assert_eq!(places.take("b").err(), Some(NoPlace::AllTaken("test")));
+    fn with_fewer_than_four_slots_one_client_may_take_all() {
+        assert!(Slots::new("test", 0).take("a").is_err());
+        let slots = Slots::new("test", 3);
+        let all: Vec<_> = (0..3).map(|_| slots.take("a").unwrap()).collect();
+        assert_eq!(slots.take("b").err(), Some(NoSlot::AllTaken("test")));
         drop(all);
     }
 }
