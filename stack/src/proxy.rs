@@ -119,8 +119,8 @@ enum Direction {
 
 /// What to do with the bytes that were read.
 enum Action {
-    On(Bytes),
-    Cut(Bytes),
+    Forward(Bytes),
+    ForwardThenCut(Bytes),
 }
 
 /// The faults that are active now.
