@@ -13,7 +13,7 @@ use failpoint::{GUARDS, REMOVED_GUARD};
 use serde_json::Value;
 
 /// The test that must fail without each guard: guard, package, name.
-const CAUGHT_BY: [(&str, &str, &str); 20] = [
+const CAUGHT_BY: [(&str, &str, &str); 21] = [
     (
         "place.outbox_row",
         "orders",
@@ -33,6 +33,11 @@ const CAUGHT_BY: [(&str, &str, &str); 20] = [
         "consumer.ack_after_commit",
         "payments",
         "charging::a_crash_before_the_commit_leaves_nothing_and_the_order_is_debited_after",
+    ),
+    (
+        "consumer.defer",
+        "payments",
+        "held::f65_a_row_that_is_refused_every_time_delays_no_other",
     ),
     (
         "charge.decision_check",

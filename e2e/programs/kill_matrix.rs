@@ -11,8 +11,9 @@ use e2e::{checks, until_done};
 use futures_util::future::try_join_all;
 use sea_orm::{ConnectionTrait as _, DbBackend, Statement};
 use serde_json::{Value, json};
+use stack::System;
 use stack::http::Http;
-use stack::testing::TestStack;
+use stack::testing::{HeldInserts, TestStack};
 use tokio::time::Instant;
 
 const ACTIONS: [&str; 3] = ["kill", "error", "pause"];
@@ -147,6 +148,14 @@ fn table(results: &[Run]) -> String {
     lines.join("\n")
 }
 
+async fn has_deferred(system: &System, service: &str) -> anyhow::Result<bool> {
+    let db = system.postgres().connect(service).await?;
+    let query = Statement::from_string(DbBackend::Postgres, "SELECT 1 FROM deferred LIMIT 1");
+    let found = db.query_one_raw(query).await?.is_some();
+    db.close().await?;
+    Ok(found)
+}
+
 struct Matrix {
     stack: TestStack,
     customer: u32,
@@ -164,6 +173,13 @@ impl Matrix {
         if matches!(failpoint, "relay.before_commit" | "relay.after_commit") {
             self.leave_a_row(service).await?;
         }
+        // Messages are deferred while their row is not to be had.
+        let held = if failpoint.starts_with("defer.") || failpoint.starts_with("catch_up.") {
+            let db = self.stack.system.postgres().connect(service).await?;
+            Some(HeldInserts::refused(db.clone(), "inbox", "55P03").await?)
+        } else {
+            None
+        };
         let system = &mut self.stack.system;
         let log = system.folder().log(service);
         let log_begins = std::fs::metadata(&log).map_or(0, |metadata| metadata.len());
@@ -211,6 +227,11 @@ impl Matrix {
                     system.resume(service)?;
                     frozen_since = None;
                 }
+            }
+            if let Some(held) = &held
+                && (reached() || has_deferred(system, service).await?)
+            {
+                held.release().await?;
             }
             if nobody_answers && reached() && system.pid("payments").is_none() {
                 system.spawn("payments")?;

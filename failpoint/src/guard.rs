@@ -19,6 +19,10 @@ pub const GUARDS: &[(&str, &str)] = &[
         "consumer.ack_after_commit",
         "messages are acknowledged before the transaction begins",
     ),
+    (
+        "consumer.defer",
+        "a batch waits until the row of every message is free",
+    ),
     ("charge.decision_check", "existing decisions are ignored"),
     (
         "charge.decision_over_inbox",

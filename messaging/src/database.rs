@@ -18,6 +18,9 @@ const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
 /// A lock that is not granted: give up, roll back, retry.
 const BACKGROUND_LOCK_TIMEOUT_MS: &str = "5000";
+/// While a batch waits for one row, all of its messages wait. Replicas that share a busy account hold
+/// it for less.
+const CONSUMERS_LOCK_TIMEOUT_MS: &str = "50";
 /// A client waits, and a row that another request holds for longer belongs to a frozen process.
 const REQUESTS_LOCK_TIMEOUT_MS: &str = "1000";
 /// The server ends a transaction whose client froze, which frees its row locks. Longer than
@@ -47,7 +50,7 @@ impl Database {
         Self::connect(url, name, REQUESTS_LOCK_TIMEOUT_MS, connections).await
     }
 
-    /// A pool for relay, consumers and the other background work: requests cannot take its
+    /// A pool for the relay and the other background work: requests cannot take its
     /// connections. Opened at once; the first use connects.
     pub async fn in_background(
         url: &Secret,
@@ -56,6 +59,16 @@ impl Database {
     ) -> Result<Self, DbErr> {
         let name = format!("{service} flow");
         Self::connect(url, name, BACKGROUND_LOCK_TIMEOUT_MS, connections).await
+    }
+
+    /// A pool for consumers. Opened at once; the first use connects.
+    pub(crate) async fn for_consumers(
+        url: &Secret,
+        service: &str,
+        connections: u32,
+    ) -> Result<Self, DbErr> {
+        let name = format!("{service} flow");
+        Self::connect(url, name, CONSUMERS_LOCK_TIMEOUT_MS, connections).await
     }
 
     async fn connect(

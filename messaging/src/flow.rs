@@ -18,6 +18,7 @@ use crate::database::Database;
 use crate::dead_letters::replay::{Replay, replay};
 use crate::health::HealthStatus;
 use crate::inbox::consumer::Consumer;
+use crate::inbox::deferred::DeferredKeys;
 use crate::metrics;
 use crate::operator_api::{OperatorApi, Replays};
 use crate::outbox::hand_off::HandOff;
@@ -38,6 +39,7 @@ pub struct Flow {
     args: FlowArgs,
     requests: Database,
     background: Database,
+    consumers: Database,
     hand_off: HandOff,
     broker: Broker,
     streams: Vec<Stream>,
@@ -56,11 +58,13 @@ impl Flow {
         let url = &args.database_url;
         let requests = Database::for_requests(url, service, args.http_connections).await?;
         let background = Database::in_background(url, service, args.flow_connections).await?;
+        let consumers = Database::for_consumers(url, service, args.flow_connections).await?;
         Ok(Self {
             service,
             args: args.clone(),
             requests: requests.handing_off_to(hand_off.clone()),
             background: background.handing_off_to(hand_off.clone()),
+            consumers: consumers.handing_off_to(hand_off.clone()),
             hand_off,
             broker: Broker::connect(args.broker(service)).await?,
             streams: Vec::new(),
@@ -87,11 +91,12 @@ impl Flow {
         let dead_letters = self.streams.iter().find(|one| one.holds_dead_letters());
         let consumer = Arc::new(Consumer {
             subscriber,
-            db: self.background.clone(),
+            db: self.consumers.clone(),
             broker: self.broker.clone(),
             settings: self.args.topology.clone(),
             dead_letters: dead_letters.copied(),
             loss: self.loss.clone(),
+            deferred_keys: DeferredKeys::default(),
             health: HealthStatus::default(),
         });
         self.readers.push(consumer);
@@ -259,7 +264,9 @@ trait Reader: Part {
 
 impl<S: Subscriber> Part for Consumer<S> {
     fn run<'a>(&'a self, shutdown: &'a CancellationToken) -> BoxFuture<'a, ()> {
-        Box::pin(Consumer::run(self, shutdown))
+        Box::pin(async move {
+            tokio::join!(Consumer::run(self, shutdown), self.catch_up(shutdown));
+        })
     }
 }
 

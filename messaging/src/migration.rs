@@ -21,6 +21,7 @@ pub fn migrations() -> Vec<Box<dyn MigrationTrait>> {
         migration("m0001_messaging_tables", TABLES),
         migration("m0004_retention_table", RETENTION),
         migration("m0005_ask_again", ASK_AGAIN),
+        migration("m0006_deferred", DEFERRED),
     ]
 }
 
@@ -88,6 +89,26 @@ CREATE TABLE IF NOT EXISTS reconciliation (
 INSERT INTO reconciliation DEFAULT VALUES ON CONFLICT DO NOTHING;
 -- What a dead letter is about besides its order.
 ALTER TABLE dead_letters ADD COLUMN about uuid;
+";
+
+const DEFERRED: &str = "
+-- Messages that wait for a row that another transaction holds.
+CREATE TABLE deferred (
+    consumer        text        NOT NULL,
+    event_id        uuid        NOT NULL,
+    -- Two messages with one event id and different content are two rows.
+    payload_hash    bytea       NOT NULL,
+    ordering_key    text        NOT NULL,
+    ask             integer     NOT NULL,
+    stream_sequence bigint      NOT NULL,
+    delivered       integer     NOT NULL,
+    subject         text        NOT NULL,
+    headers         bytea       NOT NULL,
+    payload         bytea       NOT NULL,
+    deferred_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (consumer, event_id, payload_hash)
+);
+CREATE INDEX deferred_order ON deferred (consumer, ordering_key, stream_sequence);
 ";
 
 const RETENTION: &str = "

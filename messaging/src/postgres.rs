@@ -85,6 +85,11 @@ pub(crate) fn sqlstate(error: &DbErr) -> Option<String> {
         .map(|code| code.into_owned())
 }
 
+/// The database does not answer at all, or shuts down or starts: another row would fare no better.
+pub(crate) fn is_away(error: &DbErr) -> bool {
+    sqlstate(error).is_none_or(|code| code.starts_with("08") || code.starts_with("57P"))
+}
+
 /// Another transaction inserted the row first. The next try sees it; a damaged table says this for
 /// ever.
 pub(crate) fn is_unique_violation(error: &DbErr) -> bool {

@@ -13,6 +13,15 @@ pub trait Subscriber: Send + Sync + 'static {
 
     const SUBSCRIPTION: Subscription;
 
+    /// Names the row that the handler locks for an event, for example its account.
+    ///
+    /// If that row is not to be had, because another transaction holds it or the database refuses
+    /// it for now, the events with this key are deferred and applied in stream order later. Events
+    /// with other keys do not wait for them.
+    fn ordering_key(event: &Self::Event) -> String {
+        event.key().to_string()
+    }
+
     /// Applies a batch, in stream order, inside `txn`, which already holds the inbox rows.
     ///
     /// It may read, write and enqueue further messages. It may run again, after a rollback or

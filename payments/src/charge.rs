@@ -53,6 +53,11 @@ impl Subscriber for Charge {
         service: "payments",
     };
 
+    /// The account, which every order of its user locks.
+    fn ordering_key(event: &OrderPlaced) -> String {
+        event.user_id.to_string()
+    }
+
     /// Takes effect once, because an order with a decision is never decided again.
     async fn handle(
         &self,

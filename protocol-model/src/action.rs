@@ -159,8 +159,18 @@ impl CrashPoint {
     }
 }
 
-/// Failpoints outside the model: the account exists from the start, and opening it moves no money.
-pub const NOT_MODELLED: [&str; 2] = ["account.before_commit", "account.after_commit"];
+/// Failpoints outside the model. The account exists from the start, and opening it moves no money. A
+/// deferred message is one whose delivery takes longer: it is stored before it is acknowledged, and
+/// applied by the same transaction as any other.
+pub const NOT_MODELLED: [&str; 7] = [
+    "account.before_commit",
+    "account.after_commit",
+    "defer.before_commit",
+    "defer.after_commit",
+    "catch_up.after_take",
+    "catch_up.before_commit",
+    "catch_up.after_commit",
+];
 
 impl Action {
     /// Whether the action is a fault, or one that the protocol must not rely on. All other actions

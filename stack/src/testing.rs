@@ -3,6 +3,7 @@
 
 mod cluster;
 mod disk;
+mod held;
 
 use std::fs;
 use std::net::SocketAddr;
@@ -32,6 +33,7 @@ use crate::tools::Tools;
 
 pub use self::cluster::TestCluster;
 pub use self::disk::SmallDisk;
+pub use self::held::HeldInserts;
 
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
 const POLL_INTERVAL: Duration = Duration::from_millis(10);

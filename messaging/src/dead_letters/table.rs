@@ -1,8 +1,6 @@
 //! The table of dead letters.
 
-use std::str::FromStr as _;
-
-use async_nats::{HeaderMap, HeaderName, HeaderValue};
+use async_nats::HeaderMap;
 use sea_orm::entity::prelude::*;
 use sea_orm::{DbErr, FromQueryResult};
 use serde_json::json;
@@ -11,7 +9,7 @@ use shared_contracts::{Event, EventId, header};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use crate::inbox::message::{Incoming, RawMessage};
+use crate::inbox::message::{Incoming, RawMessage, header_lines, parse_header_lines};
 use crate::outbox::message::Message;
 use crate::postgres::{one_row, sql};
 use crate::topology::{Stream, Subscription};
@@ -62,20 +60,8 @@ impl Model {
             .is_none_or(|replayed_at| self.last_seen_at > replayed_at)
     }
 
-    /// The headers as received.
     pub(crate) fn header_map(&self) -> HeaderMap {
-        let mut headers = HeaderMap::new();
-        for line in String::from_utf8_lossy(&self.headers).lines() {
-            let Some((name, value)) = line.split_once(": ") else {
-                continue;
-            };
-            if let (Ok(name), Ok(value)) =
-                (HeaderName::from_str(name), HeaderValue::from_str(value))
-            {
-                headers.append(name, value);
-            }
-        }
-        headers
+        parse_header_lines(&self.headers)
     }
 }
 
@@ -155,17 +141,6 @@ pub fn message_key(subject: &str, headers: Option<&HeaderMap>, payload: &[u8]) -
         .iter()
         .map(|byte| format!("{byte:02x}"))
         .collect()
-}
-
-fn header_lines(headers: Option<&HeaderMap>, wanted: impl Fn(&str) -> bool) -> Vec<u8> {
-    let mut lines: Vec<String> = headers
-        .into_iter()
-        .flat_map(HeaderMap::iter)
-        .filter(|(name, _)| wanted(name.as_ref()))
-        .flat_map(|(name, values)| values.iter().map(move |value| format!("{name}: {value}\n")))
-        .collect();
-    lines.sort();
-    lines.concat().into_bytes()
 }
 
 #[derive(FromQueryResult)]

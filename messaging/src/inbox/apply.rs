@@ -57,32 +57,77 @@ pub(crate) async fn apply<'a, S: Subscriber>(
     })
 }
 
-/// Whether the same batch can succeed later. An error that is neither of the database nor a lost
-/// race is a bug or bad data, and would come back every time.
+/// What an error of a batch concerns.
+#[derive(Debug)]
+pub(crate) enum Blame {
+    /// The database as a whole: it does not answer.
+    Database(anyhow::Error),
+    /// A row, for now: a lock is not granted, or the database refuses with a transient error.
+    Row(anyhow::Error),
+    /// A message. An error that is neither of the database nor a lost race is a bug or bad data, and
+    /// would come back every time.
+    Message(anyhow::Error),
+}
+
+impl Blame {
+    pub(crate) fn of(error: anyhow::Error) -> Self {
+        if error.chain().any(<dyn std::error::Error>::is::<Injected>) {
+            return Self::Database(error);
+        }
+        match find_database_error(&error) {
+            Some(found)
+                if !postgres::is_transient(found) || postgres::is_unique_violation(found) =>
+            {
+                Self::Message(error)
+            }
+            Some(found) if postgres::is_away(found) => Self::Database(error),
+            Some(_) => Self::Row(error),
+            None => Self::Message(error),
+        }
+    }
+
+    /// Another transaction inserted the row first. The next try sees it.
+    pub(crate) fn is_lost_race(&self) -> bool {
+        let error = self.error();
+        error.chain().any(<dyn std::error::Error>::is::<LostRace>)
+            || find_database_error(error).is_some_and(postgres::is_unique_violation)
+    }
+
+    pub(crate) fn is_lock_timeout(&self) -> bool {
+        find_database_error(self.error()).is_some_and(postgres::is_lock_timeout)
+    }
+
+    pub(crate) fn into_error(self) -> anyhow::Error {
+        let (Self::Database(error) | Self::Row(error) | Self::Message(error)) = self;
+        error
+    }
+
+    fn error(&self) -> &anyhow::Error {
+        let (Self::Database(error) | Self::Row(error) | Self::Message(error)) = self;
+        error
+    }
+}
+
+/// Whether the same batch can succeed later.
 pub(crate) fn is_transient(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| {
-        cause.is::<LostRace>()
-            || cause.is::<Injected>()
-            || database_error(cause).is_some_and(postgres::is_transient)
-    })
+    error
+        .chain()
+        .any(|cause| cause.is::<LostRace>() || cause.is::<Injected>())
+        || find_database_error(error).is_some_and(postgres::is_transient)
 }
 
-pub(crate) fn is_lost_race(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| {
-        cause.is::<LostRace>() || database_error(cause).is_some_and(postgres::is_unique_violation)
+fn find_database_error(error: &anyhow::Error) -> Option<&DbErr> {
+    error.chain().find_map(|cause| {
+        if let Some(Failure::NotDone(error) | Failure::Unknown(error)) = cause.downcast_ref() {
+            return Some(error);
+        }
+        cause.downcast_ref()
     })
-}
-
-fn database_error<'a>(cause: &'a (dyn std::error::Error + 'static)) -> Option<&'a DbErr> {
-    cause.downcast_ref::<DbErr>()
 }
 
 /// The failure that an error of a batch amounts to, where only a failure can be retried.
 pub(crate) fn as_failure(error: anyhow::Error) -> Failure {
-    let cause = error
-        .chain()
-        .find_map(|cause| cause.downcast_ref::<DbErr>())
-        .cloned();
+    let cause = find_database_error(&error).cloned();
     // A lost race is no error of the database, but it ends in the same way: the next try sees the
     // row.
     Failure::NotDone(

@@ -16,6 +16,9 @@ use tracing::{debug, info, warn};
 use crate::broker_loss::BrokerLoss;
 use crate::database::Database;
 use crate::health::HealthStatus;
+use crate::inbox::deferred::DeferredKeys;
+use crate::inbox::delivery::Taken;
+use crate::postgres::within;
 use crate::subscriber::Subscriber;
 use crate::topology::{self, Ensured, NoStream, Stream, TopologySettings};
 
@@ -25,6 +28,7 @@ const PULL_EXPIRES: Duration = Duration::from_secs(10);
 /// Without heartbeats a stream that vanished on the server would look like a quiet one, for ever.
 const HEARTBEAT: Duration = Duration::from_secs(2);
 const MISSING_HEARTBEATS_MAX: u32 = 2;
+const PING_TIMEOUT: Duration = Duration::from_secs(5);
 const RETRY_DELAY_MIN: Duration = Duration::from_millis(50);
 const RETRY_DELAY_MAX: Duration = Duration::from_secs(3);
 
@@ -37,6 +41,8 @@ pub(crate) struct Consumer<S> {
     /// Where copies of dead letters are published.
     pub(crate) dead_letters: Option<Stream>,
     pub(crate) loss: BrokerLoss,
+    /// Ordering keys whose messages may be deferred.
+    pub(crate) deferred_keys: DeferredKeys,
     pub(crate) health: HealthStatus,
 }
 
@@ -45,6 +51,8 @@ enum PullEnd {
     Shutdown,
     /// The durable or its stream is gone, or was recreated.
     Vanished(String),
+    /// Messages were given back to the broker: another replica may reach the database.
+    DatabaseAway(String),
 }
 
 impl<S: Subscriber> Consumer<S> {
@@ -80,6 +88,10 @@ impl<S: Subscriber> Consumer<S> {
                         PullEnd::Vanished(why) => {
                             self.health.bad(&why);
                             warn!(consumer = Self::NAME, why, "Looking for the consumer again");
+                        }
+                        PullEnd::DatabaseAway(why) => {
+                            self.health.bad(&why);
+                            self.until_database_answers(shutdown).await;
                         }
                     }
                 }
@@ -165,9 +177,16 @@ impl<S: Subscriber> Consumer<S> {
             }
             if !batch.is_empty() {
                 missing_heartbeats = 0;
-                if !self.take(&batch, shutdown).await {
-                    unfinished = batch;
-                    break PullEnd::Shutdown;
+                match self.take(&batch, shutdown).await {
+                    Taken::Settled => {}
+                    Taken::Shutdown => {
+                        unfinished = batch;
+                        break PullEnd::Shutdown;
+                    }
+                    Taken::DatabaseAway(why) => {
+                        unfinished = batch;
+                        break PullEnd::DatabaseAway(why);
+                    }
                 }
             }
             if missing_heartbeats >= MISSING_HEARTBEATS_MAX {
@@ -187,6 +206,20 @@ impl<S: Subscriber> Consumer<S> {
         drop(batches);
         self.give_back(&unfinished).await;
         end
+    }
+
+    /// Nothing is pulled meanwhile, so the broker delivers to other replicas.
+    async fn until_database_answers(&self, shutdown: &CancellationToken) {
+        let mut backoff = Backoff::new(RETRY_DELAY_MIN, RETRY_DELAY_MAX);
+        while !shutdown.is_cancelled() {
+            let pause = tokio::time::sleep(backoff.pause());
+            shutdown.run_until_cancelled(pause).await;
+            let ping = async { self.db.ping().await };
+            match within(PING_TIMEOUT, ping).await {
+                Ok(()) => return,
+                Err(error) => debug!(error = %error, "The database does not answer yet"),
+            }
+        }
     }
 
     /// Has the broker deliver these again at once, to another replica.

@@ -1,6 +1,11 @@
-//! One batch: applied in one transaction, then acknowledged.
+//! One batch: applied, then acknowledged.
+//!
+//! A batch is one transaction. If that fails, it is halved until the messages to blame are found: a
+//! message that can never be applied becomes a dead letter, and one whose row is not to be had now
+//! is deferred. The others are applied.
 
-use std::collections::HashMap;
+use std::borrow::Cow;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -9,177 +14,346 @@ use broker::Backoff;
 use failpoint::{failpoint, removed};
 use metrics::counter;
 use shared_contracts::Event;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::dead_letters::table::{self, DeadMessage, Verdict};
-use crate::inbox::apply::{Applied, apply, is_lost_race, is_transient};
+use crate::inbox::apply::{Applied, Blame, apply};
 use crate::inbox::consumer::Consumer;
+use crate::inbox::deferred;
 use crate::inbox::message::{Incoming, RawMessage};
 use crate::metrics::MESSAGES;
-use crate::postgres::within;
+use crate::postgres::{sql, within};
 use crate::subscriber::Subscriber;
-use crate::transaction::Work;
+use crate::transaction::{Transaction, Work};
 
 const RETRY_DELAY_MIN: Duration = Duration::from_millis(50);
-const RETRY_DELAY_MAX: Duration = Duration::from_secs(3);
+const RETRY_DELAY_MAX: Duration = Duration::from_secs(1);
 /// A transaction that hangs (a dead connection) is given up and retried on another connection.
-const DELIVERY_TIMEOUT: Duration = Duration::from_secs(20);
+const DELIVERY_TIMEOUT: Duration = Duration::from_secs(10);
 const LAST_ACK_TIMEOUT: Duration = Duration::from_secs(2);
 /// The loser of a race gets a unique violation, and the next try sees the row. Losing this often in
-/// a row means that no try will ever see it: the table is damaged. Then only the message that meets
-/// the row is held back.
+/// a row means that no try will ever see it: the table is damaged.
 const RACES_MAX: u32 = 5;
+/// Tries of a whole batch that the database answers with a transient error. A deadlock or a
+/// serialization failure is over by then; a row that is refused every time is not.
+const TRIES: u32 = 3;
+/// Tries of a batch with a single key whose row is locked: nobody else waits for it.
+const LOCK_TRIES: u32 = 2;
+/// For a part with several keys. It only has to find the lock that the batch met; a part with one
+/// key waits as long as a batch.
+const PART_LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '10ms'";
+/// With this many keys deferred one by one, whole parts that fail are deferred: a whole table may be
+/// locked, and to halve on would take seconds. Those that are not to blame are applied soon.
+const BLOCKED_KEYS_MAX: usize = 3;
+/// How long a batch is kept while the database does not answer. Another replica may reach it.
+const KEEP_MAX: Duration = Duration::from_secs(3);
 
 /// What became of a batch.
-enum Delivery {
-    Committed,
+pub(super) enum Taken {
+    /// Each message is applied, deferred or a dead letter.
+    Settled,
+    /// A shutdown came first: some messages are not acknowledged.
     Shutdown,
-    /// It can never be applied as it is.
-    Refused(anyhow::Error),
+    /// The database does not answer: some messages are not acknowledged.
+    DatabaseAway(String),
 }
 
 /// Dead letters of a batch, by their sequence in the stream.
 type Verdicts = HashMap<i64, Verdict>;
 
+/// Messages of a batch that are applied together.
+#[derive(Debug, PartialEq, Eq)]
+struct Part {
+    /// Indexes in the batch, in stream order.
+    indexes: Vec<usize>,
+    /// Whether this is the first try, with everything.
+    is_whole: bool,
+}
+
+/// A batch that is being settled.
+struct Batch<'a, E> {
+    messages: &'a [Message],
+    incoming: Vec<Incoming<'a, E>>,
+}
+
 impl<S: Subscriber> Consumer<S> {
-    /// Takes a batch, however often that has to be tried. Returns false if a shutdown came first:
-    /// the messages were not acknowledged and are delivered again.
-    pub(super) async fn take(&self, messages: &[Message], shutdown: &CancellationToken) -> bool {
+    /// Settles a batch, however often that has to be tried.
+    pub(super) async fn take(&self, messages: &[Message], shutdown: &CancellationToken) -> Taken {
         if failpoint!("consumer.after_fetch").is_err() {
             // As if the batch had never come: it is delivered again.
-            return true;
+            return Taken::Settled;
         }
-        let batch: Vec<Incoming<'_, S::Event>> = messages.iter().map(incoming).collect();
-        if removed!("consumer.ack_after_commit") {
-            self.acknowledge(messages, &HashMap::new()).await;
-        }
-        let error = match self.deliver_until_settled(messages, &batch, shutdown).await {
-            Delivery::Committed => return true,
-            Delivery::Shutdown => return false,
-            Delivery::Refused(error) => error,
+        let batch = Batch {
+            messages,
+            incoming: messages.iter().map(incoming).collect(),
         };
-        if let ([message], [single]) = (messages, batch.as_slice()) {
-            return self.give_up(message, single, &error, shutdown).await;
+        if removed!("consumer.ack_after_commit") {
+            self.acknowledge(messages.iter().collect(), &HashMap::new())
+                .await;
         }
-        // One message spoils the batch: run singly, only the guilty one is held back.
-        warn!(
-            consumer = Self::NAME,
-            messages = batch.len(),
-            error = format!("{error:#}"),
-            "A batch failed; applying its messages one by one"
-        );
-        for (message, single) in messages.iter().zip(&batch) {
-            let (one, only) = (std::slice::from_ref(message), std::slice::from_ref(single));
-            let goes_on = match self.deliver_until_settled(one, only, shutdown).await {
-                Delivery::Committed => true,
-                Delivery::Shutdown => false,
-                Delivery::Refused(error) => self.give_up(message, single, &error, shutdown).await,
+        let mut blocked_keys = 0;
+        let mut parts = vec![Part {
+            indexes: (0..messages.len()).collect(),
+            is_whole: true,
+        }];
+        while let Some(part) = parts.pop() {
+            let blame = match self.try_part(&batch, &part, shutdown).await {
+                Ok(()) => continue,
+                Err(Some(blame)) => blame,
+                Err(None) => return Taken::Shutdown,
             };
-            if !goes_on {
-                return false;
+            let keys = batch.keys::<S>(&part);
+            let settled = match &blame {
+                Blame::Database(error) => Err(anyhow::anyhow!("{error:#}")),
+                Blame::Row(error) if keys.len() == 1 || blocked_keys >= BLOCKED_KEYS_MAX => {
+                    blocked_keys += keys.len();
+                    self.defer(&batch, &part, error).await
+                }
+                Blame::Message(error) if part.indexes.len() == 1 => {
+                    self.give_up(&batch, &part, error).await
+                }
+                Blame::Row(error) | Blame::Message(error) => {
+                    if part.is_whole {
+                        info!(
+                            consumer = Self::NAME,
+                            messages = part.indexes.len(),
+                            error = format!("{error:#}"),
+                            "A batch failed; applying it in parts"
+                        );
+                    }
+                    // The first half is next: a part with one key is applied in stream order.
+                    let (first, second) = part.halves(|index| batch.key::<S>(index));
+                    parts.extend([second, first]);
+                    Ok(())
+                }
+            };
+            if let Err(error) = settled {
+                let why = format!("{error:#}");
+                if self.health.bad(&why) {
+                    warn!(
+                        consumer = Self::NAME,
+                        messages = batch.incoming.len(),
+                        error = why,
+                        "A batch could not be stored; it is given back to the broker"
+                    );
+                }
+                return Taken::DatabaseAway(why);
             }
         }
-        true
+        Taken::Settled
+    }
+
+    /// Applies a part, in one transaction that is retried as long as that may help. `Err(None)` is a
+    /// shutdown.
+    async fn try_part(
+        &self,
+        batch: &Batch<'_, S::Event>,
+        part: &Part,
+        shutdown: &CancellationToken,
+    ) -> Result<(), Option<Blame>> {
+        let give_back_at = Instant::now() + KEEP_MAX;
+        let mut backoff = Backoff::new(RETRY_DELAY_MIN, RETRY_DELAY_MAX);
+        let (mut tries, mut races) = (0, 0);
+        loop {
+            let error = match within(DELIVERY_TIMEOUT, self.deliver(batch, part)).await {
+                Ok(()) => {
+                    self.health.good();
+                    return Ok(());
+                }
+                Err(error) => error,
+            };
+            tries += 1;
+            let blame = Blame::of(error);
+            let is_over = match &blame {
+                Blame::Message(_) if blame.is_lost_race() => {
+                    races += 1;
+                    races == RACES_MAX
+                }
+                Blame::Message(_) => true,
+                Blame::Row(_) if removed!("consumer.defer") => false,
+                Blame::Row(_) if !part.is_whole => true,
+                Blame::Row(_) if blame.is_lock_timeout() => {
+                    tries >= LOCK_TRIES || batch.keys::<S>(part).len() > 1
+                }
+                Blame::Row(_) => tries >= TRIES,
+                Blame::Database(_) => Instant::now() >= give_back_at,
+            };
+            if is_over {
+                return Err(Some(blame));
+            }
+            if let Blame::Database(error) = &blame
+                && self.health.bad(format!("{error:#}"))
+            {
+                warn!(
+                    consumer = Self::NAME,
+                    messages = part.indexes.len(),
+                    error = format!("{error:#}"),
+                    "A batch could not be stored; trying again"
+                );
+            }
+            self.extend_ack_wait(batch.messages).await;
+            if blame.is_lock_timeout() {
+                continue;
+            }
+            shutdown
+                .run_until_cancelled(tokio::time::sleep(backoff.pause()))
+                .await;
+            if shutdown.is_cancelled() {
+                return Err(None);
+            }
+        }
+    }
+
+    /// One transaction: inbox rows, effects, dead letters, and the messages that must wait behind
+    /// deferred ones. Then the acks. An error drops the transaction, and nothing happened.
+    async fn deliver(&self, batch: &Batch<'_, S::Event>, part: &Part) -> anyhow::Result<()> {
+        let txn = self.begin("consumer").await?;
+        if !part.is_whole && batch.keys::<S>(part).len() > 1 {
+            txn.execute(sql(PART_LOCK_TIMEOUT, [])).await?;
+        }
+        let behind = self.behind_deferred(&txn, batch, part).await?;
+        let now: Cow<'_, [Incoming<'_, S::Event>]> = if part.is_whole && behind.is_empty() {
+            Cow::Borrowed(&batch.incoming)
+        } else {
+            let indexes = part.indexes.iter().filter(|one| !behind.contains(one));
+            Cow::Owned(indexes.map(|one| batch.incoming[*one].clone()).collect())
+        };
+        let applied = apply(&txn, &self.subscriber, &now).await?;
+        let copies_to = self.dead_letters.as_ref();
+        table::store(&txn, &S::SUBSCRIPTION, copies_to, &applied.dead).await?;
+        let deferrals = behind.iter().filter_map(|one| batch.deferral::<S>(*one));
+        deferred::store(&txn, Self::NAME, deferrals.collect()).await?;
+        txn.commit().await?;
+        self.after_commit(&applied);
+        count(Self::NAME, "deferred", behind.len());
+        let dead = applied.dead.into_iter();
+        let dead = dead.map(|letter| (letter.raw.stream_sequence, letter.verdict));
+        let dead: Verdicts = dead.collect();
+        if let Some(effect) = applied.effect {
+            self.subscriber.committed(effect);
+        }
+        self.acknowledge(batch.messages_of(part), &dead).await;
+        Ok(())
+    }
+
+    /// Indexes of messages whose key has deferred messages. Mostly no key has, as this process
+    /// knows, and the table is not asked.
+    async fn behind_deferred(
+        &self,
+        txn: &Transaction,
+        batch: &Batch<'_, S::Event>,
+        part: &Part,
+    ) -> anyhow::Result<Vec<usize>> {
+        if self.deferred_keys.is_empty() {
+            return Ok(Vec::new());
+        }
+        let key = |index: &usize| Some((*index, batch.key::<S>(*index)?));
+        let suspects: Vec<(usize, String)> = part
+            .indexes
+            .iter()
+            .filter_map(key)
+            .filter(|(_, key)| self.deferred_keys.contains(key))
+            .collect();
+        if suspects.is_empty() {
+            return Ok(Vec::new());
+        }
+        let keys: HashSet<String> = suspects.iter().map(|(_, key)| key.clone()).collect();
+        let keys = deferred::waiting(&**txn, Self::NAME, keys.into_iter().collect()).await?;
+        let behind = suspects.into_iter().filter(|(_, key)| keys.contains(key));
+        Ok(behind.map(|(index, _)| index).collect())
+    }
+
+    /// Stores the messages of a part to be applied later, and acknowledges them.
+    async fn defer(
+        &self,
+        batch: &Batch<'_, S::Event>,
+        part: &Part,
+        error: &anyhow::Error,
+    ) -> anyhow::Result<()> {
+        let keys = batch.keys::<S>(part);
+        info!(
+            consumer = Self::NAME,
+            messages = part.indexes.len(),
+            keys = keys.len(),
+            first_key = keys.first(),
+            error = format!("{error:#}"),
+            "Messages are deferred: their row is not to be had now"
+        );
+        let store = async {
+            let txn = self.begin("defer").await?;
+            let deferrals = part.indexes.iter();
+            let deferrals = deferrals.filter_map(|one| batch.deferral::<S>(*one));
+            deferred::store(&txn, Self::NAME, deferrals.collect()).await?;
+            txn.commit().await?;
+            anyhow::Ok(())
+        };
+        within(DELIVERY_TIMEOUT, store)
+            .await
+            .context("messages cannot be deferred")?;
+        self.deferred_keys.add(keys);
+        count(Self::NAME, "deferred", part.indexes.len());
+        self.acknowledge(batch.messages_of(part), &HashMap::new())
+            .await;
+        Ok(())
     }
 
     /// The handler can never apply this message: it becomes a dead letter.
     async fn give_up(
         &self,
-        message: &Message,
-        single: &Incoming<'_, S::Event>,
+        batch: &Batch<'_, S::Event>,
+        part: &Part,
         error: &anyhow::Error,
-        shutdown: &CancellationToken,
-    ) -> bool {
-        let poison = [single.poisoned(format!("{error:#}"))];
-        let message = std::slice::from_ref(message);
-        match self.deliver_until_settled(message, &poison, shutdown).await {
-            Delivery::Committed => true,
-            Delivery::Shutdown => false,
-            Delivery::Refused(error) => {
-                // Not acknowledged, it comes again after ack_wait.
-                error!(
-                    consumer = Self::NAME,
-                    error = format!("{error:#}"),
-                    "A dead letter cannot be stored"
-                );
-                true
-            }
-        }
+    ) -> anyhow::Result<()> {
+        let poison: Vec<_> = part
+            .indexes
+            .iter()
+            .map(|one| batch.incoming[*one].poisoned(format!("{error:#}")))
+            .collect();
+        let store = async {
+            let txn = self.begin("consumer").await?;
+            let applied = apply(&txn, &self.subscriber, &poison).await?;
+            let copies_to = self.dead_letters.as_ref();
+            table::store(&txn, &S::SUBSCRIPTION, copies_to, &applied.dead).await?;
+            txn.commit().await?;
+            anyhow::Ok(applied)
+        };
+        let applied = within(DELIVERY_TIMEOUT, store)
+            .await
+            .context("a dead letter cannot be stored")?;
+        self.after_commit(&applied);
+        let dead = applied.dead.into_iter();
+        let dead = dead.map(|letter| (letter.raw.stream_sequence, letter.verdict));
+        self.acknowledge(batch.messages_of(part), &dead.collect())
+            .await;
+        Ok(())
     }
 
-    async fn deliver_until_settled(
-        &self,
-        messages: &[Message],
-        batch: &[Incoming<'_, S::Event>],
-        shutdown: &CancellationToken,
-    ) -> Delivery {
-        let mut backoff = Backoff::new(RETRY_DELAY_MIN, RETRY_DELAY_MAX);
-        let mut races = 0;
-        loop {
-            match within(DELIVERY_TIMEOUT, self.deliver(batch)).await {
-                Ok((effect, dead)) => {
-                    self.health.good();
-                    if let Some(effect) = effect {
-                        self.subscriber.committed(effect);
-                    }
-                    self.acknowledge(messages, &dead).await;
-                    return Delivery::Committed;
-                }
-                Err(error) if !is_transient(&error) => return Delivery::Refused(error),
-                Err(error) => {
-                    races = if is_lost_race(&error) { races + 1 } else { 0 };
-                    if races == RACES_MAX {
-                        return Delivery::Refused(error);
-                    }
-                    if self.health.bad(format!("{error:#}")) {
-                        warn!(
-                            consumer = Self::NAME,
-                            messages = batch.len(),
-                            error = format!("{error:#}"),
-                            "A batch could not be stored; trying again"
-                        );
-                    }
-                }
-            }
-            self.extend_ack_wait(messages).await;
-            shutdown
-                .run_until_cancelled(tokio::time::sleep(backoff.pause()))
-                .await;
-            if shutdown.is_cancelled() {
-                return Delivery::Shutdown;
-            }
-        }
-    }
-
-    /// One transaction: inbox rows, effects, dead letters. An error drops it, and nothing happened.
-    async fn deliver(
-        &self,
-        batch: &[Incoming<'_, S::Event>],
-    ) -> anyhow::Result<(Option<S::Effect>, Verdicts)> {
+    /// `failpoints` is the first part of the names of its failpoints.
+    pub(super) async fn begin(&self, failpoints: &'static str) -> anyhow::Result<Transaction> {
         let work = Work {
             label: Self::NAME,
-            failpoints: "consumer",
+            failpoints,
         };
-        let txn = self.db.begin_work(work).await?;
-        let applied = apply(&txn, &self.subscriber, batch).await?;
-        let copies_to = self.dead_letters.as_ref();
-        table::store(&txn, &S::SUBSCRIPTION, copies_to, &applied.dead).await?;
-        txn.commit().await?;
-        count(Self::NAME, &applied);
+        Ok(self.db.begin_work(work).await?)
+    }
+
+    /// Counts what a committed transaction applied, and logs its dead letters.
+    pub(super) fn after_commit<T>(&self, applied: &Applied<'_, T>) {
+        count(Self::NAME, "first", applied.first);
+        count(Self::NAME, "repeated", applied.repeated);
+        count(Self::NAME, "dead", applied.dead.len());
         for letter in &applied.dead {
             log_dead_letter(Self::NAME, letter);
         }
-        let verdicts = applied.dead.into_iter();
-        let verdicts = verdicts.map(|letter| (letter.raw.stream_sequence, letter.verdict));
-        Ok((applied.effect, verdicts.collect()))
     }
 
     /// Called only after the commit: a crash before it leaves the messages to be delivered again, a
     /// crash after it makes them repetitions. The acks of a connection are processed in order, so
     /// the answer to the last one confirms the others too; waiting for each would cost a round trip
     /// per message.
-    async fn acknowledge(&self, messages: &[Message], dead: &Verdicts) {
+    async fn acknowledge(&self, messages: Vec<&Message>, dead: &Verdicts) {
         let Some((last, others)) = messages.split_last() else {
             return;
         };
@@ -240,6 +414,66 @@ impl<S: Subscriber> Consumer<S> {
     }
 }
 
+impl<'a, E: Event + Clone> Batch<'a, E> {
+    /// The ordering key of a message; none if it cannot be read.
+    fn key<S: Subscriber<Event = E>>(&self, index: usize) -> Option<String> {
+        let received = self.incoming[index].content.as_ref().ok()?;
+        Some(S::ordering_key(&received.event))
+    }
+
+    /// The keys of a part, each once, in stream order.
+    fn keys<S: Subscriber<Event = E>>(&self, part: &Part) -> Vec<String> {
+        let mut seen = HashSet::new();
+        let keys = part.indexes.iter().filter_map(|one| self.key::<S>(*one));
+        keys.filter(|key| seen.insert(key.clone())).collect()
+    }
+
+    fn deferral<S: Subscriber<Event = E>>(&self, index: usize) -> Option<deferred::Deferral<'a>> {
+        let incoming = &self.incoming[index];
+        let received = incoming.content.as_ref().ok()?;
+        Some(deferred::Deferral {
+            raw: incoming.raw,
+            ordering_key: S::ordering_key(&received.event),
+            event_id: received.event_id.as_uuid(),
+            ask: i32::try_from(received.ask).unwrap_or(i32::MAX),
+        })
+    }
+
+    fn messages_of(&self, part: &Part) -> Vec<&'a Message> {
+        part.indexes
+            .iter()
+            .map(|one| &self.messages[*one])
+            .collect()
+    }
+}
+
+impl Part {
+    /// Two parts with half of the keys each, or, of a single key, half of the messages. Stream order
+    /// holds within each.
+    fn halves(&self, key: impl Fn(usize) -> Option<String>) -> (Self, Self) {
+        let mut numbers: HashMap<Option<String>, usize> = HashMap::new();
+        let number = |index: &usize| {
+            let next = numbers.len();
+            *numbers.entry(key(*index)).or_insert(next)
+        };
+        let numbered: Vec<usize> = self.indexes.iter().map(number).collect();
+        let keys = numbers.len();
+        let middle = self.indexes.len() / 2;
+        let is_first = |position: usize| match keys {
+            1 => position < middle,
+            _ => numbered[position] < keys / 2,
+        };
+        let half = |first: bool| Self {
+            indexes: (0..self.indexes.len())
+                .filter(|position| is_first(*position) == first)
+                .map(|position| self.indexes[position])
+                .collect(),
+            is_whole: false,
+        };
+        (half(true), half(false))
+    }
+}
+
 fn incoming<E: Event>(message: &Message) -> Incoming<'_, E> {
     let (sequence, delivered) = message
         .info()
@@ -265,13 +499,8 @@ fn verdict<'a>(message: &Message, dead: &'a Verdicts) -> Option<&'a Verdict> {
     dead.get(&stream_sequence(message))
 }
 
-fn count<T>(consumer: &'static str, applied: &Applied<'_, T>) {
-    let results = [
-        ("first", applied.first),
-        ("repeated", applied.repeated),
-        ("dead", applied.dead.len()),
-    ];
-    for (result, number) in results {
+fn count(consumer: &'static str, result: &'static str, number: usize) {
+    if number > 0 {
         counter!(MESSAGES, "consumer" => consumer, "result" => result).increment(number as u64);
     }
 }
@@ -285,4 +514,28 @@ fn log_dead_letter(consumer: &'static str, letter: &DeadMessage<'_>) {
         cause = letter.verdict.cause(),
         "Dead letter: a message was not applied"
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn halves(indexes: &[usize], keys: &[&str]) -> (Vec<usize>, Vec<usize>) {
+        let part = Part {
+            indexes: indexes.to_vec(),
+            is_whole: true,
+        };
+        let (first, second) = part.halves(|index| Some(keys[index].to_owned()));
+        assert!(!first.is_whole && !second.is_whole);
+        (first.indexes, second.indexes)
+    }
+
+    #[test]
+    fn halves_separate_keys_and_keep_the_order_of_each() {
+        let keys = ["a", "b", "a", "c", "b", "a"];
+        let all = [0, 1, 2, 3, 4, 5];
+        assert_eq!(halves(&all, &keys), (vec![0, 2, 5], vec![1, 3, 4]));
+        assert_eq!(halves(&[1, 3, 4], &keys), (vec![1, 4], vec![3]));
+        assert_eq!(halves(&[0, 2, 5], &keys), (vec![0], vec![2, 5]));
+    }
 }

@@ -1,8 +1,9 @@
 //! Reading messages strictly, and each event of a batch once.
 
 use std::collections::{HashMap, HashSet};
+use std::str::FromStr as _;
 
-use async_nats::HeaderMap;
+use async_nats::{HeaderMap, HeaderName, HeaderValue};
 use shared_contracts::{Event, EventId, SPEC_VERSION, header};
 use uuid::Uuid;
 
@@ -64,6 +65,32 @@ impl<'a, E: Event> Incoming<'a, E> {
             delivered: self.raw.delivered,
         })
     }
+}
+
+/// Headers as a table stores them: sorted `Name: value` lines.
+pub(crate) fn header_lines(headers: Option<&HeaderMap>, wanted: impl Fn(&str) -> bool) -> Vec<u8> {
+    let mut lines: Vec<String> = headers
+        .into_iter()
+        .flat_map(HeaderMap::iter)
+        .filter(|(name, _)| wanted(name.as_ref()))
+        .flat_map(|(name, values)| values.iter().map(move |value| format!("{name}: {value}\n")))
+        .collect();
+    lines.sort();
+    lines.concat().into_bytes()
+}
+
+/// The headers that [`header_lines`] wrote.
+pub(crate) fn parse_header_lines(lines: &[u8]) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    for line in String::from_utf8_lossy(lines).lines() {
+        let Some((name, value)) = line.split_once(": ") else {
+            continue;
+        };
+        if let (Ok(name), Ok(value)) = (HeaderName::from_str(name), HeaderValue::from_str(value)) {
+            headers.append(name, value);
+        }
+    }
+    headers
 }
 
 fn text_header<'a>(headers: Option<&'a HeaderMap>, name: &str) -> Option<&'a str> {

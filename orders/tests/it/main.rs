@@ -5,6 +5,7 @@
 mod faulty_delivery;
 mod grouping;
 mod harness;
+mod held;
 mod listing;
 mod openapi;
 mod placing;

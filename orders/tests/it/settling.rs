@@ -6,7 +6,7 @@ use messaging::DeadLetter;
 use sea_orm::ConnectionTrait as _;
 use serde_json::json;
 use shared_contracts::{Amount, DeclineReason, OrderId, PaymentOutcome, UserId};
-use stack::testing::eventually;
+use stack::testing::{HeldInserts, eventually};
 
 use crate::harness::{Orders, SOON, settlement};
 
@@ -239,20 +239,16 @@ async fn a_crash_before_the_commit_leaves_nothing_and_the_order_ends_after_a_res
     let mut orders = Orders::start().await;
     let payments = orders.payments().await;
     let id = orders.placed().await;
-    let holder = sea_orm::TransactionTrait::begin(&orders.db).await.unwrap();
-    holder
-        .execute_unprepared("SELECT 1 FROM orders FOR UPDATE")
-        .await
-        .unwrap();
+    let held = HeldInserts::blocked(orders.database.connect().await.unwrap(), "inbox");
+    let held = held.await.unwrap();
     payments.publish(&settlement(id, PAID)).await;
-    let observer = orders.database.connect().await.unwrap();
-    eventually("the service waits for the order", SOON, async || {
-        let waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()";
-        observer.query_one_raw(sea_orm::Statement::from_string(sea_orm::DbBackend::Postgres, waiting)).await.unwrap().map(|_| ())
-    })
-    .await;
+    let waiting = "SELECT count(*) FROM pg_stat_activity
+                   WHERE wait_event = 'PgSleep' AND datname = current_database()";
+    orders
+        .until("the service waits in its transaction", waiting, 1)
+        .await;
     orders.crash().await;
-    holder.rollback().await.unwrap();
+    held.release().await.unwrap();
     assert_eq!(orders.count("SELECT count(*) FROM inbox").await, 0);
 
     orders.run().await;

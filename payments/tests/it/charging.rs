@@ -3,8 +3,8 @@
 use futures_util::future::join_all;
 use sea_orm::{ConnectionTrait as _, TransactionTrait as _};
 
-use crate::harness::{Payments, Request, SOON, count, request};
-use stack::testing::eventually;
+use crate::harness::{Payments, Request, SOON, request};
+use stack::testing::{HeldInserts, eventually};
 
 #[tokio::test]
 async fn an_order_is_debited_and_answered() {
@@ -279,24 +279,13 @@ async fn a_decision_that_another_worker_commits_first_is_not_answered_a_second_t
 async fn a_crash_before_the_commit_leaves_nothing_and_the_order_is_debited_after() {
     let mut payments = Payments::start().await;
     payments.open_account("alice", 1000).await;
-    // Locks the account, so that the service waits inside its transaction.
-    let holder = payments.db.begin().await.unwrap();
-    holder
-        .execute_unprepared("SELECT 1 FROM accounts FOR UPDATE")
-        .await
-        .unwrap();
+    let held = HeldInserts::blocked(payments.another_connection().await, "payments");
+    let held = held.await.unwrap();
     let order = request("alice", 700);
     payments.publish(&order).await;
-    let observer = payments.another_connection().await;
-    eventually("the service waits for the account", SOON, async || {
-        let waiting =
-            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND application_name = 'payments flow'
-                       AND datname = current_database()";
-        (count(&observer, waiting).await == 1).then_some(())
-    })
-    .await;
+    payments.until_blocked().await;
     payments.crash().await;
-    holder.rollback().await.unwrap();
+    held.release().await.unwrap();
     assert_eq!(payments.decisions().await, 0);
 
     payments.run().await;
@@ -339,7 +328,7 @@ async fn a_stopping_service_gives_its_messages_back_at_once() {
         })
         .await;
     payments.stop().await;
-    holder.rollback().await.unwrap();
+    holder.release().await.unwrap();
     payments.run().await;
     for order in &orders {
         payments.decision(order).await;

@@ -10,15 +10,15 @@ use messaging::{Stream, TopologySettings};
 use payments::entity::{account, payment, transfer};
 use payments::{App, Config};
 use sea_orm::{
-    ConnectionTrait as _, DatabaseConnection, DatabaseTransaction, EntityTrait as _,
-    PaginatorTrait as _, QueryOrder as _, TransactionTrait as _,
+    ConnectionTrait as _, DatabaseConnection, EntityTrait as _, PaginatorTrait as _,
+    QueryOrder as _,
 };
 use serde_json::json;
 use shared_contracts::{
     Amount, Event as _, EventId, ORDERS_STREAM, OrderId, OrderPlaced, SPEC_VERSION, UserId, header,
 };
 use stack::http::Http;
-use stack::testing::{InProcessService, TestBroker, TestDatabase, eventually};
+use stack::testing::{HeldInserts, InProcessService, TestBroker, TestDatabase, eventually};
 use uuid::Uuid;
 
 /// Deadline for a condition. Long enough for a busy machine; only a failing test reaches it.
@@ -123,42 +123,41 @@ impl Payments {
     /// The broker answers the plug's ack on the same connection, after the rest. So when the
     /// service fetches again, all of the rest is there.
     pub(crate) async fn as_one_batch(&self, number: u64, publish: impl AsyncFnOnce()) {
-        self.while_blocked(number, publish)
-            .await
-            .rollback()
-            .await
-            .unwrap();
+        let held = self.while_blocked(number, publish).await;
+        held.release().await.unwrap();
     }
 
-    /// Like [`Self::as_one_batch`], but the service stays blocked until the returned transaction
-    /// ends.
+    /// Like [`Self::as_one_batch`], but the service stays blocked until the result is released.
     pub(crate) async fn while_blocked(
         &self,
         number: u64,
         publish: impl AsyncFnOnce(),
-    ) -> DatabaseTransaction {
-        let holder = self.another_connection().await.begin().await.unwrap();
-        holder
-            .execute_unprepared("LOCK TABLE inbox IN EXCLUSIVE MODE")
-            .await
-            .unwrap();
+    ) -> HeldInserts {
+        let held = HeldInserts::blocked(self.another_connection().await, "inbox");
+        let held = held.await.unwrap();
         self.publish(&request("plug", 1)).await;
         let lag = async || self.broker.lag("payments-order-placed").await;
         eventually("the plug is delivered", SOON, async || {
             (lag().await? == (0, 1)).then_some(())
         })
         .await;
-        let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()";
-        eventually("the service is blocked by the plug", SOON, async || {
-            (self.count(waiting).await == 1).then_some(())
-        })
-        .await;
+        self.until_blocked().await;
         publish().await;
         eventually("the rest is delivered", SOON, async || {
             (lag().await? == (0, number + 1)).then_some(())
         })
         .await;
-        holder
+        held
+    }
+
+    /// Waits until the service waits in an insert that the test holds.
+    pub(crate) async fn until_blocked(&self) {
+        let waiting = "SELECT count(*) FROM pg_stat_activity
+                       WHERE wait_event = 'PgSleep' AND datname = current_database()";
+        eventually("the service waits in its transaction", SOON, async || {
+            (self.count(waiting).await > 0).then_some(())
+        })
+        .await;
     }
 
     pub(crate) async fn run(&mut self) {
@@ -167,12 +166,27 @@ impl Payments {
         self.service = Some(service);
     }
 
+    pub(crate) fn database_port(&self) -> u16 {
+        let address = self.database.url.split(['@', '/']).nth(3);
+        let port = address.and_then(|address| address.rsplit(':').next());
+        port.unwrap().parse().unwrap()
+    }
+
     /// Starts a replica of the service with the same database and broker.
     pub(crate) async fn replica(&self) -> InProcessService {
+        self.replica_at(self.database_port()).await
+    }
+
+    /// Like [`Self::replica`], but it reaches the database at another port of this machine.
+    pub(crate) async fn replica_at(&self, port: u16) -> InProcessService {
+        let database_url = self
+            .database
+            .url
+            .replace(&format!(":{}/", self.database_port()), &format!(":{port}/"));
         let arguments = [
             "payments".to_owned(),
             "--listen=127.0.0.1:0".to_owned(),
-            format!("--database-url={}", self.database.url),
+            format!("--database-url={database_url}"),
             format!("--nats-url={}", self.broker.url()),
             format!("--nats-password={}", self.broker.secrets().nats_payments),
             format!("--ack-wait-ms={}", self.ack_wait),

@@ -6,5 +6,6 @@ mod accounts;
 mod charging;
 mod faulty_delivery;
 mod harness;
+mod held;
 mod openapi;
 mod poison;
