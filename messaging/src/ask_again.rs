@@ -6,30 +6,47 @@
 //! yet. Everything that decides when to ask is in the database; a process that dies forgets nothing.
 
 use std::collections::HashSet;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use async_nats::jetstream::consumer;
+use broker::Broker;
 use failpoint::{failpoint, removed};
+use futures_util::TryStreamExt as _;
 use sea_orm::{ConnectionTrait as _, DatabaseTransaction, DbErr, FromQueryResult};
 use shared_contracts::{Event, EventId};
+use time::OffsetDateTime;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 use uuid::Uuid;
 
 use crate::broker_loss::BrokerLoss;
 use crate::database::Database;
 use crate::outbox::message::Message;
 use crate::outbox::table::is_behind;
-use crate::postgres::{execute, now, sql, within};
+use crate::postgres::{execute, now, one_row, sql, within};
+use crate::scan::{Pace, RECENT, id_at};
 use crate::transaction::Transaction;
 
-/// How often due requests are looked for; also the second of "per second".
+/// How often due requests are looked for.
 const INTERVAL: Duration = Duration::from_secs(1);
+/// While more requests are due than the last step asked.
+const BUSY_INTERVAL: Duration = Duration::from_millis(20);
 /// A step that hangs (a dead connection) is given up.
 const STEP_TIMEOUT: Duration = Duration::from_secs(20);
+/// The broker is asked within a transaction.
+const READER_TIMEOUT: Duration = Duration::from_secs(1);
 /// Any number: of several replicas, the one that holds this advisory lock asks.
 const ASK_AGAIN_LOCK: i64 = 7_011_988;
+/// Requests of one step.
+const BATCH_MAX: u32 = 1000;
+/// Requests that may wait for their reader. So they are published at the pace at which they are
+/// read, and evict nothing from a stream that is full of requests that nobody has read.
+const UNREAD_MAX: u64 = 2000;
+/// Counting stops here: beyond it nobody needs an exact number.
+const COUNT_MAX: i64 = 100_000;
 
 /// Requests that are published again until an answer comes.
 pub trait Requests: Send + Sync + 'static {
@@ -37,6 +54,9 @@ pub trait Requests: Send + Sync + 'static {
 
     /// Where the requests are.
     const TABLE: RequestTable;
+
+    /// Durable consumer of the service that answers.
+    const READ_BY: &'static str;
 
     /// The requests of these rows, which `txn` has locked. A row that yields no request (someone
     /// edited the table) is counted as asked, and delays no other.
@@ -79,16 +99,43 @@ pub struct AskPolicy {
     pub after: Duration,
     /// Never later than this.
     pub after_max: Duration,
-    /// Requests per second.
+    /// At most so many requests per second. They are never asked faster than they are read.
     pub limit: u32,
+}
+
+/// Requests without an answer, as this process found them in its last scan. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct PendingRequests(Arc<RwLock<Pending>>);
+
+/// Requests without an answer.
+#[derive(Clone, Copy, Debug, Default, FromQueryResult)]
+pub struct Pending {
+    /// Counted up to 100000.
+    pub number: i64,
+    /// Age of the oldest, by the database's clock.
+    pub oldest_seconds: f64,
+}
+
+impl PendingRequests {
+    pub(crate) fn get(&self) -> Pending {
+        *self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set(&self, found: Pending) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = found;
+    }
 }
 
 /// Asks again, in one process.
 pub(crate) struct AskAgain<R> {
     pub(crate) db: Database,
+    /// For scans of the whole table, which may take long.
+    pub(crate) scan_db: Database,
+    pub(crate) broker: Broker,
     pub(crate) requests: R,
     pub(crate) policy: AskPolicy,
     pub(crate) loss: BrokerLoss,
+    pub(crate) pending: PendingRequests,
 }
 
 #[derive(FromQueryResult)]
@@ -98,10 +145,49 @@ struct Due {
     asks: i32,
 }
 
+/// Where due requests are looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Range {
+    /// Everything behind this id.
+    After(Uuid),
+    /// What has just become old enough to be asked for the first time.
+    Recent,
+}
+
+/// What one step did.
+enum Step {
+    /// Everything that was due is asked.
+    Asked(usize),
+    /// There may be more behind this id.
+    More(usize, Uuid),
+    /// The reader has enough to read.
+    ReaderIsBehind,
+}
+
+/// What a process remembers between two steps.
+struct Progress {
+    range: Range,
+    pace: Pace,
+    scan_at: Instant,
+    /// Requests that may be asked now, and since when they are counted.
+    allowed: f64,
+    since: Instant,
+    /// When the durable of the reader was created.
+    reader: Option<OffsetDateTime>,
+}
+
 impl<R: Requests> AskAgain<R> {
     pub(crate) async fn run(&self, shutdown: &CancellationToken) {
         let mut losses = self.loss.watch();
         let mut noted = None;
+        let mut progress = Progress {
+            range: Range::Recent,
+            pace: Pace::default(),
+            scan_at: Instant::now(),
+            allowed: 0.0,
+            since: Instant::now(),
+            reader: None,
+        };
         let mut pause = INTERVAL;
         loop {
             let next = tokio::time::timeout(pause, losses.changed());
@@ -109,52 +195,107 @@ impl<R: Requests> AskAgain<R> {
                 return;
             }
             let latest = *losses.borrow_and_update();
-            let begun = Instant::now();
             let loss = latest.filter(|_| latest > noted);
-            match within(STEP_TIMEOUT, self.step(loss)).await {
-                Ok(asked) => {
+            pause = match self.round(loss, &mut progress).await {
+                Ok(pause) => {
                     noted = latest;
-                    if asked > 0 {
-                        self.requests.asked(asked);
-                        info!(
-                            requests = asked,
-                            "Requests without an answer published again"
-                        );
-                    }
+                    pause
                 }
-                Err(error) => warn!(
-                    error = format!("{error:#}"),
-                    "Requests without an answer could not be looked for; trying again"
-                ),
-            }
-            // A step that takes long (very many requests are pending) runs less often.
-            pause = INTERVAL.max(begun.elapsed() * 10);
+                Err(error) => {
+                    warn!(
+                        error = format!("{error:#}"),
+                        "Requests without an answer could not be looked for; trying again"
+                    );
+                    INTERVAL
+                }
+            };
         }
     }
 
-    /// One step: in one transaction, the requests that are due and a new message for each.
-    async fn step(&self, loss: Option<Instant>) -> anyhow::Result<usize> {
+    /// Asks what is due. Returns the time until the next round.
+    async fn round(
+        &self,
+        loss: Option<Instant>,
+        progress: &mut Progress,
+    ) -> anyhow::Result<Duration> {
         if let Some(before) = loss.filter(|_| !removed!("reconcile.lost_at")) {
-            self.note_loss(before)
+            within(STEP_TIMEOUT, self.note_loss(before))
                 .await
                 .context("that the broker lost messages could not be noted")?;
+            progress.scan_at = Instant::now();
         }
-        // Mostly nothing is pending.
-        if !self.has_pending().await? {
-            return Ok(0);
+        let is_continued = matches!(progress.range, Range::After(id) if !id.is_nil());
+        if Instant::now() >= progress.scan_at && !is_continued {
+            let begun = Instant::now();
+            let counted = within(progress.pace.timeout(), self.count_pending()).await;
+            progress.pace.note(begun.elapsed());
+            progress.scan_at = Instant::now() + progress.pace.pause();
+            let found = counted?;
+            self.pending.set(found);
+            // Mostly nothing is pending.
+            if found.number == 0 {
+                progress.range = Range::Recent;
+                return Ok(INTERVAL);
+            }
+            progress.range = Range::After(Uuid::nil());
+        } else if !is_continued {
+            if !progress.pace.is_slow() {
+                return Ok(INTERVAL);
+            }
+            progress.range = Range::Recent;
         }
-        let txn = self.db.begin("reconcile").await?;
+        let limit = progress.allow(self.policy.limit);
+        if limit == 0 {
+            return Ok(BUSY_INTERVAL);
+        }
+        let (db, timeout) = match progress.range {
+            Range::After(_) => (&self.scan_db, progress.pace.timeout()),
+            Range::Recent => (&self.db, STEP_TIMEOUT),
+        };
+        let step = within(timeout, self.step(db, limit, progress)).await?;
+        let (asked, range, pause) = match step {
+            Step::Asked(asked) => (asked, Range::Recent, INTERVAL),
+            Step::More(asked, last) => (asked, Range::After(last), BUSY_INTERVAL),
+            Step::ReaderIsBehind => (0, progress.range, BUSY_INTERVAL),
+        };
+        progress.range = range;
+        if asked > 0 {
+            progress.allowed -= asked as f64;
+            self.requests.asked(asked);
+            info!(
+                requests = asked,
+                "Requests without an answer published again"
+            );
+        }
+        Ok(pause)
+    }
+
+    /// One step: in one transaction, the requests that are due and a new message for each.
+    async fn step(
+        &self,
+        db: &Database,
+        limit: u32,
+        progress: &mut Progress,
+    ) -> anyhow::Result<Step> {
+        let txn = db.begin("reconcile").await?;
         let wait = !take_lock(&txn).await?
             || is_behind(&txn, R::Event::SUBJECT, self.policy.after).await?;
         if wait {
             txn.rollback().await?;
-            return Ok(0);
+            return Ok(Step::Asked(0));
         }
-        let due = self.lock_due(&txn).await?;
+        let mut due = self.lock_due(&txn, progress.range, limit).await?;
         if due.is_empty() || removed!("reconcile.ask_again") {
             txn.rollback().await?;
-            return Ok(0);
+            return Ok(Step::Asked(0));
         }
+        let is_full = due.len() == limit as usize;
+        let room = self.room(progress).await;
+        if room == 0 {
+            txn.rollback().await?;
+            return Ok(Step::ReaderIsBehind);
+        }
+        due.truncate(usize::try_from(room).unwrap_or(usize::MAX));
         failpoint!("reconcile.after_lock")?;
         let messages = self.messages(&txn, &due).await?;
         let counted = self.count(&txn, &due).await?;
@@ -164,7 +305,63 @@ impl<R: Requests> AskAgain<R> {
         );
         txn.enqueue(messages).await?;
         txn.commit().await?;
-        Ok(due.len())
+        Ok(match due.last() {
+            Some(last) if is_full || due.len() as u64 == room => Step::More(due.len(), last.id),
+            _ => Step::Asked(due.len()),
+        })
+    }
+
+    /// How many requests the reader can be given now. If it does not exist yet, it reads what the
+    /// stream holds when it does.
+    async fn room(&self, progress: &mut Progress) -> u64 {
+        let found = tokio::time::timeout(READER_TIMEOUT, self.reader()).await;
+        match found.unwrap_or_else(|_| Err(anyhow::anyhow!("no answer"))) {
+            Ok(Some(reader)) => {
+                if progress.reader.is_some_and(|known| known != reader.created) {
+                    // It skipped what it had not read before.
+                    self.loss.note(Instant::now());
+                }
+                progress.reader = Some(reader.created);
+                UNREAD_MAX.saturating_sub(reader.num_pending + reader.num_ack_pending as u64)
+            }
+            Ok(None) => UNREAD_MAX,
+            Err(error) => {
+                debug!(
+                    error = format!("{error:#}"),
+                    "The reader of requests is not known"
+                );
+                0
+            }
+        }
+    }
+
+    async fn reader(&self) -> anyhow::Result<Option<consumer::Info>> {
+        let jetstream = self.broker.jetstream();
+        let stream = jetstream.get_stream(R::Event::STREAM).await?;
+        let mut consumers = stream.consumers();
+        while let Some(found) = consumers.try_next().await? {
+            if found.name == R::READ_BY {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
+    }
+
+    async fn count_pending(&self) -> Result<Pending, DbErr> {
+        let RequestTable {
+            name,
+            is_pending,
+            stored_at,
+            ..
+        } = R::TABLE;
+        let query = format!(
+            "SELECT count(*) AS number,
+                    coalesce(extract(epoch FROM clock_timestamp() - min(stored_at)), 0)::float8
+                        AS oldest_seconds
+             FROM (SELECT r.{stored_at} AS stored_at FROM {name} r WHERE {is_pending}
+                   ORDER BY r.id LIMIT $1) AS pending"
+        );
+        one_row(&*self.scan_db, sql(&query, [COUNT_MAX.into()])).await
     }
 
     /// Notes for all replicas that what was published before may be lost, by the database's clock,
@@ -182,14 +379,6 @@ impl<R: Requests> AskAgain<R> {
         Ok(txn.commit().await?)
     }
 
-    async fn has_pending(&self) -> Result<bool, DbErr> {
-        let RequestTable {
-            name, is_pending, ..
-        } = R::TABLE;
-        let query = format!("SELECT 1 FROM {name} r WHERE {is_pending} LIMIT 1");
-        Ok(self.db.query_one_raw(sql(&query, [])).await?.is_some())
-    }
-
     /// Locks pending requests, the oldest first, that were published so long ago that they or their
     /// answers may be lost, or before the broker is known to have lost messages. One that still
     /// waits in the outbox is not due, whatever its age; for one that was pruned there, the time of
@@ -197,7 +386,12 @@ impl<R: Requests> AskAgain<R> {
     ///
     /// Requests too young for any of this are excluded before their outbox rows are looked up:
     /// under load there are thousands.
-    async fn lock_due(&self, txn: &DatabaseTransaction) -> Result<Vec<Due>, DbErr> {
+    async fn lock_due(
+        &self,
+        txn: &DatabaseTransaction,
+        range: Range,
+        limit: u32,
+    ) -> Result<Vec<Due>, DbErr> {
         let RequestTable {
             name,
             is_pending,
@@ -206,13 +400,24 @@ impl<R: Requests> AskAgain<R> {
             asked_at,
             stored_at,
         } = R::TABLE;
+        let (from, range) = match range {
+            Range::After(id) => (id, "true".to_owned()),
+            Range::Recent => (
+                Uuid::nil(),
+                format!(
+                    "r.id >= {} AND r.id < {}",
+                    id_at("now() - make_interval(secs => $1 + $5)"),
+                    id_at("now() - make_interval(secs => $1)")
+                ),
+            ),
+        };
         let query = format!(
             "SELECT r.id, r.{event_id} AS event_id, r.{asks} AS asks FROM {name} r
              LEFT JOIN outbox o ON o.event_id = r.{event_id} AND o.n = r.{asks}
              CROSS JOIN reconciliation
              CROSS JOIN LATERAL
                  (SELECT coalesce(o.published_at, r.{asked_at}, r.{stored_at}) AS at) asked
-             WHERE {is_pending}
+             WHERE {is_pending} AND r.id > $4 AND $5::float8 > 0 AND {range}
                AND r.{stored_at}
                    < greatest(now() - make_interval(secs => $1), reconciliation.lost_at)
                AND (o.event_id IS NULL OR o.published_at IS NOT NULL)
@@ -222,9 +427,7 @@ impl<R: Requests> AskAgain<R> {
              ORDER BY r.id LIMIT $3 FOR UPDATE OF r SKIP LOCKED"
         );
         let AskPolicy {
-            after,
-            after_max,
-            limit,
+            after, after_max, ..
         } = self.policy;
         Due::find_by_statement(sql(
             &query,
@@ -232,6 +435,8 @@ impl<R: Requests> AskAgain<R> {
                 after.as_secs_f64().into(),
                 after_max.as_secs_f64().into(),
                 i64::from(limit).into(),
+                from.into(),
+                RECENT.as_secs_f64().into(),
             ],
         ))
         .all(txn)
@@ -281,6 +486,18 @@ impl<R: Requests> AskAgain<R> {
              WHERE id = ANY($1::uuid[]) AND {is_pending}"
         );
         execute(txn, sql(&update, [ids.into()])).await
+    }
+}
+
+impl Progress {
+    /// How many requests may be asked now, at so many per second.
+    fn allow(&mut self, per_second: u32) -> u32 {
+        let per_second = f64::from(per_second);
+        self.allowed += per_second * self.since.elapsed().as_secs_f64();
+        self.allowed = self.allowed.clamp(0.0, per_second);
+        self.since = Instant::now();
+        // Not negative, and at most the setting.
+        (self.allowed as u32).min(BATCH_MAX)
     }
 }
 

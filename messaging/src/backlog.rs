@@ -1,5 +1,7 @@
-//! What waits in the tables of a service. One query serves the operator's page, the gauges and
-//! `gozon outbox`.
+//! What is pending in the tables of a service. The same queries serve the operator's page, the gauges
+//! and `gozon outbox`.
+
+use std::sync::{Arc, PoisonError, RwLock};
 
 use anyhow::Context as _;
 use async_nats::jetstream::consumer::{self, PullConsumer};
@@ -18,44 +20,103 @@ const COUNT_MAX: i64 = 100_000;
 const OUTBOX_PENDING: &str = "gozon_outbox_pending";
 const OUTBOX_OLDEST: &str = "gozon_outbox_oldest_pending_age_seconds";
 const DEAD_LETTERS: &str = "gozon_dead_letters";
+const DEFERRED: &str = "gozon_deferred_messages";
+const DEFERRED_OLDEST: &str = "gozon_oldest_deferred_message_age_seconds";
 const CONSUMER_PENDING: &str = "gozon_consumer_pending";
 const CONSUMER_UNACKNOWLEDGED: &str = "gozon_consumer_unacknowledged";
 const STREAM_MESSAGES: &str = "gozon_stream_messages";
 const STREAM_BYTES: &str = "gozon_stream_bytes";
 const STREAM_MAX_BYTES: &str = "gozon_stream_max_bytes";
 
-#[derive(Clone, Debug, FromQueryResult, Serialize, ToSchema)]
+#[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct Backlog {
-    /// Outbox rows that are not published yet. Counts to 100000.
+    #[serde(flatten)]
+    pub outbox: OutboxBacklog,
+    #[serde(flatten)]
+    pub messages: MessageBacklog,
+}
+
+/// Outbox rows that wait to be published.
+#[derive(Clone, Debug, Default, FromQueryResult, Serialize, ToSchema)]
+pub struct OutboxBacklog {
+    /// Outbox rows that are not published yet. Counted up to 100000.
     pub outbox_pending: i64,
     /// Age of the oldest of them.
     pub outbox_oldest_seconds: f64,
     /// The most attempts to publish one of them.
     pub outbox_attempts_max: i32,
+}
+
+/// Messages that were received and not applied.
+#[derive(Clone, Debug, FromQueryResult, Serialize, ToSchema)]
+pub struct MessageBacklog {
     /// Dead letters that could not be handled and wait for an operator.
     pub poison: i64,
     /// Dead letters that contradict what is decided and wait for an operator.
     pub quarantine: i64,
+    /// Messages that wait for a row that is locked or refused for now. They are applied without an
+    /// operator once the row is free. Counted up to 100000.
+    pub deferred: i64,
+    /// Age of the oldest of them.
+    pub deferred_oldest_seconds: f64,
 }
 
 impl Backlog {
     pub async fn read(db: &DatabaseConnection) -> Result<Self, DbErr> {
-        // The outer join yields one row of nulls when nothing waits.
+        Ok(Self {
+            outbox: OutboxBacklog::read(db).await?,
+            messages: MessageBacklog::read(db).await?,
+        })
+    }
+}
+
+impl OutboxBacklog {
+    /// A scan: slow while an old snapshot keeps published rows in the index.
+    pub(crate) async fn read(db: &DatabaseConnection) -> Result<Self, DbErr> {
         let query = "
-        SELECT count(waiting.created_at) AS outbox_pending,
+        SELECT count(*) AS outbox_pending,
                coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0)::float8
                    AS outbox_oldest_seconds,
-               coalesce(max(attempts), 0) AS outbox_attempts_max,
-               letters.poison, letters.quarantine
+               coalesce(max(attempts), 0) AS outbox_attempts_max
+        FROM (SELECT created_at, attempts FROM outbox
+              WHERE published_at IS NULL ORDER BY event_id, n LIMIT $1) AS pending";
+        one_row(db, sql(query, [COUNT_MAX.into()])).await
+    }
+}
+
+impl MessageBacklog {
+    pub(crate) async fn read(db: &DatabaseConnection) -> Result<Self, DbErr> {
+        let query = "
+        SELECT letters.poison, letters.quarantine, waiting.deferred,
+               waiting.deferred_oldest_seconds
         FROM (SELECT count(*) FILTER (WHERE kind = 'poison') AS poison,
                      count(*) FILTER (WHERE kind = 'quarantine') AS quarantine
               FROM dead_letters
-              WHERE replayed_at IS NULL OR last_seen_at > replayed_at) AS letters
-             LEFT JOIN
-             (SELECT created_at, attempts FROM outbox
-              WHERE published_at IS NULL ORDER BY event_id, n LIMIT $1) AS waiting ON true
-        GROUP BY letters.poison, letters.quarantine";
+              WHERE replayed_at IS NULL OR last_seen_at > replayed_at) AS letters,
+             (SELECT count(*) AS deferred,
+                     coalesce(extract(epoch FROM clock_timestamp() - min(deferred_at)), 0)::float8
+                         AS deferred_oldest_seconds
+              FROM (SELECT deferred_at FROM deferred LIMIT $1) AS rows) AS waiting";
         one_row(db, sql(query, [COUNT_MAX.into()])).await
+    }
+}
+
+/// The outbox as the relay of this process found it in its last scan. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct OutboxBacklogWatch(Arc<RwLock<OutboxBacklog>>);
+
+impl OutboxBacklogWatch {
+    pub(crate) fn set(&self, found: OutboxBacklog) {
+        gauge!(OUTBOX_PENDING).set(found.outbox_pending as f64);
+        gauge!(OUTBOX_OLDEST).set(found.outbox_oldest_seconds);
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = found;
+    }
+
+    pub(crate) fn get(&self) -> OutboxBacklog {
+        self.0
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 }
 
@@ -102,6 +163,11 @@ pub(crate) fn describe_gauges() {
     describe_gauge!(OUTBOX_OLDEST, "Age of the oldest of them");
     describe_gauge!(DEAD_LETTERS, "Dead letters that wait for an operator");
     describe_gauge!(
+        DEFERRED,
+        "Messages that wait for a row that is locked or refused for now"
+    );
+    describe_gauge!(DEFERRED_OLDEST, "Age of the oldest of them");
+    describe_gauge!(
         CONSUMER_PENDING,
         "Messages that the consumer has not been given yet"
     );
@@ -118,11 +184,11 @@ pub(crate) fn describe_gauges() {
 }
 
 pub(crate) async fn set_gauges(db: &DatabaseConnection) -> Result<(), DbErr> {
-    let found = Backlog::read(db).await?;
-    gauge!(OUTBOX_PENDING).set(found.outbox_pending as f64);
-    gauge!(OUTBOX_OLDEST).set(found.outbox_oldest_seconds);
+    let found = MessageBacklog::read(db).await?;
     gauge!(DEAD_LETTERS, "kind" => "poison").set(found.poison as f64);
     gauge!(DEAD_LETTERS, "kind" => "quarantine").set(found.quarantine as f64);
+    gauge!(DEFERRED).set(found.deferred as f64);
+    gauge!(DEFERRED_OLDEST).set(found.deferred_oldest_seconds);
     Ok(())
 }
 

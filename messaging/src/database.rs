@@ -1,12 +1,17 @@
 //! The connections of a service to its database.
 
 use std::ops::Deref;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use sea_orm::sqlx::Connection as _;
-use sea_orm::{ConnectOptions, DatabaseConnection, DbErr, SqlxError, TransactionTrait as _};
+use sea_orm::{
+    ConnectOptions, DatabaseConnection, DatabaseTransaction, DbErr, RuntimeErr, SqlxError,
+    TransactionTrait as _,
+};
 use sea_orm_migration::MigratorTrait;
 use service_kit::config::Secret;
+use tokio::time::Instant;
 
 use crate::migration::migrate;
 use crate::outbox::hand_off::HandOff;
@@ -16,6 +21,8 @@ use crate::transaction::{Transaction, Work};
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
 /// No statement of ours takes this long on a healthy database.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
+/// A scan of a whole table, while an old snapshot keeps its dead rows.
+const SCAN_STATEMENT_TIMEOUT: Duration = Duration::from_secs(600);
 /// A lock that is not granted: give up, roll back, retry.
 const BACKGROUND_LOCK_TIMEOUT_MS: &str = "5000";
 /// While a batch waits for one row, all of its messages wait. Replicas that share a busy account hold
@@ -31,12 +38,28 @@ const PING_WHEN_IDLE_FOR: Duration = Duration::from_secs(1);
 /// A connection that is given back must answer within this, or it is closed.
 const GIVE_BACK_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// What the server ends on the connections of a pool.
+struct Limits {
+    statement: Duration,
+    lock_ms: &'static str,
+}
+
+impl Limits {
+    fn lock(lock_ms: &'static str) -> Self {
+        Self {
+            statement: STATEMENT_TIMEOUT,
+            lock_ms,
+        }
+    }
+}
+
 /// A pool of connections whose transactions hand what they enqueue to the relay of this process.
 /// Cheap to clone. Dereferences to SeaORM's connection, for reading.
 #[derive(Clone, Debug)]
 pub struct Database {
     connection: DatabaseConnection,
     hand_off: HandOff,
+    server: Server,
 }
 
 impl Database {
@@ -47,7 +70,20 @@ impl Database {
         connections: u32,
     ) -> Result<Self, DbErr> {
         let name = format!("{service} http");
-        Self::connect(url, name, REQUESTS_LOCK_TIMEOUT_MS, connections).await
+        let limits = Limits::lock(REQUESTS_LOCK_TIMEOUT_MS);
+        Self::connect(url, name, limits, connections).await
+    }
+
+    /// A pool for requests that store something: requests that only read cannot take its connections.
+    /// Opened at once; the first use connects.
+    pub(crate) async fn for_writes(
+        url: &Secret,
+        service: &str,
+        connections: u32,
+    ) -> Result<Self, DbErr> {
+        let name = format!("{service} writes");
+        let limits = Limits::lock(REQUESTS_LOCK_TIMEOUT_MS);
+        Self::connect(url, name, limits, connections).await
     }
 
     /// A pool for the relay and the other background work: requests cannot take its
@@ -58,7 +94,8 @@ impl Database {
         connections: u32,
     ) -> Result<Self, DbErr> {
         let name = format!("{service} flow");
-        Self::connect(url, name, BACKGROUND_LOCK_TIMEOUT_MS, connections).await
+        let limits = Limits::lock(BACKGROUND_LOCK_TIMEOUT_MS);
+        Self::connect(url, name, limits, connections).await
     }
 
     /// A pool for consumers. Opened at once; the first use connects.
@@ -68,15 +105,32 @@ impl Database {
         connections: u32,
     ) -> Result<Self, DbErr> {
         let name = format!("{service} flow");
-        Self::connect(url, name, CONSUMERS_LOCK_TIMEOUT_MS, connections).await
+        let limits = Limits::lock(CONSUMERS_LOCK_TIMEOUT_MS);
+        Self::connect(url, name, limits, connections).await
+    }
+
+    /// A pool for scans of whole tables, which may take long. Opened at once; the first use connects.
+    pub(crate) async fn for_scans(
+        url: &Secret,
+        service: &str,
+        connections: u32,
+    ) -> Result<Self, DbErr> {
+        let name = format!("{service} scans");
+        let limits = Limits {
+            statement: SCAN_STATEMENT_TIMEOUT,
+            ..Limits::lock(BACKGROUND_LOCK_TIMEOUT_MS)
+        };
+        Self::connect(url, name, limits, connections).await
     }
 
     async fn connect(
         url: &Secret,
         name: String,
-        lock_timeout_ms: &'static str,
+        limits: Limits,
         connections: u32,
     ) -> Result<Self, DbErr> {
+        let shared = Server::default();
+        let server = shared.clone();
         let mut options = ConnectOptions::new(url.expose().to_owned());
         options
             .max_connections(connections)
@@ -84,35 +138,49 @@ impl Database {
             .connect_lazy(true)
             .acquire_timeout(ACQUIRE_TIMEOUT)
             .test_before_acquire(false)
-            .test_before_acquire_if_idle_for(PING_WHEN_IDLE_FOR)
-            .statement_timeout(STATEMENT_TIMEOUT)
+            .statement_timeout(limits.statement)
             .set_application_name(name)
             .sqlx_logging(false)
             .map_sqlx_postgres_opts(move |options| {
                 options.options([
-                    ("lock_timeout", lock_timeout_ms),
+                    ("lock_timeout", limits.lock_ms),
                     (
                         "idle_in_transaction_session_timeout",
                         IDLE_IN_TRANSACTION_TIMEOUT_MS,
                     ),
                 ])
             })
-            .map_sqlx_postgres_pool_opts(|options| {
-                // Whoever stops waiting, for example a client that disconnects, leaves a statement
-                // unanswered. The pool's own ping has no timeout: on a dead connection it would
-                // wait for ever, and the pool would shrink by one.
-                options.after_release(|connection, _| {
-                    Box::pin(async {
-                        match tokio::time::timeout(GIVE_BACK_TIMEOUT, connection.ping()).await {
-                            Ok(answered) => answered.map(|()| true),
-                            Err(_) => Err(SqlxError::PoolTimedOut),
-                        }
+            .map_sqlx_postgres_pool_opts(move |options| {
+                let server = server.clone();
+                options
+                    .before_acquire(move |connection, about| {
+                        let is_too_old = server.distrusts(about.age);
+                        Box::pin(async move {
+                            if is_too_old {
+                                return Ok(false);
+                            }
+                            if about.idle_for > PING_WHEN_IDLE_FOR {
+                                connection.ping().await?;
+                            }
+                            Ok(true)
+                        })
                     })
-                })
+                    // Whoever stops waiting, for example a client that disconnects, leaves a
+                    // statement unanswered. The pool's own ping has no timeout: on a dead
+                    // connection it would wait for ever, and the pool would shrink by one.
+                    .after_release(|connection, _| {
+                        Box::pin(async {
+                            match tokio::time::timeout(GIVE_BACK_TIMEOUT, connection.ping()).await {
+                                Ok(answered) => answered.map(|()| true),
+                                Err(_) => Err(SqlxError::PoolTimedOut),
+                            }
+                        })
+                    })
             });
         Ok(Self {
             connection: sea_orm::Database::connect(options).await?,
             hand_off: HandOff::default(),
+            server: shared,
         })
     }
 
@@ -132,22 +200,42 @@ impl Database {
     }
 
     pub(crate) async fn begin_work(&self, work: Work) -> Result<Transaction, DbErr> {
-        let begun = self.connection.begin().await?;
+        let begun = begin(&self.connection).await?;
         Ok(Transaction::new(begun, work, self.hand_off.clone()))
     }
 
-    pub(crate) fn probe(
-        &self,
-    ) -> impl Fn() -> futures_util::future::BoxFuture<'static, Result<(), String>>
-    + Send
-    + Sync
-    + 'static
-    + use<> {
-        let connection = self.connection.clone();
-        move || {
-            let connection = connection.clone();
-            Box::pin(async move { connection.ping().await.map_err(|error| error.to_string()) })
-        }
+    /// Closes the connections that are open now before they are used again.
+    pub(crate) fn distrust_connections(&self) {
+        self.server.distrust_connections();
+    }
+}
+
+/// Begins a transaction that is never left half begun. If the caller stops waiting, the answer to
+/// BEGIN is still read, and the transaction rolled back. Otherwise the pool would hand out a
+/// connection inside a transaction that nobody knows of (sqlx 0.9.0, issue 4393).
+pub(crate) async fn begin(connection: &DatabaseConnection) -> Result<DatabaseTransaction, DbErr> {
+    let connection = connection.clone();
+    let begun = tokio::spawn(async move { connection.begin().await });
+    begun.await.unwrap_or_else(|error| {
+        Err(DbErr::Conn(RuntimeErr::Internal(format!(
+            "BEGIN was given up: {error}"
+        ))))
+    })
+}
+
+/// What the pools know about their server. Clones share it.
+#[derive(Clone, Debug, Default)]
+struct Server(Arc<Mutex<Option<Instant>>>);
+
+impl Server {
+    fn distrust_connections(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    /// Whether a connection of this age leads to a server that was found to be read-only.
+    fn distrusts(&self, age: Duration) -> bool {
+        let since = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        since.is_some_and(|since| age >= since.elapsed())
     }
 }
 
@@ -157,6 +245,7 @@ impl From<DatabaseConnection> for Database {
         Self {
             connection,
             hand_off: HandOff::nowhere(),
+            server: Server::default(),
         }
     }
 }

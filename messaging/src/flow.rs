@@ -1,18 +1,20 @@
 //! Everything that moves events in and out of one service, assembled and run.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use broker::Broker;
 use futures_util::future::{BoxFuture, join_all};
 use sea_orm_migration::MigratorTrait;
 use service_kit::health::Health;
 use service_kit::metrics::Metrics;
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 use uuid::Uuid;
 
-use crate::ask_again::{AskAgain, AskPolicy, Requests};
-use crate::backlog;
+use crate::ask_again::{AskAgain, AskPolicy, PendingRequests, Requests};
+use crate::backlog::{self, OutboxBacklogWatch};
 use crate::broker_loss::BrokerLoss;
 use crate::database::Database;
 use crate::dead_letters::replay::{Replay, replay};
@@ -26,10 +28,13 @@ use crate::outbox::relay::Relay;
 use crate::outbox::stream_watch::StreamWatch;
 use crate::retention::Retention;
 use crate::retry::Failure;
+use crate::server_check::ServerCheck;
 use crate::settings::FlowArgs;
 use crate::subscriber::Subscriber;
 use crate::topology::{Stream, Subscription};
 
+/// One for the relay and one for asking again.
+const SCAN_CONNECTIONS: u32 = 2;
 /// How often the tables are checked while the database is away at start.
 const MIGRATION_RETRY_DELAY: std::time::Duration = std::time::Duration::from_millis(500);
 
@@ -38,8 +43,12 @@ pub struct Flow {
     service: &'static str,
     args: FlowArgs,
     requests: Database,
+    writes: Database,
     background: Database,
     consumers: Database,
+    scans: Database,
+    pending_requests: PendingRequests,
+    outbox: OutboxBacklogWatch,
     hand_off: HandOff,
     broker: Broker,
     streams: Vec<Stream>,
@@ -57,14 +66,20 @@ impl Flow {
         let hand_off = HandOff::default();
         let url = &args.database_url;
         let requests = Database::for_requests(url, service, args.http_connections).await?;
+        let writes = Database::for_writes(url, service, args.http_connections).await?;
         let background = Database::in_background(url, service, args.flow_connections).await?;
         let consumers = Database::for_consumers(url, service, args.flow_connections).await?;
+        let scans = Database::for_scans(url, service, SCAN_CONNECTIONS).await?;
         Ok(Self {
             service,
             args: args.clone(),
             requests: requests.handing_off_to(hand_off.clone()),
+            writes: writes.handing_off_to(hand_off.clone()),
             background: background.handing_off_to(hand_off.clone()),
             consumers: consumers.handing_off_to(hand_off.clone()),
+            scans: scans.handing_off_to(hand_off.clone()),
+            pending_requests: PendingRequests::default(),
+            outbox: OutboxBacklogWatch::default(),
             hand_off,
             broker: Broker::connect(args.broker(service)).await?,
             streams: Vec::new(),
@@ -108,16 +123,24 @@ impl Flow {
     pub fn asks_again<R: Requests>(mut self, requests: R, policy: AskPolicy) -> Self {
         self.parts.push(Box::new(AskAgain {
             db: self.background.clone(),
+            scan_db: self.scans.clone(),
+            broker: self.broker.clone(),
             requests,
             policy,
             loss: self.loss.clone(),
+            pending: self.pending_requests.clone(),
         }));
         self
     }
 
-    /// For requests that clients wait for.
+    /// For requests that read.
     pub fn database(&self) -> &Database {
         &self.requests
+    }
+
+    /// For requests that store something: those that read cannot take its connections.
+    pub fn write_database(&self) -> &Database {
+        &self.writes
     }
 
     /// For work that goes on by itself: it does not compete with requests.
@@ -130,17 +153,35 @@ impl Flow {
         OperatorApi {
             db: self.requests.clone(),
             broker: self.broker.clone(),
+            outbox: self.outbox.clone(),
+            pending_requests: self.pending_requests.clone(),
             subscription: readers.map(|reader| reader.subscription()).next(),
             replays: Arc::new(Readers(self.readers.clone())),
+        }
+    }
+
+    fn server_check(&self) -> ServerCheck {
+        ServerCheck {
+            // The background pool asks: being busy with requests is not being unready.
+            pools: [
+                self.background.clone(),
+                self.consumers.clone(),
+                self.scans.clone(),
+                self.requests.clone(),
+                self.writes.clone(),
+            ],
+            accept_unsafe: self.args.accept_unsafe_database,
+            health: HealthStatus::default(),
         }
     }
 
     /// The database and its tables are required. The broker is not: without it requests are still
     /// accepted, and events wait.
     pub fn health(&self, health: Health) -> Health {
-        // The background pool: being busy with requests is not being unready.
+        let server = self.server_check();
         let mut health = health
-            .required("database", self.background.probe())
+            .required("database", server.probe())
+            .informative("durability", server.durability_probe())
             .required("tables", self.tables.probe())
             .informative("relay", self.relay.probe())
             .informative("streams", self.stream_watch.probe());
@@ -184,6 +225,7 @@ impl Flow {
         if !self.migrate::<M>(&shutdown).await {
             return Ok(());
         }
+        let server = self.server_check();
         let streams = StreamWatch::new(
             (*self.background).clone(),
             self.broker.clone(),
@@ -194,10 +236,14 @@ impl Flow {
         );
         let relay = Relay {
             db: (*self.background).clone(),
+            scan_db: (*self.scans).clone(),
             broker: self.broker,
             hand_off: self.hand_off,
             streams,
+            backlog: self.outbox,
             health: self.relay,
+            scans_are_slow: AtomicBool::new(false),
+            failed: Notify::new(),
         };
         let subscriptions = self.readers.iter().map(|reader| reader.subscription());
         let retention = Retention {
@@ -211,14 +257,21 @@ impl Flow {
             relay.run(&shutdown),
             join_all(readers.chain(parts)),
             retention.run(&shutdown),
+            server.run(&shutdown),
         );
         Ok(())
     }
 
     /// Returns false if a shutdown came first.
     async fn migrate<M: MigratorTrait>(&self, shutdown: &CancellationToken) -> bool {
+        let server = self.server_check();
         while !shutdown.is_cancelled() {
-            match self.background.migrate::<M>().await {
+            let migrated = async {
+                server.check().await.map_err(|unfit| unfit.to_string())?;
+                let migrated = self.background.migrate::<M>().await;
+                migrated.map_err(|error| error.to_string())
+            };
+            match migrated.await {
                 Ok(()) => {
                     self.tables.good();
                     return true;

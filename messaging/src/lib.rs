@@ -16,6 +16,8 @@ mod postgres;
 mod problem;
 mod retention;
 mod retry;
+mod scan;
+mod server_check;
 mod settings;
 mod subscriber;
 #[cfg(feature = "testing")]
@@ -28,7 +30,7 @@ mod transaction;
 pub use flow::Flow;
 pub use migration::{migration, migrations};
 pub use settings::FlowArgs;
-pub use topology::{Stream, Subscription, TopologySettings};
+pub use topology::{Begins, Stream, Subscription, TopologySettings};
 
 // Change the database and publish what happened.
 pub use database::Database;

@@ -22,6 +22,7 @@ pub fn migrations() -> Vec<Box<dyn MigrationTrait>> {
         migration("m0004_retention_table", RETENTION),
         migration("m0005_ask_again", ASK_AGAIN),
         migration("m0006_deferred", DEFERRED),
+        migration("m0007_vacuum", VACUUM),
     ]
 }
 
@@ -109,6 +110,16 @@ CREATE TABLE deferred (
     PRIMARY KEY (consumer, event_id, payload_hash)
 );
 CREATE INDEX deferred_order ON deferred (consumer, ordering_key, stream_sequence);
+";
+
+const VACUUM: &str = "
+-- Each row is updated once, when it is published, and leaves an entry in the index of pending rows,
+-- which every scan reads until a vacuum. By default a vacuum waits for a fifth of the table.
+ALTER TABLE outbox SET (autovacuum_vacuum_scale_factor = 0.02,
+                        autovacuum_vacuum_threshold = 10000,
+                        autovacuum_analyze_scale_factor = 0.02);
+-- Mostly empty, and read often while it is not.
+ALTER TABLE deferred SET (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);
 ";
 
 const RETENTION: &str = "

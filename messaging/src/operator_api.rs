@@ -15,7 +15,8 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
-use crate::backlog::{Backlog, ConsumerLag, consumer_lag};
+use crate::ask_again::{Pending, PendingRequests};
+use crate::backlog::{Backlog, ConsumerLag, MessageBacklog, OutboxBacklogWatch, consumer_lag};
 use crate::database::Database;
 use crate::dead_letters::replay::Replay;
 use crate::dead_letters::view::DeadLetter;
@@ -27,6 +28,8 @@ use crate::topology::Subscription;
 pub struct OperatorApi {
     pub(crate) db: Database,
     pub(crate) broker: Broker,
+    pub(crate) outbox: OutboxBacklogWatch,
+    pub(crate) pending_requests: PendingRequests,
     pub(crate) subscription: Option<Subscription>,
     pub(crate) replays: Arc<dyn Replays>,
 }
@@ -64,8 +67,16 @@ impl OperatorApi {
             .routes(routes!(replay_dead_letter))
     }
 
+    /// The requests of this service that have no answer yet, by its last scan.
+    pub fn pending_requests(&self) -> Pending {
+        self.pending_requests.get()
+    }
+
     pub async fn flow_status(&self) -> Result<FlowStatus, Failure> {
-        let backlog = read(|| Backlog::read(&self.db)).await?;
+        let backlog = Backlog {
+            outbox: self.outbox.get(),
+            messages: read(|| MessageBacklog::read(&self.db)).await?,
+        };
         let consumer = match self.subscription {
             Some(one) => consumer_lag(&self.broker, one.consumer, one.stream).await,
             None => None,

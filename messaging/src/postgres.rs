@@ -42,6 +42,13 @@ pub(crate) async fn clock(db: &impl ConnectionTrait) -> Result<OffsetDateTime, D
         .try_get("", "now")
 }
 
+/// False on a standby, and on a server that was demoted.
+pub(crate) async fn is_writable(db: &impl ConnectionTrait) -> Result<bool, DbErr> {
+    let query = "SELECT NOT current_setting('transaction_read_only')::boolean AS writable";
+    let row = db.query_one_raw(sql(query, [])).await?;
+    row.map_or(Ok(false), |row| row.try_get("", "writable"))
+}
+
 /// Whether the same work can succeed later: the database is away, a lock was not granted, a race
 /// was lost. Not transient is only what the database will refuse every time.
 pub(crate) fn is_transient(error: &DbErr) -> bool {

@@ -8,9 +8,9 @@ use std::time::Duration;
 use sea_orm::{DatabaseConnection, DbErr, FromQueryResult};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
-use uuid::{NoContext, Timestamp, Uuid};
 
-use crate::postgres::{execute, now, one_row, sql, within};
+use crate::postgres::{execute, one_row, sql, within};
+use crate::scan::id_at;
 
 /// Rows of one statement: short locks, little to undo.
 const BATCH_MAX: i64 = 1000;
@@ -57,44 +57,42 @@ impl Retention {
 
     /// One step. Returns how many rows it deleted.
     ///
-    /// Event ids are minted in time order, so the old ones are one end of the primary key, and no
+    /// Only the database's clock decides: the clock of one process may be wrong by any amount. Event
+    /// ids are minted in time order, so the old ones are one end of the primary key, and no
     /// index on a time is needed. A young row under an old id (a re-ask) is skipped until it is old
     /// itself.
     async fn prune_batch(&self) -> Result<u64, DbErr> {
-        let before = now() - self.keep;
-        let seconds = u64::try_from(before.unix_timestamp()).unwrap_or(0);
-        let oldest_kept = Timestamp::from_unix(NoContext, seconds, before.nanosecond());
-        let id_before = Uuid::new_v7(oldest_kept);
+        let keep = || self.keep.as_secs_f64().into();
+        let oldest_kept = id_at("now() - make_interval(secs => $1)");
         // The time is noted with it, so that the audit does not miss what was deleted.
-        let outbox = sql(
+        let outbox = format!(
             "WITH gone AS (
                  DELETE FROM outbox WHERE (event_id, n) IN (
                      SELECT event_id, n FROM outbox
-                     WHERE event_id < $1 AND published_at < $2
-                     ORDER BY event_id, n LIMIT $3 FOR UPDATE SKIP LOCKED)
+                     WHERE event_id < {oldest_kept}
+                       AND published_at < now() - make_interval(secs => $1)
+                     ORDER BY event_id, n LIMIT $2 FOR UPDATE SKIP LOCKED)
                  RETURNING 1),
              noted AS (
-                 UPDATE retention SET outbox_before = greatest(outbox_before, $2)
+                 UPDATE retention
+                 SET outbox_before = greatest(outbox_before, now() - make_interval(secs => $1))
                  WHERE EXISTS (SELECT FROM gone))
-             SELECT count(*) AS rows FROM gone",
-            [id_before.into(), before.into(), BATCH_MAX.into()],
+             SELECT count(*) AS rows FROM gone"
         );
+        let outbox = sql(&outbox, [keep(), BATCH_MAX.into()]);
         let Deleted { rows } = one_row(&self.db, outbox).await?;
         let mut total = rows.unsigned_abs();
         for consumer in &self.consumers {
-            let inbox = sql(
-                "DELETE FROM inbox WHERE consumer = $1 AND event_id IN (
+            let inbox = format!(
+                "DELETE FROM inbox WHERE consumer = $3 AND event_id IN (
                      SELECT event_id FROM inbox
-                     WHERE consumer = $1 AND event_id < $2 AND received_at < $3
-                       AND (last_repeat_at IS NULL OR last_repeat_at < $3)
-                     ORDER BY event_id LIMIT $4 FOR UPDATE SKIP LOCKED)",
-                [
-                    (*consumer).into(),
-                    id_before.into(),
-                    before.into(),
-                    BATCH_MAX.into(),
-                ],
+                     WHERE consumer = $3 AND event_id < {oldest_kept}
+                       AND received_at < now() - make_interval(secs => $1)
+                       AND (last_repeat_at IS NULL
+                            OR last_repeat_at < now() - make_interval(secs => $1))
+                     ORDER BY event_id LIMIT $2 FOR UPDATE SKIP LOCKED)"
             );
+            let inbox = sql(&inbox, [keep(), BATCH_MAX.into(), (*consumer).into()]);
             total += execute(&self.db, inbox).await?;
         }
         Ok(total)

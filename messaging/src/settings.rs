@@ -13,14 +13,19 @@ pub struct FlowArgs {
     /// PostgreSQL database of this service: `postgres://user:password@host:port/database`.
     #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
     pub database_url: Secret,
-    /// Connections for HTTP requests.
+    /// Connections for HTTP requests that read, and as many for those that store something.
     #[arg(long, env = "GOZON_HTTP_CONNECTIONS", default_value_t = 8,
           value_parser = clap::value_parser!(u32).range(1..))]
     pub http_connections: u32,
-    /// Connections for relay, consumers, reconciler and health, which requests cannot take.
+    /// Connections of the event flow, which requests cannot take: as many for the consumers, and as
+    /// many for relay, reconciler and health.
     #[arg(long, env = "GOZON_FLOW_CONNECTIONS", default_value_t = 8,
           value_parser = clap::value_parser!(u32).range(2..))]
     pub flow_connections: u32,
+    /// Use a database that may lose what it has committed, because `fsync`, `full_page_writes` or
+    /// `synchronous_commit` is off. Only for tests.
+    #[arg(long, env = "GOZON_ACCEPT_UNSAFE_DATABASE", default_value_t = false)]
+    pub(crate) accept_unsafe_database: bool,
     /// NATS servers, separated by commas.
     #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222")]
     pub nats_url: String,

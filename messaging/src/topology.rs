@@ -13,7 +13,7 @@ use async_nats::jetstream::stream::{
 };
 use async_nats::jetstream::{Context, ErrorCode};
 use time::OffsetDateTime;
-use tracing::info;
+use tracing::{info, warn};
 
 const GIB: i64 = 1 << 30;
 const MIB: i64 = 1 << 20;
@@ -145,16 +145,38 @@ pub struct Subscription {
     pub subject: &'static str,
     /// The service that reads.
     pub service: &'static str,
+    /// Where it begins to read when it is created.
+    pub begins: Begins,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Begins {
+    /// With the oldest message of the stream.
+    Oldest,
+    /// With the newest messages only, if the stream holds many: what is skipped is asked again. A
+    /// durable that is created anew would otherwise deliver the old ones first, for minutes.
+    Newest,
+}
+
+/// A request without permission gets no answer.
+const INFO_TIMEOUT: Duration = Duration::from_secs(2);
+/// Messages that a durable that begins with the newest ones delivers of those in the stream. A second
+/// or two of work; in a new installation, all of them.
+const NEWEST: u64 = 10_000;
+
 impl Subscription {
-    pub fn config(&self, settings: &TopologySettings) -> pull::Config {
+    /// The configuration of the durable when it is created on a stream that ends at this sequence.
+    pub fn config(&self, settings: &TopologySettings, last_sequence: u64) -> pull::Config {
         pull::Config {
             durable_name: Some(self.consumer.to_owned()),
             name: Some(self.consumer.to_owned()),
             filter_subject: self.subject.to_owned(),
-            // From the beginning of the stream: repetitions are recognised, gaps would not be.
-            deliver_policy: DeliverPolicy::All,
+            deliver_policy: match self.begins {
+                Begins::Newest if last_sequence > NEWEST => DeliverPolicy::ByStartSequence {
+                    start_sequence: last_sequence - NEWEST + 1,
+                },
+                _ => DeliverPolicy::All,
+            },
             replay_policy: ReplayPolicy::Instant,
             ack_policy: AckPolicy::Explicit,
             ack_wait: Duration::from_millis(settings.ack_wait_ms),
@@ -271,7 +293,19 @@ pub(crate) async fn ensure_consumer(
         },
     }
     // Strict: if another replica was faster with other settings, its consumer stays as it is.
-    let config = subscription.config(settings);
+    let found = tokio::time::timeout(INFO_TIMEOUT, jetstream.get_stream(stream)).await;
+    let last_sequence = match found {
+        Ok(Ok(stream)) => stream.cached_info().state.last_sequence,
+        Ok(Err(_)) | Err(_) => {
+            // A broker with the permissions of an older version does not answer.
+            warn!(
+                consumer,
+                stream, "Where the stream ends cannot be read; reading all of it"
+            );
+            0
+        }
+    };
+    let config = subscription.config(settings, last_sequence);
     match jetstream
         .create_consumer_strict_on_stream(config, stream)
         .await

@@ -25,7 +25,7 @@ pub async fn status(databases: &Databases) -> anyhow::Result<Vec<OutboxStatus>> 
         ("orders", &databases.orders),
         ("payments", &databases.payments),
     ] {
-        let backlog = Backlog::read(db).await?;
+        let backlog = Backlog::read(db).await?.outbox;
         outboxes.push(OutboxStatus {
             service,
             pending: backlog.outbox_pending,

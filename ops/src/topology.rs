@@ -140,7 +140,6 @@ async fn apply_consumer(
     settings: &TopologySettings,
     apply: Apply,
 ) -> anyhow::Result<TopologyItem> {
-    let wanted = subscription.config(settings);
     let find = async || {
         let (name, stream) = (subscription.consumer, subscription.stream);
         jetstream
@@ -148,9 +147,17 @@ async fn apply_consumer(
             .await
             .ok()
     };
+    let existing = find().await;
+    let stream = jetstream.get_stream(subscription.stream).await.ok();
+    let last_sequence = stream.map_or(0, |stream| stream.cached_info().state.last_sequence);
+    let mut wanted = subscription.config(settings, last_sequence);
+    if let Some(consumer) = &existing {
+        // Where it began cannot be changed.
+        wanted.deliver_policy = consumer.cached_info().config.deliver_policy;
+    }
     let mut changed = Vec::new();
     if apply != Apply::CheckOnly {
-        changed = match find().await {
+        changed = match &existing {
             Some(consumer) => consumer_drift(&consumer.cached_info().config, &wanted),
             None => vec!["absent".to_owned()],
         };

@@ -99,10 +99,13 @@ impl App {
         };
         let health = flow.health(Health::default()).routes(shutdown.clone());
         let router = http::router(state, health.merge(metrics.routes()));
-        let (requests, background) = (flow.database().clone(), flow.background_database().clone());
+        let (writes, background) = (
+            flow.write_database().clone(),
+            flow.background_database().clone(),
+        );
         tokio::try_join!(
             service_kit::server::serve(listener, router, connections, shutdown.clone()),
-            batcher.run(&requests, shutdown.clone()),
+            batcher.run(&writes, shutdown.clone()),
             settle.waiting.run(&background, shutdown.clone()),
             flow.run::<Migrator>(shutdown.clone()),
         )?;

@@ -1,11 +1,11 @@
 //! The metrics of this service (`GET /metrics`).
 
+use std::future::ready;
+
 use messaging::Flow;
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use service_kit::metrics::Metrics;
 use shared_contracts::DeclineReason;
-
-use crate::entity::order;
 
 const PLACED: &str = "gozon_orders_placed_total";
 const ENDED: &str = "gozon_orders_ended_total";
@@ -42,16 +42,10 @@ pub(crate) fn metrics(flow: &Flow) -> anyhow::Result<Metrics> {
     {
         counter!(ENDED, "outcome" => outcome).increment(0);
     }
-    let db = flow.background_database().clone();
+    let operators = flow.operator_api();
     let metrics = metrics.refresh(move || {
-        let db = db.clone();
-        async move {
-            let unsettled = order::unsettled(&db)
-                .await
-                .map_err(|error| error.to_string())?;
-            gauge!(OLDEST_NEW_SECONDS).set(unsettled.oldest_seconds);
-            Ok(())
-        }
+        gauge!(OLDEST_NEW_SECONDS).set(operators.pending_requests().oldest_seconds);
+        ready(Ok(()))
     });
     Ok(flow.metrics(metrics))
 }

@@ -4,6 +4,7 @@ use sea_orm_migration::prelude::*;
 
 mod m0002_orders;
 mod m0003_stored_at;
+mod m0008_vacuum;
 
 pub struct Migrator;
 
@@ -15,6 +16,10 @@ impl MigratorTrait for Migrator {
             messaging::migration("m0003_stored_at", m0003_stored_at::UP),
         ];
         migrations.extend(messaging::migrations());
+        migrations.push(messaging::migration(
+            "m0008_orders_vacuum",
+            m0008_vacuum::UP,
+        ));
         migrations
     }
 }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use failpoint::{failpoint, removed};
-use messaging::{Database, Failure, Message, retry_unless_locked};
+use messaging::{Database, Failure, Message, retry_unless_locked, sql};
 use sea_orm::DbErr;
 use service_kit::idempotency::Execution;
 use sha2::{Digest as _, Sha256};
@@ -189,7 +189,7 @@ async fn store(db: &Database, group: impl Iterator<Item = Queued>, pace: &Pace) 
                 "Storing a group of orders failed; storing them one by one"
             );
             for (answer, one) in answers.into_iter().zip(&new) {
-                let placed = place(db, std::slice::from_ref(one)).await;
+                let placed = place_alone(db, one).await;
                 let placed = placed.map(|mut placements| placements.remove(0));
                 let _ = answer.send(placed.map_err(Error::from).and_then(Result::from));
             }
@@ -231,12 +231,34 @@ impl From<Placement> for Result<Placed, Error> {
 /// Stores the orders and their events in one transaction. A reused key fails only its own order. If
 /// another transaction is storing one of the keys, this fails after the lock timeout.
 async fn place(db: &Database, new: &[NewOrder]) -> Result<Vec<Placement>, Failure> {
-    retry_unless_locked(|| place_once(db, new)).await
+    retry_unless_locked(|| place_once(db, new, Wait::ForLocks)).await
 }
 
-async fn place_once(db: &Database, new: &[NewOrder]) -> Result<Vec<Placement>, Failure> {
+/// Stores one order of a group that was refused. The group has waited for locks already: the orders
+/// behind this one do not wait once more for each key that is held.
+async fn place_alone(db: &Database, new: &NewOrder) -> Result<Vec<Placement>, Failure> {
+    let new = std::slice::from_ref(new);
+    retry_unless_locked(|| place_once(db, new, Wait::Hardly)).await
+}
+
+/// How long a transaction waits for a key that another transaction is storing.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wait {
+    ForLocks,
+    Hardly,
+}
+
+async fn place_once(
+    db: &Database,
+    new: &[NewOrder],
+    wait: Wait,
+) -> Result<Vec<Placement>, Failure> {
     failpoint!("place.before_begin")?;
     let txn = db.begin("place").await?;
+    if wait == Wait::Hardly {
+        txn.execute(sql("SET LOCAL lock_timeout = '10ms'", []))
+            .await?;
+    }
     let inserted = order::insert_new(&txn, new.iter().map(Model::from).collect()).await?;
     failpoint!("place.after_orders")?;
     let is_new = |one: &NewOrder| inserted.contains(&one.id.as_uuid());

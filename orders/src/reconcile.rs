@@ -26,6 +26,8 @@ impl Requests for UnsettledOrders {
         stored_at: "stored_at",
     };
 
+    const READ_BY: &'static str = "payments-order-placed";
+
     async fn load(
         &self,
         txn: &Transaction,

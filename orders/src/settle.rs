@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use failpoint::{failpoint, removed};
 use messaging::{
-    Handled, Message, Quarantined, Received, Subscriber, Subscription, Transaction, now,
+    Begins, Handled, Message, Quarantined, Received, Subscriber, Subscription, Transaction, now,
 };
 use shared_contracts::{
     Event as _, EventId, OrderCancelled, OrderFinished, PAYMENTS_STREAM, PaymentOutcome,
@@ -45,6 +45,7 @@ impl Subscriber for Settle {
         stream: PAYMENTS_STREAM,
         subject: PaymentSettled::SUBJECT,
         service: "orders",
+        begins: Begins::Newest,
     };
 
     /// Takes effect once, because only a NEW order becomes final.

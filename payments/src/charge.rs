@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, HashMap};
 
 use failpoint::{failpoint, removed};
 use messaging::{
-    AnswerTable, Handled, LostRace, Message, Quarantined, Received, Subscriber, Subscription,
-    Transaction, now, rearm,
+    AnswerTable, Begins, Handled, LostRace, Message, Quarantined, Received, Subscriber,
+    Subscription, Transaction, now, rearm,
 };
 use sha2::{Digest as _, Sha256};
 use shared_contracts::{
@@ -51,6 +51,7 @@ impl Subscriber for Charge {
         stream: ORDERS_STREAM,
         subject: OrderPlaced::SUBJECT,
         service: "payments",
+        begins: Begins::Newest,
     };
 
     /// The account, which every order of its user locks.

@@ -21,7 +21,9 @@ mod timeline;
 /// Shared by all handlers.
 #[derive(Clone)]
 pub(crate) struct State {
+    /// For requests that read.
     pub(crate) db: Database,
+    pub(crate) writes: Database,
     pub(crate) operators: OperatorApi,
     pub(crate) currency: Arc<str>,
 }

@@ -73,6 +73,7 @@ impl App {
         info!(address = %self.address()?, "payments listens");
         let state = http::State {
             db: self.flow.database().clone(),
+            writes: self.flow.write_database().clone(),
             operators: self.flow.operator_api(),
             currency: self.currency.into(),
         };

@@ -2,7 +2,7 @@
 //! order.
 
 use messaging::{
-    Flow, FlowArgs, Handled, Received, Subscriber, Subscription, Transaction, migration,
+    Begins, Flow, FlowArgs, Handled, Received, Subscriber, Subscription, Transaction, migration,
     migrations, sql,
 };
 use sea_orm::ConnectionTrait as _;
@@ -53,6 +53,7 @@ impl Subscriber for AwardPoints {
         stream: ORDERS_STREAM,
         subject: OrderFinished::SUBJECT,
         service: "points",
+        begins: Begins::Oldest,
     };
 
     async fn handle(

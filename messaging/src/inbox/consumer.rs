@@ -5,6 +5,7 @@ use std::pin::pin;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use async_nats::jetstream::consumer::DeliverPolicy;
 use async_nats::jetstream::consumer::pull::{MessagesErrorKind, Stream as Messages};
 use async_nats::jetstream::{AckKind, Message};
 use broker::{Backoff, Broker};
@@ -18,7 +19,7 @@ use crate::database::Database;
 use crate::health::HealthStatus;
 use crate::inbox::deferred::DeferredKeys;
 use crate::inbox::delivery::Taken;
-use crate::postgres::within;
+use crate::postgres::{self, within};
 use crate::subscriber::Subscriber;
 use crate::topology::{self, Ensured, NoStream, Stream, TopologySettings};
 
@@ -121,8 +122,12 @@ impl<S: Subscriber> Consumer<S> {
         let (consumer, ensured) =
             topology::ensure_consumer(jetstream, &S::SUBSCRIPTION, &self.settings).await?;
         if ensured == Ensured::Created {
-            // What its stream received since then is still in it, and is read from the beginning.
-            self.loss.note(since);
+            let config = &consumer.cached_info().config;
+            self.loss.note(match config.deliver_policy {
+                // What its stream received since then is still in it, and is read.
+                DeliverPolicy::All => since,
+                _ => Instant::now(),
+            });
         }
         consumer
             .stream()
@@ -214,9 +219,10 @@ impl<S: Subscriber> Consumer<S> {
         while !shutdown.is_cancelled() {
             let pause = tokio::time::sleep(backoff.pause());
             shutdown.run_until_cancelled(pause).await;
-            let ping = async { self.db.ping().await };
-            match within(PING_TIMEOUT, ping).await {
-                Ok(()) => return,
+            let answered = within(PING_TIMEOUT, postgres::is_writable(&*self.db));
+            match answered.await {
+                Ok(false) => debug!("The database is read-only"),
+                Ok(true) => return,
                 Err(error) => debug!(error = %error, "The database does not answer yet"),
             }
         }

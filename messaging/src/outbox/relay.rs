@@ -1,17 +1,21 @@
 //! Publishes outbox rows and marks exactly those that the broker acknowledged. Knows rows and
 //! subjects, no events.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use broker::Broker;
+use broker::{Backoff, Broker};
 use failpoint::failpoint;
 use metrics::{counter, histogram};
-use sea_orm::{ConnectionTrait, DatabaseConnection, TransactionTrait as _};
+use sea_orm::{ConnectionTrait, DatabaseConnection};
+use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
+use crate::backlog::{OutboxBacklog, OutboxBacklogWatch};
+use crate::database::begin;
 use crate::health::HealthStatus;
 use crate::metrics::{PUBLISH_SECONDS, PUBLISHED};
 use crate::outbox::hand_off::HandOff;
@@ -20,114 +24,228 @@ use crate::outbox::schedule::{BATCH_MAX, Schedule, Step};
 use crate::outbox::stream_watch::StreamWatch;
 use crate::outbox::table::{self, Pending, Which};
 use crate::postgres::within;
+use crate::scan::Pace;
 
 /// A step that hangs (a dead connection) is given up, and the database frees its rows. The step
 /// waits for two answers of the broker, each with a timeout of its own.
 const STEP_TIMEOUT: Duration = Duration::from_secs(20);
-/// Polling is for what was not handed off: another replica died, or this process did before.
+/// How often recent rows are looked at while scans are slow.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// One lane that polls this often is enough; the other steps in when it is stuck.
-const SECOND_POLL_INTERVAL: Duration = Duration::from_secs(10);
 /// On a new connection, publishing waits this long for the check of the streams.
 const FIRST_CHECK_TIMEOUT: Duration = Duration::from_secs(2);
+/// A lane that publishes nothing of a batch pauses before the next.
+const PAUSE_MIN: Duration = Duration::from_millis(100);
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Lane {
+    /// Also looks at recent rows while scans are slow.
+    First,
+    Second,
+}
+
+/// Why the task that scans is awake.
+enum Wake {
+    Due,
+    Failed,
+    Reconnected,
+}
 
 /// Moves outbox rows of one database to the broker. Any number may run on one table.
 pub(crate) struct Relay {
     pub(crate) db: DatabaseConnection,
+    /// For scans of the whole table, which may take long.
+    pub(crate) scan_db: DatabaseConnection,
     pub(crate) broker: Broker,
     /// What was just committed in this process.
     pub(crate) hand_off: HandOff,
     pub(crate) streams: StreamWatch,
+    pub(crate) backlog: OutboxBacklogWatch,
     pub(crate) health: HealthStatus,
+    /// Whether the last scan was slow.
+    pub(crate) scans_are_slow: AtomicBool,
+    /// Rows were not published: they are to be tried again soon.
+    pub(crate) failed: Notify,
 }
 
 impl Relay {
     /// Publishes until `shutdown`. A batch that was begun is finished; only waits are cut short.
     ///
-    /// Two lanes do the same work, so that one sends the next rows while the other waits for the
-    /// broker or marks.
+    /// Two lanes publish what was handed off, so that one sends the next rows while the other waits
+    /// for the broker or marks. A third task finds the rest: what was handed off to a process that
+    /// died, and what the broker did not take. It may be slow and never comes before the lanes.
     pub(crate) async fn run(&self, shutdown: &CancellationToken) {
         tokio::join!(
             self.streams.run(shutdown),
-            self.run_lane(POLL_INTERVAL, shutdown),
-            self.run_lane(SECOND_POLL_INTERVAL, shutdown),
+            self.run_lane(Lane::First, shutdown),
+            self.run_lane(Lane::Second, shutdown),
+            self.run_scans(shutdown),
         );
     }
 
-    async fn run_lane(&self, poll_interval: Duration, shutdown: &CancellationToken) {
-        let mut schedule = Schedule::new(poll_interval, Instant::now());
+    async fn run_lane(&self, lane: Lane, shutdown: &CancellationToken) {
+        let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
+        let mut poll_at = Instant::now() + POLL_INTERVAL;
         let mut connection_number = 0;
         while !shutdown.is_cancelled() {
-            if !self.broker.is_connected() {
-                self.health
-                    .bad("the broker is away; committed events wait in the outbox");
-                shutdown
-                    .run_until_cancelled(self.broker.until_connected())
-                    .await;
+            if !self.is_connected(&mut connection_number, shutdown).await {
                 continue;
             }
-            if connection_number != self.broker.connection_number() {
-                connection_number = self.broker.connection_number();
-                let checked = self.streams.until_checked(connection_number);
-                let checked = tokio::time::timeout(FIRST_CHECK_TIMEOUT, checked);
-                // If a stream cannot be created, publishing reports it, and others may exist.
-                let _ = shutdown.run_until_cancelled(checked).await;
-                schedule.start_over(Instant::now());
-            }
-            let which = schedule.due(Instant::now());
-            let done = match which {
-                Some(which) => within(STEP_TIMEOUT, self.publish_polled(which)).await,
-                None => {
-                    let rows = self.hand_off.take(BATCH_MAX as usize);
-                    if rows.is_empty() {
-                        let quiet_until = self
-                            .wait(
-                                schedule.next_at(),
-                                poll_interval,
-                                connection_number,
-                                shutdown,
-                            )
-                            .await;
-                        if let Some(then) = quiet_until {
-                            schedule.nothing_waits(then);
-                        }
-                        continue;
-                    }
-                    within(STEP_TIMEOUT, self.publish_handed_off(&rows)).await
+            let rows = self.hand_off.take(BATCH_MAX as usize);
+            if !rows.is_empty() {
+                let done = within(STEP_TIMEOUT, self.publish_handed_off(&rows)).await;
+                let step = self.note(done);
+                if step.is_some_and(|step| step.failed > 0) {
+                    self.failed.notify_one();
                 }
-            };
-            if let Some(pause) = self.note(which, done, &mut schedule) {
-                shutdown
-                    .run_until_cancelled(tokio::time::sleep(pause))
-                    .await;
+                match step {
+                    Some(step) if step.published > 0 => backoff.reset(),
+                    // More than a few rows are to blame.
+                    _ => {
+                        let pause = tokio::time::sleep(backoff.pause());
+                        shutdown.run_until_cancelled(pause).await;
+                    }
+                }
+            }
+            if Instant::now() >= poll_at {
+                poll_at = Instant::now() + POLL_INTERVAL;
+                // While scans are quick, they find recent rows too.
+                if lane == Lane::First && self.scans_are_slow.load(Ordering::Relaxed) {
+                    let polled = self.publish_polled(&self.db, Which::Recent);
+                    let polled = within(STEP_TIMEOUT, polled).await;
+                    if self.note(polled).is_some_and(|step| step.is_full()) {
+                        poll_at = Instant::now();
+                    }
+                }
+            } else if rows.is_empty() {
+                let arrived = tokio::time::timeout_at(poll_at, self.hand_off.arrived());
+                shutdown.run_until_cancelled(arrived).await;
             }
         }
     }
 
-    /// Notes how a step went. Returns the pause that the lane takes, if any.
-    fn note(
-        &self,
-        which: Option<Which>,
-        done: anyhow::Result<Step>,
-        schedule: &mut Schedule,
-    ) -> Option<Duration> {
-        match done {
-            Ok(step) if step.failed == 0 => {
-                if which == Some(Which::Tried) {
-                    self.health.good();
+    async fn run_scans(&self, shutdown: &CancellationToken) {
+        let mut schedule = Schedule::new(Instant::now());
+        let mut pace = Pace::default();
+        let mut connection_number = 0;
+        while !shutdown.is_cancelled() {
+            let wait = async {
+                tokio::select! {
+                    biased;
+                    () = self.broker.until_reconnected(connection_number) => Wake::Reconnected,
+                    () = self.failed.notified() => Wake::Failed,
+                    () = tokio::time::sleep_until(schedule.next_at()) => Wake::Due,
                 }
-                schedule.done(which, step, Instant::now());
-                None
+            };
+            match shutdown.run_until_cancelled(wait).await {
+                None => return,
+                Some(Wake::Due) => {}
+                Some(Wake::Failed) => {
+                    schedule.failed(Instant::now());
+                    continue;
+                }
+                Some(Wake::Reconnected) => {
+                    if self.is_connected(&mut connection_number, shutdown).await {
+                        schedule.start_over(Instant::now());
+                    }
+                    continue;
+                }
             }
-            Ok(step) => {
+            let begun = Instant::now();
+            let counted = OutboxBacklog::read(&self.scan_db);
+            let pending = match within(pace.timeout(), counted).await {
+                Ok(found) => {
+                    pace.note(begun.elapsed());
+                    let pending = found.outbox_pending;
+                    self.backlog.set(found);
+                    pending
+                }
+                Err(error) => {
+                    pace.note(begun.elapsed());
+                    self.health.bad(&error);
+                    schedule.interrupted(Instant::now());
+                    continue;
+                }
+            };
+            self.scans_are_slow.store(pace.is_slow(), Ordering::Relaxed);
+            if !self.broker.is_connected() {
                 self.health
-                    .bad(format!("{} messages could not be published", step.failed));
+                    .bad("the broker is away; committed events wait in the outbox");
+                schedule.nothing_pending(pace.pause(), Instant::now());
+                connection_number = 0;
+            } else if pending == 0 {
+                self.health.good();
+                schedule.nothing_pending(pace.pause(), Instant::now());
+            } else {
+                self.scan(&mut schedule, pace, shutdown).await;
+            }
+        }
+    }
+
+    /// Publishes everything that is due in the table.
+    async fn scan(&self, schedule: &mut Schedule, pace: Pace, shutdown: &CancellationToken) {
+        while !shutdown.is_cancelled() {
+            let Some(which) = schedule.due(Instant::now()) else {
+                return;
+            };
+            let polled = self.publish_polled(&self.scan_db, which);
+            let done = within(pace.timeout(), polled).await;
+            match self.note(done) {
+                None => return schedule.interrupted(Instant::now()),
+                Some(step) if step.failed > 0 => {
+                    schedule.failed(Instant::now());
+                    if step.published == 0 && which != Which::Tried {
+                        // More than a few rows are to blame.
+                        return schedule.interrupted(Instant::now());
+                    }
+                }
+                Some(step) => {
+                    if which == Which::Tried {
+                        self.health.good();
+                    }
+                    schedule.done(which, step, pace.pause(), Instant::now());
+                }
+            }
+        }
+    }
+
+    /// Waits for a connection to the broker, and on a new one for the check of the streams. Returns
+    /// false if there is none yet.
+    async fn is_connected(
+        &self,
+        connection_number: &mut u64,
+        shutdown: &CancellationToken,
+    ) -> bool {
+        if !self.broker.is_connected() {
+            self.health
+                .bad("the broker is away; committed events wait in the outbox");
+            shutdown
+                .run_until_cancelled(self.broker.until_connected())
+                .await;
+            return false;
+        }
+        if *connection_number != self.broker.connection_number() {
+            *connection_number = self.broker.connection_number();
+            let checked = self.streams.until_checked(*connection_number);
+            let checked = tokio::time::timeout(FIRST_CHECK_TIMEOUT, checked);
+            // If a stream cannot be created, publishing reports it, and others may exist.
+            let _ = shutdown.run_until_cancelled(checked).await;
+        }
+        true
+    }
+
+    /// Notes how a step went; none if it failed as a whole.
+    fn note(&self, done: anyhow::Result<Step>) -> Option<Step> {
+        match done {
+            Ok(step) => {
+                if step.failed > 0 {
+                    self.health
+                        .bad(format!("{} messages could not be published", step.failed));
+                }
                 if step.stream_missing {
                     self.streams.check.notify_one();
                 }
-                let pause = schedule.failed(Instant::now());
-                // If nothing at all was published, more than a few rows are to blame.
-                (which != Some(Which::Tried) && step.published == 0).then_some(pause)
+                Some(step)
             }
             Err(error) => {
                 if self.health.bad(format!("{error:#}")) {
@@ -136,39 +254,8 @@ impl Relay {
                         "Publishing failed; trying again"
                     );
                 }
-                Some(schedule.failed(Instant::now()))
+                None
             }
-        }
-    }
-
-    /// Waits until rows are handed off, or for the time of the next poll. Most polls find nothing:
-    /// then they are a single statement, and waiting goes on. Returns until when no poll is needed.
-    async fn wait(
-        &self,
-        mut until: Instant,
-        poll_interval: Duration,
-        connection_number: u64,
-        shutdown: &CancellationToken,
-    ) -> Option<Instant> {
-        let mut quiet_until = None;
-        loop {
-            let arrived = tokio::time::timeout_at(until, self.hand_off.arrived());
-            let woken = shutdown.run_until_cancelled(arrived).await;
-            let same_connection =
-                self.broker.is_connected() && self.broker.connection_number() == connection_number;
-            if !matches!(woken, Some(Err(_))) || !same_connection {
-                return quiet_until;
-            }
-            // An error shows again in the next step, which reports it.
-            if within(STEP_TIMEOUT, table::has_pending(&self.db))
-                .await
-                .unwrap_or(true)
-            {
-                return quiet_until;
-            }
-            self.health.good();
-            until = Instant::now() + poll_interval;
-            quiet_until = Some(until);
         }
     }
 
@@ -179,8 +266,8 @@ impl Relay {
     /// clocks. Hardly anyone else wants these locks, and the broker's answer has a timeout. If this
     /// process dies, the server frees the rows, and the next relay publishes them again under the
     /// same message id.
-    async fn publish_polled(&self, which: Which) -> anyhow::Result<Step> {
-        let txn = self.db.begin().await.context("the outbox cannot be read")?;
+    async fn publish_polled(&self, db: &DatabaseConnection, which: Which) -> anyhow::Result<Step> {
+        let txn = begin(db).await.context("the outbox cannot be read")?;
         let rows = table::lock_pending(&txn, which, BATCH_MAX)
             .await
             .context("the outbox cannot be read")?;

@@ -2,13 +2,20 @@
 
 use std::time::Duration;
 
-use sea_orm::{ConnectionTrait as _, DatabaseConnection, DbErr, FromQueryResult};
+use sea_orm::{DatabaseConnection, DbErr, FromQueryResult};
 use time::OffsetDateTime;
+use uuid::Uuid;
 
 use crate::postgres::{clock, one_row, sql};
+use crate::scan::id_at;
 
-/// Rows that one statement changes.
+/// Rows that one statement reads.
 const BATCH: i64 = 1000;
+/// After each statement, so that live events go first.
+const PAUSE: Duration = Duration::from_millis(20);
+/// An event is minted at most this long before it is published. What waited longer, or has an old id
+/// because it was asked again, is not published again: asking again covers it.
+const MINTED_BEFORE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Which published events to publish again, under the same ids. For readers of the streams, after
 /// the broker has lost messages.
@@ -44,39 +51,75 @@ impl Resend<'_> {
         db: &DatabaseConnection,
         since: OffsetDateTime,
     ) -> Result<u64, DbErr> {
-        let query = sql(
+        let from = id_at("$1::timestamptz - make_interval(secs => $3)");
+        let query = format!(
             "SELECT count(*) AS number FROM outbox
-             WHERE published_at >= $1 AND ($2::text IS NULL OR subject = $2)",
-            [since.into(), self.subject.into()],
+             WHERE event_id >= {from} AND published_at >= $1
+               AND ($2::text IS NULL OR subject = $2)"
+        );
+        let minted_before = MINTED_BEFORE.as_secs_f64();
+        let query = sql(
+            &query,
+            [since.into(), self.subject.into(), minted_before.into()],
         );
         let Count { number } = one_row(db, query).await?;
         Ok(number.unsigned_abs())
     }
 
-    /// Marks the rows as waiting, so that a relay publishes them. Returns how many there were.
+    /// Marks the rows as pending, so that a relay publishes them. Returns how many there were.
+    ///
+    /// Reads the table once, from the first id that the range can have. Relays publish these rows
+    /// beside what is committed now, not before it.
     pub async fn run(&self, db: &DatabaseConnection) -> Result<u64, DbErr> {
         let begun = clock(db).await?;
         let mut total = 0;
+        let mut cursor = None;
         loop {
-            let update = sql(
-                "UPDATE outbox SET published_at = NULL, stream_sequence = NULL
-                 WHERE (event_id, n) IN (
+            let from = id_at("$1::timestamptz - make_interval(secs => $7)");
+            let page = format!(
+                "WITH page AS MATERIALIZED (
                      SELECT event_id, n FROM outbox
-                     WHERE published_at >= $1 AND published_at < $2
-                       AND ($3::text IS NULL OR subject = $3)
-                     ORDER BY event_id, n LIMIT $4 FOR UPDATE SKIP LOCKED)",
+                     WHERE event_id >= {from} AND (event_id, n) > ($4, $5)
+                     ORDER BY event_id, n LIMIT $6),
+                 marked AS (
+                     UPDATE outbox o SET published_at = NULL, stream_sequence = NULL
+                     FROM page
+                     WHERE o.event_id = page.event_id AND o.n = page.n
+                       AND o.published_at >= $1 AND o.published_at < $2
+                       AND ($3::text IS NULL OR o.subject = $3)
+                     RETURNING 1)
+                 SELECT event_id, n, (SELECT count(*) FROM marked) AS marked FROM page
+                 ORDER BY event_id DESC, n DESC LIMIT 1"
+            );
+            let (event_id, n) = cursor.unwrap_or((Uuid::nil(), -1));
+            let page = sql(
+                &page,
                 [
                     self.since.into(),
                     begun.into(),
                     self.subject.into(),
+                    event_id.into(),
+                    n.into(),
                     BATCH.into(),
+                    MINTED_BEFORE.as_secs_f64().into(),
                 ],
             );
-            let updated = db.execute_raw(update).await?.rows_affected();
-            total += updated;
-            if updated < BATCH.unsigned_abs() {
+            let Some(page) = Page::find_by_statement(page).one(db).await? else {
                 return Ok(total);
+            };
+            total += page.marked.unsigned_abs();
+            cursor = Some((page.event_id, page.n));
+            if page.marked > 0 {
+                tokio::time::sleep(PAUSE).await;
             }
         }
     }
+}
+
+/// The end of what one statement has read, and how many rows it has marked.
+#[derive(FromQueryResult)]
+struct Page {
+    event_id: Uuid,
+    n: i32,
+    marked: i64,
 }

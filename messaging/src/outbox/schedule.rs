@@ -1,4 +1,4 @@
-//! When a lane of the relay polls the table, and for which rows. No database, no broker.
+//! When the relay scans the table, and for which rows. No database, no broker.
 
 use std::time::Duration;
 
@@ -26,37 +26,43 @@ pub(crate) struct Step {
     pub(crate) newest: Option<Uuid>,
 }
 
-/// The polls of one lane.
+impl Step {
+    /// Behind a full batch there are more.
+    pub(crate) fn is_full(&self) -> bool {
+        self.published == BATCH_MAX as usize
+    }
+}
+
+/// The scans of one relay.
 #[derive(Debug)]
 pub(crate) struct Schedule {
-    poll_interval: Duration,
     /// When rows that the broker did not take are tried again.
     retry_at: Instant,
     backoff: Backoff,
-    /// When untried rows are polled for, from which id on, and from which age.
-    poll_at: Instant,
+    /// When untried rows are scanned for, from which id on, and from which age.
+    scan_at: Instant,
     from: Uuid,
-    age: Duration,
+    /// When this process started, until its first scan is done.
+    started: Option<Instant>,
 }
 
 impl Schedule {
-    /// Everything is due, however young: what was committed before this process started was handed
-    /// off to nobody who is still there. (Rows of another replica may be among it; these are
-    /// published twice under one id.)
-    pub(crate) fn new(poll_interval: Duration, now: Instant) -> Self {
+    /// Everything is due that was committed before this process started: it was handed off to nobody
+    /// who is still there. (Rows of another replica may be among it; these are published twice under
+    /// one id.)
+    pub(crate) fn new(now: Instant) -> Self {
         Self {
-            poll_interval,
             retry_at: now,
             backoff: Backoff::new(RETRY_DELAY_MIN, RETRY_DELAY_MAX),
-            poll_at: now,
+            scan_at: now,
             from: Uuid::nil(),
-            age: Duration::ZERO,
+            started: Some(now),
         }
     }
 
     /// There is another connection to the broker: everything is due.
     pub(crate) fn start_over(&mut self, now: Instant) {
-        (self.retry_at, self.poll_at) = (now, now);
+        (self.retry_at, self.scan_at) = (now, now);
         self.backoff.reset();
     }
 
@@ -64,47 +70,53 @@ impl Schedule {
     pub(crate) fn due(&self, now: Instant) -> Option<Which> {
         if now >= self.retry_at {
             Some(Which::Tried)
-        } else if now >= self.poll_at {
-            Some(Which::Untried(self.from, self.age))
+        } else if now >= self.scan_at {
+            let age = self.started.map_or(POLLED_AFTER, |started| now - started);
+            Some(Which::Untried(self.from, age.min(POLLED_AFTER)))
         } else {
             None
         }
     }
 
     pub(crate) fn next_at(&self) -> Instant {
-        self.retry_at.min(self.poll_at)
+        self.retry_at.min(self.scan_at)
     }
 
-    /// The outbox is empty: no poll is needed until then.
-    pub(crate) fn nothing_waits(&mut self, until: Instant) {
+    /// Nothing is pending: no scan is needed for `pause`.
+    pub(crate) fn nothing_pending(&mut self, pause: Duration, now: Instant) {
         self.backoff.reset();
-        (self.retry_at, self.from, self.poll_at) = (until, Uuid::nil(), until);
+        (self.retry_at, self.from, self.scan_at) = (now + pause, Uuid::nil(), now + pause);
+        self.started = None;
     }
 
-    /// All rows of a step were published. Behind a full batch there are more.
-    pub(crate) fn done(&mut self, which: Option<Which>, step: Step, now: Instant) {
-        let full = step.published == BATCH_MAX as usize;
+    /// All rows of a step were published. `pause` is the time to the next scan.
+    pub(crate) fn done(&mut self, which: Which, step: Step, pause: Duration, now: Instant) {
         match (which, step.newest) {
-            (None, _) => {}
-            (Some(Which::Tried), _) => {
+            (Which::Recent, _) => {}
+            (Which::Tried, _) => {
                 self.backoff.reset();
-                self.retry_at = if full { now } else { now + self.poll_interval };
+                self.retry_at = if step.is_full() { now } else { now + pause };
             }
-            // Published rows stay in the index of waiting rows until a vacuum. Starting behind them
-            // saves walking through them again.
-            (Some(Which::Untried(..)), Some(newest)) if full => self.from = newest,
-            (Some(Which::Untried(..)), _) => {
-                (self.from, self.age) = (Uuid::nil(), POLLED_AFTER);
-                self.poll_at = now + self.poll_interval;
+            // Published rows stay in the index of pending rows until a vacuum. Starting behind them
+            // saves reading them again.
+            (Which::Untried(..), Some(newest)) if step.is_full() => self.from = newest,
+            (Which::Untried(..), _) => {
+                (self.from, self.started) = (Uuid::nil(), None);
+                self.scan_at = now + pause;
             }
         }
     }
 
-    /// Some rows were not published. Returns the pause after which they are tried again.
-    pub(crate) fn failed(&mut self, now: Instant) -> Duration {
+    /// Some rows were not published. They are tried again after a pause, which grows.
+    pub(crate) fn failed(&mut self, now: Instant) {
+        self.retry_at = now + self.backoff.pause();
+    }
+
+    /// A scan ended with an error; it is tried again after a pause.
+    pub(crate) fn interrupted(&mut self, now: Instant) {
         let pause = self.backoff.pause();
-        self.retry_at = now + pause;
-        pause
+        self.retry_at = self.retry_at.max(now + pause);
+        self.scan_at = self.scan_at.max(now + pause);
     }
 }
 
@@ -112,43 +124,41 @@ impl Schedule {
 mod tests {
     use super::*;
 
-    const POLL: Duration = Duration::from_secs(1);
+    const PAUSE: Duration = Duration::from_secs(1);
 
-    /// A schedule whose first polls found nothing.
+    /// A schedule whose first scans found nothing.
     fn quiet(now: Instant) -> Schedule {
-        let mut schedule = Schedule::new(POLL, now);
+        let mut schedule = Schedule::new(now);
         assert_eq!(schedule.due(now), Some(Which::Tried));
-        schedule.done(Some(Which::Tried), Step::default(), now);
-        let of_any_age = Some(Which::Untried(Uuid::nil(), Duration::ZERO));
-        assert_eq!(schedule.due(now), of_any_age, "at first of any age");
-        schedule.done(schedule.due(now), Step::default(), now);
-        assert_eq!((schedule.due(now), schedule.next_at()), (None, now + POLL));
+        schedule.done(Which::Tried, Step::default(), PAUSE, now);
+        let of_any_age = Which::Untried(Uuid::nil(), Duration::ZERO);
+        assert_eq!(schedule.due(now), Some(of_any_age), "at first of any age");
+        schedule.done(of_any_age, Step::default(), PAUSE, now);
+        assert_eq!((schedule.due(now), schedule.next_at()), (None, now + PAUSE));
         schedule
     }
 
     #[test]
-    fn untried_rows_are_taken_batch_by_batch_and_polled_for_from_the_start_later() {
+    fn untried_rows_are_taken_batch_by_batch_and_scanned_for_from_the_start_later() {
         let now = Instant::now();
         let mut schedule = quiet(now);
-        let later = now + POLL;
-        schedule.done(Some(Which::Tried), Step::default(), later);
-        let first = schedule.due(later);
-        assert_eq!(first, Some(Which::Untried(Uuid::nil(), POLLED_AFTER)));
+        let later = now + PAUSE;
+        schedule.done(Which::Tried, Step::default(), PAUSE, later);
+        let first = Which::Untried(Uuid::nil(), POLLED_AFTER);
+        assert_eq!(schedule.due(later), Some(first));
         let newest = Uuid::now_v7();
         let step = |published, newest| Step {
             published,
             newest: Some(newest),
             ..Step::default()
         };
-        schedule.done(first, step(BATCH_MAX as usize, newest), later);
-        let second = schedule.due(later);
-        let behind_the_first = Some(Which::Untried(newest, POLLED_AFTER));
-        assert_eq!(second, behind_the_first, "at once");
-        schedule.done(second, step(3, Uuid::now_v7()), later);
+        schedule.done(first, step(BATCH_MAX as usize, newest), PAUSE, later);
+        let second = Which::Untried(newest, POLLED_AFTER);
+        assert_eq!(schedule.due(later), Some(second), "at once");
+        schedule.done(second, step(3, Uuid::now_v7()), PAUSE, later);
         assert_eq!(schedule.due(later), None);
-        schedule.done(Some(Which::Tried), Step::default(), later + POLL);
-        let from_the_start = Some(Which::Untried(Uuid::nil(), POLLED_AFTER));
-        assert_eq!(schedule.due(later + POLL), from_the_start);
+        schedule.done(Which::Tried, Step::default(), PAUSE, later + PAUSE);
+        assert_eq!(schedule.due(later + PAUSE), Some(first));
     }
 
     #[test]
@@ -156,15 +166,17 @@ mod tests {
         let now = Instant::now();
         let mut schedule = quiet(now);
         for doublings in 0..8 {
-            let pause = schedule.failed(now);
+            schedule.failed(now);
             let longest = (RETRY_DELAY_MIN * (1 << doublings)).min(RETRY_DELAY_MAX);
+            let pause = schedule.retry_at - now;
             assert!((longest / 2..=longest).contains(&pause), "{pause:?}");
             assert_eq!(schedule.due(now), None);
             assert_eq!(schedule.due(now + pause), Some(Which::Tried));
         }
-        assert!(schedule.next_at() <= now + POLL, "others are polled for");
+        assert!(schedule.next_at() <= now + PAUSE, "others are scanned for");
         schedule.start_over(now);
         assert_eq!(schedule.due(now), Some(Which::Tried), "at once");
-        assert!(schedule.failed(now) <= RETRY_DELAY_MIN);
+        schedule.failed(now);
+        assert!(schedule.retry_at - now <= RETRY_DELAY_MIN);
     }
 }

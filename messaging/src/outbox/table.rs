@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use crate::outbox::message::Message;
 use crate::postgres::{execute, sql};
+use crate::scan::{RECENT, id_at};
 
 #[sea_orm::model]
 #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
@@ -115,16 +116,18 @@ pub(crate) async fn insert(
 /// get most of a second for that. By the database's clock, which no replica can have wrong.
 pub(crate) const POLLED_AFTER: Duration = Duration::from_secs(2);
 
-/// Which of the waiting rows to take.
+/// Which of the pending rows to take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Which {
+    /// Those that nobody has tried, with an id of the last [`RECENT`] seconds.
+    Recent,
     /// Those that nobody has tried, from this id on and at least this old.
     Untried(Uuid, Duration),
     /// Those that the broker did not take.
     Tried,
 }
 
-/// Locks up to `limit` waiting rows, skipping those that another relay holds. Untried rows come in
+/// Locks up to `limit` pending rows, skipping those that another relay holds. Untried rows come in
 /// the order of their ids, which is about the order of their creation; the others by the number of
 /// attempts, so that a few that always fail do not keep the rest from their turn.
 pub(crate) async fn lock_pending(
@@ -134,6 +137,17 @@ pub(crate) async fn lock_pending(
 ) -> Result<Vec<Pending>, DbErr> {
     let limit = i64::from(limit).into();
     let query = match which {
+        Which::Recent => {
+            let oldest = id_at("now() - make_interval(secs => $3)");
+            let query = format!(
+                "SELECT event_id, n, subject, headers, payload FROM outbox
+                 WHERE published_at IS NULL AND attempts = 0 AND event_id >= {oldest}
+                   AND created_at < now() - make_interval(secs => $2)
+                 ORDER BY event_id, n LIMIT $1 FOR UPDATE SKIP LOCKED"
+            );
+            let (age, recent) = (POLLED_AFTER.as_secs_f64(), RECENT.as_secs_f64());
+            sql(&query, [limit, age.into(), recent.into()])
+        }
         Which::Untried(from, age) => sql(
             "SELECT event_id, n, subject, headers, payload FROM outbox
              WHERE published_at IS NULL AND attempts = 0 AND event_id >= $2
@@ -149,15 +163,6 @@ pub(crate) async fn lock_pending(
         ),
     };
     Pending::find_by_statement(query).all(txn).await
-}
-
-/// Whether anything waits, including rows that another relay holds.
-pub(crate) async fn has_pending(db: &DatabaseConnection) -> Result<bool, DbErr> {
-    exists(
-        db,
-        "SELECT 1 FROM outbox WHERE published_at IS NULL LIMIT 1",
-    )
-    .await
 }
 
 /// Whether the broker has ever taken anything, as far as retention has left traces of it.
@@ -178,18 +183,28 @@ const ATTEMPTS_OF_ITS_OWN: i32 = 5;
 
 /// Whether a row for `subject` has waited longer than `age`: then the broker or the relay is the
 /// problem, and more rows do not help. A row that the broker refuses every time does not count.
+///
+/// Looks only at rows that have just become so old. Without any, as after a quiet hour, a few
+/// requests too many are published, which does no harm.
 pub(crate) async fn is_behind(
     txn: &DatabaseTransaction,
     subject: &str,
     age: Duration,
 ) -> Result<bool, DbErr> {
-    let query = sql(
+    let oldest = id_at("now() - make_interval(secs => $1 + $4)");
+    let query = format!(
         "SELECT 1 FROM outbox WHERE published_at IS NULL AND attempts < $3 AND subject = $2
+           AND event_id >= {oldest} AND event_id < {newest}
            AND created_at < now() - make_interval(secs => $1) LIMIT 1",
+        newest = id_at("now() - make_interval(secs => $1)"),
+    );
+    let query = sql(
+        &query,
         [
             age.as_secs_f64().into(),
             subject.into(),
             ATTEMPTS_OF_ITS_OWN.into(),
+            RECENT.as_secs_f64().into(),
         ],
     );
     Ok(txn.query_one_raw(query).await?.is_some())

@@ -110,6 +110,8 @@ impl Outbox {
             format!("--database-url={}", self.database.url),
             format!("--nats-url={}", self.broker.url()),
             format!("--nats-password={}", self.broker.secrets().nats_orders),
+            // The shared server of the tests runs without fsync.
+            "--accept-unsafe-database".to_owned(),
         ];
         all.extend(arguments.iter().map(|one| (*one).to_owned()));
         let arguments = Arguments::parse_from(all);

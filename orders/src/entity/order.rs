@@ -193,26 +193,6 @@ pub(crate) async fn end(
     .await
 }
 
-/// Orders that are not final.
-#[derive(FromQueryResult)]
-pub(crate) struct Unsettled {
-    /// Counted up to 100000.
-    pub(crate) number: i64,
-    pub(crate) oldest_seconds: f64,
-}
-
-pub(crate) async fn unsettled(db: &DatabaseConnection) -> Result<Unsettled, DbErr> {
-    let query = sql(
-        "SELECT count(*) AS number,
-                coalesce(extract(epoch FROM clock_timestamp() - min(stored_at)), 0)::float8
-                    AS oldest_seconds
-         FROM (SELECT stored_at FROM orders WHERE status = 'NEW' ORDER BY id LIMIT 100000) AS new",
-        [],
-    );
-    let row = Unsettled::find_by_statement(query).one(db).await?;
-    row.ok_or_else(|| DbErr::RecordNotFound("the number of NEW orders".to_owned()))
-}
-
 /// The ids of those orders that are final.
 pub(crate) async fn final_among(
     db: &DatabaseConnection,

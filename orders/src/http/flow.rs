@@ -2,14 +2,12 @@
 
 use axum::Json;
 use axum::extract::State;
-use messaging::{FlowStatus, read};
+use messaging::FlowStatus;
 use serde::Serialize;
 use service_kit::Problem;
 use service_kit::input::NoParameters;
 use service_kit::problem::ProblemDocument;
 use utoipa::ToSchema;
-
-use crate::entity::order;
 
 /// Status of the event flow of orders.
 #[derive(Serialize, ToSchema)]
@@ -40,7 +38,7 @@ pub(super) async fn get_flow(
     _: NoParameters,
 ) -> Result<Json<OrdersFlow>, Problem> {
     let flow = state.operators.flow_status().await?;
-    let unsettled = read(|| order::unsettled(&state.db)).await?;
+    let unsettled = state.operators.pending_requests();
     Ok(Json(OrdersFlow {
         flow,
         new_orders: unsettled.number,

@@ -87,6 +87,8 @@ impl Orders {
             format!("--database-url={}", self.database.url),
             format!("--nats-url={}", self.broker.url()),
             format!("--nats-password={}", self.broker.secrets().nats_orders),
+            // The shared server of the tests runs without fsync.
+            "--accept-unsafe-database".to_owned(),
             "--ack-wait-ms=1000".to_owned(),
         ];
         let more = self.arguments.iter().map(|argument| (*argument).to_owned());

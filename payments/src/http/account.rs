@@ -87,7 +87,7 @@ pub(super) async fn create_account(
         idempotency_key: key.as_str().to_owned(),
         created_at: now(),
     };
-    let (opened, execution) = account::open(&state.db, &new).await?;
+    let (opened, execution) = account::open(&state.writes, &new).await?;
     // Always the account as it was opened, so that a replay gets exactly the first response.
     let body = AccountBody {
         user_id: opened.user_id,

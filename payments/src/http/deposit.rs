@@ -81,7 +81,7 @@ pub(super) async fn create_deposit(
         idempotency_key: key.as_str().to_owned(),
         created_at: now(),
     };
-    let (deposit, execution) = account::top_up(&state.db, &new).await?;
+    let (deposit, execution) = account::top_up(&state.writes, &new).await?;
     let body = DepositBody {
         transfer_id: deposit.id,
         user_id: deposit.user_id,

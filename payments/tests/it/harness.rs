@@ -189,6 +189,8 @@ impl Payments {
             format!("--database-url={database_url}"),
             format!("--nats-url={}", self.broker.url()),
             format!("--nats-password={}", self.broker.secrets().nats_payments),
+            // The shared server of the tests runs without fsync.
+            "--accept-unsafe-database".to_owned(),
             format!("--ack-wait-ms={}", self.ack_wait),
         ];
         let config = Config::try_parse_from(arguments).unwrap();
