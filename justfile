@@ -156,6 +156,11 @@ nats_cli command:
 test *arguments: check
     @./dev env recipes/test.sh "$@"
 
+# Run the full forms of tests that `test` runs with small numbers; FILTERS select some
+[group('check')]
+test-long *filters:
+    @GOZON_LONG=1 ./dev env recipes/test.sh -- --test-threads=1 --show-output ${@:-bulkheads f64 f65 f66 f67 f68}
+
 # Check formatting and run lints only
 [group('check')]
 check:

@@ -9,7 +9,7 @@ cd "$repo"
 # The oldest version whose data must keep working.
 oldest=76c8346
 seed=$((RANDOM * 32768 + RANDOM))
-all=(kill-matrix bounty chaos model api test-web upgrade-test)
+all=(kill-matrix bounty test-long chaos model api test-web upgrade-test)
 logs=${CARGO_TARGET_DIR:-$repo/target}/long
 names=("$@") report=$logs/long.md
 [ $# -gt 0 ] || { names=("${all[@]}") report=e2e/reports/long.md; }
@@ -19,7 +19,7 @@ arguments_of() { # arguments_of NAME: sets $arguments
     chaos) arguments=(--seed "$seed" --seconds 120) ;;
     model) arguments=(--small) ;;
     upgrade-test) arguments=("$oldest") ;;
-    kill-matrix | bounty | api | test-web) arguments=() ;;
+    kill-matrix | bounty | test-long | api | test-web) arguments=() ;;
     *) fail "there is no long check $1, only ${all[*]}" ;;
   esac
 }

@@ -254,7 +254,13 @@ impl Matrix {
         if self.stack.system.ended(service).is_some() {
             self.stack.system.spawn(service)?;
         }
-        self.stack.system.until_ready(service).await?;
+        let ready = self.stack.system.until_ready(service).await;
+        // The process may have died only now.
+        if self.stack.system.ended(service).is_some() {
+            self.stack.system.start(service).await?;
+        } else {
+            ready?;
+        }
         self.audit().await
     }
 

@@ -3,7 +3,8 @@
 //!
 //! Whatever the broker loses, a request that stays without an answer is published again, for ever,
 //! each time under the next number. The other service answers a number that it has not answered
-//! yet. Everything that decides when to ask is in the database; a process that dies forgets nothing.
+//! yet. Everything that decides when to ask is in the database; a process that dies forgets
+//! nothing.
 
 use std::collections::HashSet;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -42,9 +43,11 @@ const READER_TIMEOUT: Duration = Duration::from_secs(1);
 const ASK_AGAIN_LOCK: i64 = 7_011_988;
 /// Requests of one step.
 const BATCH_MAX: u32 = 1000;
-/// Requests that may wait for their reader. So they are published at the pace at which they are
-/// read, and evict nothing from a stream that is full of requests that nobody has read.
+/// Requests that may wait for their reader, if the stream has room for twice as many. So they are
+/// published at the pace at which they are read, and evict none that nobody has read.
 const UNREAD_MAX: u64 = 2000;
+/// Size of a stored request, before the stream tells better.
+const REQUEST_BYTES: u64 = 512;
 /// Counting stops here: beyond it nobody needs an exact number.
 const COUNT_MAX: i64 = 100_000;
 
@@ -103,9 +106,10 @@ pub struct AskPolicy {
     pub limit: u32,
 }
 
-/// Requests without an answer, as this process found them in its last scan. Clones share it.
+/// Requests without an answer, as this process found them in its last scan; none if that failed.
+/// Clones share it.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct PendingRequests(Arc<RwLock<Pending>>);
+pub(crate) struct PendingRequests(Arc<RwLock<Option<Pending>>>);
 
 /// Requests without an answer.
 #[derive(Clone, Copy, Debug, Default, FromQueryResult)]
@@ -117,11 +121,11 @@ pub struct Pending {
 }
 
 impl PendingRequests {
-    pub(crate) fn get(&self) -> Pending {
+    pub(crate) fn get(&self) -> Option<Pending> {
         *self.0.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn set(&self, found: Pending) {
+    fn set(&self, found: Option<Pending>) {
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = found;
     }
 }
@@ -230,8 +234,8 @@ impl<R: Requests> AskAgain<R> {
             let counted = within(progress.pace.timeout(), self.count_pending()).await;
             progress.pace.note(begun.elapsed());
             progress.scan_at = Instant::now() + progress.pace.pause();
+            self.pending.set(counted.as_ref().ok().copied());
             let found = counted?;
-            self.pending.set(found);
             // Mostly nothing is pending.
             if found.number == 0 {
                 progress.range = Range::Recent;
@@ -316,15 +320,16 @@ impl<R: Requests> AskAgain<R> {
     async fn room(&self, progress: &mut Progress) -> u64 {
         let found = tokio::time::timeout(READER_TIMEOUT, self.reader()).await;
         match found.unwrap_or_else(|_| Err(anyhow::anyhow!("no answer"))) {
-            Ok(Some(reader)) => {
+            Ok((Some(reader), unread_max)) => {
                 if progress.reader.is_some_and(|known| known != reader.created) {
                     // It skipped what it had not read before.
                     self.loss.note(Instant::now());
                 }
                 progress.reader = Some(reader.created);
-                UNREAD_MAX.saturating_sub(reader.num_pending + reader.num_ack_pending as u64)
+                let unread = reader.num_pending + reader.num_ack_pending as u64;
+                unread_max.saturating_sub(unread)
             }
-            Ok(None) => UNREAD_MAX,
+            Ok((None, unread_max)) => unread_max,
             Err(error) => {
                 debug!(
                     error = format!("{error:#}"),
@@ -335,16 +340,25 @@ impl<R: Requests> AskAgain<R> {
         }
     }
 
-    async fn reader(&self) -> anyhow::Result<Option<consumer::Info>> {
+    /// The durable of the reader, if it exists, and how many requests may wait for it.
+    async fn reader(&self) -> anyhow::Result<(Option<consumer::Info>, u64)> {
         let jetstream = self.broker.jetstream();
         let stream = jetstream.get_stream(R::Event::STREAM).await?;
+        let info = stream.cached_info();
+        let size = info.state.bytes.checked_div(info.state.messages);
+        let size = size.unwrap_or(REQUEST_BYTES).max(1);
+        let unread_max = match u64::try_from(info.config.max_bytes) {
+            Ok(max_bytes) => UNREAD_MAX.min(max_bytes / size / 2),
+            // The stream has no limit.
+            Err(_) => UNREAD_MAX,
+        };
         let mut consumers = stream.consumers();
         while let Some(found) = consumers.try_next().await? {
             if found.name == R::READ_BY {
-                return Ok(Some(found));
+                return Ok((Some(found), unread_max));
             }
         }
-        Ok(None)
+        Ok((None, unread_max))
     }
 
     async fn count_pending(&self) -> Result<Pending, DbErr> {

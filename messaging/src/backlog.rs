@@ -1,5 +1,5 @@
-//! What is pending in the tables of a service. The same queries serve the operator's page, the gauges
-//! and `gozon outbox`.
+//! What is pending in the tables of a service. The same queries serve the operator's page, the
+//! gauges and `gozon outbox`.
 
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -101,18 +101,17 @@ impl MessageBacklog {
     }
 }
 
-/// The outbox as the relay of this process found it in its last scan. Clones share it.
+/// The outbox as the relay of this process found it in its last scan; none if that failed. Clones
+/// share it.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct OutboxBacklogWatch(Arc<RwLock<OutboxBacklog>>);
+pub(crate) struct OutboxBacklogWatch(Arc<RwLock<Option<OutboxBacklog>>>);
 
 impl OutboxBacklogWatch {
-    pub(crate) fn set(&self, found: OutboxBacklog) {
-        gauge!(OUTBOX_PENDING).set(found.outbox_pending as f64);
-        gauge!(OUTBOX_OLDEST).set(found.outbox_oldest_seconds);
+    pub(crate) fn set(&self, found: Option<OutboxBacklog>) {
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = found;
     }
 
-    pub(crate) fn get(&self) -> OutboxBacklog {
+    pub(crate) fn get(&self) -> Option<OutboxBacklog> {
         self.0
             .read()
             .unwrap_or_else(PoisonError::into_inner)
@@ -183,8 +182,16 @@ pub(crate) fn describe_gauges() {
     );
 }
 
-pub(crate) async fn set_gauges(db: &DatabaseConnection) -> Result<(), DbErr> {
+pub(crate) async fn set_gauges(
+    db: &DatabaseConnection,
+    outbox: &OutboxBacklogWatch,
+) -> Result<(), DbErr> {
     let found = MessageBacklog::read(db).await?;
+    // Only if the database answers: otherwise the last scan may be old.
+    if let Some(outbox) = outbox.get() {
+        gauge!(OUTBOX_PENDING).set(outbox.outbox_pending as f64);
+        gauge!(OUTBOX_OLDEST).set(outbox.outbox_oldest_seconds);
+    }
     gauge!(DEAD_LETTERS, "kind" => "poison").set(found.poison as f64);
     gauge!(DEAD_LETTERS, "kind" => "quarantine").set(found.quarantine as f64);
     gauge!(DEFERRED).set(found.deferred as f64);

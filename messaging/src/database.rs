@@ -25,8 +25,8 @@ const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
 const SCAN_STATEMENT_TIMEOUT: Duration = Duration::from_secs(600);
 /// A lock that is not granted: give up, roll back, retry.
 const BACKGROUND_LOCK_TIMEOUT_MS: &str = "5000";
-/// While a batch waits for one row, all of its messages wait. Replicas that share a busy account hold
-/// it for less.
+/// While a batch waits for one row, all of its messages wait. Replicas that share a busy account
+/// hold it for less.
 const CONSUMERS_LOCK_TIMEOUT_MS: &str = "50";
 /// A client waits, and a row that another request holds for longer belongs to a frozen process.
 const REQUESTS_LOCK_TIMEOUT_MS: &str = "1000";
@@ -74,8 +74,8 @@ impl Database {
         Self::connect(url, name, limits, connections).await
     }
 
-    /// A pool for requests that store something: requests that only read cannot take its connections.
-    /// Opened at once; the first use connects.
+    /// A pool for requests that store something: requests that only read cannot take its
+    /// connections. Opened at once; the first use connects.
     pub(crate) async fn for_writes(
         url: &Secret,
         service: &str,
@@ -109,7 +109,8 @@ impl Database {
         Self::connect(url, name, limits, connections).await
     }
 
-    /// A pool for scans of whole tables, which may take long. Opened at once; the first use connects.
+    /// A pool for scans of whole tables, which may take long. Opened at once; the first use
+    /// connects.
     pub(crate) async fn for_scans(
         url: &Secret,
         service: &str,

@@ -198,11 +198,11 @@ impl Flow {
     pub fn metrics(&self, metrics: Metrics) -> Metrics {
         metrics::describe();
         backlog::describe_gauges();
-        let db = self.background.clone();
+        let (db, outbox) = (self.background.clone(), self.outbox.clone());
         let metrics = metrics.refresh(move || {
-            let db = db.clone();
+            let (db, outbox) = (db.clone(), outbox.clone());
             async move {
-                let set = backlog::set_gauges(&db).await;
+                let set = backlog::set_gauges(&db, &outbox).await;
                 set.map_err(|error| error.to_string())
             }
         });

@@ -68,13 +68,14 @@ impl OperatorApi {
     }
 
     /// The requests of this service that have no answer yet, by its last scan.
-    pub fn pending_requests(&self) -> Pending {
+    /// None if that failed.
+    pub fn pending_requests(&self) -> Option<Pending> {
         self.pending_requests.get()
     }
 
     pub async fn flow_status(&self) -> Result<FlowStatus, Failure> {
         let backlog = Backlog {
-            outbox: self.outbox.get(),
+            outbox: self.outbox.get().unwrap_or_default(),
             messages: read(|| MessageBacklog::read(&self.db)).await?,
         };
         let consumer = match self.subscription {
@@ -135,8 +136,8 @@ struct ReplayQuery {
 /// Apply a message again
 ///
 /// The message goes through the same handler as any other, in one transaction. If it was applied
-/// meanwhile, nothing changes; if it is refused again, it goes on waiting. With `dry_run` everything
-/// is rolled back, and the answer says what would happen.
+/// meanwhile, nothing changes; if it is refused again, it goes on waiting. With `dry_run`
+/// everything is rolled back, and the answer says what would happen.
 #[utoipa::path(
     post,
     path = "/v1/ops/dead-letters/{id}/replay",

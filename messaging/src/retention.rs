@@ -57,8 +57,8 @@ impl Retention {
 
     /// One step. Returns how many rows it deleted.
     ///
-    /// Only the database's clock decides: the clock of one process may be wrong by any amount. Event
-    /// ids are minted in time order, so the old ones are one end of the primary key, and no
+    /// Only the database's clock decides: the clock of one process may be wrong by any amount.
+    /// Event ids are minted in time order, so the old ones are one end of the primary key, and no
     /// index on a time is needed. A young row under an old id (a re-ask) is skipped until it is old
     /// itself.
     async fn prune_batch(&self) -> Result<u64, DbErr> {

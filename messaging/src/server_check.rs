@@ -60,8 +60,8 @@ struct Settings {
 }
 
 impl ServerCheck {
-    /// Checks every now and then, so that connections to a demoted server are closed although nobody
-    /// asks for the health of the process.
+    /// Checks every now and then, so that connections to a demoted server are closed although
+    /// nobody asks for the health of the process.
     pub(crate) async fn run(&self, shutdown: &CancellationToken) {
         loop {
             let pause = tokio::time::sleep(INTERVAL);

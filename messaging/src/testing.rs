@@ -1,8 +1,9 @@
-//! Runs a subscriber over a list of events, plainly and then under faults, and compares what it did.
+//! Runs a subscriber over a list of events, plainly and then under faults, and compares what it
+//! did.
 //!
-//! The faults are those that a broker and a crash cause: duplicates, other batch borders, rollbacks,
-//! lost acks, re-asks, and another order where the subscriber says that the order does not matter.
-//! No broker is needed: messages go through the same code as those of a consumer.
+//! The faults are those that a broker and a crash cause: duplicates, other batch borders,
+//! rollbacks, lost acks, re-asks, and another order where the subscriber says that the order does
+//! not matter. No broker is needed: messages go through the same code as those of a consumer.
 
 use std::fmt;
 

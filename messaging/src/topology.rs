@@ -160,8 +160,8 @@ pub enum Begins {
 
 /// A request without permission gets no answer.
 const INFO_TIMEOUT: Duration = Duration::from_secs(2);
-/// Messages that a durable that begins with the newest ones delivers of those in the stream. A second
-/// or two of work; in a new installation, all of them.
+/// Messages that a durable that begins with the newest ones delivers of those in the stream. A
+/// second or two of work; in a new installation, all of them.
 const NEWEST: u64 = 10_000;
 
 impl Subscription {

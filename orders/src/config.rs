@@ -28,7 +28,7 @@ pub struct Config {
     #[arg(long, env = "GOZON_ASK_AGAIN_MAX_MS", default_value_t = 600_000)]
     pub ask_again_max_ms: u64,
     /// Maximum number of orders that are re-asked per second.
-    #[arg(long, env = "GOZON_ASK_AGAIN_PER_SECOND", default_value_t = 500)]
+    #[arg(long, env = "GOZON_ASK_AGAIN_PER_SECOND", default_value_t = 20_000)]
     pub ask_again_per_second: u32,
     /// Format of log lines.
     #[arg(long, env = "GOZON_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]

@@ -44,7 +44,9 @@ pub(crate) fn metrics(flow: &Flow) -> anyhow::Result<Metrics> {
     }
     let operators = flow.operator_api();
     let metrics = metrics.refresh(move || {
-        gauge!(OLDEST_NEW_SECONDS).set(operators.pending_requests().oldest_seconds);
+        if let Some(unsettled) = operators.pending_requests() {
+            gauge!(OLDEST_NEW_SECONDS).set(unsettled.oldest_seconds);
+        }
         ready(Ok(()))
     });
     Ok(flow.metrics(metrics))

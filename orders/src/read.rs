@@ -47,7 +47,9 @@ async fn read_timeline(db: &Database, order_id: OrderId) -> Result<Option<Timeli
     };
     let mut steps = vec![Step::new(order.created_at, SERVICE, StepKind::Placed)];
     let sent = messages.sent(order.placed_event_id).await?;
-    let mut pruned = sent.is_empty();
+    // One row for each request.
+    let enqueued = sent.iter().filter(|step| step.step == StepKind::Enqueued);
+    let mut pruned = enqueued.count() <= usize::try_from(order.asks).unwrap_or_default();
     steps.extend(sent);
     if let Some(event_id) = order.settlement_event_id {
         let received = messages.received::<Settle>(event_id).await?;

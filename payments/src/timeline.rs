@@ -39,7 +39,7 @@ async fn read_timeline(db: &Database, order_id: OrderId) -> Result<Timeline, DbE
             ..Step::new(decision.decided_at, SERVICE, StepKind::Decided)
         });
         let sent = messages.sent(decision.event_id).await?;
-        pruned = sent.is_empty();
+        pruned = sent.iter().all(|step| step.n != Some(0));
         steps.extend(sent);
     }
     steps.extend(messages.dead_lettered(order_id).await?);

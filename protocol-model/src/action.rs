@@ -159,9 +159,9 @@ impl CrashPoint {
     }
 }
 
-/// Failpoints outside the model. The account exists from the start, and opening it moves no money. A
-/// deferred message is one whose delivery takes longer: it is stored before it is acknowledged, and
-/// applied by the same transaction as any other.
+/// Failpoints outside the model. The account exists from the start, and opening it moves no money.
+/// A deferred message is one whose delivery takes longer: it is stored before it is acknowledged,
+/// and applied by the same transaction as any other.
 pub const NOT_MODELLED: [&str; 7] = [
     "account.before_commit",
     "account.after_commit",

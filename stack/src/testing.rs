@@ -211,6 +211,20 @@ impl TestDatabase {
         })
     }
 
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn port(&self) -> u16 {
+        self.server.port
+    }
+
+    /// The connection URL of its owner, with another port of this machine.
+    pub fn url_at(&self, port: u16) -> String {
+        let (server, proxy) = (format!(":{}/", self.port()), format!(":{port}/"));
+        self.url.replace(&server, &proxy)
+    }
+
     /// Connects as superuser, to read or corrupt data.
     pub async fn connect(&self) -> anyhow::Result<DatabaseConnection> {
         self.server.connect(&self.name).await

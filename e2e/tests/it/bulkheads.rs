@@ -1,6 +1,7 @@
 //! A service whose database hangs delays only requests to that service.
 //!
-//! The short form runs with a small limit. `GOZON_LONG=1` runs the full form with the default limits.
+//! The short form runs with a small limit. `GOZON_LONG=1` runs the full form with the default
+//! limits.
 
 use std::time::Duration;
 

@@ -5,6 +5,7 @@
 mod bulkheads;
 mod chaos;
 mod checkout;
+mod clock;
 mod cluster;
 mod demo;
 mod disk;
@@ -12,6 +13,7 @@ mod economy;
 mod events;
 mod examples;
 mod faults;
+mod healing;
 mod idempotency;
 mod kill_matrix;
 mod listeners;

@@ -174,7 +174,9 @@ pub(crate) async fn store(
              VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
              ON CONFLICT (consumer, message_key) DO UPDATE
                  SET times = dead_letters.times + 1, last_seen_at = clock_timestamp(),
-                     kind = EXCLUDED.kind, cause = EXCLUDED.cause
+                     kind = EXCLUDED.kind, cause = EXCLUDED.cause, subject = EXCLUDED.subject,
+                     headers = EXCLUDED.headers, payload = EXCLUDED.payload,
+                     stream_sequence = EXCLUDED.stream_sequence, delivered = EXCLUDED.delivered
              RETURNING id, times = 1 AS is_new",
             [
                 Uuid::now_v7().into(),

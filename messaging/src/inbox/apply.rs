@@ -64,8 +64,8 @@ pub(crate) enum Blame {
     Database(anyhow::Error),
     /// A row, for now: a lock is not granted, or the database refuses with a transient error.
     Row(anyhow::Error),
-    /// A message. An error that is neither of the database nor a lost race is a bug or bad data, and
-    /// would come back every time.
+    /// A message. An error that is neither of the database nor a lost race is a bug or bad data,
+    /// and would come back every time.
     Message(anyhow::Error),
 }
 

@@ -145,7 +145,8 @@ impl<S: Subscriber> Consumer<S> {
         reconnected: impl Future<Output = ()>,
         shutdown: &CancellationToken,
     ) -> PullEnd {
-        // Whatever is ready, never waiting for more. The client fetches the next messages meanwhile.
+        // Whatever is ready, never waiting for more. The client fetches the next messages
+        // meanwhile.
         let mut batches = messages.ready_chunks(BATCH_MAX);
         let mut missing_heartbeats = 0;
         let mut reconnected = pin!(reconnected);
@@ -157,7 +158,8 @@ impl<S: Subscriber> Consumer<S> {
                 () = shutdown.cancelled() => break PullEnd::Shutdown,
                 next = batches.next() => next,
                 () = &mut disconnected => {
-                    // The client reconnects by itself. What it has fetched ahead can still be taken.
+                    // The client reconnects by itself. What it has fetched ahead can still be
+                    // taken.
                     self.health.bad("the broker is away");
                     continue;
                 }

@@ -44,8 +44,8 @@ const LOCK_TRIES: u32 = 2;
 /// For a part with several keys. It only has to find the lock that the batch met; a part with one
 /// key waits as long as a batch.
 const PART_LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '10ms'";
-/// With this many keys deferred one by one, whole parts that fail are deferred: a whole table may be
-/// locked, and to halve on would take seconds. Those that are not to blame are applied soon.
+/// With this many keys deferred one by one, whole parts that fail are deferred: a whole table may
+/// be locked, and to halve on would take seconds. Those that are not to blame are applied soon.
 const BLOCKED_KEYS_MAX: usize = 3;
 /// How long a batch is kept while the database does not answer. Another replica may reach it.
 const KEEP_MAX: Duration = Duration::from_secs(3);
@@ -145,8 +145,8 @@ impl<S: Subscriber> Consumer<S> {
         Taken::Settled
     }
 
-    /// Applies a part, in one transaction that is retried as long as that may help. `Err(None)` is a
-    /// shutdown.
+    /// Applies a part, in one transaction that is retried as long as that may help. `Err(None)` is
+    /// a shutdown.
     async fn try_part(
         &self,
         batch: &Batch<'_, S::Event>,
@@ -448,8 +448,8 @@ impl<'a, E: Event + Clone> Batch<'a, E> {
 }
 
 impl Part {
-    /// Two parts with half of the keys each, or, of a single key, half of the messages. Stream order
-    /// holds within each.
+    /// Two parts with half of the keys each, or, of a single key, half of the messages. Stream
+    /// order holds within each.
     fn halves(&self, key: impl Fn(usize) -> Option<String>) -> (Self, Self) {
         let mut numbers: HashMap<Option<String>, usize> = HashMap::new();
         let number = |index: &usize| {

@@ -159,6 +159,20 @@ async fn await_acks<'a>(in_flight: Vec<InFlight<'a>>, sent: &mut Sent) -> Vec<&'
     let mut refused = Vec::new();
     for (messages, answer, is_batch) in answers.await {
         match answer {
+            // Not all of the batch is known to be stored.
+            Ok(ack)
+                if is_batch
+                    && ack
+                        .batch_size
+                        .is_some_and(|size| size != messages.len() as u64) =>
+            {
+                debug!(
+                    messages = messages.len(),
+                    stored = ack.batch_size,
+                    "The broker stored another batch; sending its messages singly"
+                );
+                refused.push(messages);
+            }
             // A duplicate was stored before and its PubAck lost: just as good.
             Ok(ack) => {
                 // The messages of a batch are adjacent, and the PubAck names the last.
@@ -166,7 +180,8 @@ async fn await_acks<'a>(in_flight: Vec<InFlight<'a>>, sent: &mut Sent) -> Vec<&'
                     sent.acknowledge(one, ack.sequence.saturating_sub(behind as u64));
                 }
             }
-            // Nothing of it is stored. After a timeout, sending the rows singly would only add load.
+            // Nothing of it is stored. After a timeout, sending the rows singly would only add
+            // load.
             Err(error) if is_batch && !is_no_answer(&error) => {
                 debug!(messages = messages.len(), error = %error, "The broker refused a batch; sending its messages singly");
                 refused.push(messages);

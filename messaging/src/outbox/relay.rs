@@ -157,11 +157,12 @@ impl Relay {
                 Ok(found) => {
                     pace.note(begun.elapsed());
                     let pending = found.outbox_pending;
-                    self.backlog.set(found);
+                    self.backlog.set(Some(found));
                     pending
                 }
                 Err(error) => {
                     pace.note(begun.elapsed());
+                    self.backlog.set(None);
                     self.health.bad(&error);
                     schedule.interrupted(Instant::now());
                     continue;

@@ -13,8 +13,8 @@ use crate::scan::id_at;
 const BATCH: i64 = 1000;
 /// After each statement, so that live events go first.
 const PAUSE: Duration = Duration::from_millis(20);
-/// An event is minted at most this long before it is published. What waited longer, or has an old id
-/// because it was asked again, is not published again: asking again covers it.
+/// An event is minted at most this long before it is published. What waited longer, or has an old
+/// id because it was asked again, is not published again: asking again covers it.
 const MINTED_BEFORE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Which published events to publish again, under the same ids. For readers of the streams, after

@@ -47,9 +47,9 @@ pub(crate) struct Schedule {
 }
 
 impl Schedule {
-    /// Everything is due that was committed before this process started: it was handed off to nobody
-    /// who is still there. (Rows of another replica may be among it; these are published twice under
-    /// one id.)
+    /// Everything is due that was committed before this process started: it was handed off to
+    /// nobody who is still there. (Rows of another replica may be among it; these are published
+    /// twice under one id.)
     pub(crate) fn new(now: Instant) -> Self {
         Self {
             retry_at: now,

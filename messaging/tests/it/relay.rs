@@ -190,7 +190,8 @@ async fn f20_a_row_whose_id_is_much_older_than_what_was_published_is_published_t
     assert_in_place(&outbox).await;
 }
 
-/// What is handed over is published at once; only what was left is looked for, and not before it is old enough.
+/// What is handed over is published at once; only what was left is looked for, and not before it is
+/// old enough.
 #[tokio::test]
 async fn rows_that_were_handed_off_do_not_wait_for_a_poll_and_the_others_are_published_once() {
     let outbox = Outbox::new().await;

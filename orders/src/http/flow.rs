@@ -38,7 +38,7 @@ pub(super) async fn get_flow(
     _: NoParameters,
 ) -> Result<Json<OrdersFlow>, Problem> {
     let flow = state.operators.flow_status().await?;
-    let unsettled = state.operators.pending_requests();
+    let unsettled = state.operators.pending_requests().unwrap_or_default();
     Ok(Json(OrdersFlow {
         flow,
         new_orders: unsettled.number,

@@ -136,6 +136,36 @@ async fn a_key_that_another_transaction_is_storing_delays_only_its_own_order() {
 }
 
 #[tokio::test]
+async fn fifty_keys_that_others_are_storing_cost_one_lock_wait() {
+    let fresh = TestDatabase::fresh().await.unwrap();
+    let db = database(&fresh, 3).await;
+    let held: Vec<NewOrder> = (0..50).map(|_| new_order()).collect();
+    let holder = db.begin("test").await.unwrap();
+    let rows = held.iter().map(Into::into).collect();
+    order::insert_new(&holder, rows).await.unwrap();
+
+    let (intake, batcher) = intake();
+    let retried = held.into_iter().map(|held| NewOrder {
+        id: OrderId::mint(),
+        placed_event_id: EventId::mint(),
+        ..held
+    });
+    let all: Vec<NewOrder> = retried.chain((0..10).map(|_| new_order())).collect();
+    let begun = std::time::Instant::now();
+    let answers = join_all(all.iter().map(|new| intake.place(new.clone())));
+    let answers = tokio::select! {
+        answers = answers => answers,
+        ended = batcher.run(&db, CancellationToken::new()) => panic!("{ended:?}"),
+    };
+    assert!(answers[..50].iter().all(Result::is_err), "{answers:?}");
+    assert!(answers[50..].iter().all(Result::is_ok), "{answers:?}");
+    // One wait is a second. Fifty waits would be 50.
+    let took = begun.elapsed();
+    assert!(took < std::time::Duration::from_secs(4), "{took:?}");
+    holder.rollback().await.unwrap();
+}
+
+#[tokio::test]
 async fn an_order_whose_client_disconnected_while_it_was_queued_is_not_stored() {
     let fresh = TestDatabase::fresh().await.unwrap();
     let db = database(&fresh, 2).await;

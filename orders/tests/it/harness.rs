@@ -81,14 +81,23 @@ impl Orders {
     }
 
     pub(crate) async fn replica_unready(&self) -> InProcessService {
+        // The shared server of the tests runs without fsync.
+        self.replica_with("--accept-unsafe-database").await
+    }
+
+    /// Starts a replica that does not accept the shared server of the tests.
+    pub(crate) async fn strict_replica(&self) -> InProcessService {
+        self.replica_with("--log-filter=info").await
+    }
+
+    async fn replica_with(&self, argument: &str) -> InProcessService {
         let arguments = [
             "orders".to_owned(),
             "--listen=127.0.0.1:0".to_owned(),
             format!("--database-url={}", self.database.url),
             format!("--nats-url={}", self.broker.url()),
             format!("--nats-password={}", self.broker.secrets().nats_orders),
-            // The shared server of the tests runs without fsync.
-            "--accept-unsafe-database".to_owned(),
+            argument.to_owned(),
             "--ack-wait-ms=1000".to_owned(),
         ];
         let more = self.arguments.iter().map(|argument| (*argument).to_owned());

@@ -11,4 +11,5 @@ mod openapi;
 mod placing;
 mod reconciling;
 mod settling;
+mod snapshot;
 mod unavailable;

@@ -1,5 +1,6 @@
 //! What works without the broker or the database, and how failures are reported.
 
+use futures_util::future::join_all;
 use sea_orm::ConnectionTrait as _;
 use serde_json::json;
 use shared_contracts::PaymentOutcome;
@@ -213,4 +214,92 @@ async fn columns_added_by_a_newer_version_do_not_break_a_running_replica() {
         .publish(&settlement(id(&first.json()), PaymentOutcome::Paid))
         .await;
     orders.until_status(id(&first.json()), "FINISHED").await;
+}
+
+#[tokio::test]
+async fn slow_lists_keep_no_order_from_being_placed() {
+    let mut orders = Orders::start_with_arguments(&["--http-connections=2"]).await;
+    // Only reads are slow.
+    orders
+        .db
+        .execute_unprepared(
+            "CREATE FUNCTION slow() RETURNS boolean LANGUAGE plpgsql AS $$
+             BEGIN
+                 IF current_setting('application_name') = 'orders http' THEN
+                     PERFORM pg_sleep(3);
+                 END IF;
+                 RETURN true;
+             END $$;
+             GRANT EXECUTE ON FUNCTION slow() TO PUBLIC;
+             ALTER TABLE orders ENABLE ROW LEVEL SECURITY;
+             ALTER TABLE orders FORCE ROW LEVEL SECURITY;
+             CREATE POLICY slow ON orders USING (slow()) WITH CHECK (true);",
+        )
+        .await
+        .unwrap();
+    orders.placed().await;
+    let lists = join_all((0..8).map(|_| orders.http.get("/v1/orders")));
+    let placing = async {
+        for _ in 0..20 {
+            orders.placed().await;
+        }
+    };
+    tokio::select! {
+        () = placing => {}
+        _ = lists => panic!("the lists were answered first"),
+    }
+    orders.stop().await;
+}
+
+#[tokio::test]
+async fn a_read_only_database_is_not_ready_and_its_connections_are_dropped() {
+    let mut orders = Orders::start().await;
+    let readiness = async || orders.http.get("/readyz").await.unwrap().status;
+    orders.placed().await;
+    let database = orders.database.name();
+    let set =
+        |value| format!("ALTER DATABASE {database} SET default_transaction_read_only = {value}");
+    orders.db.execute_unprepared(&set("on")).await.unwrap();
+    let terminate = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                     WHERE datname = current_database() AND pid <> pg_backend_pid()";
+    orders.db.execute_unprepared(terminate).await.unwrap();
+    eventually("it is not ready", SOON, async || {
+        (readiness().await == 503).then_some(())
+    })
+    .await;
+    let refused = orders.place(None, "alice", 10).await;
+    assert_eq!(refused.status, 503, "{}", refused.text());
+
+    // As after a failover: old connections still lead to a server that lets nobody write.
+    let admin = orders.database.connect_elsewhere().await.unwrap();
+    admin.execute_unprepared(&set("off")).await.unwrap();
+    eventually("it is ready again", SOON, async || {
+        (readiness().await == 200).then_some(())
+    })
+    .await;
+    orders.placed().await;
+    orders.stop().await;
+}
+
+#[tokio::test]
+async fn a_database_without_fsync_is_refused_unless_it_is_accepted() {
+    let mut orders = Orders::start().await;
+    let health = orders.http.get("/readyz?verbose").await.unwrap();
+    assert_eq!(health.status, 200);
+    assert!(
+        health
+            .text()
+            .contains("[~] durability: degraded, PostgreSQL may lose"),
+        "{}",
+        health.text()
+    );
+    let strict = orders.strict_replica().await;
+    let http = Http::new(format!("http://{}", strict.address));
+    eventually("it says why it is not ready", SOON, async || {
+        let health = http.get("/readyz?verbose").await.ok()?;
+        (health.status == 503 && health.text().contains("switch on fsync")).then_some(())
+    })
+    .await;
+    strict.stop().await.unwrap();
+    orders.stop().await;
 }

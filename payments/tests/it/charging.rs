@@ -336,6 +336,27 @@ async fn a_stopping_service_gives_its_messages_back_at_once() {
 }
 
 #[tokio::test]
+async fn a_durable_that_is_created_anew_begins_near_the_end_of_a_long_stream() {
+    let mut payments = Payments::start().await;
+    payments.stop().await;
+    payments.delete_durable().await;
+    let old = request("nobody", 1);
+    payments.publish(&old).await;
+    payments.publish_many(10_100).await;
+    let young = request("nobody", 1);
+    payments.publish(&young).await;
+
+    payments.run().await;
+    payments.decision(&young).await;
+    assert_eq!(payments.decisions().await, 10_000);
+    let decided = format!(
+        "SELECT count(*) FROM payments WHERE order_id = '{}'",
+        old.order_id()
+    );
+    assert_eq!(payments.count(&decided).await, 0, "it will be asked again");
+}
+
+#[tokio::test]
 async fn money_rows_cannot_be_changed_or_deleted() {
     let payments = Payments::start().await;
     payments.open_account("alice", 1000).await;

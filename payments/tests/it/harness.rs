@@ -167,9 +167,7 @@ impl Payments {
     }
 
     pub(crate) fn database_port(&self) -> u16 {
-        let address = self.database.url.split(['@', '/']).nth(3);
-        let port = address.and_then(|address| address.rsplit(':').next());
-        port.unwrap().parse().unwrap()
+        self.database.port()
     }
 
     /// Starts a replica of the service with the same database and broker.
@@ -179,10 +177,7 @@ impl Payments {
 
     /// Like [`Self::replica`], but it reaches the database at another port of this machine.
     pub(crate) async fn replica_at(&self, port: u16) -> InProcessService {
-        let database_url = self
-            .database
-            .url
-            .replace(&format!(":{}/", self.database_port()), &format!(":{port}/"));
+        let database_url = self.database.url_at(port);
         let arguments = [
             "payments".to_owned(),
             "--listen=127.0.0.1:0".to_owned(),
@@ -267,6 +262,42 @@ impl Payments {
             .unwrap()
             .await
             .unwrap();
+    }
+
+    /// Deletes the durable of the service, as an operator may by mistake.
+    pub(crate) async fn delete_durable(&self) {
+        let operator = Broker::connect(BrokerConfig {
+            url: self.broker.url(),
+            user: "ops".to_owned(),
+            password: self.broker.secrets().nats_ops.clone().into(),
+            name: "test".to_owned(),
+        });
+        let operator = operator.await.unwrap();
+        operator.until_connected().await;
+        let stream = operator.jetstream().get_stream(ORDERS_STREAM).await;
+        let deleted = stream
+            .unwrap()
+            .delete_consumer("payments-order-placed")
+            .await;
+        deleted.unwrap();
+    }
+
+    /// Publishes this many requests of a user without an account, without waiting for each PubAck.
+    pub(crate) async fn publish_many(&self, number: u64) {
+        for _ in 0..number {
+            let request = request("nobody", 1);
+            let mut headers = request.headers();
+            headers.insert(header::MESSAGE_ID, Uuid::new_v4().to_string());
+            let body = serde_json::to_string(&request.event).unwrap();
+            let client = self.orders.client();
+            let published = client.publish_with_headers(OrderPlaced::SUBJECT, headers, body.into());
+            published.await.unwrap();
+        }
+        eventually("the stream holds them", SOON, async || {
+            let stream = self.orders.jetstream().get_stream(ORDERS_STREAM).await;
+            (stream.ok()?.cached_info().state.messages >= number).then_some(())
+        })
+        .await;
     }
 
     pub(crate) async fn balance(&self, user: &str) -> i64 {

@@ -35,6 +35,8 @@ async fn orders_placed_before_the_service_started_are_awarded() {
         &format!("--database-url={}", database.url),
         &format!("--nats-url={}", stack.system.nats().url()),
         "--nats-user=reader",
+        // The shared server of the tests runs without fsync.
+        "--accept-unsafe-database",
         &format!(
             "--nats-password={}",
             stack.system.folder().secrets.nats_reader
