@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use e2e::broker::{operator, replay_stream};
+use sea_orm::{ConnectionTrait as _, TransactionTrait as _};
 use stack::proxy::Cut;
 use stack::seed::Seed;
 use stack::testing::TestStack;
@@ -42,6 +43,10 @@ enum Action {
     Swizzle,
     Slow,
     BlackHole(&'static str),
+    /// Another session holds what this statement locks or sees, in the database of the service.
+    Session(&'static str, &'static str),
+    /// The database of this service accepts no writes, as after a demotion.
+    ReadOnly(&'static str),
     /// Armed at the proxies of this service; fires when the message passes.
     Lose(&'static str, &'static str, Cut, usize),
 }
@@ -69,7 +74,7 @@ const fn unknown(name: &'static str, service: &'static str, after: &'static str)
     )
 }
 
-const FAULTS: [Fault; 33] = [
+const FAULTS: [Fault; 38] = [
     fault("kill -9 orders", 3.0, Action::Kill("orders")),
     fault("kill -9 payments", 3.0, Action::Kill("payments")),
     fault("kill -9 gateway", 2.0, Action::Kill("gateway")),
@@ -103,6 +108,32 @@ const FAULTS: [Fault; 33] = [
         Action::BlackHole("postgres"),
     ),
     fault("black hole to nats", 0.34, Action::BlackHole("nats")),
+    fault(
+        "account locked",
+        1.0,
+        Action::Session(
+            "payments",
+            "SELECT 1 FROM accounts ORDER BY random() LIMIT 1 FOR UPDATE",
+        ),
+    ),
+    fault(
+        "all NEW orders locked",
+        0.5,
+        Action::Session(
+            "orders",
+            "SELECT 1 FROM orders WHERE status = 'NEW' FOR UPDATE",
+        ),
+    ),
+    fault(
+        "old snapshot",
+        0.5,
+        Action::Session(
+            "orders",
+            "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM outbox",
+        ),
+    ),
+    fault("orders read-only", 0.34, Action::ReadOnly("orders")),
+    fault("payments read-only", 0.34, Action::ReadOnly("payments")),
     unknown("unknown commit at intake", "orders", "INSERT INTO orders"),
     unknown(
         "unknown commit at deposit",
@@ -416,6 +447,41 @@ impl Nemesis {
                 tokio::time::sleep(Duration::from_millis(1000 + self.seed.below(3000))).await;
                 proxy.clear_faults();
                 Ok(())
+            }
+            Action::Session(service, statement) => {
+                let db = system.postgres().connect(service).await?;
+                let session = db.begin().await?;
+                session.execute_unprepared(statement).await?;
+                tokio::time::sleep(Duration::from_millis(1500 + self.seed.below(2000))).await;
+                session.rollback().await?;
+                Ok(db.close().await?)
+            }
+            Action::ReadOnly(service) => {
+                // Another database of the server: this one accepts no writes from here either.
+                let other = if service == "orders" {
+                    "payments"
+                } else {
+                    "orders"
+                };
+                let db = system.postgres().connect(other).await?;
+                for value in ["on", "off"] {
+                    db.execute_unprepared(&format!(
+                        "ALTER DATABASE {service} SET default_transaction_read_only = {value}"
+                    ))
+                    .await?;
+                    // Sessions that exist keep the old value. The service must drop those that
+                    // accept no writes by itself.
+                    if value == "on" {
+                        db.execute_unprepared(&format!(
+                            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                             WHERE datname = '{service}'"
+                        ))
+                        .await?;
+                        let lasts = Duration::from_millis(500 + self.seed.below(1500));
+                        tokio::time::sleep(lasts).await;
+                    }
+                }
+                Ok(db.close().await?)
             }
             Action::Lose(service, part, cut, times) => {
                 self.proxies.between(service, part).arm(cut, times);

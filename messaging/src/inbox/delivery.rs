@@ -107,6 +107,8 @@ impl<S: Subscriber> Consumer<S> {
             let keys = batch.keys::<S>(&part);
             let settled = match &blame {
                 Blame::Database(error) => Err(anyhow::anyhow!("{error:#}")),
+                // Not even the dead letters of unreadable messages can be stored.
+                Blame::Row(error) if keys.is_empty() => Err(anyhow::anyhow!("{error:#}")),
                 Blame::Row(error) if keys.len() == 1 || blocked_keys >= BLOCKED_KEYS_MAX => {
                     blocked_keys += keys.len();
                     self.defer(&batch, &part, error).await
@@ -265,7 +267,8 @@ impl<S: Subscriber> Consumer<S> {
         Ok(behind.map(|(index, _)| index).collect())
     }
 
-    /// Stores the messages of a part to be applied later, and acknowledges them.
+    /// Stores the messages of a part to be applied later, and acknowledges them. Those that cannot be
+    /// read become dead letters at once.
     async fn defer(
         &self,
         batch: &Batch<'_, S::Event>,
@@ -281,11 +284,21 @@ impl<S: Subscriber> Consumer<S> {
             error = format!("{error:#}"),
             "Messages are deferred: their row is not to be had now"
         );
+        let deferrals = part.indexes.iter();
+        let deferrals = deferrals.filter_map(|one| batch.deferral::<S>(*one));
+        let deferrals: Vec<_> = deferrals.collect();
+        let deferred = deferrals.len();
+        let unreadable = part.indexes.iter().filter_map(|one| {
+            let incoming = &batch.incoming[*one];
+            let cause = incoming.content.as_ref().err()?;
+            Some(DeadMessage::new(incoming, Verdict::Poison(cause.clone())))
+        });
+        let dead: Vec<_> = unreadable.collect();
         let store = async {
             let txn = self.begin("defer").await?;
-            let deferrals = part.indexes.iter();
-            let deferrals = deferrals.filter_map(|one| batch.deferral::<S>(*one));
-            deferred::store(&txn, Self::NAME, deferrals.collect()).await?;
+            let copies_to = self.dead_letters.as_ref();
+            table::store(&txn, &S::SUBSCRIPTION, copies_to, &dead).await?;
+            deferred::store(&txn, Self::NAME, deferrals).await?;
             txn.commit().await?;
             anyhow::Ok(())
         };
@@ -293,8 +306,14 @@ impl<S: Subscriber> Consumer<S> {
             .await
             .context("messages cannot be deferred")?;
         self.deferred_keys.add(keys);
-        count(Self::NAME, "deferred", part.indexes.len());
-        self.acknowledge(batch.messages_of(part), &HashMap::new())
+        count(Self::NAME, "deferred", deferred);
+        count(Self::NAME, "dead", dead.len());
+        for letter in &dead {
+            log_dead_letter(Self::NAME, letter);
+        }
+        let dead = dead.into_iter();
+        let dead = dead.map(|letter| (letter.raw.stream_sequence, letter.verdict));
+        self.acknowledge(batch.messages_of(part), &dead.collect())
             .await;
         Ok(())
     }

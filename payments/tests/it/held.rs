@@ -150,6 +150,40 @@ async fn f65_a_row_that_is_refused_every_time_delays_no_other() {
 }
 
 #[tokio::test]
+async fn f65_poison_among_the_messages_of_a_locked_account_becomes_a_dead_letter() {
+    let payments = Payments::start().await;
+    payments.open_account("alice", 100).await;
+    let orders = [request("alice", 1), request("alice", 1)];
+    let held = payments
+        .while_blocked(3, async || {
+            payments.publish(&orders[0]).await;
+            let poison = request("alice", 1);
+            payments.publish_raw(poison.headers(), "not JSON").await;
+            payments.publish(&orders[1]).await;
+        })
+        .await;
+    let lock = payments.another_connection().await.begin().await.unwrap();
+    lock.execute_unprepared("SELECT 1 FROM accounts FOR UPDATE")
+        .await
+        .unwrap();
+    held.release().await.unwrap();
+    let letters = "SELECT count(*) FROM dead_letters";
+    let deferred = "SELECT count(*) FROM deferred";
+    eventually("all three are stored", SOON, async || {
+        let stored = (
+            payments.count(letters).await,
+            payments.count(deferred).await,
+        );
+        (stored == (1, 2)).then_some(())
+    })
+    .await;
+    lock.rollback().await.unwrap();
+    for order in &orders {
+        assert_eq!(payments.decision(order).await.outcome, "paid");
+    }
+}
+
+#[tokio::test]
 async fn f65_a_batch_that_a_replica_cannot_store_is_stored_by_another() {
     // The broker would wait ten minutes for the ack.
     let payments = Payments::start_with_ack_wait(10 * 60 * 1000).await;
