@@ -1,5 +1,4 @@
-//! The tables of this crate, and bringing tables up to date. A change that was released is never
-//! edited.
+//! The migrations of this crate, and how to run migrations. Never edit a released migration.
 
 use std::time::Duration;
 
@@ -8,11 +7,12 @@ use sea_orm_migration::prelude::*;
 
 use crate::postgres::{sql, within};
 
-/// Checking whether the tables are up to date hangs on a dead connection: it is retried.
+/// Time limit of the check whether the tables are up to date, which would hang on a dead
+/// connection. It is retried.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(20);
-/// Longer than any change of the tables takes, also of large ones.
+/// Time limit of the migration, longer than any change of a large table takes.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(60 * 60);
-/// Any number: whoever migrates holds this advisory lock.
+/// Key of the advisory lock of a migration (any number).
 const MIGRATION_LOCK: i64 = 7_011_987;
 
 /// The migrations of this crate, to be appended to those of the service.
@@ -41,8 +41,8 @@ pub(crate) async fn migrate<M: MigratorTrait>(db: &DatabaseConnection) -> Result
     let Some(txn) = within(CHECK_TIMEOUT, check).await? else {
         return Ok(());
     };
-    // In the transaction that holds the lock, so that the lock cannot end before the change. An
-    // index on a large table takes longer than any statement of the flow may.
+    // The migration runs in the transaction that holds the lock, so that the lock cannot end
+    // earlier. An index on a large table takes longer than the normal statement timeout.
     let change = async {
         txn.execute_unprepared("SET LOCAL statement_timeout = 0")
             .await?;
@@ -52,7 +52,7 @@ pub(crate) async fn migrate<M: MigratorTrait>(db: &DatabaseConnection) -> Result
     within(CHANGE_TIMEOUT, change).await
 }
 
-/// A migration that is plain SQL.
+/// A migration that consists of plain SQL.
 pub fn migration(name: &'static str, up: &'static str) -> Box<dyn MigrationTrait> {
     Box::new(Sql { name, up })
 }
