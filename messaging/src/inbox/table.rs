@@ -21,7 +21,7 @@ pub(crate) struct Model {
     pub stream_sequence: i64,
     pub delivered: i32,
     pub received_at: TimeDateTimeWithTimeZone,
-    /// Number of repetitions; the next column has the time of the last one.
+    /// Number of repetitions. `last_repeat_at` has the time of the last one.
     pub repeats: i32,
     pub last_repeat_at: Option<TimeDateTimeWithTimeZone>,
 }

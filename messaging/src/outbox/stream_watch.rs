@@ -33,7 +33,7 @@ pub(crate) struct StreamWatch {
     pub(crate) health: HealthStatus,
     /// Requests an immediate check.
     pub(crate) check: Notify,
-    /// Number of the newest connection on which the streams were checked.
+    /// Number of the newest connection on which all streams exist.
     checked: watch::Sender<u64>,
 }
 
