@@ -1,9 +1,9 @@
 //! Both sides of re-asking: publishing a request until its answer arrives, and publishing a stored
 //! answer again.
 //!
-//! The broker may lose anything. A request without an answer is re-asked without limit, each time
-//! under the next number. The other service answers each new number. All state that decides when to
-//! re-ask is in the database, so it survives a crash.
+//! The broker may lose any message. A request without an answer is re-asked without limit, each
+//! time under the next number. The other service answers each new number. All state that decides
+//! when to re-ask is in the database, so it survives a crash.
 
 use std::collections::HashSet;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -377,8 +377,8 @@ impl<R: Requests> AskAgain<R> {
     /// Records for all replicas that messages published before this time may be lost. Uses the
     /// database's clock, like the times it is compared with.
     async fn note_loss(&self, before: Instant) -> anyhow::Result<()> {
-        // The age is computed once a connection is open, so that waiting for one does not distort
-        // it.
+        // The age is computed after the transaction has begun, because waiting for a connection
+        // takes time.
         let txn = self.db.begin("note_loss").await?;
         let age = before.elapsed().as_secs_f64();
         let update = sql(

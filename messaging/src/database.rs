@@ -21,7 +21,7 @@ use crate::transaction::{Transaction, Work};
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
 /// On a healthy database, no statement takes this long.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
-/// For a scan of a whole table while an old snapshot keeps dead rows.
+/// A scan of a whole table may take this long while an old snapshot keeps dead rows.
 const SCAN_STATEMENT_TIMEOUT: Duration = Duration::from_secs(600);
 /// After this wait for a lock, the transaction is rolled back and retried.
 const BACKGROUND_LOCK_TIMEOUT_MS: &str = "5000";
@@ -211,9 +211,9 @@ impl Database {
     }
 }
 
-/// Begins a transaction safely under cancellation. If the caller is cancelled, a task still reads
-/// the answer to BEGIN and rolls the transaction back. Otherwise the pool could hand out a
-/// connection that is inside an unknown transaction (sqlx 0.9.0, issue 4393).
+/// Begins a transaction. If the caller is cancelled, a task still reads the answer to BEGIN and
+/// rolls the transaction back. Otherwise the pool could hand out a connection that is inside an
+/// unknown transaction (sqlx 0.9.0, issue 4393).
 pub(crate) async fn begin(connection: &DatabaseConnection) -> Result<DatabaseTransaction, DbErr> {
     let connection = connection.clone();
     let begun = tokio::spawn(async move { connection.begin().await });

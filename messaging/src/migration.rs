@@ -114,11 +114,11 @@ CREATE INDEX deferred_order ON deferred (consumer, ordering_key, stream_sequence
 
 const VACUUM: &str = "
 -- Each row is updated once, when it is published, and leaves an entry in the index of pending rows,
--- which every scan reads until a vacuum. By default a vacuum waits for a fifth of the table.
+-- which every scan reads until a vacuum. By default a vacuum starts at a fifth of the table.
 ALTER TABLE outbox SET (autovacuum_vacuum_scale_factor = 0.02,
                         autovacuum_vacuum_threshold = 10000,
                         autovacuum_analyze_scale_factor = 0.02);
--- Mostly empty, and read often while it is not.
+-- Usually empty, and read often while it is not.
 ALTER TABLE deferred SET (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);
 ";
 
@@ -146,9 +146,9 @@ CREATE TABLE outbox (
     PRIMARY KEY (event_id, n),
     CHECK ((published_at IS NULL) = (stream_sequence IS NULL))
 );
--- What waits, oldest first. Taken by state, never by a cursor: transactions commit out of order.
+-- Pending rows, oldest first. Read by state, not by a cursor: transactions commit out of order.
 CREATE INDEX outbox_pending ON outbox (event_id, n) WHERE published_at IS NULL;
--- The few of them that the broker did not take: looking for these must not walk through the others.
+-- Rows that the broker did not accept: a scan for these must not read all pending rows.
 CREATE INDEX outbox_tried ON outbox (attempts, event_id, n) WHERE published_at IS NULL AND attempts > 0;
 
 CREATE TABLE inbox (

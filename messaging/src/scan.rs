@@ -1,9 +1,10 @@
 //! Decides how often a whole table is scanned for pending rows.
 //!
 //! An index keeps old row versions until a vacuum removes them, and a vacuum keeps versions that an
-//! old snapshot may still see. So a scan for pending rows usually takes a millisecond, but seconds
-//! while a backup, an audit or a forgotten session holds a snapshot. Then scans become rare, and
-//! between them only recent rows are polled. Their number does not depend on the size of the table.
+//! old snapshot may still see. A scan for pending rows usually takes a millisecond. It takes
+//! seconds while a backup, an audit or a forgotten session holds a snapshot. Then scans become
+//! rare, and between them only recent rows are polled. Their number does not depend on the size of
+//! the table.
 
 use std::time::Duration;
 

@@ -13,7 +13,7 @@ use crate::health::HealthStatus;
 use crate::postgres::{one_row, sql, within};
 
 const INTERVAL: Duration = Duration::from_secs(1);
-/// A check on a dead connection would hang.
+/// Time limit of a check, which would hang on a dead connection.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Checks the server of the pools of one process. Clones share them.
@@ -43,7 +43,7 @@ impl fmt::Display for Unfit {
             }
             Self::Unsafe(settings) => write!(
                 f,
-                "PostgreSQL may lose what it has committed: enable {}, or accept it with \
+                "PostgreSQL may lose committed data: enable {}, or accept it with \
                  GOZON_ACCEPT_UNSAFE_DATABASE=true",
                 settings.join(", ")
             ),
@@ -121,7 +121,7 @@ impl ServerCheck {
             Box::pin(async move {
                 match strict.check().await {
                     Err(Unfit::Unsafe(off)) => Err(format!(
-                        "PostgreSQL may lose what it has committed: {} is off",
+                        "PostgreSQL may lose committed data: {} is off",
                         off.join(", ")
                     )),
                     _ => Ok(()),

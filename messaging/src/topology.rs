@@ -180,7 +180,7 @@ impl Subscription {
             replay_policy: ReplayPolicy::Instant,
             ack_policy: AckPolicy::Explicit,
             ack_wait: Duration::from_millis(settings.ack_wait_ms),
-            // No limit, because a message that reaches it is silently never delivered again. A
+            // No limit: at a limit, the broker would silently stop delivering the message. A
             // message that cannot be handled becomes a dead letter instead.
             max_deliver: -1,
             // Enough for five replicas with two batches each in flight.

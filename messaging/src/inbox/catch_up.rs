@@ -192,8 +192,8 @@ impl<S: Subscriber> Consumer<S> {
         Ok(Step::Applied(stored.len()))
     }
 
-    /// Handles a key with a message that can never be applied: applies the messages before it and
-    /// makes it a dead letter.
+    /// Isolates a message of this key that can never be applied: applies the older messages and
+    /// makes this one a dead letter.
     async fn isolate(&self, key: &[String]) -> anyhow::Result<()> {
         let error = loop {
             match within(STEP_TIMEOUT, self.apply_deferred(key, 1)).await {

@@ -98,7 +98,8 @@ impl<S: Subscriber> Consumer<S> {
                     }
                 }
                 Err(error) => {
-                    // Nothing is lost since then only if the stream is known to be missing.
+                    // Keeps the start of the lookup only while the stream is known to be missing:
+                    // nothing can have been lost since then.
                     if !error.is::<NoStream>() {
                         searching = None;
                     }

@@ -303,7 +303,7 @@ impl<S: Subscriber> Consumer<S> {
         Ok(())
     }
 
-    /// Makes a message that the handler can never apply a dead letter.
+    /// Stores a message that the handler can never apply as a dead letter.
     async fn give_up(
         &self,
         batch: &Batch<'_, S::Event>,
@@ -388,7 +388,7 @@ impl<S: Subscriber> Consumer<S> {
             );
         }
         if let Err(injected) = failpoint!("consumer.after_ack") {
-            debug!(error = %injected, "Failpoint after the acks: nothing to undo");
+            debug!(error = %injected, "Injected failure after the acks: nothing to roll back");
         }
     }
 

@@ -14,9 +14,9 @@ use crate::outbox::table::Pending;
 
 /// Maximum number of queued rows: a few megabytes, and about one second of work for a busy relay.
 const ROWS_MAX: usize = 5000;
-/// Rows that are queued for longer are left to polling. It is well below
-/// [`POLLED_AFTER`](crate::outbox::table::POLLED_AFTER), because otherwise both would publish a
-/// row. The broker drops the duplicate, but it adds load when load is already too high.
+/// Rows that are queued for longer are left to polling. This is well below
+/// [`POLLED_AFTER`](crate::outbox::table::POLLED_AFTER); otherwise both would publish a row. The
+/// broker would drop the duplicate, but it adds load when load is already too high.
 const WAIT_MAX: Duration = Duration::from_millis(700);
 
 /// The queue between transactions and relay. Clones share it.

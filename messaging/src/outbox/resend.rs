@@ -13,7 +13,7 @@ use crate::scan::id_at;
 const BATCH: i64 = 1000;
 /// Pause after each statement, so that live events have priority.
 const PAUSE: Duration = Duration::from_millis(20);
-/// Maximum time assumed between generating an event id and publishing the event. Events that were
+/// Assumed maximum time between generating an event id and publishing the event. Events that were
 /// pending for longer, or have an old id because they were re-asked, are not resent: the reconciler
 /// re-asks for them.
 const MINTED_BEFORE: Duration = Duration::from_secs(24 * 60 * 60);

@@ -133,8 +133,9 @@ impl StreamWatch {
             }
             states.insert(wanted.name, state);
             if ensured == Ensured::Created || lost_messages {
-                // If we created the stream, nothing was in it before the last check. If someone
-                // else created or truncated it, we do not know when; assume now.
+                // If we created the stream, it was missing when this check began, so only earlier
+                // messages are lost. If someone else created or truncated it, we do not know when;
+                // assume now.
                 let before = match ensured {
                     Ensured::Created => begun,
                     Ensured::Found => Instant::now(),
