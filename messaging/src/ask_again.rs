@@ -224,7 +224,7 @@ impl<R: Requests> AskAgain<R> {
         if let Some(before) = loss.filter(|_| !removed!("reconcile.lost_at")) {
             within(STEP_TIMEOUT, self.note_loss(before))
                 .await
-                .context("cannot record that the broker lost messages")?;
+                .context("the broker loss cannot be recorded")?;
             progress.scan_at = Instant::now();
         }
         let is_continued = matches!(progress.range, Range::After(id) if !id.is_nil());

@@ -81,7 +81,7 @@ impl MigrationTrait for Sql {
 }
 
 const ASK_AGAIN: &str = "
--- One row: whatever was published before `lost_at` may be lost and is asked for again. Orders had
+-- One row: requests published before `lost_at` may be lost and are re-asked. Orders had
 -- this table before it belonged to this crate.
 CREATE TABLE IF NOT EXISTS reconciliation (
     id      boolean     PRIMARY KEY DEFAULT true CHECK (id),
@@ -93,7 +93,7 @@ ALTER TABLE dead_letters ADD COLUMN about uuid;
 ";
 
 const DEFERRED: &str = "
--- Messages that wait for a row that another transaction holds.
+-- Messages whose row another transaction has locked, or the database refuses.
 CREATE TABLE deferred (
     consumer        text        NOT NULL,
     event_id        uuid        NOT NULL,

@@ -251,10 +251,7 @@ impl Relay {
             }
             Err(error) => {
                 if self.health.bad(format!("{error:#}")) {
-                    warn!(
-                        error = format!("{error:#}"),
-                        "Publishing failed; trying again"
-                    );
+                    warn!(error = format!("{error:#}"), "Publishing failed; retrying");
                 }
                 None
             }
