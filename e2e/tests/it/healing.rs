@@ -69,7 +69,7 @@ async fn f67_orders_that_the_stream_could_not_hold_end_soon_after_payments_retur
     let asked_twice = count(&db, asked_twice).await;
     assert!(
         asked_twice < orders as i64 / 10,
-        "{asked_twice} requests were published more than twice"
+        "{asked_twice} orders were re-asked more than twice"
     );
     shop.assert_settled(orders).await;
 }
