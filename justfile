@@ -128,7 +128,7 @@ tail stream='ORDERS' *arguments: (nats_cli "subscribe --stream " + stream + " --
 topology *arguments: (nats_cli "stream info ORDERS")
     @recipes/gozon.sh topology "$@"
 
-# Show how many messages wait to be published; `resend --since TIME` publishes old ones again
+# Show how many messages are unpublished; `resend --since TIME` publishes old ones again
 [group('inspect')]
 [no-exit-message]
 outbox *arguments: (nats_cli "stream subjects ORDERS")

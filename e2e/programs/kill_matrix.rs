@@ -173,7 +173,7 @@ impl Matrix {
         if matches!(failpoint, "relay.before_commit" | "relay.after_commit") {
             self.leave_a_row(service).await?;
         }
-        // Messages are deferred while their row is not to be had.
+        // Messages are deferred while their row is locked.
         let held = if failpoint.starts_with("defer.") || failpoint.starts_with("catch_up.") {
             let db = self.stack.system.postgres().connect(service).await?;
             Some(HeldInserts::refused(db.clone(), "inbox", "55P03").await?)

@@ -118,7 +118,7 @@ async fn main() -> anyhow::Result<ExitCode> {
     );
     println!("other answers        {:?}", result.others);
 
-    // Settling what was accepted is not measured, so the bottleneck is removed.
+    // Settling the accepted orders is not measured, so the bottleneck is removed.
     proxy.clear_faults();
     let begun = Instant::now();
     let databases = checks::databases(&stack.system).await?;

@@ -1,10 +1,9 @@
-//! Both halves of asking again: publishing a request until its answer comes, and giving a stored
+//! Both sides of re-asking: publishing a request until its answer arrives, and publishing a stored
 //! answer again.
 //!
-//! Whatever the broker loses, a request that stays without an answer is published again, for ever,
-//! each time under the next number. The other service answers a number that it has not answered
-//! yet. Everything that decides when to ask is in the database; a process that dies forgets
-//! nothing.
+//! The broker may lose any message. A request without an answer is re-asked without limit, each
+//! time under the next number. The other service answers each new number. All state that decides
+//! when to re-ask is in the database, so it survives a crash.
 
 use std::collections::HashSet;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -31,90 +30,90 @@ use crate::postgres::{execute, now, one_row, sql, within};
 use crate::scan::{Pace, RECENT, id_at};
 use crate::transaction::Transaction;
 
-/// How often due requests are looked for.
+/// Interval between two scans for due requests.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// While more requests are due than the last step asked.
+/// Interval while more requests are due than the last step re-asked.
 const BUSY_INTERVAL: Duration = Duration::from_millis(20);
-/// A step that hangs (a dead connection) is given up.
+/// A step that hangs, for example on a dead connection, is aborted.
 const STEP_TIMEOUT: Duration = Duration::from_secs(20);
-/// The broker is asked within a transaction.
+/// Short, because a transaction is open while the broker answers.
 const READER_TIMEOUT: Duration = Duration::from_secs(1);
-/// Any number: of several replicas, the one that holds this advisory lock asks.
+/// Key of an advisory lock (any number): only the replica that holds it re-asks.
 const ASK_AGAIN_LOCK: i64 = 7_011_988;
-/// Requests of one step.
+/// Maximum number of requests per step.
 const BATCH_MAX: u32 = 1000;
-/// Requests that may wait for their reader, if the stream has room for twice as many. So they are
-/// published at the pace at which they are read, and evict none that nobody has read.
+/// Maximum number of unread requests, if the stream has room for twice as many. So re-asks are
+/// published no faster than they are read, and evict no unread request.
 const UNREAD_MAX: u64 = 2000;
-/// Size of a stored request, before the stream tells better.
+/// Assumed size of a request while the stream is empty.
 const REQUEST_BYTES: u64 = 512;
-/// Counting stops here: beyond it nobody needs an exact number.
+/// Counting stops here, because it is expensive and nobody needs an exact larger number.
 const COUNT_MAX: i64 = 100_000;
 
-/// Requests that are published again until an answer comes.
+/// Requests that are re-asked until an answer arrives.
 pub trait Requests: Send + Sync + 'static {
     type Event: Event;
 
-    /// Where the requests are.
+    /// The table that holds the requests.
     const TABLE: RequestTable;
 
     /// Durable consumer of the service that answers.
     const READ_BY: &'static str;
 
-    /// The requests of these rows, which `txn` has locked. A row that yields no request (someone
-    /// edited the table) is counted as asked, and delays no other.
+    /// Loads the requests of these rows, which `txn` has locked. A row without a request (someone
+    /// edited the table) counts as re-asked and does not delay the others.
     fn load(
         &self,
         txn: &Transaction,
         ids: &[Uuid],
     ) -> impl Future<Output = Result<Vec<Request<Self::Event>>, DbErr>> + Send;
 
-    /// Called once the requests are committed.
+    /// Called after the re-asks are committed.
     fn asked(&self, requests: usize);
 }
 
-/// A request as a row holds it.
+/// A request as loaded from its row.
 pub struct Request<E> {
     pub id: Uuid,
     pub event: anyhow::Result<E>,
 }
 
-/// A table with one row per request. These names are put into SQL as they are.
+/// A table with one row per request. These names are inserted into SQL verbatim.
 #[derive(Clone, Copy, Debug)]
 pub struct RequestTable {
     pub name: &'static str,
-    /// Condition on a row `r`: no answer has come.
+    /// SQL condition on a row `r`: it has no answer.
     pub is_pending: &'static str,
-    /// The event of the request.
+    /// Column of the request's event id.
     pub event_id: &'static str,
-    /// Number of the newest request: 0 for the first, then 1, 2, ...
+    /// Column of the number of the newest request: 0 for the first, then 1, 2, ...
     pub asks: &'static str,
-    /// When it was asked again last.
+    /// Column of the time of the last re-ask.
     pub asked_at: &'static str,
-    /// When the row was stored, by the database's clock.
+    /// Column of the time when the row was stored, by the database's clock.
     pub stored_at: &'static str,
 }
 
-/// When a request without an answer is published again.
+/// When a request without an answer is re-asked.
 #[derive(Clone, Copy, Debug)]
 pub struct AskPolicy {
-    /// After the last request was published. Doubled with each further one.
+    /// Delay after the last publication. It doubles with each re-ask.
     pub after: Duration,
-    /// Never later than this.
+    /// Maximum delay.
     pub after_max: Duration,
-    /// At most so many requests per second. They are never asked faster than they are read.
+    /// Maximum number of re-asks per second. They are never published faster than they are read.
     pub limit: u32,
 }
 
-/// Requests without an answer, as this process found them in its last scan; none if that failed.
-/// Clones share it.
+/// Requests without an answer, as found by the last scan of this process; `None` if it failed.
+/// Clones share the value.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct PendingRequests(Arc<RwLock<Option<Pending>>>);
 
-/// Requests without an answer.
+/// Number and age of requests without an answer.
 #[derive(Clone, Copy, Debug, Default, FromQueryResult)]
 pub struct Pending {
-    /// Counted up to 100000.
+    /// Counted up to 100,000.
     pub number: i64,
     /// Age of the oldest, by the database's clock.
     pub oldest_seconds: f64,
@@ -130,7 +129,7 @@ impl PendingRequests {
     }
 }
 
-/// Asks again, in one process.
+/// Re-asks due requests, in one process.
 pub(crate) struct AskAgain<R> {
     pub(crate) db: Database,
     /// For scans of the whole table, which may take long.
@@ -149,34 +148,34 @@ struct Due {
     asks: i32,
 }
 
-/// Where due requests are looked for.
+/// Which rows a step reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Range {
-    /// Everything behind this id.
+    /// Rows with a greater id than this one.
     After(Uuid),
-    /// What has just become old enough to be asked for the first time.
+    /// Rows that have just become old enough for their first re-ask.
     Recent,
 }
 
-/// What one step did.
+/// Result of one step.
 enum Step {
-    /// Everything that was due is asked.
+    /// All due requests are re-asked.
     Asked(usize),
-    /// There may be more behind this id.
+    /// There may be more due requests with a greater id.
     More(usize, Uuid),
-    /// The reader has enough to read.
+    /// The reader already has the maximum number of unread requests.
     ReaderIsBehind,
 }
 
-/// What a process remembers between two steps.
+/// State that a process keeps between two steps.
 struct Progress {
     range: Range,
     pace: Pace,
     scan_at: Instant,
-    /// Requests that may be asked now, and since when they are counted.
+    /// Requests that the rate limit allows now, and when that was computed.
     allowed: f64,
     since: Instant,
-    /// When the durable of the reader was created.
+    /// Creation time of the reader's durable consumer.
     reader: Option<OffsetDateTime>,
 }
 
@@ -208,7 +207,7 @@ impl<R: Requests> AskAgain<R> {
                 Err(error) => {
                     warn!(
                         error = format!("{error:#}"),
-                        "Requests without an answer could not be looked for; trying again"
+                        "The scan for requests without an answer failed; retrying"
                     );
                     INTERVAL
                 }
@@ -216,7 +215,7 @@ impl<R: Requests> AskAgain<R> {
         }
     }
 
-    /// Asks what is due. Returns the time until the next round.
+    /// Re-asks due requests. Returns the time until the next round.
     async fn round(
         &self,
         loss: Option<Instant>,
@@ -225,7 +224,7 @@ impl<R: Requests> AskAgain<R> {
         if let Some(before) = loss.filter(|_| !removed!("reconcile.lost_at")) {
             within(STEP_TIMEOUT, self.note_loss(before))
                 .await
-                .context("that the broker lost messages could not be noted")?;
+                .context("the broker loss cannot be recorded")?;
             progress.scan_at = Instant::now();
         }
         let is_continued = matches!(progress.range, Range::After(id) if !id.is_nil());
@@ -236,7 +235,7 @@ impl<R: Requests> AskAgain<R> {
             progress.scan_at = Instant::now() + progress.pace.pause();
             self.pending.set(counted.as_ref().ok().copied());
             let found = counted?;
-            // Mostly nothing is pending.
+            // Usually nothing is pending.
             if found.number == 0 {
                 progress.range = Range::Recent;
                 return Ok(INTERVAL);
@@ -266,15 +265,12 @@ impl<R: Requests> AskAgain<R> {
         if asked > 0 {
             progress.allowed -= asked as f64;
             self.requests.asked(asked);
-            info!(
-                requests = asked,
-                "Requests without an answer published again"
-            );
+            info!(requests = asked, "Re-asked requests without an answer");
         }
         Ok(pause)
     }
 
-    /// One step: in one transaction, the requests that are due and a new message for each.
+    /// One step: locks due requests and enqueues a new message for each, in one transaction.
     async fn step(
         &self,
         db: &Database,
@@ -305,7 +301,7 @@ impl<R: Requests> AskAgain<R> {
         let counted = self.count(&txn, &due).await?;
         anyhow::ensure!(
             counted == due.len() as u64,
-            "requests that were locked while pending are not pending any more"
+            "locked requests are no longer pending"
         );
         txn.enqueue(messages).await?;
         txn.commit().await?;
@@ -315,14 +311,14 @@ impl<R: Requests> AskAgain<R> {
         })
     }
 
-    /// How many requests the reader can be given now. If it does not exist yet, it reads what the
-    /// stream holds when it does.
+    /// How many requests may be published to the reader now. If its durable does not exist yet, it
+    /// will begin with what the stream holds then.
     async fn room(&self, progress: &mut Progress) -> u64 {
         let found = tokio::time::timeout(READER_TIMEOUT, self.reader()).await;
         match found.unwrap_or_else(|_| Err(anyhow::anyhow!("no answer"))) {
             Ok((Some(reader), unread_max)) => {
                 if progress.reader.is_some_and(|known| known != reader.created) {
-                    // It skipped what it had not read before.
+                    // A new durable may have skipped unread requests.
                     self.loss.note(Instant::now());
                 }
                 progress.reader = Some(reader.created);
@@ -333,14 +329,14 @@ impl<R: Requests> AskAgain<R> {
             Err(error) => {
                 debug!(
                     error = format!("{error:#}"),
-                    "The reader of requests is not known"
+                    "The state of the reader of requests is unknown"
                 );
                 0
             }
         }
     }
 
-    /// The durable of the reader, if it exists, and how many requests may wait for it.
+    /// The reader's durable, if it exists, and the maximum number of unread requests.
     async fn reader(&self) -> anyhow::Result<(Option<consumer::Info>, u64)> {
         let jetstream = self.broker.jetstream();
         let stream = jetstream.get_stream(R::Event::STREAM).await?;
@@ -378,10 +374,11 @@ impl<R: Requests> AskAgain<R> {
         one_row(&*self.scan_db, sql(&query, [COUNT_MAX.into()])).await
     }
 
-    /// Notes for all replicas that what was published before may be lost, by the database's clock,
-    /// like the times it is compared with.
+    /// Records for all replicas that messages published before this time may be lost. Uses the
+    /// database's clock, like the times it is compared with.
     async fn note_loss(&self, before: Instant) -> anyhow::Result<()> {
-        // The age is taken when there is a connection, after any wait for one.
+        // The age is computed after the transaction has begun, because waiting for a connection
+        // takes time.
         let txn = self.db.begin("note_loss").await?;
         let age = before.elapsed().as_secs_f64();
         let update = sql(
@@ -393,13 +390,14 @@ impl<R: Requests> AskAgain<R> {
         Ok(txn.commit().await?)
     }
 
-    /// Locks pending requests, the oldest first, that were published so long ago that they or their
-    /// answers may be lost, or before the broker is known to have lost messages. One that still
-    /// waits in the outbox is not due, whatever its age; for one that was pruned there, the time of
-    /// asking counts. All by the database's clock: that of a process may be wrong by any amount.
+    /// Locks due requests, the oldest first. A pending request is due if its delay after
+    /// publication has passed, or if it was published before a known broker loss. A request that is
+    /// still pending in the outbox is not due, whatever its age. If the outbox row was pruned, the
+    /// time of the last request counts. Only the database's clock decides: the clock of a process
+    /// may be wrong by any amount.
     ///
-    /// Requests too young for any of this are excluded before their outbox rows are looked up:
-    /// under load there are thousands.
+    /// Requests that are too young are excluded before their outbox rows are read: under load there
+    /// are thousands.
     async fn lock_due(
         &self,
         txn: &DatabaseTransaction,
@@ -457,8 +455,8 @@ impl<R: Requests> AskAgain<R> {
         .await
     }
 
-    /// The next request of each row: the same event under the next number, so that the broker does
-    /// not take it for a repetition.
+    /// Builds the next request of each row: the same event under the next number, so that the
+    /// broker does not drop it as a duplicate.
     async fn messages(&self, txn: &Transaction, due: &[Due]) -> anyhow::Result<Vec<Message>> {
         let ids: Vec<Uuid> = due.iter().map(|one| one.id).collect();
         let at = now();
@@ -475,11 +473,11 @@ impl<R: Requests> AskAgain<R> {
                     let event_id = EventId::from(one.event_id);
                     messages.push(Message::again(event_id, ask, &event, at, None));
                 }
-                // Someone edited the table. The other requests go on.
+                // Someone edited the table. The other requests are not affected.
                 Err(error) => error!(
                     request.id = %id,
                     error = format!("{error:#}"),
-                    "A request cannot be published again"
+                    "A request cannot be re-asked"
                 ),
             }
         }
@@ -504,7 +502,7 @@ impl<R: Requests> AskAgain<R> {
 }
 
 impl Progress {
-    /// How many requests may be asked now, at so many per second.
+    /// How many requests the rate limit allows now.
     fn allow(&mut self, per_second: u32) -> u32 {
         let per_second = f64::from(per_second);
         self.allowed += per_second * self.since.elapsed().as_secs_f64();
@@ -524,13 +522,13 @@ async fn take_lock(txn: &DatabaseTransaction) -> Result<bool, DbErr> {
     row.map_or(Ok(false), |row| row.try_get("", "held"))
 }
 
-/// A table of stored answers, one row per request. These names are put into SQL as they are.
+/// A table of stored answers, one row per request. These names are inserted into SQL verbatim.
 #[derive(Clone, Copy, Debug)]
 pub struct AnswerTable {
     pub name: &'static str,
-    /// Primary key, a UUID.
+    /// Column of the primary key, a UUID.
     pub key: &'static str,
-    /// Number of the newest request that was answered.
+    /// Column of the number of the newest answered request.
     pub last_ask: &'static str,
 }
 
@@ -539,8 +537,8 @@ struct Rearmed {
     key: Uuid,
 }
 
-/// Raises `last_ask` to these numbers, and returns the keys for which the number was new: these
-/// stored answers are to be given again, with [`Message::again`].
+/// Raises `last_ask` to these numbers and returns the keys whose number is new. The caller
+/// publishes the stored answers of these keys again, with [`Message::again`].
 pub async fn rearm(
     txn: &DatabaseTransaction,
     table: &AnswerTable,

@@ -1,5 +1,5 @@
-//! What is pending in the tables of a service. The same queries serve the operator's page, the
-//! gauges and `gozon outbox`.
+//! The backlog of a service. The operator's page, the gauges and `gozon outbox` use the same
+//! queries.
 
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -14,7 +14,7 @@ use utoipa::ToSchema;
 
 use crate::postgres::{one_row, sql};
 
-/// Counting stops here: beyond it nobody needs an exact number.
+/// Counting stops here, because it is expensive and nobody needs an exact larger number.
 const COUNT_MAX: i64 = 100_000;
 
 const OUTBOX_PENDING: &str = "gozon_outbox_pending";
@@ -36,28 +36,28 @@ pub struct Backlog {
     pub messages: MessageBacklog,
 }
 
-/// Outbox rows that wait to be published.
+/// Pending outbox rows.
 #[derive(Clone, Debug, Default, FromQueryResult, Serialize, ToSchema)]
 pub struct OutboxBacklog {
-    /// Outbox rows that are not published yet. Counted up to 100000.
+    /// Outbox rows that are not published yet, counted up to 100,000.
     pub outbox_pending: i64,
-    /// Age of the oldest of them.
+    /// Age of the oldest unpublished row.
     pub outbox_oldest_seconds: f64,
-    /// The most attempts to publish one of them.
+    /// Largest number of publish attempts of an unpublished row.
     pub outbox_attempts_max: i32,
 }
 
-/// Messages that were received and not applied.
+/// Received messages that are not applied.
 #[derive(Clone, Debug, FromQueryResult, Serialize, ToSchema)]
 pub struct MessageBacklog {
-    /// Dead letters that could not be handled and wait for an operator.
+    /// Unresolved dead letters that cannot be handled.
     pub poison: i64,
-    /// Dead letters that contradict what is decided and wait for an operator.
+    /// Unresolved dead letters that contradict an earlier decision.
     pub quarantine: i64,
-    /// Messages that wait for a row that is locked or refused for now. They are applied without an
-    /// operator once the row is free. Counted up to 100000.
+    /// Deferred messages: their row is locked, or the database refuses it for now. They are applied
+    /// automatically once the row is free. Counted up to 100,000.
     pub deferred: i64,
-    /// Age of the oldest of them.
+    /// Time since the oldest deferred message was deferred.
     pub deferred_oldest_seconds: f64,
 }
 
@@ -71,7 +71,7 @@ impl Backlog {
 }
 
 impl OutboxBacklog {
-    /// A scan: slow while an old snapshot keeps published rows in the index.
+    /// A scan: it is slow while an old snapshot keeps published rows in the index.
     pub(crate) async fn read(db: &DatabaseConnection) -> Result<Self, DbErr> {
         let query = "
         SELECT count(*) AS outbox_pending,
@@ -101,8 +101,8 @@ impl MessageBacklog {
     }
 }
 
-/// The outbox as the relay of this process found it in its last scan; none if that failed. Clones
-/// share it.
+/// The outbox backlog from the relay's last scan in this process; `None` if it failed. Clones share
+/// the value.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct OutboxBacklogWatch(Arc<RwLock<Option<OutboxBacklog>>>);
 
@@ -119,19 +119,19 @@ impl OutboxBacklogWatch {
     }
 }
 
-/// What a consumer has not done yet, as the broker sees it.
+/// The lag of a consumer, as the broker reports it.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct ConsumerLag {
     pub name: String,
-    /// Messages that were not delivered yet.
+    /// Messages that are not delivered yet.
     pub pending: u64,
-    /// Messages that were delivered and are not acknowledged yet.
+    /// Messages that are delivered but not acknowledged yet.
     pub ack_pending: u64,
-    /// Of these, the ones that were delivered more than once.
+    /// Unacknowledged messages that were delivered more than once.
     pub redelivered: u64,
 }
 
-/// None while the broker is away or the consumer does not exist.
+/// `None` if the broker does not answer or the consumer does not exist.
 pub(crate) async fn consumer_lag(
     broker: &Broker,
     consumer: &str,
@@ -157,28 +157,31 @@ pub(crate) async fn consumer_lag(
 pub(crate) fn describe_gauges() {
     describe_gauge!(
         OUTBOX_PENDING,
-        "Outbox rows that are not published yet; counts to 100000"
+        "Unpublished outbox rows, counted up to 100,000"
     );
-    describe_gauge!(OUTBOX_OLDEST, "Age of the oldest of them");
-    describe_gauge!(DEAD_LETTERS, "Dead letters that wait for an operator");
+    describe_gauge!(OUTBOX_OLDEST, "Age of the oldest unpublished outbox row");
+    describe_gauge!(DEAD_LETTERS, "Unresolved dead letters");
     describe_gauge!(
         DEFERRED,
-        "Messages that wait for a row that is locked or refused for now"
+        "Deferred messages: their row is locked, or the database refuses it for now"
     );
-    describe_gauge!(DEFERRED_OLDEST, "Age of the oldest of them");
+    describe_gauge!(
+        DEFERRED_OLDEST,
+        "Time since the oldest deferred message was deferred"
+    );
     describe_gauge!(
         CONSUMER_PENDING,
-        "Messages that the consumer has not been given yet"
+        "Messages that are not delivered to the consumer yet"
     );
     describe_gauge!(
         CONSUMER_UNACKNOWLEDGED,
-        "Messages that the consumer was given and has not acknowledged"
+        "Messages that are delivered but not acknowledged yet"
     );
     describe_gauge!(STREAM_MESSAGES, "Messages in the stream");
     describe_gauge!(STREAM_BYTES, "Size of the stream");
     describe_gauge!(
         STREAM_MAX_BYTES,
-        "Size at which the stream drops its oldest messages"
+        "Size limit, beyond which the stream deletes its oldest messages"
     );
 }
 
@@ -187,7 +190,7 @@ pub(crate) async fn set_gauges(
     outbox: &OutboxBacklogWatch,
 ) -> Result<(), DbErr> {
     let found = MessageBacklog::read(db).await?;
-    // Only if the database answers: otherwise the last scan may be old.
+    // The last scan may be old if the database does not answer, so query the database first.
     if let Some(outbox) = outbox.get() {
         gauge!(OUTBOX_PENDING).set(outbox.outbox_pending as f64);
         gauge!(OUTBOX_OLDEST).set(outbox.outbox_oldest_seconds);
@@ -199,8 +202,8 @@ pub(crate) async fn set_gauges(
     Ok(())
 }
 
-/// How full a stream is, and how far each of its durable readers is behind. Readers belong to other
-/// services, which may be away.
+/// Sets the gauges of a stream's size and of the lag of its durable consumers. The consumers belong
+/// to other services, which may be down.
 pub(crate) async fn set_stream_gauges(broker: &Broker, stream: &'static str) -> anyhow::Result<()> {
     anyhow::ensure!(broker.is_connected(), "the broker is away");
     let found = broker.jetstream().get_stream(stream).await?;
@@ -212,7 +215,7 @@ pub(crate) async fn set_stream_gauges(broker: &Broker, stream: &'static str) -> 
         .consumers()
         .try_collect()
         .await
-        .context("the consumers cannot be listed")?;
+        .context("consumers cannot be listed")?;
     for reader in readers {
         let Some(name) = reader.config.durable_name else {
             continue;

@@ -1,19 +1,19 @@
-//! That the broker lost messages it had acknowledged: noted by relay and consumer, acted on by
-//! [`ask_again`](crate::ask_again).
+//! Broker loss: relay and consumer note that the broker lost acknowledged messages.
+//! [`ask_again`](crate::ask_again) then re-asks.
 
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-/// What one process has noticed. Clones share one state.
+/// The broker loss that this process has noticed. Clones share one state.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct BrokerLoss(watch::Sender<Option<Instant>>);
 
 impl BrokerLoss {
-    /// What was published before this moment may be lost; what was published after it is not.
+    /// Messages published before this moment may be lost; later ones are not.
     ///
-    /// The moment is that of the loss, as far as it is known, not of its discovery: in a new
-    /// installation the first orders are published before all streams and consumers exist, and
-    /// none of them is lost.
+    /// The moment is that of the loss, as far as it is known, not of its discovery. In a new
+    /// installation the first requests are published before all streams and consumers exist, and
+    /// none is lost.
     pub(crate) fn note(&self, before: Instant) {
         self.0.send_if_modified(|latest| {
             let is_later = *latest < Some(before);
@@ -22,7 +22,7 @@ impl BrokerLoss {
         });
     }
 
-    /// The latest moment that was noted.
+    /// The latest noted moment.
     pub(crate) fn watch(&self) -> watch::Receiver<Option<Instant>> {
         self.0.subscribe()
     }

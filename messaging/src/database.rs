@@ -17,28 +17,28 @@ use crate::migration::migrate;
 use crate::outbox::hand_off::HandOff;
 use crate::transaction::{Transaction, Work};
 
-/// Waiting longer for a free connection means the pool is too small or the database is away.
+/// A longer wait for a connection means that the pool is too small or the database is down.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
-/// No statement of ours takes this long on a healthy database.
+/// On a healthy database, no statement takes this long.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
-/// A scan of a whole table, while an old snapshot keeps its dead rows.
+/// A scan of a whole table may take this long while an old snapshot keeps dead rows.
 const SCAN_STATEMENT_TIMEOUT: Duration = Duration::from_secs(600);
-/// A lock that is not granted: give up, roll back, retry.
+/// After this wait for a lock, the transaction is rolled back and retried.
 const BACKGROUND_LOCK_TIMEOUT_MS: &str = "5000";
-/// While a batch waits for one row, all of its messages wait. Replicas that share a busy account
-/// hold it for less.
+/// Short, because all messages of a batch wait for one locked row. Replicas that share a busy
+/// account hold its lock for less than this.
 const CONSUMERS_LOCK_TIMEOUT_MS: &str = "50";
-/// A client waits, and a row that another request holds for longer belongs to a frozen process.
+/// A client is waiting. If a request holds a row lock for longer than this, its process is frozen.
 const REQUESTS_LOCK_TIMEOUT_MS: &str = "1000";
-/// The server ends a transaction whose client froze, which frees its row locks. Longer than
-/// anything that we wait for inside a transaction.
+/// The server ends the transaction of a frozen client, which releases its row locks. Longer than
+/// any wait inside one of our transactions.
 const IDLE_IN_TRANSACTION_TIMEOUT_MS: &str = "15000";
-/// A connection that was idle this long is pinged before use: the server may have closed it.
+/// A connection that was idle for this long is pinged before use: the server may have closed it.
 const PING_WHEN_IDLE_FOR: Duration = Duration::from_secs(1);
-/// A connection that is given back must answer within this, or it is closed.
+/// A connection returned to the pool must answer a ping within this time, or it is closed.
 const GIVE_BACK_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What the server ends on the connections of a pool.
+/// Timeouts that the server enforces on the connections of a pool.
 struct Limits {
     statement: Duration,
     lock_ms: &'static str,
@@ -53,8 +53,8 @@ impl Limits {
     }
 }
 
-/// A pool of connections whose transactions hand what they enqueue to the relay of this process.
-/// Cheap to clone. Dereferences to SeaORM's connection, for reading.
+/// A connection pool. Its transactions hand enqueued rows off to the relay of this process. Cheap
+/// to clone. Dereferences to SeaORM's connection, for reading.
 #[derive(Clone, Debug)]
 pub struct Database {
     connection: DatabaseConnection,
@@ -166,9 +166,9 @@ impl Database {
                             Ok(true)
                         })
                     })
-                    // Whoever stops waiting, for example a client that disconnects, leaves a
-                    // statement unanswered. The pool's own ping has no timeout: on a dead
-                    // connection it would wait for ever, and the pool would shrink by one.
+                    // A cancelled request, for example of a client that disconnects, may leave a
+                    // statement in progress. The pool's own ping has no timeout: on a dead
+                    // connection it would never return, and the pool would lose one connection.
                     .after_release(|connection, _| {
                         Box::pin(async {
                             match tokio::time::timeout(GIVE_BACK_TIMEOUT, connection.ping()).await {
@@ -185,7 +185,7 @@ impl Database {
         })
     }
 
-    /// The same pool, handing off to the relay that takes from `hand_off`.
+    /// The same pool, but its transactions hand off to the relay that reads `hand_off`.
     pub(crate) fn handing_off_to(self, hand_off: HandOff) -> Self {
         Self { hand_off, ..self }
     }
@@ -195,7 +195,7 @@ impl Database {
         migrate::<M>(&self.connection).await
     }
 
-    /// Begins a transaction. `work` says in one word what it does; metrics are labelled with it.
+    /// Begins a transaction. `work` is one word for what it does, used as a metric label.
     pub async fn begin(&self, work: &'static str) -> Result<Transaction, DbErr> {
         self.begin_work(Work::named(work)).await
     }
@@ -205,26 +205,26 @@ impl Database {
         Ok(Transaction::new(begun, work, self.hand_off.clone()))
     }
 
-    /// Closes the connections that are open now before they are used again.
+    /// Marks all connections that are open now to be closed before their next use.
     pub(crate) fn distrust_connections(&self) {
         self.server.distrust_connections();
     }
 }
 
-/// Begins a transaction that is never left half begun. If the caller stops waiting, the answer to
-/// BEGIN is still read, and the transaction rolled back. Otherwise the pool would hand out a
-/// connection inside a transaction that nobody knows of (sqlx 0.9.0, issue 4393).
+/// Begins a transaction. If the caller is cancelled, a task still reads the answer to BEGIN and
+/// rolls the transaction back. Otherwise the pool could hand out a connection that is inside an
+/// unknown transaction (sqlx 0.9.0, issue 4393).
 pub(crate) async fn begin(connection: &DatabaseConnection) -> Result<DatabaseTransaction, DbErr> {
     let connection = connection.clone();
     let begun = tokio::spawn(async move { connection.begin().await });
     begun.await.unwrap_or_else(|error| {
         Err(DbErr::Conn(RuntimeErr::Internal(format!(
-            "BEGIN was given up: {error}"
+            "BEGIN was aborted: {error}"
         ))))
     })
 }
 
-/// What the pools know about their server. Clones share it.
+/// Time of the last check that found the server read-only. Clones share it.
 #[derive(Clone, Debug, Default)]
 struct Server(Arc<Mutex<Option<Instant>>>);
 
@@ -233,14 +233,14 @@ impl Server {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
 
-    /// Whether a connection of this age leads to a server that was found to be read-only.
+    /// Whether a connection of this age was opened before the server was found to be read-only.
     fn distrusts(&self, age: Duration) -> bool {
         let since = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
         since.is_some_and(|since| age >= since.elapsed())
     }
 }
 
-/// Hands off to no relay: what it enqueues is published by polling.
+/// Without a hand-off: the relay publishes enqueued rows by polling.
 impl From<DatabaseConnection> for Database {
     fn from(connection: DatabaseConnection) -> Self {
         Self {

@@ -1,7 +1,7 @@
-//! Messages that were not applied and wait for a person, with the real cause.
+//! Messages that were not applied and need an operator, with the real cause.
 //!
-//! *Poison* could not be handled: undecodable, of an unknown version, refused by the database every
-//! time. *Quarantine* could be, but contradicts what is already decided.
+//! *Poison* cannot be handled: it is undecodable, has an unknown version, or the database refuses
+//! it every time. *Quarantine* contradicts an earlier decision.
 
 pub(crate) mod replay;
 pub(crate) mod table;

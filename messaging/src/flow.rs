@@ -1,4 +1,4 @@
-//! Everything that moves events in and out of one service, assembled and run.
+//! Assembles and runs all parts that move events in and out of a service.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -33,12 +33,12 @@ use crate::settings::FlowArgs;
 use crate::subscriber::Subscriber;
 use crate::topology::{Stream, Subscription};
 
-/// One for the relay and one for asking again.
+/// One for the relay and one for re-asks.
 const SCAN_CONNECTIONS: u32 = 2;
-/// How often the tables are checked while the database is away at start.
+/// Interval between two checks of the tables while the database is down at start.
 const MIGRATION_RETRY_DELAY: std::time::Duration = std::time::Duration::from_millis(500);
 
-/// Outbox, inbox and what runs beside them: relay, consumers, asking again, retention.
+/// The event flow of a service: relay, consumers, re-asks, catching up, retention.
 pub struct Flow {
     service: &'static str,
     args: FlowArgs,
@@ -61,7 +61,7 @@ pub struct Flow {
 }
 
 impl Flow {
-    /// Opens the pools and begins to connect. Neither database nor broker is waited for.
+    /// Opens the pools and begins to connect. Does not wait for the database or the broker.
     pub async fn connect(service: &'static str, args: &FlowArgs) -> anyhow::Result<Self> {
         let hand_off = HandOff::default();
         let url = &args.database_url;
@@ -92,15 +92,15 @@ impl Flow {
         })
     }
 
-    /// Declares the streams that this service owns. They are created when they are absent.
+    /// Declares the streams that this service owns. Missing ones are created.
     #[must_use]
     pub fn owns(mut self, streams: &[Stream]) -> Self {
         self.streams.extend_from_slice(streams);
         self
     }
 
-    /// Consumes a subscription. A service may have several. After [`owns`](Self::owns): copies of
-    /// dead letters go to a stream that is declared there.
+    /// Consumes a subscription; a service may have several. Call it after [`owns`](Self::owns),
+    /// which declares the stream for copies of dead letters.
     #[must_use]
     pub fn reads<S: Subscriber>(mut self, subscriber: S) -> Self {
         let dead_letters = self.streams.iter().find(|one| one.holds_dead_letters());
@@ -118,7 +118,7 @@ impl Flow {
         self
     }
 
-    /// Publishes requests again until their answers come.
+    /// Re-asks requests until their answers arrive.
     #[must_use]
     pub fn asks_again<R: Requests>(mut self, requests: R, policy: AskPolicy) -> Self {
         self.parts.push(Box::new(AskAgain {
@@ -133,17 +133,17 @@ impl Flow {
         self
     }
 
-    /// For requests that read.
+    /// The pool for requests that read.
     pub fn database(&self) -> &Database {
         &self.requests
     }
 
-    /// For requests that store something: those that read cannot take its connections.
+    /// The pool for requests that store something. Requests that read cannot take its connections.
     pub fn write_database(&self) -> &Database {
         &self.writes
     }
 
-    /// For work that goes on by itself: it does not compete with requests.
+    /// The pool for background work, which does not compete with requests.
     pub fn background_database(&self) -> &Database {
         &self.background
     }
@@ -162,7 +162,8 @@ impl Flow {
 
     fn server_check(&self) -> ServerCheck {
         ServerCheck {
-            // The background pool asks: being busy with requests is not being unready.
+            // The check uses the background pool: a service that is busy with requests is still
+            // ready.
             pools: [
                 self.background.clone(),
                 self.consumers.clone(),
@@ -175,8 +176,8 @@ impl Flow {
         }
     }
 
-    /// The database and its tables are required. The broker is not: without it requests are still
-    /// accepted, and events wait.
+    /// Adds the health checks. The database and its tables are required. The broker is not: without
+    /// it, requests are still accepted and events stay pending.
     pub fn health(&self, health: Health) -> Health {
         let server = self.server_check();
         let mut health = health
@@ -219,8 +220,7 @@ impl Flow {
         })
     }
 
-    /// Runs until `shutdown`, after bringing the tables up to date, however long the database is
-    /// away.
+    /// Migrates the tables, retrying while the database is down, then runs until `shutdown`.
     pub async fn run<M: MigratorTrait>(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         if !self.migrate::<M>(&shutdown).await {
             return Ok(());
@@ -262,7 +262,7 @@ impl Flow {
         Ok(())
     }
 
-    /// Returns false if a shutdown came first.
+    /// Returns false if the process shuts down before the tables are migrated.
     async fn migrate<M: MigratorTrait>(&self, shutdown: &CancellationToken) -> bool {
         let server = self.server_check();
         while !shutdown.is_cancelled() {
@@ -281,7 +281,7 @@ impl Flow {
                     warn!(
                         service = self.service,
                         error = %error,
-                        "The tables cannot be checked; trying again"
+                        "The tables cannot be checked; retrying"
                     );
                     let pause = tokio::time::sleep(MIGRATION_RETRY_DELAY);
                     shutdown.run_until_cancelled(pause).await;
@@ -292,7 +292,7 @@ impl Flow {
     }
 }
 
-/// Something that runs as long as the flow.
+/// A task that runs as long as the flow.
 trait Part: Send + Sync {
     fn run<'a>(&'a self, shutdown: &'a CancellationToken) -> BoxFuture<'a, ()>;
 }
@@ -303,7 +303,7 @@ impl<R: Requests> Part for AskAgain<R> {
     }
 }
 
-/// A consumer, whatever it reads.
+/// A consumer of any event type.
 trait Reader: Part {
     fn subscription(&self) -> Subscription;
     fn health(&self) -> &HealthStatus;

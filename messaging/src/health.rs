@@ -1,10 +1,10 @@
-//! How a supervised loop is doing, for `/readyz?verbose`.
+//! Health of a supervised loop, for `/readyz?verbose`.
 
 use std::fmt;
 use std::future::{Ready, ready};
 use std::sync::{Arc, PoisonError, RwLock};
 
-/// Kept up to date by a loop and read by the health page. Clones share one state.
+/// Written by the loop, read by the health check. Clones share one state.
 #[derive(Clone, Debug)]
 pub(crate) struct HealthStatus(Arc<RwLock<Result<(), String>>>);
 
@@ -19,7 +19,8 @@ impl HealthStatus {
         self.set(Ok(()));
     }
 
-    /// Something fails and is retried. Returns whether `why` is new, so that it is logged once.
+    /// Records a failure that is being retried. Returns whether `why` is new, so that it is logged
+    /// once.
     pub(crate) fn bad(&self, why: impl fmt::Display) -> bool {
         let why = Err(why.to_string());
         let is_new = self.read() != why;

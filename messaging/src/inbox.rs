@@ -1,4 +1,4 @@
-//! Messages on their way in: read, recorded, applied, acknowledged.
+//! Incoming messages: decoded, recorded, applied, acknowledged.
 
 pub(crate) mod apply;
 mod catch_up;

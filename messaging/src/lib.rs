@@ -26,26 +26,26 @@ mod timeline;
 mod topology;
 mod transaction;
 
-// Set up a service.
+// Assemble and run a service.
 pub use flow::Flow;
 pub use migration::{migration, migrations};
 pub use settings::FlowArgs;
 pub use topology::{Begins, Stream, Subscription, TopologySettings};
 
-// Change the database and publish what happened.
+// Change the database and enqueue events.
 pub use database::Database;
 pub use outbox::message::Message;
 pub use postgres::{now, sql};
 pub use retry::{Failure, Retryable, read, retry, retry_unless_locked};
 pub use transaction::Transaction;
 
-// Apply what others published.
+// Apply events of other services.
 pub use subscriber::{Handled, LostRace, Quarantined, Received, Subscriber};
 
-// Ask again, answer again.
+// Re-ask requests and re-arm answers.
 pub use ask_again::{AnswerTable, AskPolicy, Request, RequestTable, Requests, rearm};
 
-// Look into it and mend it.
+// Inspect and repair.
 pub use backlog::Backlog;
 pub use dead_letters::replay::{Replay, ReplayOutcome, replay};
 pub use dead_letters::table::message_key;

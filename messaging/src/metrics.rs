@@ -1,4 +1,4 @@
-//! Names of what is counted while the flow runs. What waits is in [`backlog`](crate::backlog).
+//! Names of the flow's metrics. The backlog gauges are in [`backlog`](crate::backlog).
 
 use metrics::{describe_counter, describe_histogram};
 
@@ -7,7 +7,7 @@ pub(crate) const PUBLISH_SECONDS: &str = "gozon_publish_duration_seconds";
 pub(crate) const MESSAGES: &str = "gozon_messages_total";
 pub(crate) const TRANSACTION_SECONDS: &str = "gozon_transaction_duration_seconds";
 
-/// Once, at start.
+/// Call it once at start.
 pub(crate) fn describe() {
     describe_counter!(PUBLISHED, "Outbox rows sent to the broker, by result");
     describe_histogram!(
@@ -20,6 +20,6 @@ pub(crate) fn describe() {
     );
     describe_histogram!(
         TRANSACTION_SECONDS,
-        "Time from BEGIN to COMMIT, by the work that the transaction does"
+        "Time from BEGIN to COMMIT, by purpose of the transaction"
     );
 }

@@ -1,5 +1,4 @@
-//! The tables of this crate, and bringing tables up to date. A change that was released is never
-//! edited.
+//! The migrations of this crate, and how to run migrations. Never edit a released migration.
 
 use std::time::Duration;
 
@@ -8,11 +7,12 @@ use sea_orm_migration::prelude::*;
 
 use crate::postgres::{sql, within};
 
-/// Checking whether the tables are up to date hangs on a dead connection: it is retried.
+/// Time limit of the check whether the tables are up to date, which would hang on a dead
+/// connection. It is retried.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(20);
-/// Longer than any change of the tables takes, also of large ones.
+/// Time limit of the migration, longer than any change of a large table takes.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(60 * 60);
-/// Any number: whoever migrates holds this advisory lock.
+/// Key of the advisory lock of a migration (any number).
 const MIGRATION_LOCK: i64 = 7_011_987;
 
 /// The migrations of this crate, to be appended to those of the service.
@@ -41,8 +41,8 @@ pub(crate) async fn migrate<M: MigratorTrait>(db: &DatabaseConnection) -> Result
     let Some(txn) = within(CHECK_TIMEOUT, check).await? else {
         return Ok(());
     };
-    // In the transaction that holds the lock, so that the lock cannot end before the change. An
-    // index on a large table takes longer than any statement of the flow may.
+    // The migration runs in the transaction that holds the lock, so that the lock cannot end
+    // earlier. An index on a large table takes longer than the normal statement timeout.
     let change = async {
         txn.execute_unprepared("SET LOCAL statement_timeout = 0")
             .await?;
@@ -52,7 +52,7 @@ pub(crate) async fn migrate<M: MigratorTrait>(db: &DatabaseConnection) -> Result
     within(CHANGE_TIMEOUT, change).await
 }
 
-/// A migration that is plain SQL.
+/// A migration that consists of plain SQL.
 pub fn migration(name: &'static str, up: &'static str) -> Box<dyn MigrationTrait> {
     Box::new(Sql { name, up })
 }
@@ -81,7 +81,7 @@ impl MigrationTrait for Sql {
 }
 
 const ASK_AGAIN: &str = "
--- One row: whatever was published before `lost_at` may be lost and is asked for again. Orders had
+-- One row: requests published before `lost_at` may be lost and are re-asked. Orders had
 -- this table before it belonged to this crate.
 CREATE TABLE IF NOT EXISTS reconciliation (
     id      boolean     PRIMARY KEY DEFAULT true CHECK (id),
@@ -93,7 +93,7 @@ ALTER TABLE dead_letters ADD COLUMN about uuid;
 ";
 
 const DEFERRED: &str = "
--- Messages that wait for a row that another transaction holds.
+-- Messages whose row another transaction has locked, or the database refuses.
 CREATE TABLE deferred (
     consumer        text        NOT NULL,
     event_id        uuid        NOT NULL,
@@ -114,11 +114,11 @@ CREATE INDEX deferred_order ON deferred (consumer, ordering_key, stream_sequence
 
 const VACUUM: &str = "
 -- Each row is updated once, when it is published, and leaves an entry in the index of pending rows,
--- which every scan reads until a vacuum. By default a vacuum waits for a fifth of the table.
+-- which every scan reads until a vacuum. By default a vacuum starts at a fifth of the table.
 ALTER TABLE outbox SET (autovacuum_vacuum_scale_factor = 0.02,
                         autovacuum_vacuum_threshold = 10000,
                         autovacuum_analyze_scale_factor = 0.02);
--- Mostly empty, and read often while it is not.
+-- Usually empty, and read often while it is not.
 ALTER TABLE deferred SET (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);
 ";
 
@@ -146,9 +146,9 @@ CREATE TABLE outbox (
     PRIMARY KEY (event_id, n),
     CHECK ((published_at IS NULL) = (stream_sequence IS NULL))
 );
--- What waits, oldest first. Taken by state, never by a cursor: transactions commit out of order.
+-- Pending rows, oldest first. Read by state, not by a cursor: transactions commit out of order.
 CREATE INDEX outbox_pending ON outbox (event_id, n) WHERE published_at IS NULL;
--- The few of them that the broker did not take: looking for these must not walk through the others.
+-- Rows that the broker did not accept: a scan for these must not read all pending rows.
 CREATE INDEX outbox_tried ON outbox (attempts, event_id, n) WHERE published_at IS NULL AND attempts > 0;
 
 CREATE TABLE inbox (

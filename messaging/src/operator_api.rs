@@ -1,4 +1,4 @@
-//! Routes for operators, the same in every service: dead letters, and applying one again.
+//! Routes for operators, the same in every service: list and replay dead letters.
 
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ use crate::dead_letters::view::DeadLetter;
 use crate::retry::{Failure, read};
 use crate::topology::Subscription;
 
-/// What the operators' routes need, as part of a service's state.
+/// The part of a service's state that these routes need.
 #[derive(Clone)]
 pub struct OperatorApi {
     pub(crate) db: Database,
@@ -34,7 +34,7 @@ pub struct OperatorApi {
     pub(crate) replays: Arc<dyn Replays>,
 }
 
-/// Finds the subscriber of a dead letter and applies the letter again.
+/// Finds the subscriber of a dead letter and replays the letter.
 pub(crate) trait Replays: Send + Sync {
     fn replay(
         &self,
@@ -44,19 +44,19 @@ pub(crate) trait Replays: Send + Sync {
     ) -> BoxFuture<'_, Result<Option<Replay>, Failure>>;
 }
 
-/// How the flow of a service is doing.
+/// The state of a service's event flow.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 #[schema(as = Flow)]
 pub struct FlowStatus {
     #[serde(flatten)]
     pub backlog: Backlog,
-    /// The consumer as the broker sees it; null while the broker is away.
+    /// The consumer as the broker reports it; null while the broker is down.
     #[schema(required = true)]
     pub consumer: Option<ConsumerLag>,
 }
 
 impl OperatorApi {
-    /// Dead letters and their replay, the same in every service.
+    /// The routes for dead letters and their replay.
     pub fn routes<S>() -> OpenApiRouter<S>
     where
         Self: FromRef<S>,
@@ -67,8 +67,7 @@ impl OperatorApi {
             .routes(routes!(replay_dead_letter))
     }
 
-    /// The requests of this service that have no answer yet, by its last scan.
-    /// None if that failed.
+    /// The requests of this service without an answer, from its last scan. `None` if it failed.
     pub fn pending_requests(&self) -> Option<Pending> {
         self.pending_requests.get()
     }
@@ -128,16 +127,16 @@ async fn list_dead_letters(
 #[derive(Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 struct ReplayQuery {
-    /// Only report what would happen.
+    /// If true, only report what a replay would do.
     #[param(nullable = false)]
     dry_run: Option<bool>,
 }
 
 /// Apply a message again
 ///
-/// The message goes through the same handler as any other, in one transaction. If it was applied
-/// meanwhile, nothing changes; if it is refused again, it goes on waiting. With `dry_run`
-/// everything is rolled back, and the answer says what would happen.
+/// The message goes through its usual handler, in one transaction. If it was already applied,
+/// nothing changes. If it is refused again, it stays unresolved. With `dry_run`, everything is
+/// rolled back, and the answer says what a replay would do.
 #[utoipa::path(
     post,
     path = "/v1/ops/dead-letters/{id}/replay",

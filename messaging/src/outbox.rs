@@ -1,4 +1,4 @@
-//! Events on their way out: stored with what they tell about, published after the commit.
+//! Outgoing events: stored in the transaction that makes them true, published after the commit.
 
 pub(crate) mod hand_off;
 pub(crate) mod message;

@@ -1,4 +1,4 @@
-//! What PostgreSQL says: statements, error codes, its clock, its tables.
+//! Helpers for PostgreSQL: statements, error codes, the clock.
 
 use std::time::Duration;
 
@@ -12,12 +12,12 @@ pub fn sql<const N: usize>(text: &str, values: [Value; N]) -> Statement {
     Statement::from_sql_and_values(DbBackend::Postgres, text, values)
 }
 
-/// Runs a statement and returns the number of rows that it touched.
+/// Runs a statement and returns the number of affected rows.
 pub(crate) async fn execute(db: &impl ConnectionTrait, statement: Statement) -> Result<u64, DbErr> {
     Ok(db.execute_raw(statement).await?.rows_affected())
 }
 
-/// The one row of a query that always has one.
+/// Runs a query that always returns one row.
 pub(crate) async fn one_row<T: FromQueryResult>(
     db: &impl ConnectionTrait,
     statement: Statement,
@@ -26,14 +26,14 @@ pub(crate) async fn one_row<T: FromQueryResult>(
     row.ok_or_else(|| DbErr::RecordNotFound("the query returned no row".to_owned()))
 }
 
-/// The time of this process with PostgreSQL's precision: microseconds.
+/// The time of this process, with PostgreSQL's precision of microseconds.
 pub fn now() -> OffsetDateTime {
     let now = OffsetDateTime::now_utc();
     now.replace_nanosecond(now.microsecond() * 1000)
         .unwrap_or(now)
 }
 
-/// The time of the database.
+/// The time by the database's clock.
 pub(crate) async fn clock(db: &impl ConnectionTrait) -> Result<OffsetDateTime, DbErr> {
     let row = db
         .query_one_raw(sql("SELECT clock_timestamp() AS now", []))
@@ -49,15 +49,15 @@ pub(crate) async fn is_writable(db: &impl ConnectionTrait) -> Result<bool, DbErr
     row.map_or(Ok(false), |row| row.try_get("", "writable"))
 }
 
-/// Whether the same work can succeed later: the database is away, a lock was not granted, a race
-/// was lost. Not transient is only what the database will refuse every time.
+/// Whether the same work can succeed later, for example after an outage, a lock timeout or a lost
+/// race. Only errors that the database returns every time are not transient.
 pub(crate) fn is_transient(error: &DbErr) -> bool {
     match sqlstate(error) {
-        // Data exception; not-null, foreign-key and check violation.
+        // Data exceptions; violations of not-null, foreign-key and check constraints.
         Some(code) => {
             !(code.starts_with("22") || matches!(code.as_str(), "23502" | "23503" | "23514"))
         }
-        // Without a code from the server, only errors of the connection are transient.
+        // Without an error code from the server, only connection errors are transient.
         None => match error {
             DbErr::ConnectionAcquire(_) | DbErr::Conn(RuntimeErr::Internal(_)) => true,
             DbErr::Conn(RuntimeErr::SqlxError(inner))
@@ -78,7 +78,7 @@ pub(crate) fn is_transient(error: &DbErr) -> bool {
     }
 }
 
-/// The server's five-character code, if the server answered at all.
+/// The server's five-character error code, if the server answered.
 pub(crate) fn sqlstate(error: &DbErr) -> Option<String> {
     let (DbErr::Conn(RuntimeErr::SqlxError(inner))
     | DbErr::Exec(RuntimeErr::SqlxError(inner))
@@ -92,13 +92,14 @@ pub(crate) fn sqlstate(error: &DbErr) -> Option<String> {
         .map(|code| code.into_owned())
 }
 
-/// The database does not answer at all, or shuts down or starts: another row would fare no better.
+/// Whether the database as a whole is unavailable: no answer, shutting down or starting. Retrying
+/// with other rows does not help.
 pub(crate) fn is_away(error: &DbErr) -> bool {
     sqlstate(error).is_none_or(|code| code.starts_with("08") || code.starts_with("57P"))
 }
 
-/// Another transaction inserted the row first. The next try sees it; a damaged table says this for
-/// ever.
+/// Whether another transaction inserted the row first. The next attempt sees the row, unless the
+/// table is damaged.
 pub(crate) fn is_unique_violation(error: &DbErr) -> bool {
     sqlstate(error).is_some_and(|code| code == "23505")
 }
@@ -107,7 +108,7 @@ pub(crate) fn is_lock_timeout(error: &DbErr) -> bool {
     sqlstate(error).is_some_and(|code| code == "55P03")
 }
 
-/// Bounds database work: on a dead connection it would never end.
+/// Limits the duration of database work, which would never end on a dead connection.
 pub(crate) async fn within<T, E: From<DbErr>>(
     limit: Duration,
     work: impl Future<Output = Result<T, E>>,

@@ -1,4 +1,4 @@
-//! How a failure of the database is answered over HTTP.
+//! Maps database failures to HTTP problem documents.
 
 use service_kit::Problem;
 use service_kit::problem::Code;

@@ -1,7 +1,7 @@
 //! Deletes published outbox rows and inbox rows after a while, in small batches.
 //!
-//! Correctness needs neither: decisions, transfers, orders and keys are what recognises a
-//! repetition, and they stay.
+//! These rows are not needed for correctness: repetitions are recognised by business rows and keys,
+//! which are kept.
 
 use std::time::Duration;
 
@@ -12,18 +12,18 @@ use tracing::{debug, warn};
 use crate::postgres::{execute, one_row, sql, within};
 use crate::scan::id_at;
 
-/// Rows of one statement: short locks, little to undo.
+/// Maximum number of rows per statement: keeps locks and rollbacks short.
 const BATCH_MAX: i64 = 1000;
-/// Between two statements while there is more, so that the flow goes first.
+/// Pause between two statements while more rows are old, so that live traffic has priority.
 const BATCH_PAUSE: Duration = Duration::from_millis(50);
-/// A batch that hangs (a dead connection) is given up.
+/// A batch that hangs, for example on a dead connection, is aborted.
 const BATCH_TIMEOUT: Duration = Duration::from_secs(20);
 const INTERVAL_MAX: Duration = Duration::from_secs(60);
 
 pub(crate) struct Retention {
     pub(crate) db: DatabaseConnection,
     pub(crate) consumers: Vec<&'static str>,
-    /// How long rows are kept.
+    /// Retention period of the rows.
     pub(crate) keep: Duration,
 }
 
@@ -39,12 +39,12 @@ impl Retention {
             let pause = match within(BATCH_TIMEOUT, self.prune_batch()).await {
                 Ok(deleted) => {
                     debug!(rows = deleted, "Old outbox and inbox rows deleted");
-                    // Less than a full batch: there is nothing more for now.
+                    // The batch was not full: no more rows are old enough.
                     let is_full = deleted >= BATCH_MAX.unsigned_abs();
                     if is_full { BATCH_PAUSE } else { interval }
                 }
                 Err(error) => {
-                    warn!(error = %error, "Old rows could not be deleted; trying again");
+                    warn!(error = %error, "Old rows could not be deleted; retrying");
                     interval
                 }
             };
@@ -58,13 +58,14 @@ impl Retention {
     /// One step. Returns how many rows it deleted.
     ///
     /// Only the database's clock decides: the clock of one process may be wrong by any amount.
-    /// Event ids are minted in time order, so the old ones are one end of the primary key, and no
-    /// index on a time is needed. A young row under an old id (a re-ask) is skipped until it is old
+    /// Event ids are generated in time order, so old rows are at one end of the primary key, and no
+    /// index on a time is needed. A young row with an old id (a re-ask) is skipped until it is old
     /// itself.
     async fn prune_batch(&self) -> Result<u64, DbErr> {
         let keep = || self.keep.as_secs_f64().into();
         let oldest_kept = id_at("now() - make_interval(secs => $1)");
-        // The time is noted with it, so that the audit does not miss what was deleted.
+        // The time is recorded in the same statement, so that the audit does not report deleted
+        // rows as missing.
         let outbox = format!(
             "WITH gone AS (
                  DELETE FROM outbox WHERE (event_id, n) IN (

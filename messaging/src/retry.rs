@@ -1,4 +1,4 @@
-//! Retrying a transaction whose error is transient, for a bounded time.
+//! Retries transactions after transient errors, for a bounded time.
 
 use std::time::Duration;
 
@@ -9,13 +9,13 @@ use tokio::time::Instant;
 
 use crate::postgres::{is_lock_timeout, is_transient, no_answer};
 
-/// After this the caller is told that nothing was done, or that the outcome is unknown.
+/// After this time the caller gets an error: nothing was stored, or the outcome is unknown.
 const DEADLINE: Duration = Duration::from_secs(5);
 const DELAY_MIN: Duration = Duration::from_millis(20);
 const DELAY_MAX: Duration = Duration::from_secs(2);
-/// Limit of one attempt, above every timeout on the server's side.
+/// Time limit of one attempt.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(3);
-/// The last attempt gets at least this.
+/// Minimum time limit of the last attempt.
 const ATTEMPT_TIMEOUT_MIN: Duration = Duration::from_secs(1);
 
 /// A transaction that did not succeed.
@@ -24,7 +24,7 @@ pub enum Failure {
     /// Nothing was stored.
     #[error("the database refused the transaction or could not be reached")]
     NotDone(#[from] DbErr),
-    /// The connection was lost during COMMIT, and no later attempt could find out whether it
+    /// The connection was lost during COMMIT, and no later attempt could determine whether it
     /// committed.
     #[error("the outcome of the transaction is unknown")]
     Unknown(#[source] DbErr),
@@ -37,7 +37,7 @@ impl Failure {
         is_transient(error)
     }
 
-    /// A lock was not granted in time.
+    /// Whether a lock was not granted in time.
     pub fn is_lock_timeout(&self) -> bool {
         let (Self::NotDone(error) | Self::Unknown(error)) = self;
         is_lock_timeout(error)
@@ -50,12 +50,12 @@ impl From<Injected> for Failure {
     }
 }
 
-/// The error of the database that a failpoint imitates.
+/// The database error that a failpoint injects.
 pub(crate) fn injected() -> DbErr {
     DbErr::ConnectionAcquire(ConnAcquireErr::Timeout)
 }
 
-/// An error of a use case: a failure of the database, or an answer that a retry would not change.
+/// An error of a use case: a database failure, or a result that a retry would not change.
 pub trait Retryable: From<Failure> {
     fn into_failure(self) -> Result<Failure, Self>;
 }
@@ -66,12 +66,12 @@ impl Retryable for Failure {
     }
 }
 
-/// Runs a transaction again while its errors are transient, for a bounded time.
+/// Retries a transaction while its errors are transient, for a bounded time.
 ///
-/// The transaction may run several times, also after a commit whose answer was lost. So it must use
-/// ids that were minted before the first attempt, and recognise its own rows. That is how an
-/// unknown commit becomes a known one: the unique index waits for the doubtful transaction and
-/// shows which way it went.
+/// The transaction may run several times, even after a COMMIT whose answer was lost. So it must use
+/// ids that were generated before the first attempt, and recognise its own rows. This resolves an
+/// unknown commit: the unique index waits for the earlier transaction and shows whether it
+/// committed.
 pub async fn retry<T, E, F>(attempt: impl FnMut() -> F) -> Result<T, E>
 where
     E: Retryable,
@@ -80,8 +80,7 @@ where
     run(attempt, |_| true).await
 }
 
-/// Like [`retry`], but a lock that is not granted ends it: the caller has something better to do
-/// than to wait.
+/// Like [`retry`], but returns after a lock timeout, so that the caller need not wait for the lock.
 pub async fn retry_unless_locked<T, E, F>(attempt: impl FnMut() -> F) -> Result<T, E>
 where
     E: Retryable,
@@ -90,8 +89,8 @@ where
     run(attempt, |error| !is_lock_timeout(error)).await
 }
 
-/// Runs a query that only reads again while its errors are transient, for a bounded time: that the
-/// server has closed a connection shows only when it is used.
+/// Retries a read-only query while its errors are transient, for a bounded time. For example, a
+/// connection that the server has closed fails only on its next use.
 pub async fn read<T, F>(mut query: impl FnMut() -> F) -> Result<T, Failure>
 where
     F: Future<Output = Result<T, DbErr>>,
@@ -100,7 +99,7 @@ where
         let query = query();
         async { query.await.map_err(Failure::NotDone) }
     };
-    // A read that was not answered in time has changed nothing.
+    // A read that timed out has changed nothing.
     retry(attempt).await.map_err(|failure| match failure {
         Failure::NotDone(error) | Failure::Unknown(error) => Failure::NotDone(error),
     })
@@ -130,7 +129,7 @@ where
         let pause = backoff.pause();
         let is_over = Instant::now() + pause > deadline;
         if is_over || !is_transient(&error) || !may_retry(&error) {
-            // Once a commit was in doubt, a later refusal does not say what became of it.
+            // After an unknown commit, a later error does not determine its outcome.
             let failure = match unknown {
                 true => Failure::Unknown(error),
                 false => Failure::NotDone(error),

@@ -1,4 +1,4 @@
-//! Whether the PostgreSQL server can be trusted with money.
+//! Checks that the PostgreSQL server is writable and durable.
 
 use std::fmt;
 use std::time::Duration;
@@ -13,13 +13,13 @@ use crate::health::HealthStatus;
 use crate::postgres::{one_row, sql, within};
 
 const INTERVAL: Duration = Duration::from_secs(1);
-/// A check hangs on a dead connection.
+/// Time limit of a check, which would hang on a dead connection.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Checks the server of the pools of one process. Clones share them.
 #[derive(Clone, Debug)]
 pub(crate) struct ServerCheck {
-    /// The first one asks.
+    /// The first pool runs the query.
     pub(crate) pools: [Database; 5],
     pub(crate) accept_unsafe: bool,
     pub(crate) health: HealthStatus,
@@ -30,7 +30,7 @@ pub(crate) struct ServerCheck {
 pub(crate) enum Unfit {
     Away(DbErr),
     ReadOnly,
-    /// With these settings.
+    /// These durability settings are off.
     Unsafe(Vec<&'static str>),
 }
 
@@ -43,7 +43,7 @@ impl fmt::Display for Unfit {
             }
             Self::Unsafe(settings) => write!(
                 f,
-                "PostgreSQL may lose what it has committed: switch on {}, or accept it with \
+                "PostgreSQL may lose committed data: enable {}, or accept it with \
                  GOZON_ACCEPT_UNSAFE_DATABASE=true",
                 settings.join(", ")
             ),
@@ -60,8 +60,8 @@ struct Settings {
 }
 
 impl ServerCheck {
-    /// Checks every now and then, so that connections to a demoted server are closed although
-    /// nobody asks for the health of the process.
+    /// Checks periodically, so that connections to a demoted server are closed even if nothing
+    /// calls the health check.
     pub(crate) async fn run(&self, shutdown: &CancellationToken) {
         loop {
             let pause = tokio::time::sleep(INTERVAL);
@@ -79,7 +79,7 @@ impl ServerCheck {
         }
     }
 
-    /// A read-only server was demoted, and another one has taken its place: its connections are
+    /// A read-only server may have been demoted and replaced by another one. Its connections are
     /// closed before they are used again.
     pub(crate) async fn check(&self) -> Result<(), Unfit> {
         let [asked, ..] = &self.pools;
@@ -108,7 +108,7 @@ impl ServerCheck {
         }
     }
 
-    /// Fails while the server may lose what it has committed, also where that is accepted.
+    /// Fails while the server may lose committed data, even if the settings accept that.
     pub(crate) fn durability_probe(
         &self,
     ) -> impl Fn() -> BoxFuture<'static, Result<(), String>> + Send + Sync + 'static + use<> {
@@ -121,7 +121,7 @@ impl ServerCheck {
             Box::pin(async move {
                 match strict.check().await {
                     Err(Unfit::Unsafe(off)) => Err(format!(
-                        "PostgreSQL may lose what it has committed: {} is off",
+                        "PostgreSQL may lose committed data: {} is off",
                         off.join(", ")
                     )),
                     _ => Ok(()),
@@ -140,7 +140,7 @@ impl Settings {
         one_row(db, sql(query, [])).await
     }
 
-    /// Settings without which the server may lose what it has committed.
+    /// The durability settings that are off.
     fn off(&self) -> Vec<&'static str> {
         let settings = [
             ("fsync", self.fsync),

@@ -1,4 +1,4 @@
-//! The settings of a service that uses this crate, as flags and environment variables.
+//! Settings of a service that uses this crate, as flags and environment variables.
 
 use std::time::Duration;
 
@@ -7,22 +7,23 @@ use service_kit::config::Secret;
 
 use crate::topology::TopologySettings;
 
-/// Database, broker, and how streams are created when they are absent.
+/// Database, broker, and the configuration of new streams.
 #[derive(Clone, Debug, clap::Args)]
 pub struct FlowArgs {
     /// PostgreSQL database of this service: `postgres://user:password@host:port/database`.
     #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
     pub database_url: Secret,
-    /// Connections for HTTP requests that read, and as many for those that store something.
+    /// Connections for HTTP requests that read, and the same number for requests that store
+    /// something.
     #[arg(long, env = "GOZON_HTTP_CONNECTIONS", default_value_t = 8,
           value_parser = clap::value_parser!(u32).range(1..))]
     pub http_connections: u32,
-    /// Connections of the event flow, which requests cannot take: as many for the consumers, and as
-    /// many for relay, reconciler and health.
+    /// Connections for the consumers, and the same number for relay, reconciler and health. HTTP
+    /// requests cannot use them.
     #[arg(long, env = "GOZON_FLOW_CONNECTIONS", default_value_t = 8,
           value_parser = clap::value_parser!(u32).range(2..))]
     pub flow_connections: u32,
-    /// Use a database that may lose what it has committed, because `fsync`, `full_page_writes` or
+    /// Use a database that may lose committed data, because `fsync`, `full_page_writes` or
     /// `synchronous_commit` is off. Only for tests.
     #[arg(long, env = "GOZON_ACCEPT_UNSAFE_DATABASE", default_value_t = false)]
     pub(crate) accept_unsafe_database: bool,
@@ -44,7 +45,7 @@ pub struct FlowArgs {
     keep_seconds: u64,
 }
 
-/// A hundred years: more than anyone needs, and still a valid date when subtracted from now.
+/// A hundred years: subtracted from the current time, it must still be a valid date.
 const KEEP_SECONDS_MAX: u64 = 100 * 365 * 24 * 60 * 60;
 
 impl FlowArgs {

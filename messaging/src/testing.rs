@@ -1,9 +1,9 @@
-//! Runs a subscriber over a list of events, plainly and then under faults, and compares what it
-//! did.
+//! Runs a subscriber over a list of events, first without faults and then with faults, and compares
+//! the results.
 //!
-//! The faults are those that a broker and a crash cause: duplicates, other batch borders,
-//! rollbacks, lost acks, re-asks, and another order where the subscriber says that the order does
-//! not matter. No broker is needed: messages go through the same code as those of a consumer.
+//! The faults are those that a broker or a crash causes: duplicates, other batch boundaries,
+//! rollbacks, lost acks and re-asks. Events that commute are also reordered. No broker is needed:
+//! messages pass through the same code as in a consumer.
 
 use std::fmt;
 
@@ -20,7 +20,7 @@ use crate::postgres::now;
 use crate::subscriber::Subscriber;
 use crate::transaction::Work;
 
-/// Which events a subscriber gets, and what must come of them.
+/// The events for a subscriber, and the expected result.
 #[expect(
     async_fn_in_trait,
     reason = "only called by the harness, which needs no Send"
@@ -28,16 +28,17 @@ use crate::transaction::Work;
 pub trait Scenario {
     type Subscriber: Subscriber;
 
-    /// Prepares an empty database whose tables exist.
+    /// Prepares an empty database with existing tables.
     async fn prepare(&self, db: &Database) -> anyhow::Result<Self::Subscriber>;
 
     /// The events, in the order in which they were published.
     fn events(&self) -> Vec<Published<<Self::Subscriber as Subscriber>::Event>>;
 
-    /// What must be equal however the events are delivered. Not minted ids, not times.
+    /// The state that must be equal for every delivery schedule. It excludes generated ids and
+    /// times.
     async fn observe(&self, db: &Database) -> anyhow::Result<String>;
 
-    /// What must hold however the events are delivered.
+    /// Checks invariants that must hold for every delivery schedule.
     async fn check(&self, _db: &Database) -> anyhow::Result<()> {
         Ok(())
     }
@@ -67,8 +68,8 @@ impl<E> Published<E> {
     }
 }
 
-/// Runs the scenario once plainly and then under `schedules` different combinations of faults, each
-/// in a database of its own. An error names the schedule that shows a difference.
+/// Runs the scenario once without faults and then under `schedules` different fault schedules, each
+/// in its own database. An error names the schedule whose result differs.
 pub async fn run_under_faults<S: Scenario>(
     scenario: &S,
     schedules: u64,
@@ -86,7 +87,7 @@ pub async fn run_under_faults<S: Scenario>(
             .with_context(|| format!("schedule {seed}:\n{schedule}"))?;
         anyhow::ensure!(
             observed == expected,
-            "schedule {seed} has another result than a plain run.\nexpected: {expected}\n\
+            "schedule {seed} has a different result than a run without faults.\nexpected: {expected}\n\
              observed: {observed}\n{schedule}"
         );
     }
@@ -230,7 +231,7 @@ impl Schedule {
             .into_iter()
             .map(|event| OneDelivery { event, ask: 0 })
             .collect();
-        // Repetitions and re-asks come after the message that they repeat.
+        // Repetitions and re-asks follow the message that they repeat.
         for _ in 0..events {
             let from = random.below(deliveries.len());
             let to = from + 1 + random.below(deliveries.len() - from);

@@ -1,5 +1,5 @@
-//! What a service's tables tell about one key: which messages were enqueued, published, received,
-//! received again, set aside. Each service adds its own steps.
+//! The timeline of one key from a service's tables: messages that were enqueued, published,
+//! received, repeated or dead-lettered. Each service adds its own steps.
 
 use sea_orm::{
     ColumnTrait as _, DatabaseConnection, DbErr, EntityTrait as _, QueryFilter as _,
@@ -22,7 +22,7 @@ pub struct TimelineSteps<'a> {
 }
 
 impl TimelineSteps<'_> {
-    /// How an event was published, each time. Empty if its rows were pruned.
+    /// Each publication of an event. Empty if its outbox rows were pruned.
     pub async fn sent(&self, event_id: Uuid) -> Result<Vec<Step>, DbErr> {
         let rows = outbox::Entity::find()
             .filter(outbox::Column::EventId.eq(event_id))
@@ -61,7 +61,7 @@ impl TimelineSteps<'_> {
         Ok(steps)
     }
 
-    /// How an event was received, and whether it came again. Empty if its row was pruned.
+    /// The first receipt and the last repetition of an event. Empty if its inbox row was pruned.
     pub async fn received<S: Subscriber>(&self, event_id: Uuid) -> Result<Vec<Step>, DbErr> {
         let key = (S::SUBSCRIPTION.consumer.to_owned(), event_id);
         let Some(row) = inbox::Entity::find_by_id(key).one(self.db).await? else {
@@ -84,7 +84,7 @@ impl TimelineSteps<'_> {
         Ok([Some(taken), repeated].into_iter().flatten().collect())
     }
 
-    /// Messages with this key that were not applied.
+    /// Dead letters with this key.
     pub async fn dead_lettered(&self, key: Uuid) -> Result<Vec<Step>, DbErr> {
         let letters = dead_letters::Entity::find()
             .filter(dead_letters::Column::Key.eq(key))

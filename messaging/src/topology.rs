@@ -1,8 +1,8 @@
-//! How streams and durable consumers are configured. The only place that creates them.
+//! Configures streams and durable consumers. Nothing else creates them.
 //!
-//! A service creates what is absent and never updates what exists: a difference is reported, and an
-//! operator decides. Recreating a consumer that delivers everything again is safe, because effects
-//! are guarded in the database.
+//! A service creates missing streams and consumers and never updates existing ones: it reports a
+//! difference, and an operator decides. Recreating a consumer that delivers everything again is
+//! safe, because effects are guarded in the database.
 
 use std::time::Duration;
 
@@ -18,8 +18,7 @@ use tracing::{info, warn};
 const GIB: i64 = 1 << 30;
 const MIB: i64 = 1 << 20;
 
-/// What differs from one installation to the next. Services and `gozon` must be given the same
-/// values.
+/// Settings that differ between installations. Services and `gozon` must have the same values.
 #[derive(Clone, Debug, clap::Args)]
 pub struct TopologySettings {
     /// Size limit of each event stream when it is created.
@@ -35,12 +34,12 @@ pub struct TopologySettings {
         default_value_t = 1
     )]
     pub replicas: usize,
-    /// How long the broker recognises a repeated message id.
-    // Short: the ids are kept in the server's memory (about 225 bytes each), and recognising them
-    // only saves work.
+    /// How long the broker remembers message ids to drop duplicates.
+    // Short, because the server keeps the ids in memory (about 225 bytes each), and dropping
+    // duplicates only saves work.
     #[arg(long, env = "GOZON_DUPLICATE_WINDOW_MS", default_value_t = 120_000)]
     pub duplicate_window_ms: u64,
-    /// After this long without an ack, the broker delivers a message again.
+    /// The broker redelivers an unacknowledged message after this time.
     #[arg(long, env = "GOZON_ACK_WAIT_MS", default_value_t = 30_000)]
     pub ack_wait_ms: u64,
 }
@@ -57,7 +56,7 @@ impl Default for TopologySettings {
     }
 }
 
-/// A stream that a service owns, declared as a constant and created when it is absent.
+/// A stream that a service owns and creates if it is missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stream {
     pub name: &'static str,
@@ -73,7 +72,7 @@ enum Content {
 }
 
 impl Stream {
-    /// Holds the events on `subjects`, which has the form `prefix.>`.
+    /// A stream of the events on `subjects`, which has the form `prefix.>`.
     pub const fn events(name: &'static str, subjects: &'static str) -> Self {
         Self {
             name,
@@ -82,7 +81,7 @@ impl Stream {
         }
     }
 
-    /// Holds copies of dead letters, for tools. Each service publishes on `prefix.<service>`.
+    /// A stream of copies of dead letters, for tools. Each service publishes on `prefix.<service>`.
     pub const fn dead_letters(name: &'static str, subjects: &'static str) -> Self {
         Self {
             name,
@@ -95,7 +94,7 @@ impl Stream {
         self.content == Content::DeadLetters
     }
 
-    /// Subject of `service` in this stream.
+    /// The subject on which `service` publishes in this stream.
     pub(crate) fn subject_of(&self, service: &str) -> String {
         self.subjects.replace('>', service)
     }
@@ -110,25 +109,25 @@ impl Stream {
             name: self.name.to_owned(),
             subjects: vec![self.subjects.to_owned()],
             storage: StorageType::File,
-            // Limits, not WorkQueue: a work queue forgets message ids with the acked message, and
-            // cannot be replayed.
+            // Limits, not WorkQueue: a work queue forgets the message id when a message is acked,
+            // and cannot be replayed.
             retention: RetentionPolicy::Limits,
             max_age: Duration::from_secs(24 * 60 * 60),
             max_bytes: match self.content {
                 Content::Events => settings.stream_max_bytes,
                 Content::DeadLetters => settings.dlq_max_bytes,
             },
-            // The stream is a cache: a request that it evicts is published again. `New` would stop
-            // the flow instead.
+            // The stream is a cache: an evicted request is re-asked. With `New`, a full stream
+            // would reject new messages.
             discard: DiscardPolicy::Old,
             num_replicas: settings.replicas,
             duplicate_window: Duration::from_millis(settings.duplicate_window_ms),
-            // Nobody deletes messages by mistake. These two cannot be taken back.
+            // Prevents accidental deletion of messages. These two options cannot be undone.
             deny_delete: true,
             deny_purge: true,
             // Reading a message needs no consumer.
             allow_direct: true,
-            // One fsync for a whole batch instead of one per message.
+            // Allows one fsync per batch instead of one per message.
             allow_atomic_publish: true,
             ..Default::default()
         }
@@ -153,19 +152,20 @@ pub struct Subscription {
 pub enum Begins {
     /// With the oldest message of the stream.
     Oldest,
-    /// With the newest messages only, if the stream holds many: what is skipped is asked again. A
-    /// durable that is created anew would otherwise deliver the old ones first, for minutes.
+    /// With the newest messages if the stream holds many; skipped requests are re-asked. Otherwise
+    /// a recreated durable would deliver old messages first, for minutes.
     Newest,
 }
 
 /// A request without permission gets no answer.
 const INFO_TIMEOUT: Duration = Duration::from_secs(2);
-/// Messages that a durable that begins with the newest ones delivers of those in the stream. A
-/// second or two of work; in a new installation, all of them.
+/// Number of stored messages that a durable with [`Begins::Newest`] delivers: one or two seconds of
+/// work. In a new installation these are all messages.
 const NEWEST: u64 = 10_000;
 
 impl Subscription {
-    /// The configuration of the durable when it is created on a stream that ends at this sequence.
+    /// The configuration of a durable that is created on a stream whose last sequence is
+    /// `last_sequence`.
     pub fn config(&self, settings: &TopologySettings, last_sequence: u64) -> pull::Config {
         pull::Config {
             durable_name: Some(self.consumer.to_owned()),
@@ -180,8 +180,8 @@ impl Subscription {
             replay_policy: ReplayPolicy::Instant,
             ack_policy: AckPolicy::Explicit,
             ack_wait: Duration::from_millis(settings.ack_wait_ms),
-            // No limit: reaching one would park the message silently. What cannot be handled
-            // becomes a dead letter instead.
+            // No limit: at a limit, the broker would silently stop delivering the message. A
+            // message that cannot be handled becomes a dead letter instead.
             max_deliver: -1,
             // Enough for five replicas with two batches each in flight.
             max_ack_pending: 2000,
@@ -195,16 +195,16 @@ impl Subscription {
 #[must_use]
 pub(crate) enum Ensured {
     Found,
-    /// It was absent and is new: whatever it held before is gone.
+    /// It was missing and is new: its former content is lost.
     Created,
 }
 
-/// A stream as the broker has it right now.
+/// The current state of a stream in the broker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct StreamState {
-    /// Another time means another stream, whoever created it.
+    /// A different time means a different stream, even if another process created it.
     pub(crate) created_at: OffsetDateTime,
-    /// Lower than a sequence that was acknowledged: the broker has lost its newest messages.
+    /// If it is lower than an acknowledged sequence, the broker has lost its newest messages.
     pub(crate) last_sequence: u64,
     /// Options that differ from what this version would create.
     pub(crate) drift: Vec<String>,
@@ -220,7 +220,7 @@ impl StreamState {
     }
 }
 
-/// Creates the stream if it is absent; never changes one that differs.
+/// Creates the stream if it is missing; never changes an existing one.
 pub(crate) async fn ensure_stream(
     jetstream: &Context,
     wanted: &stream::Config,
@@ -250,7 +250,7 @@ pub(crate) async fn ensure_stream(
                 if error.error_code() == ErrorCode::STORAGE_RESOURCES_EXCEEDED =>
             {
                 anyhow::bail!(
-                    "the NATS server has no room for stream {}, which may grow to {} bytes: raise \
+                    "the NATS server has no room for stream {}, whose limit is {} bytes: raise \
                      `max_file` in its configuration above the sum of all streams, or lower \
                      GOZON_STREAM_MAX_BYTES",
                     wanted.name,
@@ -267,7 +267,7 @@ pub(crate) async fn ensure_stream(
 #[error("stream {0} does not exist yet; the service that owns it creates it")]
 pub(crate) struct NoStream(pub(crate) &'static str);
 
-/// Finds the durable consumer, or creates it if it is absent.
+/// Finds the durable consumer, or creates it if it is missing.
 pub(crate) async fn ensure_consumer(
     jetstream: &Context,
     subscription: &Subscription,
@@ -292,15 +292,16 @@ pub(crate) async fn ensure_consumer(
             }
         },
     }
-    // Strict: if another replica was faster with other settings, its consumer stays as it is.
+    // Strict: if another replica has just created it with other settings, that consumer stays
+    // unchanged.
     let found = tokio::time::timeout(INFO_TIMEOUT, jetstream.get_stream(stream)).await;
     let last_sequence = match found {
         Ok(Ok(stream)) => stream.cached_info().state.last_sequence,
         Ok(Err(_)) | Err(_) => {
-            // A broker with the permissions of an older version does not answer.
+            // A broker with the permissions of an older version does not answer this request.
             warn!(
                 consumer,
-                stream, "Where the stream ends cannot be read; reading all of it"
+                stream, "Cannot read the stream's last sequence; reading the whole stream"
             );
             0
         }

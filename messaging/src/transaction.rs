@@ -1,4 +1,4 @@
-//! A transaction that may enqueue events, and hands them to the relay once it has committed.
+//! A transaction that can enqueue events and hands them off to the relay after its commit.
 
 use std::ops::Deref;
 use std::sync::{Mutex, PoisonError};
@@ -14,8 +14,8 @@ use crate::outbox::table::{self, Pending};
 use crate::postgres::{execute, sqlstate};
 use crate::retry::{Failure, injected};
 
-/// Dereferences to SeaORM's transaction. Dropped without a commit, it is rolled back, and what it
-/// enqueued never existed.
+/// Dereferences to SeaORM's transaction. If dropped without a commit, it is rolled back together
+/// with the enqueued rows.
 #[derive(Debug)]
 pub struct Transaction {
     inner: DatabaseTransaction,
@@ -25,7 +25,7 @@ pub struct Transaction {
     enqueued: Mutex<Vec<Pending>>,
 }
 
-/// What a transaction does: its label in metrics, and the first part of its failpoints' names.
+/// Names the purpose of a transaction: its metric label and the prefix of its failpoints.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Work {
     pub(crate) label: &'static str,
@@ -52,15 +52,14 @@ impl Transaction {
         }
     }
 
-    /// Runs a statement and returns the number of rows that it touched.
+    /// Runs a statement and returns the number of affected rows.
     pub async fn execute(&self, statement: Statement) -> Result<u64, DbErr> {
         execute(&self.inner, statement).await
     }
 
-    /// Stores messages to be published, together with what they tell about.
+    /// Stores messages to be published, in the same transaction as the change that they report.
     ///
-    /// Messages can be enqueued in no other way, so enqueueing outside a transaction does not
-    /// compile.
+    /// This is the only way to enqueue, so enqueueing outside a transaction does not compile.
     pub async fn enqueue(&self, messages: Vec<Message>) -> Result<(), DbErr> {
         let rows = table::insert(&self.inner, messages).await?;
         self.enqueued
@@ -70,11 +69,11 @@ impl Transaction {
         Ok(())
     }
 
-    /// Commits, then hands what was enqueued to the relay. If the outcome is unknown nothing is
-    /// handed off: should the rows exist, the relay finds them in the table.
+    /// Commits, then hands the enqueued rows off to the relay. If the outcome is unknown, nothing
+    /// is handed off: if the rows exist, the relay finds them by polling.
     ///
-    /// A serialization failure or a violated constraint is the server's word that it rolled back.
-    /// Any other error (no answer, a server that shuts down) leaves the outcome open.
+    /// A serialization failure or a constraint violation means that the server rolled back. After
+    /// any other error (no answer, server shutdown), the outcome is unknown.
     pub async fn commit(self) -> Result<(), Failure> {
         let Work { label, failpoints } = self.work;
         failpoint::of_work(failpoints, "before_commit")?;

@@ -68,7 +68,7 @@ enum Command {
     },
     /// Show all rows about an order, from both databases.
     Order { id: Uuid },
-    /// Show how many messages wait to be published, or publish old messages again.
+    /// Show how many messages are pending, or publish old messages again.
     Outbox {
         #[command(subcommand)]
         command: Option<OutboxCommand>,

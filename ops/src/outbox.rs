@@ -1,4 +1,4 @@
-//! The outboxes: what waits to be published, and publishing old rows again.
+//! The outboxes: pending rows, and publishing old rows again.
 
 use std::time::Duration;
 

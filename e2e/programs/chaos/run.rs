@@ -83,7 +83,7 @@ pub(crate) async fn run(settings: &Settings) -> anyhow::Result<Report> {
         };
         let harm = async {
             let injected = nemesis.run(begun, &status).await;
-            // A request that is not answered a minute after the last fault never will be.
+            // A request without an answer one minute after the last fault has failed.
             customers.close(Instant::now() + SETTLE_WITHIN);
             injected.map(|()| Instant::now())
         };
@@ -127,7 +127,7 @@ pub(crate) async fn run(settings: &Settings) -> anyhow::Result<Report> {
     ))
 }
 
-/// On a terminal, overwrites one line; elsewhere, prints a line now and then.
+/// On a terminal, overwrites one line; elsewhere, prints a line from time to time.
 fn show(line: &str, last: &mut String) {
     let mut out = std::io::stderr();
     // Progress is not important: errors are ignored.

@@ -52,7 +52,7 @@ const NATS_CONFIGURATION: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../nats/s
 struct Arguments {
     /// The older commit: a hash, tag or branch.
     old: String,
-    /// Determines who orders what.
+    /// Determines the requests of the customers.
     #[arg(long, default_value_t = 1)]
     seed: u64,
 }
@@ -257,8 +257,8 @@ impl Steps<'_> {
     }
 }
 
-/// Older versions drop trailing zeros of a time. A replayed answer counts as the same if its times
-/// are.
+/// Older versions drop trailing zeros of times. Replayed answers are compared with all times in six
+/// digits.
 fn with_six_digits(mut history: History) -> History {
     fn rewrite(value: &mut Value) {
         match value {

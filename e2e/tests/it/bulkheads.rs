@@ -13,7 +13,7 @@ use stack::testing::eventually;
 
 use crate::shop::{SOON, Shop};
 
-/// Repeats a request that hangs, as impatient clients do.
+/// Repeats a hanging request without end, as impatient clients do.
 async fn insist(http: &Http, path: &str) {
     loop {
         let _ = http.get(path).await;

@@ -10,7 +10,7 @@ use crate::shop::{SOON, Shop};
 
 const MONTH: i64 = 30 * 24 * 60 * 60;
 
-/// A library that shifts the clock of a process. Built with the C compiler that Rust needs anyway.
+/// Builds a library that shifts the clock of a process, with the C compiler that Rust needs anyway.
 fn shifted_clock() -> PathBuf {
     let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/clock_ahead.c");
     let library = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("clock_ahead.so");
@@ -48,7 +48,7 @@ async fn a_month_off(service: &str, shift: i64) {
     system.spawn_with(service, &environment).unwrap();
     system.until_ready(service).await.unwrap();
 
-    // Orders end, also one whose hand-off is lost, and nothing is asked too often.
+    // Orders become final, including one whose hand-off is lost, and none is re-asked too often.
     for _ in 0..3 {
         assert_eq!(shop.order("alice", 10).await.0, "FINISHED");
     }

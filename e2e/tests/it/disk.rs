@@ -64,7 +64,7 @@ async fn f12_nothing_is_lost_when_the_disk_of_the_database_is_full() {
             (503, Some("application/problem+json"))
         );
         disk.free().unwrap();
-        // PostgreSQL may have given up, so restart it, as its supervisor would.
+        // PostgreSQL may have exited, so restart it, as its supervisor would.
         if shop.stack.system.ended("postgres").is_some() {
             eventually("it is running again", SOON, async || {
                 shop.stack.system.start("postgres").await.ok()
@@ -158,8 +158,8 @@ async fn f13_nothing_is_lost_when_fsync_of_the_database_fails() {
             rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         }
         strace.wait().await.unwrap();
-        // PostgreSQL restarts by itself, or gives up now or soon; then restart it, as its
-        // supervisor would.
+        // PostgreSQL restarts by itself, or exits now or soon; then restart it, as its supervisor
+        // would.
         eventually("it is running again", SOON, async || {
             if shop.stack.system.ended("postgres").is_some() {
                 shop.stack.system.start("postgres").await.ok()?;

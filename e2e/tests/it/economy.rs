@@ -204,7 +204,7 @@ async fn the_cost_of_an_order_stays_within_its_limits() {
     at_once.is_at_most(Cost {
         statements: 15.0,
         round_trips: 25.0,
-        // Varies with the batches: 6,100 to 6,500 were measured.
+        // Depends on the batch sizes: 6,100 to 6,500 were measured.
         wal_bytes: 7000.0,
         ..limit
     });

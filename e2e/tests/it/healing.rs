@@ -1,4 +1,4 @@
-//! What was lost or waited long heals at the pace at which the system works.
+//! Recovery from lost or old messages is as fast as normal processing.
 //!
 //! `GOZON_LONG=1` runs the full forms.
 
@@ -37,7 +37,7 @@ async fn place(shop: &Shop, orders: usize) {
 async fn f67_orders_that_the_stream_could_not_hold_end_soon_after_payments_returns() {
     // The stream holds about a third of the requests.
     let (orders, bytes, within) = if is_long() {
-        (200_000, "10000000", Duration::from_secs(120))
+        (200_000, "10000000", Duration::from_secs(500))
     } else {
         (1500, "250000", Duration::from_secs(15))
     };
@@ -61,15 +61,15 @@ async fn f67_orders_that_the_stream_could_not_hold_end_soon_after_payments_retur
     .await;
     let rate = orders as f64 / returned.elapsed().as_secs_f64();
     println!(
-        "{orders} orders ended in {:?}, {rate:.0}/s",
+        "{orders} orders became final in {:?}, {rate:.0}/s",
         returned.elapsed()
     );
-    // Each evicted request is asked once: re-asks evict no request that nobody has read.
+    // Each evicted request is re-asked once: re-asks do not evict unread requests.
     let asked_twice = "SELECT count(*) FROM orders WHERE asks > 2";
     let asked_twice = count(&db, asked_twice).await;
     assert!(
         asked_twice < orders as i64 / 10,
-        "{asked_twice} were asked more than twice"
+        "{asked_twice} orders were re-asked more than twice"
     );
     shop.assert_settled(orders).await;
 }
@@ -123,7 +123,7 @@ async fn f68_live_orders_do_not_wait_for_events_that_are_sent_again() {
     usual.sort();
     during.sort();
     let (usual, worst) = (usual[usual.len() - 1], during[during.len() * 99 / 100]);
-    println!("{resent} events sent again; p99 {worst:?}, before {usual:?}");
+    println!("{resent} events resent; p99 {worst:?}, before {usual:?}");
     assert!(
         worst < usual + Duration::from_millis(100),
         "{worst:?}, before {usual:?}"

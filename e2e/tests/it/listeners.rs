@@ -18,9 +18,9 @@ use uuid::Uuid;
 
 use crate::shop::{SOON, Shop};
 
-/// Messages in an atomic batch.
+/// Messages per atomic batch.
 const BATCH: usize = 1000;
-/// The end of an order of user `u<number>`, for each number.
+/// Publishes, for each number, the final event of an order of user `u<number>`.
 async fn publish(operator: &Broker, numbers: &[usize]) -> u64 {
     let mut sequence = 0;
     for batch in numbers.chunks(BATCH) {
@@ -60,17 +60,18 @@ async fn listen(http: &Http, user: usize) -> StreamingResponse {
     stream
 }
 
-/// Reads until an order comes.
+/// Reads until an order event arrives.
 async fn hear(stream: &mut StreamingResponse) {
     let mut text = String::new();
     while !text.contains("event: order") {
         let bytes = timeout(SOON, stream.next()).await.unwrap();
-        text.push_str(std::str::from_utf8(&bytes.expect("the stream goes on")).unwrap());
+        text.push_str(std::str::from_utf8(&bytes.expect("the stream has not ended")).unwrap());
         assert!(!text.contains("event: reset"), "{text}");
     }
 }
 
-/// Waits until the gateway has read the stream this far: a new listener is told the position.
+/// Waits until the gateway has read the stream up to this sequence: a new listener gets the current
+/// position.
 async fn until_read(http: &Http, sequence: u64) {
     eventually("the gateway has read all events", SOON, async || {
         let mut stream = http
@@ -85,7 +86,7 @@ async fn until_read(http: &Http, sequence: u64) {
     .await;
 }
 
-/// Processor time of a process so far, in clock ticks.
+/// Total processor time of a process, in clock ticks.
 fn ticks(pid: u32) -> u64 {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let (_, fields) = stat.rsplit_once(") ").unwrap();
@@ -97,7 +98,7 @@ fn ticks(pid: u32) -> u64 {
 async fn f64_listeners_to_other_users_cost_the_gateway_less_than_a_tenth_more() {
     let long = std::env::var_os("GOZON_LONG").is_some();
     let (listeners, events) = if long { (500, 200_000) } else { (50, 20_000) };
-    // One event for each user who listens, spread over those of users who do not.
+    // One event for each user with a listener, spread evenly among events of users without one.
     let users: Vec<usize> = (0..events)
         .map(|number| match number % (events / listeners) {
             0 => number / (events / listeners),
@@ -107,14 +108,14 @@ async fn f64_listeners_to_other_users_cost_the_gateway_less_than_a_tenth_more() 
     let mut shop = Shop::start().await;
     let operator = shop.operator().await;
     let pid = shop.stack.system.pid("gateway").unwrap();
-    // The first events also pay for what happens once.
+    // The first events include one-time costs, so they are not measured.
     let warm = publish(&operator, &users).await;
     until_read(&shop.http, warm).await;
 
     let (mut alone, mut listened) = (u64::MAX, u64::MAX);
-    // The clock may be off by one tick.
+    // Each measurement may be off by one tick.
     let cheap = |alone: u64, listened: u64| listened * 10 <= alone * 11 + 10;
-    // Other programs on the machine can only add to a figure, so the least of each counts.
+    // Other programs on the machine can only increase a figure, so the minimum counts.
     for _ in 0..5 {
         let before = ticks(pid);
         let last = publish(&operator, &users).await;

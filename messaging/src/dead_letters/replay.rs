@@ -1,9 +1,9 @@
-//! Applying a dead letter again.
+//! Replay: applies a dead letter again.
 //!
-//! It needs no broker: the stored message goes through its subscriber, in one transaction with its
-//! inbox row and the note that it was replayed. If the event was applied meanwhile, the handler
-//! recognises the repetition. A dry run is the same transaction rolled back, so it cannot differ
-//! from the real run.
+//! A replay needs no broker. One transaction passes the stored message to its subscriber, writes
+//! the inbox row and marks the dead letter as replayed. If the event was applied meanwhile, the
+//! handler recognises the repetition. A dry run rolls the same transaction back, so it cannot
+//! differ from the real run.
 
 use std::fmt;
 
@@ -37,13 +37,13 @@ pub struct Replay {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ReplayOutcome {
-    /// It took effect.
+    /// The message took effect.
     Applied,
-    /// It had been applied meanwhile.
+    /// The message had already been applied.
     NothingToDo,
-    /// It cannot be handled, as before.
+    /// The message still cannot be handled.
     Poison,
-    /// It contradicts what is decided, as before.
+    /// The message still contradicts an earlier decision.
     Quarantine,
 }
 
@@ -65,7 +65,7 @@ pub async fn replay<S: Subscriber>(
     id: Uuid,
     dry_run: bool,
 ) -> Result<Option<Replay>, Failure> {
-    // After a commit whose answer was lost, the next try finds that nothing is left to do.
+    // If the answer to a COMMIT was lost, the next attempt finds that the message was applied.
     retry(|| replay_once(db, subscriber, id, dry_run)).await
 }
 
@@ -75,8 +75,8 @@ async fn replay_once<S: Subscriber>(
     id: Uuid,
     dry_run: bool,
 ) -> Result<Option<Replay>, Failure> {
-    // Not locked: the consumer takes this row last. Of two replays at once, the handler's own locks
-    // make the second see what the first has done.
+    // The row is not locked, because the consumer locks it last. The handler's own locks serialize
+    // concurrent replays: the second sees the effects of the first.
     let letter = table::Entity::find_by_id(id)
         .filter(table::Column::Consumer.eq(S::SUBSCRIPTION.consumer))
         .one(&**db)
@@ -103,7 +103,7 @@ async fn replay_once<S: Subscriber>(
                     Some(detail) => (ReplayOutcome::Applied, detail),
                     None => (
                         ReplayOutcome::NothingToDo,
-                        "It was applied meanwhile.".to_owned(),
+                        "It was already applied.".to_owned(),
                     ),
                 };
                 if dry_run {
@@ -121,7 +121,7 @@ async fn replay_once<S: Subscriber>(
                 }));
             }
             (_, Some(letter)) => letter.verdict,
-            (None, None) => Verdict::Poison("it holds no event".to_owned()),
+            (None, None) => Verdict::Poison("the message contains no event".to_owned()),
         },
         Err(error) if is_transient(&error) => return Err(as_failure(error)),
         Err(error) => Verdict::Poison(format!("{error:#}")),
@@ -151,8 +151,8 @@ async fn note_applied(txn: &Transaction, id: Uuid) -> Result<(), DbErr> {
     Ok(())
 }
 
-/// It was replayed and refused: it goes on waiting. The counters are computed from what was read,
-/// so that a retry counts once.
+/// Records a replay that was refused; the dead letter stays unresolved. The new counters are
+/// computed from `letter`, so a retry counts only once.
 async fn note_refused(
     db: &DatabaseConnection,
     letter: &table::Model,

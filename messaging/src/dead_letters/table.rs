@@ -22,7 +22,7 @@ pub(crate) struct Model {
     #[sea_orm(primary_key, auto_increment = false)]
     pub id: Uuid,
     pub consumer: String,
-    /// The event id, or a hash of a message without one: the same message is one dead letter.
+    /// Event id, or a hash of a message without one, so that repetitions are one dead letter.
     pub message_key: String,
     /// `poison` or `quarantine`.
     pub kind: String,
@@ -31,30 +31,30 @@ pub(crate) struct Model {
     /// The key of the event, if the message names it.
     #[sea_orm(column_name = "order_id")]
     pub key: Option<Uuid>,
-    /// What it is about besides its key, if it could be read.
+    /// A second subject of the event besides its key, if the message could be decoded.
     pub about: Option<Uuid>,
     pub subject: String,
     pub stream: String,
     pub stream_sequence: i64,
     pub delivered: i32,
-    /// As received, `Name: value` lines.
+    /// The headers as received, as `Name: value` lines.
     pub headers: Vec<u8>,
-    /// As received.
+    /// The body as received.
     pub payload: Vec<u8>,
-    /// How often it came.
+    /// How often the message was received.
     pub times: i32,
     pub created_at: TimeDateTimeWithTimeZone,
     pub last_seen_at: TimeDateTimeWithTimeZone,
-    /// How often it was applied again.
+    /// How often it was replayed.
     pub replays: i32,
-    /// When it last was. If it came back later, the replay did not help.
+    /// When it was last replayed. If the message was received later, the replay did not help.
     pub replayed_at: Option<TimeDateTimeWithTimeZone>,
 }
 
 impl ActiveModelBehavior for ActiveModel {}
 
 impl Model {
-    /// Whether it waits for a person: never applied again, or back since.
+    /// Whether it is unresolved: never replayed, or received again after its last replay.
     pub(crate) fn waits(&self) -> bool {
         self.replayed_at
             .is_none_or(|replayed_at| self.last_seen_at > replayed_at)
@@ -72,8 +72,8 @@ pub(crate) enum Verdict {
     Quarantine(String),
 }
 
-/// A cause may quote the message, which may be as large as the broker allows. Its copy for tools
-/// must fit too.
+/// A cause may quote the message. The copy for tools contains the cause and must not exceed the
+/// broker's message limit.
 const CAUSE_CHARACTERS_MAX: usize = 1000;
 
 impl Verdict {
@@ -84,8 +84,8 @@ impl Verdict {
         }
     }
 
-    /// Not too long, and without control characters: PostgreSQL stores no NUL in a text, and a
-    /// terminal obeys the others.
+    /// Truncates the cause and removes control characters: PostgreSQL text cannot store NUL, and
+    /// the others could control a terminal.
     pub(crate) fn cause(&self) -> String {
         let (Self::Poison(cause) | Self::Quarantine(cause)) = self;
         let printable = cause.chars().map(|c| if c.is_control() { ' ' } else { c });
@@ -93,7 +93,7 @@ impl Verdict {
     }
 }
 
-/// A message on its way to the table.
+/// A message to be stored as a dead letter.
 #[derive(Clone, Debug)]
 pub(crate) struct DeadMessage<'a> {
     pub(crate) raw: RawMessage<'a>,
@@ -106,7 +106,7 @@ pub(crate) struct DeadMessage<'a> {
 impl<'a> DeadMessage<'a> {
     pub(crate) fn new<E: Event>(incoming: &Incoming<'a, E>, verdict: Verdict) -> Self {
         let raw = incoming.raw;
-        // A message that cannot be read may still name its key in a header.
+        // A message that cannot be decoded may still have its key in a header.
         let (key, about) = match &incoming.content {
             Ok(received) => (Some(received.event.key()), received.event.about()),
             Err(_) => (
@@ -124,14 +124,14 @@ impl<'a> DeadMessage<'a> {
     }
 }
 
-/// What makes two messages the same dead letter: the event id, or a hash of a message without one.
+/// Identifies a dead letter: the event id, or a hash of a message without one.
 pub fn message_key(subject: &str, headers: Option<&HeaderMap>, payload: &[u8]) -> String {
     let event_id = headers.and_then(|headers| headers.get(header::ID));
     if let Some(event_id) = event_id.and_then(|id| id.as_str().parse::<EventId>().ok()) {
         return event_id.to_string();
     }
     let mut hash = Sha256::new();
-    // Without the broker's message id, which is new each time the same message is sent again.
+    // The hash excludes the broker's message id, which changes each time the message is sent again.
     let headers = header_lines(headers, |name| name != header::MESSAGE_ID);
     for part in [subject.as_bytes(), &headers, payload] {
         hash.update(u64::try_from(part.len()).unwrap_or(u64::MAX).to_be_bytes());
@@ -149,7 +149,7 @@ struct Stored {
     is_new: bool,
 }
 
-/// Stores dead letters, and for each new one a copy to be published in `copies_to`.
+/// Stores dead letters. For each new one, enqueues a copy for the stream `copies_to`.
 pub(crate) async fn store(
     txn: &Transaction,
     subscription: &Subscription,

@@ -1,4 +1,4 @@
-//! Dead letters as operators see them, over HTTP and with `gozon`.
+//! Dead letters as operators see them: over HTTP, and with `gozon`.
 
 use std::fmt;
 
@@ -22,26 +22,26 @@ pub struct DeadLetter {
     pub consumer: String,
     pub kind: DeadLetterKind,
     pub cause: String,
-    /// Whether it waits for an operator: never applied again, or back since.
+    /// Whether it is unresolved: never replayed, or received again after its last replay.
     pub waits: bool,
     #[schema(required = true)]
     pub event_id: Option<Uuid>,
     #[serde(rename = "order_id")]
     #[schema(required = true)]
     pub key: Option<Uuid>,
-    /// What the message is about besides the order, for example a refund.
+    /// A second subject of the message besides the order, for example a refund.
     #[schema(required = true)]
     pub about: Option<Uuid>,
     pub subject: String,
     pub stream: String,
     pub stream_sequence: i64,
-    /// Which delivery of the message it was.
+    /// Delivery attempt of the broker, counted from 1.
     pub delivered: i32,
     /// The headers as received, `Name: value` lines.
     pub headers: String,
     /// The body as received.
     pub payload: String,
-    /// How often it came.
+    /// How often the message was received.
     pub times: i32,
     #[serde(serialize_with = "timestamp::serialize")]
     #[schema(value_type = String, format = DateTime)]
@@ -49,7 +49,7 @@ pub struct DeadLetter {
     #[serde(serialize_with = "timestamp::serialize")]
     #[schema(value_type = String, format = DateTime)]
     pub last_seen_at: OffsetDateTime,
-    /// How often it was applied again.
+    /// How often it was replayed.
     pub replays: i32,
     #[serde(serialize_with = "timestamp::serialize_option")]
     #[schema(required = true, value_type = Option<String>, format = DateTime)]
@@ -59,9 +59,9 @@ pub struct DeadLetter {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum DeadLetterKind {
-    /// It could not be handled.
+    /// It cannot be handled.
     Poison,
-    /// It contradicts what is decided.
+    /// It contradicts an earlier decision.
     Quarantine,
 }
 
@@ -125,7 +125,7 @@ impl DeadLetter {
         Ok(row.map(Self::from))
     }
 
-    /// Deletes it for good. Returns whether it existed.
+    /// Deletes a dead letter for good. Returns whether it existed.
     pub async fn delete(db: &DatabaseConnection, id: Uuid) -> Result<bool, DbErr> {
         let deleted = table::Entity::delete_by_id(id).exec(db).await?;
         Ok(deleted.rows_affected > 0)

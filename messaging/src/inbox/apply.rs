@@ -1,5 +1,5 @@
-//! Applying a batch inside a transaction. The consumer, the replay of dead letters and the test
-//! harness all go through here.
+//! Applies a batch inside a transaction. The consumer, the replay of dead letters and the test
+//! harness use this code.
 
 use std::collections::HashMap;
 
@@ -14,16 +14,16 @@ use crate::retry::Failure;
 use crate::subscriber::{LostRace, Subscriber};
 use crate::transaction::Transaction;
 
-/// What a batch did, before anything is committed.
+/// The result of applying a batch, before the commit.
 pub(crate) struct Applied<'a, T> {
-    /// None if no message of the batch could be read.
+    /// `None` if no message of the batch could be decoded.
     pub(crate) effect: Option<T>,
     pub(crate) first: usize,
     pub(crate) repeated: usize,
     pub(crate) dead: Vec<DeadMessage<'a>>,
 }
 
-/// Writes the inbox rows, calls the handler, and returns which messages are dead letters.
+/// Writes the inbox rows, calls the handler, and returns the dead letters.
 pub(crate) async fn apply<'a, S: Subscriber>(
     txn: &Transaction,
     subscriber: &S,
@@ -57,15 +57,15 @@ pub(crate) async fn apply<'a, S: Subscriber>(
     })
 }
 
-/// What an error of a batch concerns.
+/// The cause of a failed batch.
 #[derive(Debug)]
 pub(crate) enum Blame {
-    /// The database as a whole: it does not answer.
+    /// The database does not answer.
     Database(anyhow::Error),
-    /// A row, for now: a lock is not granted, or the database refuses with a transient error.
+    /// A row is locked, or the database refuses it with a transient error.
     Row(anyhow::Error),
-    /// A message. An error that is neither of the database nor a lost race is a bug or bad data,
-    /// and would come back every time.
+    /// A message can never be applied. An error that is neither a database error nor a lost race is
+    /// a bug or bad data, and would occur every time.
     Message(anyhow::Error),
 }
 
@@ -86,7 +86,7 @@ impl Blame {
         }
     }
 
-    /// Another transaction inserted the row first. The next try sees it.
+    /// Whether another transaction inserted the row first. The next attempt sees the row.
     pub(crate) fn is_lost_race(&self) -> bool {
         let error = self.error();
         error.chain().any(<dyn std::error::Error>::is::<LostRace>)
@@ -125,11 +125,11 @@ fn find_database_error(error: &anyhow::Error) -> Option<&DbErr> {
     })
 }
 
-/// The failure that an error of a batch amounts to, where only a failure can be retried.
+/// Converts an error of a batch to a [`Failure`].
 pub(crate) fn as_failure(error: anyhow::Error) -> Failure {
     let cause = find_database_error(&error).cloned();
-    // A lost race is no error of the database, but it ends in the same way: the next try sees the
-    // row.
+    // A lost race is not a database error, but is retried like a unique violation: the next attempt
+    // sees the row.
     Failure::NotDone(
         cause.unwrap_or_else(|| DbErr::Conn(sea_orm::RuntimeErr::Internal(format!("{error:#}")))),
     )

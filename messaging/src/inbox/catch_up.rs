@@ -1,4 +1,4 @@
-//! Applies deferred messages once their row is free, in the order of the stream.
+//! Applies deferred messages in stream order once their row is free.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -20,25 +20,27 @@ use crate::postgres::{sql, within};
 use crate::subscriber::Subscriber;
 use crate::transaction::Transaction;
 
-/// Deferred messages in one transaction.
+/// Maximum number of deferred messages per transaction.
 const BATCH_MAX: u32 = 200;
-/// Keys that one round looks at. With more, a whole table is locked, and the order of rounds does
-/// not matter.
+/// Maximum number of keys per round. If there are more, a whole table is probably locked, and the
+/// order of rounds does not matter.
 const KEYS_MAX: u32 = 2000;
-/// How often the table is read while this process knows of no deferred message: another replica may
-/// have stored one.
+/// Interval between two reads of the table while this process knows no deferred message: another
+/// replica may have stored one.
 const IDLE_INTERVAL: Duration = Duration::from_secs(1);
 const BUSY_INTERVAL: Duration = Duration::from_millis(50);
-/// A key whose row is not to be had is tried again after this, doubled each time up to the maximum.
+/// Initial retry delay of a key whose row is locked or refused. It doubles each time up to the
+/// maximum.
 const RETRY_DELAY_MIN: Duration = Duration::from_millis(100);
 const RETRY_DELAY_MAX: Duration = Duration::from_secs(1);
 const STEP_TIMEOUT: Duration = Duration::from_secs(10);
-/// Other keys of the batch wait as long.
+/// Short, because the other keys of the batch wait too.
 const LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '20ms'";
-/// As for a batch from the broker: from here on, keys that fail together are not told apart.
+/// As for a batch from the broker: after this many blocked keys, keys that fail together are not
+/// separated.
 const BLOCKED_KEYS_MAX: usize = 3;
 
-/// Keys whose row was not to be had, and when they are tried again.
+/// Keys whose row is locked or refused, and when they are retried.
 #[derive(Default)]
 struct Blocked(HashMap<String, (Instant, Backoff)>);
 
@@ -48,7 +50,7 @@ impl Blocked {
         known.is_none_or(|(retry_at, _)| *retry_at <= Instant::now())
     }
 
-    /// Returns whether the key was not known as blocked.
+    /// Returns whether the key is newly blocked.
     fn note(&mut self, key: &str) -> bool {
         let is_new = !self.0.contains_key(key);
         let new = || {
@@ -63,9 +65,9 @@ impl Blocked {
     }
 }
 
-/// What one transaction did.
+/// Result of one transaction.
 enum Step {
-    /// Another replica applies deferred messages now.
+    /// Another replica is applying deferred messages now.
     Busy,
     Applied(usize),
 }
@@ -95,7 +97,7 @@ impl<S: Subscriber> Consumer<S> {
                 debug!(
                     consumer = Self::NAME,
                     error = format!("{error:#}"),
-                    "Deferred messages cannot be applied; trying again"
+                    "Deferred messages cannot be applied; retrying"
                 );
                 let pause = tokio::time::sleep(IDLE_INTERVAL);
                 shutdown.run_until_cancelled(pause).await;
@@ -103,7 +105,7 @@ impl<S: Subscriber> Consumer<S> {
         }
     }
 
-    /// Reads which keys have deferred messages, and applies those of keys that are due.
+    /// Reads the keys of deferred messages and applies the messages of keys that are due.
     async fn round(
         &self,
         blocked: &mut Blocked,
@@ -151,7 +153,7 @@ impl<S: Subscriber> Consumer<S> {
                                     consumer = Self::NAME,
                                     key,
                                     error = format!("{error:#}"),
-                                    "Messages of this key wait for their row"
+                                    "Messages of this key stay deferred: their row is locked or refused"
                                 );
                             }
                         }
@@ -166,7 +168,7 @@ impl<S: Subscriber> Consumer<S> {
         Ok(())
     }
 
-    /// One transaction: takes the oldest messages of these keys out of the table and applies them.
+    /// One transaction: deletes the oldest messages of these keys from the table and applies them.
     async fn apply_deferred(&self, keys: &[String], limit: u32) -> anyhow::Result<Step> {
         let Some(txn) = self.begin_catching_up().await? else {
             return Ok(Step::Busy);
@@ -190,8 +192,8 @@ impl<S: Subscriber> Consumer<S> {
         Ok(Step::Applied(stored.len()))
     }
 
-    /// A message of this key can never be applied: applies those before it, and makes it a dead
-    /// letter.
+    /// Isolates a message of this key that can never be applied: applies the older messages and
+    /// makes this one a dead letter.
     async fn isolate(&self, key: &[String]) -> anyhow::Result<()> {
         let error = loop {
             match within(STEP_TIMEOUT, self.apply_deferred(key, 1)).await {
@@ -223,7 +225,7 @@ impl<S: Subscriber> Consumer<S> {
         Ok(())
     }
 
-    /// None if another replica is catching up.
+    /// Begins a transaction with the advisory lock; `None` if another replica holds it.
     async fn begin_catching_up(&self) -> anyhow::Result<Option<Transaction>> {
         let txn = self.begin("catch_up").await?;
         txn.execute(sql(LOCK_TIMEOUT, [])).await?;

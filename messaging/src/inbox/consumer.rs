@@ -1,5 +1,5 @@
-//! Pulls messages from a durable consumer, for as long as the process runs. Whatever is ready
-//! becomes one batch.
+//! Pulls messages from a durable consumer while the process runs. All messages that are ready
+//! become one batch.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -23,10 +23,11 @@ use crate::postgres::{self, within};
 use crate::subscriber::Subscriber;
 use crate::topology::{self, Ensured, NoStream, Stream, TopologySettings};
 
-/// Messages in one transaction. More would only add latency.
+/// Maximum number of messages per transaction. A larger batch would only add latency.
 const BATCH_MAX: usize = 200;
 const PULL_EXPIRES: Duration = Duration::from_secs(10);
-/// Without heartbeats a stream that vanished on the server would look like a quiet one, for ever.
+/// Without heartbeats, a stream that was deleted on the server would look like an idle one for
+/// ever.
 const HEARTBEAT: Duration = Duration::from_secs(2);
 const MISSING_HEARTBEATS_MAX: u32 = 2;
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
@@ -39,7 +40,7 @@ pub(crate) struct Consumer<S> {
     pub(crate) db: Database,
     pub(crate) broker: Broker,
     pub(crate) settings: TopologySettings,
-    /// Where copies of dead letters are published.
+    /// The stream for copies of dead letters.
     pub(crate) dead_letters: Option<Stream>,
     pub(crate) loss: BrokerLoss,
     /// Ordering keys whose messages may be deferred.
@@ -50,19 +51,19 @@ pub(crate) struct Consumer<S> {
 /// Why pulling ended.
 enum PullEnd {
     Shutdown,
-    /// The durable or its stream is gone, or was recreated.
+    /// The durable or its stream was deleted or recreated.
     Vanished(String),
-    /// Messages were given back to the broker: another replica may reach the database.
+    /// Messages were returned to the broker (NAK), because another replica may reach the database.
     DatabaseAway(String),
 }
 
 impl<S: Subscriber> Consumer<S> {
     pub(super) const NAME: &'static str = S::SUBSCRIPTION.consumer;
 
-    /// Consumes until `shutdown`. A batch that was begun is finished; only waits are cut short.
+    /// Consumes until `shutdown`. A batch in progress is finished; only waits are interrupted.
     pub(crate) async fn run(&self, shutdown: &CancellationToken) {
         let mut backoff = Backoff::new(RETRY_DELAY_MIN, RETRY_DELAY_MAX);
-        // Since when the durable has been looked for, and on which connection.
+        // When the lookup of the durable began, and on which connection.
         let mut searching = None;
         while !shutdown.is_cancelled() {
             if !self.broker.is_connected() {
@@ -88,7 +89,7 @@ impl<S: Subscriber> Consumer<S> {
                         PullEnd::Shutdown => return,
                         PullEnd::Vanished(why) => {
                             self.health.bad(&why);
-                            warn!(consumer = Self::NAME, why, "Looking for the consumer again");
+                            warn!(consumer = Self::NAME, why, "Looking up the consumer again");
                         }
                         PullEnd::DatabaseAway(why) => {
                             self.health.bad(&why);
@@ -97,7 +98,8 @@ impl<S: Subscriber> Consumer<S> {
                     }
                 }
                 Err(error) => {
-                    // Only a stream that is known to be absent has lost nothing since.
+                    // Keeps the start of the lookup only while the stream is known to be missing:
+                    // nothing can have been lost since then.
                     if !error.is::<NoStream>() {
                         searching = None;
                     }
@@ -105,7 +107,7 @@ impl<S: Subscriber> Consumer<S> {
                         info!(
                             consumer = Self::NAME,
                             error = format!("{error:#}"),
-                            "Not consuming yet; trying again"
+                            "Not consuming yet; retrying"
                         );
                     }
                 }
@@ -116,7 +118,7 @@ impl<S: Subscriber> Consumer<S> {
         }
     }
 
-    /// Finds or creates the durable, which has been looked for `since` then, and begins to pull.
+    /// Finds or creates the durable and begins to pull. `since` is when the lookup began.
     async fn open(&self, since: Instant) -> anyhow::Result<Messages> {
         let jetstream = self.broker.jetstream();
         let (consumer, ensured) =
@@ -124,7 +126,7 @@ impl<S: Subscriber> Consumer<S> {
         if ensured == Ensured::Created {
             let config = &consumer.cached_info().config;
             self.loss.note(match config.deliver_policy {
-                // What its stream received since then is still in it, and is read.
+                // Messages that its stream received since then are still stored, and will be read.
                 DeliverPolicy::All => since,
                 _ => Instant::now(),
             });
@@ -145,8 +147,8 @@ impl<S: Subscriber> Consumer<S> {
         reconnected: impl Future<Output = ()>,
         shutdown: &CancellationToken,
     ) -> PullEnd {
-        // Whatever is ready, never waiting for more. The client fetches the next messages
-        // meanwhile.
+        // Takes all messages that are ready, without waiting for more. The client fetches the next
+        // messages meanwhile.
         let mut batches = messages.ready_chunks(BATCH_MAX);
         let mut missing_heartbeats = 0;
         let mut reconnected = pin!(reconnected);
@@ -158,12 +160,13 @@ impl<S: Subscriber> Consumer<S> {
                 () = shutdown.cancelled() => break PullEnd::Shutdown,
                 next = batches.next() => next,
                 () = &mut disconnected => {
-                    // The client reconnects by itself. What it has fetched ahead can still be
-                    // taken.
+                    // The client reconnects automatically. Prefetched messages can still be
+                    // processed.
                     self.health.bad("the broker is away");
                     continue;
                 }
-                // The broker may have come back empty. Checking is cheap; heartbeats take seconds.
+                // The broker may have lost its data. Checking is cheap; a missed heartbeat is
+                // detected only after seconds.
                 () = &mut reconnected => {
                     break PullEnd::Vanished("there is a new connection to the broker".to_owned());
                 }
@@ -198,24 +201,25 @@ impl<S: Subscriber> Consumer<S> {
             }
             if missing_heartbeats >= MISSING_HEARTBEATS_MAX {
                 vanished.get_or_insert_with(|| {
-                    "no heartbeat from the consumer; it may be gone".to_owned()
+                    "no heartbeat from the consumer; it may have been deleted".to_owned()
                 });
             }
             if let Some(why) = vanished {
                 break PullEnd::Vanished(why);
             }
         };
-        // Messages that the client has fetched ahead would otherwise wait for `ack_wait`.
+        // Returns prefetched messages, which would otherwise be redelivered only after `ack_wait`.
         while let Some(Some(chunk)) = batches.next().now_or_never() {
             unfinished.extend(chunk.into_iter().filter_map(Result::ok));
         }
-        // First stop pulling: the broker would deliver what is given back to the open request.
+        // Stops pulling first, because the broker would redeliver returned messages to the open
+        // pull request.
         drop(batches);
         self.give_back(&unfinished).await;
         end
     }
 
-    /// Nothing is pulled meanwhile, so the broker delivers to other replicas.
+    /// Nothing is pulled during this wait, so the broker delivers to other replicas.
     async fn until_database_answers(&self, shutdown: &CancellationToken) {
         let mut backoff = Backoff::new(RETRY_DELAY_MIN, RETRY_DELAY_MAX);
         while !shutdown.is_cancelled() {
@@ -230,16 +234,17 @@ impl<S: Subscriber> Consumer<S> {
         }
     }
 
-    /// Has the broker deliver these again at once, to another replica.
+    /// Returns messages to the broker (NAK), which redelivers them at once to any replica that
+    /// pulls.
     async fn give_back(&self, messages: &[Message]) {
         for message in messages {
             if let Err(error) = message.ack_with(AckKind::Nak(None)).await {
-                debug!(error = %error, "A message could not be given back; it comes again later");
+                debug!(error = %error, "A message could not be returned to the broker; it is redelivered after ack_wait");
                 return;
             }
         }
         if let Err(error) = self.broker.client().flush().await {
-            debug!(error = %error, "Messages may not have been given back; they come again later");
+            debug!(error = %error, "Messages may not have been returned to the broker; they are redelivered after ack_wait");
         }
     }
 }

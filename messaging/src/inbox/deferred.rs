@@ -1,7 +1,7 @@
-//! Messages that wait for a row: another transaction holds it, or the database refuses it for now.
+//! Deferred messages: another transaction has locked their row, or the database refuses it for now.
 //!
-//! They are stored here and acknowledged, so that they do not count against the messages that a
-//! consumer may leave unacknowledged. [`catch_up`](super::catch_up) applies them.
+//! They are stored here and acknowledged, so that they do not count towards the limit of
+//! unacknowledged messages. [`catch_up`](super::catch_up) applies them.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,7 +16,7 @@ use uuid::Uuid;
 use crate::inbox::message::{Incoming, RawMessage, header_lines, parse_header_lines};
 use crate::postgres::{execute, sql};
 
-/// A stored message.
+/// A stored deferred message.
 #[derive(Clone, Debug, FromQueryResult)]
 pub(crate) struct Deferred {
     pub(crate) stream_sequence: i64,
@@ -45,7 +45,7 @@ impl Deferred {
     }
 }
 
-/// A message to be stored.
+/// A message to be deferred.
 pub(crate) struct Deferral<'a> {
     pub(crate) raw: RawMessage<'a>,
     pub(crate) ordering_key: String,
@@ -53,8 +53,8 @@ pub(crate) struct Deferral<'a> {
     pub(crate) ask: i32,
 }
 
-/// Stores messages. A message that is stored already stays where it is, with the highest ask of its
-/// repetitions, so that re-asks do not let the table grow.
+/// Stores messages. A message that is already stored keeps its place and gets the highest ask of
+/// its repetitions, so that re-asks do not make the table grow.
 pub(crate) async fn store(
     txn: &DatabaseTransaction,
     consumer: &str,
@@ -112,7 +112,7 @@ pub(crate) async fn store(
     Ok(())
 }
 
-/// Takes the oldest messages of these keys out of the table, in the order of the stream.
+/// Deletes the oldest messages of these keys from the table and returns them in stream order.
 pub(crate) async fn take(
     txn: &DatabaseTransaction,
     consumer: &str,
@@ -144,7 +144,7 @@ struct KeyRow {
     ordering_key: String,
 }
 
-/// The keys of stored messages.
+/// Returns up to `limit` keys of stored messages.
 pub(crate) async fn keys(
     db: &DatabaseConnection,
     consumer: &str,
@@ -158,7 +158,7 @@ pub(crate) async fn keys(
     Ok(rows.into_iter().map(|row| row.ordering_key).collect())
 }
 
-/// Which of these keys have stored messages.
+/// Returns those of these keys that have stored messages.
 pub(crate) async fn waiting(
     db: &impl ConnectionTrait,
     consumer: &str,
@@ -173,16 +173,16 @@ pub(crate) async fn waiting(
     Ok(rows.into_iter().map(|row| row.ordering_key).collect())
 }
 
-/// The keys that may have stored messages, as far as this process knows. Clones share one state.
+/// The keys of deferred messages that this process knows. Clones share one state.
 ///
-/// Mostly there are none, and then nobody asks the table. A key that is missing here costs nothing
-/// but the order of two messages.
+/// Usually there are none, and then the table is not queried. If a key is missing here, only the
+/// order of two messages may change.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct DeferredKeys(Arc<State>);
 
 #[derive(Debug, Default)]
 struct State {
-    /// Since when each is known.
+    /// Each key, and since when it is known.
     keys: Mutex<HashMap<String, Instant>>,
     added: Notify,
 }
@@ -202,7 +202,8 @@ impl DeferredKeys {
         self.0.added.notify_one();
     }
 
-    /// What the table held at `since`. Keys that were added later stay.
+    /// Replaces the keys with those that the table had at `since`. Keys that were added later are
+    /// kept.
     pub(crate) fn replace(&self, found: Vec<String>, since: Instant) {
         let mut keys = self.keys();
         keys.retain(|_, added| *added >= since);
@@ -211,13 +212,13 @@ impl DeferredKeys {
         }
     }
 
-    /// Returns when keys were added, also before the call.
+    /// Returns once keys have been added, including before the call.
     pub(crate) async fn added(&self) {
         self.0.added.notified().await;
     }
 
     fn keys(&self) -> MutexGuard<'_, HashMap<String, Instant>> {
-        // Each change is one step, so a panic leaves the map whole.
+        // Each change is one operation, so a panic leaves the map consistent.
         self.0.keys.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

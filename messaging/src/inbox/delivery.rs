@@ -1,8 +1,8 @@
-//! One batch: applied, then acknowledged.
+//! Applies a batch, then acknowledges it.
 //!
-//! A batch is one transaction. If that fails, it is halved until the messages to blame are found: a
-//! message that can never be applied becomes a dead letter, and one whose row is not to be had now
-//! is deferred. The others are applied.
+//! A batch is one transaction. If it fails, the batch is halved until the messages that cause the
+//! failure are found. A message that can never be applied becomes a dead letter. A message whose
+//! row is locked or refused for now is deferred. The others are applied.
 
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
@@ -30,31 +30,34 @@ use crate::transaction::{Transaction, Work};
 
 const RETRY_DELAY_MIN: Duration = Duration::from_millis(50);
 const RETRY_DELAY_MAX: Duration = Duration::from_secs(1);
-/// A transaction that hangs (a dead connection) is given up and retried on another connection.
+/// A transaction that hangs, for example on a dead connection, is aborted and retried on another
+/// connection.
 const DELIVERY_TIMEOUT: Duration = Duration::from_secs(10);
 const LAST_ACK_TIMEOUT: Duration = Duration::from_secs(2);
-/// The loser of a race gets a unique violation, and the next try sees the row. Losing this often in
-/// a row means that no try will ever see it: the table is damaged.
+/// A transaction that loses a race gets a unique violation, and the next attempt sees the row.
+/// After this many losses in a row, the table must be damaged.
 const RACES_MAX: u32 = 5;
-/// Tries of a whole batch that the database answers with a transient error. A deadlock or a
-/// serialization failure is over by then; a row that is refused every time is not.
+/// Attempts of a whole batch after a transient database error. A deadlock or serialization failure
+/// is resolved by then; a row that is refused every time is not.
 const TRIES: u32 = 3;
-/// Tries of a batch with a single key whose row is locked: nobody else waits for it.
+/// Attempts of a batch with a single key whose row is locked: no other key is delayed.
 const LOCK_TRIES: u32 = 2;
-/// For a part with several keys. It only has to find the lock that the batch met; a part with one
+/// Lock timeout of a part with several keys. It only needs to find the locked row; a part with one
 /// key waits as long as a batch.
 const PART_LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '10ms'";
-/// With this many keys deferred one by one, whole parts that fail are deferred: a whole table may
-/// be locked, and to halve on would take seconds. Those that are not to blame are applied soon.
+/// After this many keys were deferred singly, whole parts that fail are deferred: the whole table
+/// may be locked, and further halving would take seconds. Messages that are not the cause are
+/// applied soon.
 const BLOCKED_KEYS_MAX: usize = 3;
-/// How long a batch is kept while the database does not answer. Another replica may reach it.
+/// A batch is returned to the broker if the database does not answer for this long. Another replica
+/// may reach it.
 const KEEP_MAX: Duration = Duration::from_secs(3);
 
-/// What became of a batch.
+/// The outcome of a batch.
 pub(super) enum Taken {
-    /// Each message is applied, deferred or a dead letter.
+    /// Each message was applied, deferred or made a dead letter.
     Settled,
-    /// A shutdown came first: some messages are not acknowledged.
+    /// The process shuts down: some messages are not acknowledged.
     Shutdown,
     /// The database does not answer: some messages are not acknowledged.
     DatabaseAway(String),
@@ -68,7 +71,7 @@ type Verdicts = HashMap<i64, Verdict>;
 struct Part {
     /// Indexes in the batch, in stream order.
     indexes: Vec<usize>,
-    /// Whether this is the first try, with everything.
+    /// Whether this is the first attempt, with the whole batch.
     is_whole: bool,
 }
 
@@ -79,10 +82,10 @@ struct Batch<'a, E> {
 }
 
 impl<S: Subscriber> Consumer<S> {
-    /// Settles a batch, however often that has to be tried.
+    /// Settles a batch, with as many attempts as necessary.
     pub(super) async fn take(&self, messages: &[Message], shutdown: &CancellationToken) -> Taken {
         if failpoint!("consumer.after_fetch").is_err() {
-            // As if the batch had never come: it is delivered again.
+            // The failpoint drops the batch: it is redelivered.
             return Taken::Settled;
         }
         let batch = Batch {
@@ -107,7 +110,7 @@ impl<S: Subscriber> Consumer<S> {
             let keys = batch.keys::<S>(&part);
             let settled = match &blame {
                 Blame::Database(error) => Err(anyhow::anyhow!("{error:#}")),
-                // Not even the dead letters of unreadable messages can be stored.
+                // The dead letters of unreadable messages cannot be stored.
                 Blame::Row(error) if keys.is_empty() => Err(anyhow::anyhow!("{error:#}")),
                 Blame::Row(error) if keys.len() == 1 || blocked_keys >= BLOCKED_KEYS_MAX => {
                     blocked_keys += keys.len();
@@ -122,10 +125,11 @@ impl<S: Subscriber> Consumer<S> {
                             consumer = Self::NAME,
                             messages = part.indexes.len(),
                             error = format!("{error:#}"),
-                            "A batch failed; applying it in parts"
+                            "A batch failed; applying it in smaller parts"
                         );
                     }
-                    // The first half is next: a part with one key is applied in stream order.
+                    // The first half runs next, so that a part with one key is applied in stream
+                    // order.
                     let (first, second) = part.halves(|index| batch.key::<S>(index));
                     parts.extend([second, first]);
                     Ok(())
@@ -138,7 +142,7 @@ impl<S: Subscriber> Consumer<S> {
                         consumer = Self::NAME,
                         messages = batch.incoming.len(),
                         error = why,
-                        "A batch could not be stored; it is given back to the broker"
+                        "A batch could not be stored; returning it to the broker"
                     );
                 }
                 return Taken::DatabaseAway(why);
@@ -147,8 +151,8 @@ impl<S: Subscriber> Consumer<S> {
         Taken::Settled
     }
 
-    /// Applies a part, in one transaction that is retried as long as that may help. `Err(None)` is
-    /// a shutdown.
+    /// Applies a part in one transaction and retries it while a retry may help. `Err(None)` means
+    /// shutdown.
     async fn try_part(
         &self,
         batch: &Batch<'_, S::Event>,
@@ -192,7 +196,7 @@ impl<S: Subscriber> Consumer<S> {
                     consumer = Self::NAME,
                     messages = part.indexes.len(),
                     error = format!("{error:#}"),
-                    "A batch could not be stored; trying again"
+                    "A batch could not be stored; retrying"
                 );
             }
             self.extend_ack_wait(batch.messages).await;
@@ -208,8 +212,8 @@ impl<S: Subscriber> Consumer<S> {
         }
     }
 
-    /// One transaction: inbox rows, effects, dead letters, and the messages that must wait behind
-    /// deferred ones. Then the acks. An error drops the transaction, and nothing happened.
+    /// One transaction stores inbox rows, effects, dead letters, and messages that must stay behind
+    /// deferred ones. The acks follow after the commit. An error rolls everything back.
     async fn deliver(&self, batch: &Batch<'_, S::Event>, part: &Part) -> anyhow::Result<()> {
         let txn = self.begin("consumer").await?;
         if !part.is_whole && batch.keys::<S>(part).len() > 1 {
@@ -240,8 +244,8 @@ impl<S: Subscriber> Consumer<S> {
         Ok(())
     }
 
-    /// Indexes of messages whose key has deferred messages. Mostly no key has, as this process
-    /// knows, and the table is not asked.
+    /// Indexes of messages whose key has deferred messages. Usually this process knows no such key
+    /// and does not query the table.
     async fn behind_deferred(
         &self,
         txn: &Transaction,
@@ -267,8 +271,8 @@ impl<S: Subscriber> Consumer<S> {
         Ok(behind.map(|(index, _)| index).collect())
     }
 
-    /// Stores the messages of a part to be applied later, and acknowledges them. Those that cannot be
-    /// read become dead letters at once.
+    /// Defers the messages of a part: stores and acknowledges them. Messages that cannot be read
+    /// become dead letters in the same transaction.
     async fn defer(
         &self,
         batch: &Batch<'_, S::Event>,
@@ -282,7 +286,7 @@ impl<S: Subscriber> Consumer<S> {
             keys = keys.len(),
             first_key = keys.first(),
             error = format!("{error:#}"),
-            "Messages are deferred: their row is not to be had now"
+            "Messages deferred: their row is locked or refused for now"
         );
         let deferrals = part.indexes.iter();
         let deferrals = deferrals.filter_map(|one| batch.deferral::<S>(*one));
@@ -318,7 +322,7 @@ impl<S: Subscriber> Consumer<S> {
         Ok(())
     }
 
-    /// The handler can never apply this message: it becomes a dead letter.
+    /// Stores a message that the handler can never apply as a dead letter.
     async fn give_up(
         &self,
         batch: &Batch<'_, S::Event>,
@@ -349,7 +353,7 @@ impl<S: Subscriber> Consumer<S> {
         Ok(())
     }
 
-    /// `failpoints` is the first part of the names of its failpoints.
+    /// Begins a transaction; `failpoints` is the prefix of its failpoints.
     pub(super) async fn begin(&self, failpoints: &'static str) -> anyhow::Result<Transaction> {
         let work = Work {
             label: Self::NAME,
@@ -358,7 +362,7 @@ impl<S: Subscriber> Consumer<S> {
         Ok(self.db.begin_work(work).await?)
     }
 
-    /// Counts what a committed transaction applied, and logs its dead letters.
+    /// Counts the messages of a committed transaction and logs its dead letters.
     pub(super) fn after_commit<T>(&self, applied: &Applied<'_, T>) {
         count(Self::NAME, "first", applied.first);
         count(Self::NAME, "repeated", applied.repeated);
@@ -368,10 +372,10 @@ impl<S: Subscriber> Consumer<S> {
         }
     }
 
-    /// Called only after the commit: a crash before it leaves the messages to be delivered again, a
-    /// crash after it makes them repetitions. The acks of a connection are processed in order, so
-    /// the answer to the last one confirms the others too; waiting for each would cost a round trip
-    /// per message.
+    /// Called only after the commit. After a crash, messages are redelivered; those that were
+    /// committed are recognised as repetitions. The broker processes the acks of a connection in
+    /// order, so the answer to the last ack confirms all. Waiting for each would cost one round
+    /// trip per message.
     async fn acknowledge(&self, messages: Vec<&Message>, dead: &Verdicts) {
         let Some((last, others)) = messages.split_last() else {
             return;
@@ -382,7 +386,7 @@ impl<S: Subscriber> Consumer<S> {
                 None => message.ack().await.map_err(anyhow::Error::from_boxed),
             };
             if let Err(error) = result {
-                // It comes again and is recognised.
+                // The message is redelivered and recognised as a repetition.
                 debug!(error = format!("{error:#}"), "An ack could not be sent");
             }
         }
@@ -403,12 +407,12 @@ impl<S: Subscriber> Consumer<S> {
             );
         }
         if let Err(injected) = failpoint!("consumer.after_ack") {
-            debug!(error = %injected, "Nothing is left to fail");
+            debug!(error = %injected, "Injected failure after the acks: nothing to roll back");
         }
     }
 
-    /// Ends the delivery of a message and says why. By hand, since the client's `Term` carries no
-    /// reason.
+    /// Ends the delivery of a message with a reason. Sent as raw bytes, because the client's `Term`
+    /// has no reason.
     async fn terminate(&self, message: &Message, verdict: &Verdict) -> anyhow::Result<()> {
         let reply = message
             .reply
@@ -422,11 +426,11 @@ impl<S: Subscriber> Consumer<S> {
         Ok(())
     }
 
-    /// While a batch is retried, the broker must not deliver it to another replica.
+    /// Prevents the broker from redelivering a batch to another replica while it is retried.
     async fn extend_ack_wait(&self, messages: &[Message]) {
         for message in messages {
             if let Err(error) = message.ack_with(AckKind::Progress).await {
-                debug!(error = %error, "The wait for an ack could not be extended");
+                debug!(error = %error, "The ack wait could not be extended");
                 return;
             }
         }
@@ -434,13 +438,13 @@ impl<S: Subscriber> Consumer<S> {
 }
 
 impl<'a, E: Event + Clone> Batch<'a, E> {
-    /// The ordering key of a message; none if it cannot be read.
+    /// The ordering key of a message; `None` if it cannot be decoded.
     fn key<S: Subscriber<Event = E>>(&self, index: usize) -> Option<String> {
         let received = self.incoming[index].content.as_ref().ok()?;
         Some(S::ordering_key(&received.event))
     }
 
-    /// The keys of a part, each once, in stream order.
+    /// The distinct keys of a part, in stream order.
     fn keys<S: Subscriber<Event = E>>(&self, part: &Part) -> Vec<String> {
         let mut seen = HashSet::new();
         let keys = part.indexes.iter().filter_map(|one| self.key::<S>(*one));
@@ -467,8 +471,8 @@ impl<'a, E: Event + Clone> Batch<'a, E> {
 }
 
 impl Part {
-    /// Two parts with half of the keys each, or, of a single key, half of the messages. Stream
-    /// order holds within each.
+    /// Splits a part into two with half of the keys each, or half of the messages if there is one
+    /// key. Each half keeps the stream order.
     fn halves(&self, key: impl Fn(usize) -> Option<String>) -> (Self, Self) {
         let mut numbers: HashMap<Option<String>, usize> = HashMap::new();
         let number = |index: &usize| {

@@ -1,4 +1,4 @@
-//! Reading messages strictly, and each event of a batch once.
+//! Decodes messages strictly and merges repetitions within a batch.
 
 use std::collections::{HashMap, HashSet};
 use std::str::FromStr as _;
@@ -17,7 +17,7 @@ pub(crate) struct RawMessage<'a> {
     pub(crate) headers: Option<&'a HeaderMap>,
     pub(crate) payload: &'a [u8],
     pub(crate) stream_sequence: i64,
-    /// Which delivery of the message this is.
+    /// Delivery attempt of the broker, counted from 1.
     pub(crate) delivered: i32,
 }
 
@@ -31,7 +31,7 @@ impl<'a> RawMessage<'a> {
     }
 }
 
-/// A message with the result of reading it.
+/// A message with the result of decoding it.
 #[derive(Clone, Debug)]
 pub(crate) struct Incoming<'a, E> {
     pub(crate) raw: RawMessage<'a>,
@@ -47,7 +47,7 @@ impl<'a, E: Event> Incoming<'a, E> {
         }
     }
 
-    /// The same message, found to be one that can never be applied.
+    /// The same message as poison: it can never be applied.
     pub(crate) fn poisoned(&self, cause: String) -> Self {
         Self {
             raw: self.raw,
@@ -55,7 +55,7 @@ impl<'a, E: Event> Incoming<'a, E> {
         }
     }
 
-    /// Its inbox row. A message that cannot be read gets none: the re-ask that heals it must not
+    /// Its inbox row. A message that cannot be decoded gets none: a later re-ask of it must not
     /// look like a repetition.
     pub(crate) fn delivery(&self) -> Option<Delivery> {
         let received = self.content.as_ref().ok()?;
@@ -67,7 +67,7 @@ impl<'a, E: Event> Incoming<'a, E> {
     }
 }
 
-/// Headers as a table stores them: sorted `Name: value` lines.
+/// Formats headers as the tables store them: sorted `Name: value` lines.
 pub(crate) fn header_lines(headers: Option<&HeaderMap>, wanted: impl Fn(&str) -> bool) -> Vec<u8> {
     let mut lines: Vec<String> = headers
         .into_iter()
@@ -79,7 +79,7 @@ pub(crate) fn header_lines(headers: Option<&HeaderMap>, wanted: impl Fn(&str) ->
     lines.concat().into_bytes()
 }
 
-/// The headers that [`header_lines`] wrote.
+/// Parses the output of [`header_lines`].
 pub(crate) fn parse_header_lines(lines: &[u8]) -> HeaderMap {
     let mut headers = HeaderMap::new();
     for line in String::from_utf8_lossy(lines).lines() {
@@ -97,7 +97,7 @@ fn text_header<'a>(headers: Option<&'a HeaderMap>, name: &str) -> Option<&'a str
     Some(headers?.get(name)?.as_str())
 }
 
-/// Reads a message strictly. The error says what is wrong with it; such a message is poison.
+/// Decodes a message strictly. The error says why the message is poison.
 pub fn read_message<E: Event>(
     headers: Option<&HeaderMap>,
     payload: &[u8],
@@ -142,10 +142,10 @@ pub fn read_message<E: Event>(
     })
 }
 
-/// One entry per event, in stream order, and for each message the index of its entry.
+/// Returns one entry per event, in stream order, and for each message the index of its entry.
 ///
-/// Of several deliveries of one event, the highest ask counts. Two messages with one id and
-/// different content stay two entries: the handler must see that they contradict each other.
+/// For several deliveries of one event, the highest ask counts. Two messages with the same id and
+/// different content stay two entries, so that the handler detects the contradiction.
 pub(crate) fn distinct<E: Event + Clone + PartialEq>(
     batch: &[Incoming<'_, E>],
     first: &HashSet<Uuid>,

@@ -17,11 +17,11 @@ pub(crate) struct Model {
     pub consumer: String,
     #[sea_orm(primary_key, auto_increment = false)]
     pub event_id: Uuid,
-    /// Never an identity: sequences start again when a stream is recreated.
+    /// Not an identity: sequences restart when a stream is recreated.
     pub stream_sequence: i64,
     pub delivered: i32,
     pub received_at: TimeDateTimeWithTimeZone,
-    /// How often it came again, and when last.
+    /// Number of repetitions. `last_repeat_at` has the time of the last one.
     pub repeats: i32,
     pub last_repeat_at: Option<TimeDateTimeWithTimeZone>,
 }
@@ -40,7 +40,7 @@ struct EventIdRow {
     event_id: Uuid,
 }
 
-/// Records deliveries, several of one event allowed. Returns the events that are new.
+/// Records deliveries; one event may occur several times. Returns the new events.
 pub(crate) async fn record(
     txn: &DatabaseTransaction,
     consumer: &str,

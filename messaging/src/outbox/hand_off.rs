@@ -1,7 +1,7 @@
-//! The short way from a commit to the relay of the same process: rows are handed off in memory, so
-//! that nobody has to poll the outbox for them. Nothing rests on it: rows that were not handed off
-//! (the process died, the outcome of the commit is unknown, there were too many) are found by
-//! polling the table.
+//! Hands committed rows off to the relay of the same process in memory, so that it need not poll
+//! the outbox for them. Correctness does not depend on it. Rows that were not handed off (the
+//! process died, the outcome of the commit is unknown, the queue was full) are found by polling the
+//! table.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,14 +12,14 @@ use tokio::time::Instant;
 
 use crate::outbox::table::Pending;
 
-/// Rows that may wait in memory: a few megabytes, and about a second of a busy relay.
+/// Maximum number of queued rows: a few megabytes, and about one second of work for a busy relay.
 const ROWS_MAX: usize = 5000;
-/// Rows that waited longer are left to polling. Well below
-/// [`POLLED_AFTER`](crate::outbox::table::POLLED_AFTER), or both would publish them: the broker
-/// drops the repetition, but it makes work just when there is too much already.
+/// Rows that are queued for longer are left to polling. This is well below
+/// [`POLLED_AFTER`](crate::outbox::table::POLLED_AFTER); otherwise both would publish a row. The
+/// broker would drop the duplicate, but it adds load when load is already too high.
 const WAIT_MAX: Duration = Duration::from_millis(700);
 
-/// A queue between transactions and relay. Clones share it.
+/// The queue between transactions and relay. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct HandOff(Arc<Queue>);
 
@@ -41,7 +41,7 @@ impl Default for Queue {
 }
 
 impl HandOff {
-    /// A queue that keeps nothing, for a process without a relay.
+    /// A queue that drops all rows, for a process without a relay.
     pub(crate) fn nowhere() -> Self {
         Self(Arc::new(Queue {
             rows_max: 0,
@@ -49,7 +49,7 @@ impl HandOff {
         }))
     }
 
-    /// Only after the commit: what was published cannot be taken back.
+    /// Call it only after the commit: a published message cannot be withdrawn.
     pub(crate) fn hand_off(&self, enqueued: Vec<Pending>) {
         if enqueued.is_empty() {
             return;
@@ -75,19 +75,19 @@ impl HandOff {
         let taken = rows.len().min(limit);
         let taken = rows.drain(..taken).map(|(_, row)| row).collect();
         if !rows.is_empty() {
-            // For the other lane of the relay.
+            // Wakes the other lane of the relay.
             self.0.arrived.notify_one();
         }
         taken
     }
 
-    /// Returns when rows were handed off, also before the call.
+    /// Returns once rows have been handed off, including before the call.
     pub(crate) async fn arrived(&self) {
         self.0.arrived.notified().await;
     }
 
     fn rows(&self) -> MutexGuard<'_, VecDeque<(Instant, Pending)>> {
-        // Each change of the queue is one step, so a panic leaves it whole.
+        // Each change of the queue is one operation, so a panic leaves it consistent.
         self.0.rows.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -116,7 +116,7 @@ mod tests {
         hand_off.hand_off(rows(3));
         tokio::time::advance(WAIT_MAX + Duration::from_millis(1)).await;
         hand_off.hand_off(rows(1));
-        assert_eq!(hand_off.take(10).len(), 1, "three waited too long");
+        assert_eq!(hand_off.take(10).len(), 1, "three were queued for too long");
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,4 +1,4 @@
-//! An event as it is stored in the outbox.
+//! Messages as they are stored in the outbox.
 
 use serde_json::{Map, Value as Json};
 use shared_contracts::{Event, EventId, header, timestamp};
@@ -15,8 +15,8 @@ pub struct Message {
 }
 
 impl Message {
-    /// An event that is published for the first time. `traceparent` ties it to the request or
-    /// message that caused it.
+    /// Builds a message for the first publication of an event. `traceparent` links it to the
+    /// request or message that caused it.
     pub fn new<E: Event>(
         event_id: EventId,
         event: &E,
@@ -26,8 +26,8 @@ impl Message {
         Self::again(event_id, 0, event, at, traceparent)
     }
 
-    /// An event that is published again, for the `ask`-th time: under a message id of its own, so
-    /// that the broker does not take it for a repetition, and with the header `Gozon-Ask`.
+    /// Builds a message for re-ask number `ask` of an event. It has its own message id, so that the
+    /// broker does not drop it as a duplicate, and the header `Gozon-Ask`.
     pub fn again<E: Event>(
         event_id: EventId,
         ask: u32,
@@ -49,11 +49,11 @@ impl Message {
             subject: E::SUBJECT.to_owned(),
             headers: headers.into_json(),
             payload: serde_json::to_string(event)
-                .expect("an event is plain data, which always serializes"),
+                .expect("an event is plain data and always serializes"),
         }
     }
 
-    /// A message that is no [`Event`] of the contracts: a copy of a dead letter, for tools.
+    /// Builds a message that is not an [`Event`]: a copy of a dead letter, for tools.
     pub(crate) fn notice(
         subject: String,
         stream: &str,

@@ -1,5 +1,5 @@
-//! Sends outbox rows to the broker: a few concurrently, many as one atomic batch, which the broker
-//! stores with one fsync.
+//! Sends outbox rows to the broker. A few rows are sent concurrently; many are sent as one atomic
+//! batch, which the broker stores with one fsync.
 
 use std::collections::BTreeMap;
 use std::str::FromStr as _;
@@ -19,19 +19,19 @@ use broker::Broker;
 
 use crate::outbox::table::{Acknowledged, Pending};
 
-/// Below this, an atomic batch costs the broker more than it saves.
+/// With fewer rows, an atomic batch costs the broker more than it saves.
 const ATOMIC_MIN: usize = 32;
-/// Upper bound of what the broker adds to a message.
+/// Upper bound of the bytes that the broker adds to a message.
 const OVERHEAD: usize = 1024;
 
-/// What became of rows that were sent.
+/// The outcome of sending rows.
 #[derive(Default)]
 pub(crate) struct Sent {
-    /// Stored by the broker, now or before.
+    /// Rows that the broker has stored, now or earlier.
     pub(crate) acknowledged: Vec<Acknowledged>,
-    /// Not known to be stored.
+    /// Rows without a PubAck: it is unknown whether they are stored.
     pub(crate) unacknowledged: Vec<(Uuid, i32)>,
-    /// Some failed because no stream stores their subject.
+    /// Whether a row failed because no stream stores its subject.
     pub(crate) stream_missing: bool,
     /// The first error.
     pub(crate) error: Option<PublishError>,
@@ -43,16 +43,16 @@ struct Outgoing<'a> {
     headers: HeaderMap,
 }
 
-/// Sent, with the PubAck that is awaited.
+/// Sent messages whose PubAck is pending.
 enum InFlight<'a> {
     One(&'a Outgoing<'a>, PublishAckFuture),
-    /// All are stored, or none.
+    /// Either all messages are stored or none.
     Batch(&'a [Outgoing<'a>], PublishAckFuture),
 }
 
-/// Sends the rows and waits for the PubAcks. A row that cannot be sent delays none of the others.
+/// Sends the rows and waits for the PubAcks. A row that cannot be sent does not delay the others.
 pub(crate) async fn publish(broker: &Broker, rows: &[Pending]) -> Result<Sent, Injected> {
-    // An atomic batch is stored by one stream.
+    // All messages of an atomic batch must belong to one stream.
     let mut by_stream: BTreeMap<String, Vec<Outgoing<'_>>> = BTreeMap::new();
     for row in rows {
         let headers = message_headers(row);
@@ -75,8 +75,8 @@ pub(crate) async fn publish(broker: &Broker, rows: &[Pending]) -> Result<Sent, I
     }
     failpoint!("relay.after_send")?;
     let refused = await_acks(in_flight, &mut sent).await;
-    // A batch with one message that the broker knows already is refused as a whole, and the broker
-    // does not say which one it was.
+    // The broker refuses a batch as a whole if it contains a duplicate, and does not say which
+    // message that is.
     let mut again = Vec::new();
     for messages in refused {
         send_each(broker, messages, &mut again, &mut sent).await;
@@ -85,7 +85,8 @@ pub(crate) async fn publish(broker: &Broker, rows: &[Pending]) -> Result<Sent, I
     Ok(sent)
 }
 
-/// Sends all as one atomic batch if that pays off. The last message commits it and is acknowledged.
+/// Sends all messages as one atomic batch if there are enough. The last message commits the batch
+/// and is acknowledged.
 async fn send_batch(broker: &Broker, messages: &[Outgoing<'_>]) -> Option<PublishAckFuture> {
     let payload_max = broker.client().server_info().max_payload;
     let fits =
@@ -110,7 +111,7 @@ async fn send_batch(broker: &Broker, messages: &[Outgoing<'_>]) -> Option<Publis
             .await
         {
             // The broker drops a batch that is never committed.
-            debug!(error = %error, "A batch could not be sent; its messages are sent one by one");
+            debug!(error = %error, "A batch could not be sent; sending its messages singly");
             return None;
         }
     }
@@ -150,7 +151,7 @@ async fn send(
         .await
 }
 
-/// Waits for every PubAck. Returns the batches that the broker refused.
+/// Waits for all PubAcks. Returns the batches that the broker refused.
 async fn await_acks<'a>(in_flight: Vec<InFlight<'a>>, sent: &mut Sent) -> Vec<&'a [Outgoing<'a>]> {
     let answers = join_all(in_flight.into_iter().map(async |one| match one {
         InFlight::One(message, answer) => (std::slice::from_ref(message), answer.await, false),
@@ -159,7 +160,7 @@ async fn await_acks<'a>(in_flight: Vec<InFlight<'a>>, sent: &mut Sent) -> Vec<&'
     let mut refused = Vec::new();
     for (messages, answer, is_batch) in answers.await {
         match answer {
-            // Not all of the batch is known to be stored.
+            // It is unknown whether the whole batch is stored.
             Ok(ack)
                 if is_batch
                     && ack
@@ -169,19 +170,20 @@ async fn await_acks<'a>(in_flight: Vec<InFlight<'a>>, sent: &mut Sent) -> Vec<&'
                 debug!(
                     messages = messages.len(),
                     stored = ack.batch_size,
-                    "The broker stored another batch; sending its messages singly"
+                    "The PubAck does not match the batch; sending its messages singly"
                 );
                 refused.push(messages);
             }
-            // A duplicate was stored before and its PubAck lost: just as good.
+            // A duplicate is already stored; only its PubAck was lost. This counts as acknowledged.
             Ok(ack) => {
-                // The messages of a batch are adjacent, and the PubAck names the last.
+                // The messages of a batch have consecutive sequences, and the PubAck has the last
+                // one.
                 for (behind, one) in messages.iter().rev().enumerate() {
                     sent.acknowledge(one, ack.sequence.saturating_sub(behind as u64));
                 }
             }
-            // Nothing of it is stored. After a timeout, sending the rows singly would only add
-            // load.
+            // Nothing of the batch is stored. After a timeout, sending the rows singly would only
+            // add load.
             Err(error) if is_batch && !is_no_answer(&error) => {
                 debug!(messages = messages.len(), error = %error, "The broker refused a batch; sending its messages singly");
                 refused.push(messages);
@@ -227,7 +229,7 @@ impl Sent {
     }
 }
 
-/// The stored headers, and those that follow from the row's key.
+/// The stored headers, plus those derived from the row's key.
 pub(crate) fn message_headers(row: &Pending) -> HeaderMap {
     let mut headers = HeaderMap::new();
     headers.insert(header::SPEC_VERSION, SPEC_VERSION);
@@ -236,21 +238,22 @@ pub(crate) fn message_headers(row: &Pending) -> HeaderMap {
     match serde_json::from_str::<Map<String, Json>>(&row.headers) {
         Ok(stored) => {
             for (name, value) in stored {
-                // Checked, since the client panics on an invalid header.
+                // Checked, because the client panics on an invalid header.
                 match (
                     HeaderName::from_str(&name),
                     value.as_str().map(HeaderValue::from_str),
                 ) {
                     (Ok(name), Some(Ok(value))) => headers.insert(name, value),
                     _ => {
-                        error!(event.id = %row.event_id, header = name, "Outbox row with something that is no header; left out")
+                        error!(event.id = %row.event_id, header = name, "Outbox row with an invalid header; header omitted")
                     }
                 }
             }
         }
-        // The reader will dead-letter it. Only `enqueue` writes rows, so someone edited the table.
+        // Only `enqueue` writes rows, so someone edited the table. The reader will make the message
+        // a dead letter.
         Err(error) => {
-            error!(event.id = %row.event_id, error = %error, "Outbox row with headers that are no JSON object")
+            error!(event.id = %row.event_id, error = %error, "Outbox row whose headers are not a JSON object")
         }
     }
     headers

@@ -1,5 +1,5 @@
-//! Publishes outbox rows and marks exactly those that the broker acknowledged. Knows rows and
-//! subjects, no events.
+//! Publishes outbox rows and marks exactly those that the broker acknowledged. It handles rows and
+//! subjects and knows no event types.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -26,54 +26,54 @@ use crate::outbox::table::{self, Pending, Which};
 use crate::postgres::within;
 use crate::scan::Pace;
 
-/// A step that hangs (a dead connection) is given up, and the database frees its rows. The step
-/// waits for two answers of the broker, each with a timeout of its own.
+/// A step that hangs, for example on a dead connection, is aborted, and the database releases its
+/// row locks. The step waits for up to two answers of the broker, each with its own timeout.
 const STEP_TIMEOUT: Duration = Duration::from_secs(20);
-/// How often recent rows are looked at while scans are slow.
+/// Interval between two polls of recent rows while scans are slow.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// On a new connection, publishing waits this long for the check of the streams.
+/// On a new connection, publishing waits at most this long for the check of the streams.
 const FIRST_CHECK_TIMEOUT: Duration = Duration::from_secs(2);
-/// A lane that publishes nothing of a batch pauses before the next.
+/// Initial pause of a lane after a batch of which nothing was published.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Lane {
-    /// Also looks at recent rows while scans are slow.
+    /// Also polls recent rows while scans are slow.
     First,
     Second,
 }
 
-/// Why the task that scans is awake.
+/// Why the scan task woke up.
 enum Wake {
     Due,
     Failed,
     Reconnected,
 }
 
-/// Moves outbox rows of one database to the broker. Any number may run on one table.
+/// Publishes the outbox rows of one database. Several relays may run on one table.
 pub(crate) struct Relay {
     pub(crate) db: DatabaseConnection,
-    /// For scans of the whole table, which may take long.
+    /// For scans of the whole table, which may be slow.
     pub(crate) scan_db: DatabaseConnection,
     pub(crate) broker: Broker,
-    /// What was just committed in this process.
+    /// Rows that were just committed in this process.
     pub(crate) hand_off: HandOff,
     pub(crate) streams: StreamWatch,
     pub(crate) backlog: OutboxBacklogWatch,
     pub(crate) health: HealthStatus,
     /// Whether the last scan was slow.
     pub(crate) scans_are_slow: AtomicBool,
-    /// Rows were not published: they are to be tried again soon.
+    /// Signals that rows were not published and need a retry.
     pub(crate) failed: Notify,
 }
 
 impl Relay {
-    /// Publishes until `shutdown`. A batch that was begun is finished; only waits are cut short.
+    /// Publishes until `shutdown`. A batch in progress is finished; only waits are interrupted.
     ///
-    /// Two lanes publish what was handed off, so that one sends the next rows while the other waits
-    /// for the broker or marks. A third task finds the rest: what was handed off to a process that
-    /// died, and what the broker did not take. It may be slow and never comes before the lanes.
+    /// Two lanes publish handed-off rows: one sends the next rows while the other waits for PubAcks
+    /// or marks rows. A third task finds the other rows: those handed off to a process that died,
+    /// and those that the broker did not accept. It may be slow and never delays the lanes.
     pub(crate) async fn run(&self, shutdown: &CancellationToken) {
         tokio::join!(
             self.streams.run(shutdown),
@@ -100,7 +100,7 @@ impl Relay {
                 }
                 match step {
                     Some(step) if step.published > 0 => backoff.reset(),
-                    // More than a few rows are to blame.
+                    // Nothing was published, so the cause is not a few bad rows.
                     _ => {
                         let pause = tokio::time::sleep(backoff.pause());
                         shutdown.run_until_cancelled(pause).await;
@@ -109,7 +109,7 @@ impl Relay {
             }
             if Instant::now() >= poll_at {
                 poll_at = Instant::now() + POLL_INTERVAL;
-                // While scans are quick, they find recent rows too.
+                // While scans are fast, they also find recent rows.
                 if lane == Lane::First && self.scans_are_slow.load(Ordering::Relaxed) {
                     let polled = self.publish_polled(&self.db, Which::Recent);
                     let polled = within(STEP_TIMEOUT, polled).await;
@@ -171,7 +171,7 @@ impl Relay {
             self.scans_are_slow.store(pace.is_slow(), Ordering::Relaxed);
             if !self.broker.is_connected() {
                 self.health
-                    .bad("the broker is away; committed events wait in the outbox");
+                    .bad("the broker is away; committed events stay pending in the outbox");
                 schedule.nothing_pending(pace.pause(), Instant::now());
                 connection_number = 0;
             } else if pending == 0 {
@@ -183,7 +183,7 @@ impl Relay {
         }
     }
 
-    /// Publishes everything that is due in the table.
+    /// Publishes all rows that are due.
     async fn scan(&self, schedule: &mut Schedule, pace: Pace, shutdown: &CancellationToken) {
         while !shutdown.is_cancelled() {
             let Some(which) = schedule.due(Instant::now()) else {
@@ -196,7 +196,7 @@ impl Relay {
                 Some(step) if step.failed > 0 => {
                     schedule.failed(Instant::now());
                     if step.published == 0 && which != Which::Tried {
-                        // More than a few rows are to blame.
+                        // Nothing was published, so the cause is not a few bad rows.
                         return schedule.interrupted(Instant::now());
                     }
                 }
@@ -210,8 +210,8 @@ impl Relay {
         }
     }
 
-    /// Waits for a connection to the broker, and on a new one for the check of the streams. Returns
-    /// false if there is none yet.
+    /// Waits for a connection to the broker and, on a new connection, for the check of the streams.
+    /// Returns false if there is no connection yet.
     async fn is_connected(
         &self,
         connection_number: &mut u64,
@@ -219,7 +219,7 @@ impl Relay {
     ) -> bool {
         if !self.broker.is_connected() {
             self.health
-                .bad("the broker is away; committed events wait in the outbox");
+                .bad("the broker is away; committed events stay pending in the outbox");
             shutdown
                 .run_until_cancelled(self.broker.until_connected())
                 .await;
@@ -229,13 +229,14 @@ impl Relay {
             *connection_number = self.broker.connection_number();
             let checked = self.streams.until_checked(*connection_number);
             let checked = tokio::time::timeout(FIRST_CHECK_TIMEOUT, checked);
-            // If a stream cannot be created, publishing reports it, and others may exist.
+            // Continue even if a stream cannot be created: publishing reports it, and other streams
+            // may exist.
             let _ = shutdown.run_until_cancelled(checked).await;
         }
         true
     }
 
-    /// Notes how a step went; none if it failed as a whole.
+    /// Records the result of a step. `None` if it failed as a whole.
     fn note(&self, done: anyhow::Result<Step>) -> Option<Step> {
         match done {
             Ok(step) => {
@@ -250,23 +251,20 @@ impl Relay {
             }
             Err(error) => {
                 if self.health.bad(format!("{error:#}")) {
-                    warn!(
-                        error = format!("{error:#}"),
-                        "Publishing failed; trying again"
-                    );
+                    warn!(error = format!("{error:#}"), "Publishing failed; retrying");
                 }
                 None
             }
         }
     }
 
-    /// One step: takes a batch of waiting rows, publishes them, marks those whose PubAck came.
+    /// One step: locks a batch of pending rows, publishes them, and marks those whose PubAck came.
     ///
     /// The transaction stays open while the broker answers, because it holds the rows' locks:
-    /// another relay skips them (SKIP LOCKED), so one relay at a time has a row, without leases or
-    /// clocks. Hardly anyone else wants these locks, and the broker's answer has a timeout. If this
-    /// process dies, the server frees the rows, and the next relay publishes them again under the
-    /// same message id.
+    /// another relay skips them (SKIP LOCKED), so only one relay processes a row, without leases or
+    /// clocks. Almost nothing else needs these locks, and the broker's answer has a timeout. If
+    /// this process dies, the server releases the locks, and the next relay publishes the rows
+    /// again under the same message id.
     async fn publish_polled(&self, db: &DatabaseConnection, which: Which) -> anyhow::Result<Step> {
         let txn = begin(db).await.context("the outbox cannot be read")?;
         let rows = table::lock_pending(&txn, which, BATCH_MAX)
@@ -285,8 +283,9 @@ impl Relay {
         Ok(step)
     }
 
-    /// The same with rows that were handed off. Nobody has locked them: no relay polls for rows so
-    /// young. If this process dies, one will later, and publishes them under the same message id.
+    /// The same for handed-off rows. They are not locked, because relays do not poll rows that are
+    /// so young. If this process dies, a relay later finds and publishes them under the same
+    /// message id.
     async fn publish_handed_off(&self, rows: &[Pending]) -> anyhow::Result<Step> {
         let step = self.publish(&self.db, rows).await?;
         failpoint!("relay.after_mark")?;
@@ -299,8 +298,8 @@ impl Relay {
         let connection_number = self.broker.connection_number();
         let mut sent = publish::publish(&self.broker, rows).await?;
         if self.broker.connection_number() != connection_number {
-            // The broker that acknowledged may be gone with everything it had. Marked now, a row
-            // would look as if it had been published after the loss.
+            // The broker may have lost the acknowledged messages since. A row marked now would look
+            // as if it was published after the loss.
             sent.doubt();
         }
         histogram!(PUBLISH_SECONDS).record(begun.elapsed());
@@ -318,7 +317,7 @@ impl Relay {
         match sent.error {
             None => debug!(published, "Outbox rows published"),
             Some(error) => {
-                warn!(published, failed, error = %error, "Some outbox rows were not published; they stay");
+                warn!(published, failed, error = %error, "Some outbox rows were not published; they stay pending");
             }
         }
         Ok(Step {

@@ -1,4 +1,4 @@
-//! Publishing again what was published before, when an operator asks for it.
+//! Publishes old events again on request of an operator.
 
 use std::time::Duration;
 
@@ -9,20 +9,21 @@ use uuid::Uuid;
 use crate::postgres::{clock, one_row, sql};
 use crate::scan::id_at;
 
-/// Rows that one statement reads.
+/// Maximum number of rows that one statement reads.
 const BATCH: i64 = 1000;
-/// After each statement, so that live events go first.
+/// Pause after each statement, so that live events have priority.
 const PAUSE: Duration = Duration::from_millis(20);
-/// An event is minted at most this long before it is published. What waited longer, or has an old
-/// id because it was asked again, is not published again: asking again covers it.
+/// Assumed maximum time between generating an event id and publishing the event. Events that were
+/// pending for longer, or have an old id because they were re-asked, are not resent: the reconciler
+/// re-asks for them.
 const MINTED_BEFORE: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Which published events to publish again, under the same ids. For readers of the streams, after
+/// Selects published events to publish again, under the same ids. For readers of the streams, after
 /// the broker has lost messages.
 #[derive(Clone, Debug)]
 pub struct Resend<'a> {
     pub since: OffsetDateTime,
-    /// Only events on this subject.
+    /// Restricts the selection to this subject.
     pub subject: Option<&'a str>,
 }
 
@@ -36,7 +37,7 @@ impl Resend<'_> {
         self.count_since(db, self.since).await
     }
 
-    /// How many of them the broker may still remember: it does not store these twice.
+    /// Number of selected events that the broker may still remember: it drops these as duplicates.
     pub async fn count_remembered(
         &self,
         db: &DatabaseConnection,
@@ -66,10 +67,10 @@ impl Resend<'_> {
         Ok(number.unsigned_abs())
     }
 
-    /// Marks the rows as pending, so that a relay publishes them. Returns how many there were.
+    /// Marks the rows as pending, so that a relay publishes them. Returns their number.
     ///
-    /// Reads the table once, from the first id that the range can have. Relays publish these rows
-    /// beside what is committed now, not before it.
+    /// Reads the table once, from the first possible id of the range. Relays publish these rows
+    /// without delaying new events.
     pub async fn run(&self, db: &DatabaseConnection) -> Result<u64, DbErr> {
         let begun = clock(db).await?;
         let mut total = 0;
@@ -116,7 +117,7 @@ impl Resend<'_> {
     }
 }
 
-/// The end of what one statement has read, and how many rows it has marked.
+/// The last row that one statement has read, and the number of rows that it has marked.
 #[derive(FromQueryResult)]
 struct Page {
     event_id: Uuid,

@@ -1,4 +1,4 @@
-//! When the relay scans the table, and for which rows. No database, no broker.
+//! Decides when the relay scans the table and for which rows. Uses neither database nor broker.
 
 use std::time::Duration;
 
@@ -8,47 +8,48 @@ use uuid::Uuid;
 
 use crate::outbox::table::{POLLED_AFTER, Which};
 
-/// Rows of one step: enough to hide the round trips, few enough that row locks are short.
+/// Maximum number of rows per step: large enough to amortize round trips, small enough to keep row
+/// locks short.
 pub(crate) const BATCH_MAX: u32 = 500;
 const RETRY_DELAY_MIN: Duration = Duration::from_millis(100);
 const RETRY_DELAY_MAX: Duration = Duration::from_secs(5);
 
-/// What one step did.
+/// Result of one step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Step {
-    /// Rows acknowledged and marked.
+    /// Rows that were acknowledged and marked.
     pub(crate) published: usize,
-    /// Rows that are left for another attempt.
+    /// Rows that need another attempt.
     pub(crate) failed: usize,
-    /// Some failed because no stream stores their subject.
+    /// Whether a row failed because no stream stores its subject.
     pub(crate) stream_missing: bool,
-    /// The newest event of the step.
+    /// Id of the newest event of the step.
     pub(crate) newest: Option<Uuid>,
 }
 
 impl Step {
-    /// Behind a full batch there are more.
+    /// After a full batch there may be more rows.
     pub(crate) fn is_full(&self) -> bool {
         self.published == BATCH_MAX as usize
     }
 }
 
-/// The scans of one relay.
+/// The scan schedule of one relay.
 #[derive(Debug)]
 pub(crate) struct Schedule {
-    /// When rows that the broker did not take are tried again.
+    /// When rows that the broker did not accept are retried.
     retry_at: Instant,
     backoff: Backoff,
-    /// When untried rows are scanned for, from which id on, and from which age.
+    /// When the next scan for untried rows is due, from which id, and from which age.
     scan_at: Instant,
     from: Uuid,
-    /// When this process started, until its first scan is done.
+    /// Start time of this process; `None` after its first scan.
     started: Option<Instant>,
 }
 
 impl Schedule {
-    /// Everything is due that was committed before this process started: it was handed off to
-    /// nobody who is still there. (Rows of another replica may be among it; these are published
+    /// All rows that were committed before this process started are due: the process that they were
+    /// handed off to may be dead. (Rows of another replica may be among them; these are published
     /// twice under one id.)
     pub(crate) fn new(now: Instant) -> Self {
         Self {
@@ -60,13 +61,13 @@ impl Schedule {
         }
     }
 
-    /// There is another connection to the broker: everything is due.
+    /// After a reconnect to the broker, all rows are due.
     pub(crate) fn start_over(&mut self, now: Instant) {
         (self.retry_at, self.scan_at) = (now, now);
         self.backoff.reset();
     }
 
-    /// Which rows to take from the table now, if it is time for any.
+    /// The rows to read from the table now, if a scan is due.
     pub(crate) fn due(&self, now: Instant) -> Option<Which> {
         if now >= self.retry_at {
             Some(Which::Tried)
@@ -82,14 +83,14 @@ impl Schedule {
         self.retry_at.min(self.scan_at)
     }
 
-    /// Nothing is pending: no scan is needed for `pause`.
+    /// Nothing is pending: the next scan is due after `pause`.
     pub(crate) fn nothing_pending(&mut self, pause: Duration, now: Instant) {
         self.backoff.reset();
         (self.retry_at, self.from, self.scan_at) = (now + pause, Uuid::nil(), now + pause);
         self.started = None;
     }
 
-    /// All rows of a step were published. `pause` is the time to the next scan.
+    /// All rows of a step were published. `pause` is the time until the next scan.
     pub(crate) fn done(&mut self, which: Which, step: Step, pause: Duration, now: Instant) {
         match (which, step.newest) {
             (Which::Recent, _) => {}
@@ -97,8 +98,8 @@ impl Schedule {
                 self.backoff.reset();
                 self.retry_at = if step.is_full() { now } else { now + pause };
             }
-            // Published rows stay in the index of pending rows until a vacuum. Starting behind them
-            // saves reading them again.
+            // Published rows stay in the index of pending rows until a vacuum. The next step starts
+            // after them to skip them.
             (Which::Untried(..), Some(newest)) if step.is_full() => self.from = newest,
             (Which::Untried(..), _) => {
                 (self.from, self.started) = (Uuid::nil(), None);
@@ -107,12 +108,12 @@ impl Schedule {
         }
     }
 
-    /// Some rows were not published. They are tried again after a pause, which grows.
+    /// Some rows were not published. They are retried after a growing pause.
     pub(crate) fn failed(&mut self, now: Instant) {
         self.retry_at = now + self.backoff.pause();
     }
 
-    /// A scan ended with an error; it is tried again after a pause.
+    /// A scan failed; it is retried after a pause.
     pub(crate) fn interrupted(&mut self, now: Instant) {
         let pause = self.backoff.pause();
         self.retry_at = self.retry_at.max(now + pause);
@@ -132,7 +133,11 @@ mod tests {
         assert_eq!(schedule.due(now), Some(Which::Tried));
         schedule.done(Which::Tried, Step::default(), PAUSE, now);
         let of_any_age = Which::Untried(Uuid::nil(), Duration::ZERO);
-        assert_eq!(schedule.due(now), Some(of_any_age), "at first of any age");
+        assert_eq!(
+            schedule.due(now),
+            Some(of_any_age),
+            "the first scan has no age limit"
+        );
         schedule.done(of_any_age, Step::default(), PAUSE, now);
         assert_eq!((schedule.due(now), schedule.next_at()), (None, now + PAUSE));
         schedule
@@ -154,7 +159,7 @@ mod tests {
         };
         schedule.done(first, step(BATCH_MAX as usize, newest), PAUSE, later);
         let second = Which::Untried(newest, POLLED_AFTER);
-        assert_eq!(schedule.due(later), Some(second), "at once");
+        assert_eq!(schedule.due(later), Some(second), "without a pause");
         schedule.done(second, step(3, Uuid::now_v7()), PAUSE, later);
         assert_eq!(schedule.due(later), None);
         schedule.done(Which::Tried, Step::default(), PAUSE, later + PAUSE);
@@ -173,9 +178,12 @@ mod tests {
             assert_eq!(schedule.due(now), None);
             assert_eq!(schedule.due(now + pause), Some(Which::Tried));
         }
-        assert!(schedule.next_at() <= now + PAUSE, "others are scanned for");
+        assert!(
+            schedule.next_at() <= now + PAUSE,
+            "scans for other rows continue"
+        );
         schedule.start_over(now);
-        assert_eq!(schedule.due(now), Some(Which::Tried), "at once");
+        assert_eq!(schedule.due(now), Some(Which::Tried), "without a pause");
         schedule.failed(now);
         assert!(schedule.retry_at - now <= RETRY_DELAY_MIN);
     }

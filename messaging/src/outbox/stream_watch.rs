@@ -1,4 +1,4 @@
-//! Creates the streams of a service where they are absent, and notices what the broker has lost.
+//! Creates missing streams of a service and detects broker loss.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -17,8 +17,8 @@ use crate::outbox::table;
 use crate::postgres::within;
 use crate::topology::{self, Ensured, Stream, StreamState, TopologySettings};
 
-/// While nothing fails, the streams are checked this often: nobody tells an idle relay that they
-/// are gone.
+/// Interval of the checks while nothing fails: an idle relay would not notice that a stream is
+/// gone.
 const CHECK_INTERVAL: Duration = Duration::from_secs(10);
 const RETRY_DELAY_MIN: Duration = Duration::from_millis(100);
 const RETRY_DELAY_MAX: Duration = Duration::from_secs(5);
@@ -31,7 +31,7 @@ pub(crate) struct StreamWatch {
     pub(crate) settings: TopologySettings,
     pub(crate) loss: BrokerLoss,
     pub(crate) health: HealthStatus,
-    /// Asks for a check now.
+    /// Requests an immediate check.
     pub(crate) check: Notify,
     /// Number of the newest connection on which all streams exist.
     checked: watch::Sender<u64>,
@@ -67,7 +67,8 @@ impl StreamWatch {
             .await;
     }
 
-    /// Checks on every new connection, when publishing misses a stream, and every now and then.
+    /// Checks the streams on every new connection, when publishing finds a stream missing, and
+    /// periodically.
     pub(crate) async fn run(&self, shutdown: &CancellationToken) {
         let mut states = HashMap::new();
         let mut backoff = Backoff::new(RETRY_DELAY_MIN, RETRY_DELAY_MAX);
@@ -91,7 +92,7 @@ impl StreamWatch {
                     if self.health.bad(format!("{error:#}")) {
                         warn!(
                             error = format!("{error:#}"),
-                            "A stream cannot be checked or created; trying again"
+                            "A stream cannot be checked or created; retrying"
                         );
                     }
                     backoff.pause()
@@ -106,14 +107,14 @@ impl StreamWatch {
         }
     }
 
-    /// A loss is a stream that is new, whoever created it, or that ends before the end that was
-    /// seen last.
+    /// Reports a broker loss if a stream is new, even if another process created it, or if its last
+    /// sequence is lower than at the last check.
     async fn check_streams(&self, states: &mut HashMap<String, StreamState>) -> anyhow::Result<()> {
         let mut failure = None;
         for stream in &self.streams {
             let begun = Instant::now();
             let wanted = stream.config(&self.settings);
-            // One stream that cannot be created must not delay the rows of the others.
+            // A stream that cannot be created must not delay the rows of other streams.
             let (state, ensured) =
                 match topology::ensure_stream(self.broker.jetstream(), &wanted).await {
                     Ok(found) => found,
@@ -132,8 +133,9 @@ impl StreamWatch {
             }
             states.insert(wanted.name, state);
             if ensured == Ensured::Created || lost_messages {
-                // A stream that we created could hold nothing before. If someone else created or
-                // truncated it, we do not know when; assume now.
+                // If we created the stream, it was missing when this check began, so only earlier
+                // messages are lost. If someone else created or truncated it, we do not know when;
+                // assume now.
                 let before = match ensured {
                     Ensured::Created => begun,
                     Ensured::Found => Instant::now(),
@@ -145,7 +147,7 @@ impl StreamWatch {
     }
 
     async fn note_loss(&self, stream: &Stream, before: Instant) {
-        // Nobody waits for a copy of a dead letter.
+        // No request depends on a copy of a dead letter.
         if !stream.holds_dead_letters() {
             self.loss.note(before);
         }

@@ -1,4 +1,4 @@
-//! The table of events that wait to be published, and of those that were.
+//! The table of pending and published events.
 
 use std::time::Duration;
 
@@ -17,25 +17,25 @@ use crate::scan::{RECENT, id_at};
 pub(crate) struct Model {
     #[sea_orm(primary_key, auto_increment = false)]
     pub event_id: Uuid,
-    /// 0 when it is published for the first time, then 1, 2, ... for each time on purpose.
+    /// 0 for the first publication, then 1, 2, ... for each re-ask.
     #[sea_orm(primary_key, auto_increment = false)]
     pub n: i32,
     pub subject: String,
-    /// A JSON object of strings.
+    /// The headers: a JSON object of strings.
     pub headers: String,
-    /// JSON.
+    /// The body: JSON.
     pub payload: String,
     pub attempts: i32,
     pub created_at: TimeDateTimeWithTimeZone,
-    /// When the PubAck was recorded; none while the row waits.
+    /// When the PubAck was recorded; `None` while the row is pending.
     pub published_at: Option<TimeDateTimeWithTimeZone>,
-    /// Where the broker stored it, by the newest PubAck.
+    /// Sequence of the message in the stream, from the newest PubAck.
     pub stream_sequence: Option<i64>,
 }
 
 impl ActiveModelBehavior for ActiveModel {}
 
-/// What the relay needs of a row.
+/// The columns that the relay needs.
 #[derive(Clone, Debug, FromQueryResult)]
 pub(crate) struct Pending {
     pub(crate) event_id: Uuid,
@@ -65,7 +65,7 @@ impl From<Message> for Pending {
 }
 
 impl Pending {
-    /// The broker drops a repeated id, so what is published again on purpose gets another one.
+    /// The `Nats-Msg-Id`. The broker drops a repeated id, so a re-ask has a different one.
     pub(crate) fn message_id(&self) -> String {
         match self.n {
             0 => self.event_id.to_string(),
@@ -96,7 +96,7 @@ pub(crate) async fn insert(
         headers.push(message.headers.clone());
         payloads.push(message.payload.clone());
     }
-    // One statement text for any number of rows, so that it is prepared once per connection.
+    // The statement text is the same for any number of rows, so it is prepared once per connection.
     let insert = sql(
         "INSERT INTO outbox (event_id, n, subject, headers, payload)
          SELECT * FROM unnest($1::uuid[], $2::integer[], $3::text[], $4::text[], $5::text[])",
@@ -112,24 +112,24 @@ pub(crate) async fn insert(
     Ok(messages.into_iter().map(Pending::from).collect())
 }
 
-/// A row that was never tried is polled for when it is this old: younger ones were handed off, and
-/// get most of a second for that. By the database's clock, which no replica can have wrong.
+/// Minimum age at which untried rows are polled: younger rows were handed off, and the hand-off
+/// gets most of a second. Measured by the database's clock, which is the same for all replicas.
 pub(crate) const POLLED_AFTER: Duration = Duration::from_secs(2);
 
-/// Which of the pending rows to take.
+/// Which pending rows to lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Which {
-    /// Those that nobody has tried, with an id of the last [`RECENT`] seconds.
+    /// Untried rows whose id is younger than [`RECENT`].
     Recent,
-    /// Those that nobody has tried, from this id on and at least this old.
+    /// Untried rows from this id on, with at least this age.
     Untried(Uuid, Duration),
-    /// Those that the broker did not take.
+    /// Rows that the broker did not accept.
     Tried,
 }
 
-/// Locks up to `limit` pending rows, skipping those that another relay holds. Untried rows come in
-/// the order of their ids, which is about the order of their creation; the others by the number of
-/// attempts, so that a few that always fail do not keep the rest from their turn.
+/// Locks up to `limit` pending rows and skips those that another relay has locked. Untried rows are
+/// sorted by id, which is roughly their order of creation. Other rows are sorted by attempts, so
+/// that rows that always fail do not block the rest.
 pub(crate) async fn lock_pending(
     txn: &DatabaseTransaction,
     which: Which,
@@ -165,7 +165,7 @@ pub(crate) async fn lock_pending(
     Pending::find_by_statement(query).all(txn).await
 }
 
-/// Whether the broker has ever taken anything, as far as retention has left traces of it.
+/// Whether the outbox or retention shows that the broker ever stored a message.
 pub(crate) async fn has_published(db: &DatabaseConnection) -> Result<bool, DbErr> {
     exists(
         db,
@@ -178,14 +178,15 @@ async fn exists(db: &DatabaseConnection, query: &str) -> Result<bool, DbErr> {
     Ok(db.query_one_raw(sql(query, [])).await?.is_some())
 }
 
-/// Refused this often, the row is to blame and not the broker.
+/// After this many attempts, the cause is the row and not the broker.
 const ATTEMPTS_OF_ITS_OWN: i32 = 5;
 
-/// Whether a row for `subject` has waited longer than `age`: then the broker or the relay is the
-/// problem, and more rows do not help. A row that the broker refuses every time does not count.
+/// Whether a row for `subject` has been pending for longer than `age`. Then the broker or the relay
+/// is the bottleneck, and more rows do not help. A row that the broker refuses every time does not
+/// count.
 ///
-/// Looks only at rows that have just become so old. Without any, as after a quiet hour, a few
-/// requests too many are published, which does no harm.
+/// Checks only rows that have recently reached that age. If there are none, for example after a
+/// quiet hour, a few requests too many are published, which is harmless.
 pub(crate) async fn is_behind(
     txn: &DatabaseTransaction,
     subject: &str,
@@ -210,15 +211,15 @@ pub(crate) async fn is_behind(
     Ok(txn.query_one_raw(query).await?.is_some())
 }
 
-/// A row whose PubAck came.
+/// A row with its PubAck.
 pub(crate) struct Acknowledged {
     pub(crate) event_id: Uuid,
     pub(crate) n: i32,
     pub(crate) stream_sequence: i64,
 }
 
-/// Marks exactly these rows. A relay that has locked them marks in the same transaction; one that
-/// was handed them marks in one statement, which waits for whoever may have locked them since.
+/// Marks exactly these rows. Polled rows are marked in the transaction that locked them. Handed-off
+/// rows are marked in one statement, which waits if another transaction has locked them since.
 pub(crate) async fn mark_published(
     db: &impl ConnectionTrait,
     rows: &[Acknowledged],
@@ -241,7 +242,7 @@ pub(crate) async fn mark_published(
     Ok(())
 }
 
-/// Counts an attempt for rows whose PubAck did not come.
+/// Counts a publish attempt for rows without a PubAck.
 pub(crate) async fn count_attempt(
     db: &impl ConnectionTrait,
     rows: &[(Uuid, i32)],

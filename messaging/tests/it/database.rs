@@ -1,4 +1,4 @@
-//! Connections of a pool.
+//! Connection pools.
 
 use std::time::Duration;
 
@@ -22,10 +22,11 @@ async fn a_caller_that_stops_waiting_for_begin_leaves_no_connection_in_a_transac
 
     proxy.hold();
     let begin = tokio::time::timeout(Duration::from_millis(200), db.begin("test"));
-    assert!(begin.await.is_err(), "the answer to BEGIN is held back");
+    assert!(begin.await.is_err(), "the answer to BEGIN is delayed");
     proxy.clear_faults();
 
-    // The only connection of the pool. In a transaction, nobody else would see the row.
+    // The pool has only this connection. If it were inside a transaction, the observer would not
+    // see the row.
     db.execute_unprepared("INSERT INTO noted VALUES (1)")
         .await
         .unwrap();

@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 pub(crate) const SOON: Duration = Duration::from_secs(60);
 
-/// The broker's permissions and the names of the connections know the service by this name.
+/// The broker's permissions and the connection names contain this service name.
 const SERVICE: &str = "orders";
 const STREAMS: [Stream; 2] = [
     Stream::events("ORDERS", "gozon.orders.>"),
@@ -42,7 +42,7 @@ struct Arguments {
 }
 
 pub(crate) struct Outbox {
-    /// Hands off to no relay.
+    /// Without a hand-off to a relay.
     pub(crate) db: Database,
     pub(crate) broker: TestBroker,
     pub(crate) ops: Broker,
@@ -50,7 +50,7 @@ pub(crate) struct Outbox {
     pub(crate) database: TestDatabase,
 }
 
-/// A flow that runs.
+/// A running flow.
 pub(crate) struct Running {
     /// Hands off to the relay of this flow.
     db: Database,
@@ -99,7 +99,7 @@ impl Outbox {
         }
     }
 
-    /// The flow of a service that reads nothing.
+    /// Starts the flow of a service without subscriptions.
     pub(crate) async fn flow(&self) -> Running {
         self.flow_with(&[]).await
     }
@@ -124,13 +124,13 @@ impl Outbox {
         Running { db, health, ended }
     }
 
-    /// Enqueues events in one transaction without handing them off, as a process that dies after
-    /// the commit.
+    /// Enqueues events in one transaction without a hand-off, like a process that dies after the
+    /// commit.
     pub(crate) async fn leave(&self, number: usize) {
         enqueue(&self.db, number).await.commit().await.unwrap();
     }
 
-    /// A transaction with events that is still open, and that will hand off to no relay.
+    /// Returns an open transaction with enqueued events, without a hand-off.
     pub(crate) async fn uncommitted(&self, number: usize) -> Transaction {
         enqueue(&self.db, number).await
     }
@@ -155,14 +155,14 @@ impl Outbox {
         .await
     }
 
-    /// Waits until no relay has asked the database for anything for a moment.
+    /// Waits until no relay has queried the database for a moment.
     pub(crate) async fn until_idle(&self) {
         let busy = format!(
             "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND application_name = '{SERVICE} flow'
              AND clock_timestamp() - state_change < interval '0.2 s'"
         );
         let busy = Statement::from_string(DbBackend::Postgres, busy);
-        eventually("no relay asks", SOON, async || {
+        eventually("no relay queries the database", SOON, async || {
             self.db
                 .query_one_raw(busy.clone())
                 .await
@@ -204,7 +204,7 @@ impl Running {
         enqueue(&self.db, number).await.commit().await.unwrap();
     }
 
-    /// The line of the health page about one part.
+    /// The health page's line about one part.
     pub(crate) async fn health(&self, part: &str) -> String {
         let request = axum::http::Request::get("/readyz?verbose")
             .body(axum::body::Body::empty())

@@ -1,6 +1,6 @@
 //! Tests of the outbox relay against a real PostgreSQL and a real NATS.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 mod database;
 mod harness;

@@ -1,4 +1,4 @@
-//! What is committed is published, and marked only when it is.
+//! Committed rows are published, and marked only after their PubAck.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use stack::testing::eventually;
 
 use crate::harness::{Outbox, SOON};
 
-/// Every row's sequence is where its message lies.
+/// Asserts that each row has the stream sequence of its message.
 async fn assert_in_place(outbox: &Outbox) {
     for row in outbox.rows().await {
         let sequence = row.stream_sequence.unwrap().try_into().unwrap();
@@ -39,7 +39,7 @@ async fn many_rows_are_stored_as_batches_and_each_is_marked_with_its_place() {
     );
     assert_in_place(&outbox).await;
 
-    // A few go side by side.
+    // A few rows are sent concurrently.
     flow.enqueue(3).await;
     outbox.until_published(623).await;
     assert!(
@@ -54,12 +54,12 @@ async fn many_rows_are_stored_as_batches_and_each_is_marked_with_its_place() {
 }
 
 #[tokio::test]
-async fn a_batch_with_a_message_that_the_broker_knows_already_is_published_all_the_same() {
+async fn a_batch_that_the_broker_refuses_for_a_duplicate_is_published_singly() {
     let outbox = Outbox::new().await;
     let flow = outbox.flow().await;
     flow.enqueue(1).await;
     outbox.until_published(1).await;
-    // As after a crash between the PubAck and the mark.
+    // The state after a crash between PubAck and mark.
     outbox.shutdown.cancel();
     flow.ended.await.unwrap().unwrap();
     outbox
@@ -73,7 +73,7 @@ async fn a_batch_with_a_message_that_the_broker_knows_already_is_published_all_t
     };
     let _flow = outbox.flow().await;
     outbox.until_published(100).await;
-    assert_eq!(outbox.messages().await, 100, "nothing twice");
+    assert_eq!(outbox.messages().await, 100, "no message is stored twice");
     assert_in_place(&outbox).await;
 }
 
@@ -87,8 +87,8 @@ async fn f19_a_row_that_the_broker_never_takes_delays_no_other_row() {
     let flow = outbox.flow().await;
     flow.enqueue(100).await;
     outbox.until_published(100).await;
-    // Once it has failed a few times, what comes then does not wait for its turn.
-    eventually("it was tried again", SOON, async || {
+    // After the row has failed a few times, newer rows do not wait for it.
+    eventually("the row was retried", SOON, async || {
         (outbox.rows().await[0].attempts >= 5).then_some(())
     })
     .await;
@@ -96,7 +96,7 @@ async fn f19_a_row_that_the_broker_never_takes_delays_no_other_row() {
     let rows = outbox.until_published(101).await;
     assert!(
         rows[0].published_at.is_none(),
-        "the broker does not take it"
+        "the broker does not accept the row"
     );
     assert!(flow.health("relay").await.starts_with("[~]"));
 
@@ -104,7 +104,7 @@ async fn f19_a_row_that_the_broker_never_takes_delays_no_other_row() {
         .execute("UPDATE outbox SET payload = '{}' WHERE published_at IS NULL")
         .await;
     outbox.until_published(102).await;
-    eventually("all is well again", SOON, async || {
+    eventually("the relay is healthy again", SOON, async || {
         flow.health("relay").await.starts_with("[+]").then_some(())
     })
     .await;
@@ -147,7 +147,7 @@ async fn f17_several_relays_publish_a_backlog_once() {
     assert_eq!(outbox.messages().await, 3000);
     assert!(
         outbox.rows().await.iter().all(|row| row.attempts == 1),
-        "each was tried once"
+        "each row was tried once"
     );
     outbox.shutdown.cancel();
     for flow in flows {
@@ -155,7 +155,7 @@ async fn f17_several_relays_publish_a_backlog_once() {
     }
 }
 
-/// The transaction that began first commits last, and nobody wakes the relay (F20, F21).
+/// The transaction that began first commits last, and does not wake the relay (F20, F21).
 #[tokio::test]
 async fn f20_f21_rows_that_commit_late_and_unannounced_are_published_too() {
     let outbox = Outbox::new().await;
@@ -168,12 +168,12 @@ async fn f20_f21_rows_that_commit_late_and_unannounced_are_published_too() {
     let after = outbox.until_published(7).await;
     assert!(
         after[1].event_id < rows[0].event_id,
-        "their ids are the oldest"
+        "the late rows have the oldest ids"
     );
     assert_in_place(&outbox).await;
 }
 
-/// Ids do not say when a row is committed.
+/// Ids do not tell when a row was committed.
 #[tokio::test]
 async fn f20_a_row_whose_id_is_much_older_than_what_was_published_is_published_too() {
     let outbox = Outbox::new().await;
@@ -190,14 +190,15 @@ async fn f20_a_row_whose_id_is_much_older_than_what_was_published_is_published_t
     assert_in_place(&outbox).await;
 }
 
-/// What is handed over is published at once; only what was left is looked for, and not before it is
-/// old enough.
+/// Handed-off rows are published at once. Only the others are polled, and not before their minimum
+/// age.
 #[tokio::test]
 async fn rows_that_were_handed_off_do_not_wait_for_a_poll_and_the_others_are_published_once() {
     let outbox = Outbox::new().await;
     let flow = outbox.flow().await;
     for round in 1..=10 {
-        // Never old enough, however slow this machine is, until it is made so.
+        // The rows are too young for polling, however slow this machine is, until the test changes
+        // their age.
         let txn = outbox.uncommitted(10).await;
         txn.execute_unprepared(
             "UPDATE outbox SET created_at = now() + interval '1 hour' WHERE attempts = 0",
@@ -211,21 +212,24 @@ async fn rows_that_were_handed_off_do_not_wait_for_a_poll_and_the_others_are_pub
         outbox.until_published(round * 20).await;
     }
     assert_eq!(outbox.messages().await, 200);
-    // At its start a relay looks for rows of any age, so the first ones may have gone both ways.
+    // A starting relay scans for rows of any age, so both ways may have published the first rows.
     let rows = outbox.rows().await;
     let tried_once = rows.iter().filter(|row| row.attempts == 1).count();
-    assert!(tried_once >= 150, "only {tried_once} of 200 went one way");
+    assert!(
+        tried_once >= 150,
+        "only {tried_once} of 200 rows were tried once"
+    );
     let at_once = rows
         .iter()
         .filter(|row| row.published_at.unwrap() - row.created_at < Duration::from_secs(2))
         .count();
     assert!(
         at_once >= 50,
-        "only {at_once} of 100 did not wait for a look"
+        "only {at_once} of 100 rows did not wait for a poll"
     );
 }
 
-/// A queue in memory that forgets everything loses nothing.
+/// Rows that the in-memory queue drops are not lost.
 #[tokio::test]
 async fn rows_handed_off_while_the_broker_is_away_are_published_when_it_returns() {
     let mut outbox = Outbox::new().await;
