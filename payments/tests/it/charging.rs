@@ -342,7 +342,7 @@ async fn a_durable_that_is_created_anew_begins_near_the_end_of_a_long_stream() {
     payments.delete_durable().await;
     let old = request("nobody", 1);
     payments.publish(&old).await;
-    payments.publish_many(10_100).await;
+    payments.publish_many("nobody", 10_100).await;
     let young = request("nobody", 1);
     payments.publish(&young).await;
 

@@ -1,5 +1,6 @@
 //! Runs the service with its own database and broker. The test plays the role of orders.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use async_nats::HeaderMap;
@@ -282,10 +283,12 @@ impl Payments {
         deleted.unwrap();
     }
 
-    /// Publishes this many requests of a user without an account, without waiting for each PubAck.
-    pub(crate) async fn publish_many(&self, number: u64) {
+    /// Publishes this many requests of a user without waiting for each PubAck.
+    pub(crate) async fn publish_many(&self, user: &str, number: u64) {
+        let stream = self.orders.jetstream().get_stream(ORDERS_STREAM).await;
+        let before = stream.unwrap().cached_info().state.messages;
         for _ in 0..number {
-            let request = request("nobody", 1);
+            let request = request(user, 1);
             let mut headers = request.headers();
             headers.insert(header::MESSAGE_ID, Uuid::new_v4().to_string());
             let body = serde_json::to_string(&request.event).unwrap();
@@ -293,9 +296,11 @@ impl Payments {
             let published = client.publish_with_headers(OrderPlaced::SUBJECT, headers, body.into());
             published.await.unwrap();
         }
-        eventually("the stream holds them", SOON, async || {
+        let flushed = self.orders.client().flush().await;
+        flushed.unwrap();
+        eventually("the broker has stored them", SOON, async || {
             let stream = self.orders.jetstream().get_stream(ORDERS_STREAM).await;
-            (stream.ok()?.cached_info().state.messages >= number).then_some(())
+            (stream.ok()?.cached_info().state.messages >= before + number).then_some(())
         })
         .await;
     }
@@ -367,12 +372,19 @@ impl Payments {
     /// Checks that balances match the transfers, and that each paid order has exactly one transfer
     /// of its amount (I1 to I4).
     pub(crate) async fn assert_books_balance(&self) {
+        let transfers: Vec<transfer::Model> = transfer::Entity::find()
+            .order_by_asc(transfer::Column::EntryNo)
+            .all(&self.db)
+            .await
+            .unwrap();
+        let mut by_order: HashMap<Uuid, Vec<&transfer::Model>> = HashMap::new();
+        for entry in &transfers {
+            if let Some(order_id) = entry.order_id {
+                by_order.entry(order_id).or_default().push(entry);
+            }
+        }
         for account in account::Entity::find().all(&self.db).await.unwrap() {
-            let statement: Vec<transfer::Model> = transfer::Entity::find()
-                .order_by_asc(transfer::Column::EntryNo)
-                .all(&self.db)
-                .await
-                .unwrap();
+            let statement = &transfers;
             let mut balance = 0;
             let mut entry_no = 0;
             for entry in statement
@@ -400,12 +412,8 @@ impl Payments {
             );
         }
         for decision in payment::Entity::find().all(&self.db).await.unwrap() {
-            let transfers: Vec<transfer::Model> =
-                transfer::Entity::find().all(&self.db).await.unwrap();
-            let of_order: Vec<_> = transfers
-                .iter()
-                .filter(|entry| entry.order_id == Some(decision.order_id))
-                .collect();
+            let of_order = by_order.get(&decision.order_id);
+            let of_order: Vec<_> = of_order.into_iter().flatten().collect();
             match decision.outcome.as_str() {
                 "paid" => assert_eq!(
                     of_order

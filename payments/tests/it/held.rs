@@ -209,3 +209,41 @@ async fn f65_a_batch_that_a_replica_cannot_store_is_stored_by_another() {
     redelivered.await;
     cut_off.crash().await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f65_two_replicas_on_one_account_are_about_as_fast_as_one() {
+    let (number, at_least) = if is_long() {
+        (20_000, 0.9)
+    } else {
+        (6000, 0.6)
+    };
+    let mut payments = Payments::start().await;
+    payments.open_account("alice", 1_000_000).await;
+    let mut took = Vec::new();
+    for replicas in [1, 2] {
+        payments.stop().await;
+        let decided = payments.decisions().await;
+        payments.publish_many("alice", number).await;
+        let begun = Instant::now();
+        payments.run().await;
+        let second = match replicas {
+            1 => None,
+            _ => Some(payments.replica().await),
+        };
+        eventually("all orders are decided", 10 * SOON, async || {
+            (payments.decisions().await == decided + number).then_some(())
+        })
+        .await;
+        took.push(begun.elapsed().as_secs_f64());
+        if let Some(second) = second {
+            second.stop().await.unwrap();
+        }
+    }
+    let ratio = took[0] / took[1];
+    println!(
+        "one replica {:.1} s, two {:.1} s, ratio {ratio:.2}",
+        took[0], took[1]
+    );
+    assert!(ratio > at_least, "{ratio}");
+    payments.assert_books_balance().await;
+}
