@@ -51,7 +51,8 @@ tools_from_setting() {
     path=$(command -v "$program" || true)
     case ":$GOZON_TOOLS_FROM:" in
       *":${path%/*}:"*) ;;
-      *) fail "$program is not in $GOZON_TOOLS_FROM: GOZON_TOOLS_FROM must name the folders (separated by ':') of postgres, initdb, psql, nats-server and just" ;;
+      *) fail "$program is not in $GOZON_TOOLS_FROM: GOZON_TOOLS_FROM must name the folders" \
+        "(separated by ':') of postgres, initdb, psql, nats-server and just" ;;
     esac
   done
 }

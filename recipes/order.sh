@@ -73,7 +73,8 @@ state=$(field status) reason=$(field reason)
 said "$state"
 case $state in
   FINISHED | CANCELLED) ;;
-  *) fail "order $id is still $state after 20 seconds. It is not lost: it becomes final once everything runs (./dev status)" ;;
+  *) fail "order $id is still $state after 20 seconds. It is not lost: it becomes final once" \
+    "everything runs (./dev status)" ;;
 esac
 
 call GET "/v1/accounts/$user"

@@ -33,6 +33,8 @@ use crate::settings::FlowArgs;
 use crate::subscriber::Subscriber;
 use crate::topology::{Stream, Subscription};
 
+/// A consumer uses one, and one for deferred messages. A service has few consumers.
+const CONSUMER_CONNECTIONS: u32 = 4;
 /// One for the relay and one for re-asks.
 const SCAN_CONNECTIONS: u32 = 2;
 /// Interval between two checks of the tables while the database is down at start.
@@ -49,6 +51,8 @@ pub struct Flow {
     scans: Database,
     pending_requests: PendingRequests,
     outbox: OutboxBacklogWatch,
+    /// Whether the database was read-only when it was last checked.
+    read_only: Arc<AtomicBool>,
     hand_off: HandOff,
     broker: Broker,
     streams: Vec<Stream>,
@@ -68,7 +72,7 @@ impl Flow {
         let requests = Database::for_requests(url, service, args.http_connections).await?;
         let writes = Database::for_writes(url, service, args.http_connections).await?;
         let background = Database::in_background(url, service, args.flow_connections).await?;
-        let consumers = Database::for_consumers(url, service, args.flow_connections).await?;
+        let consumers = Database::for_consumers(url, service, CONSUMER_CONNECTIONS).await?;
         let scans = Database::for_scans(url, service, SCAN_CONNECTIONS).await?;
         Ok(Self {
             service,
@@ -80,6 +84,7 @@ impl Flow {
             scans: scans.handing_off_to(hand_off.clone()),
             pending_requests: PendingRequests::default(),
             outbox: OutboxBacklogWatch::default(),
+            read_only: Arc::default(),
             hand_off,
             broker: Broker::connect(args.broker(service)).await?,
             streams: Vec::new(),
@@ -172,6 +177,7 @@ impl Flow {
                 self.writes.clone(),
             ],
             accept_unsafe: self.args.accept_unsafe_database,
+            read_only: self.read_only.clone(),
             health: HealthStatus::default(),
         }
     }

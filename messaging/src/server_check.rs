@@ -1,6 +1,8 @@
 //! Checks that the PostgreSQL server is writable and durable.
 
 use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
@@ -22,6 +24,8 @@ pub(crate) struct ServerCheck {
     /// The first pool runs the query.
     pub(crate) pools: [Database; 5],
     pub(crate) accept_unsafe: bool,
+    /// What the last check found.
+    pub(crate) read_only: Arc<AtomicBool>,
     pub(crate) health: HealthStatus,
 }
 
@@ -85,10 +89,14 @@ impl ServerCheck {
         let [asked, ..] = &self.pools;
         let settings = within(TIMEOUT, Settings::read(asked)).await;
         let settings = settings.map_err(Unfit::Away)?;
-        if settings.read_only {
+        let was_read_only = self.read_only.swap(settings.read_only, Ordering::Relaxed);
+        if settings.read_only || was_read_only {
+            // Also when it is over: connections were opened to the demoted server since.
             for pool in &self.pools {
                 pool.distrust_connections();
             }
+        }
+        if settings.read_only {
             return Err(Unfit::ReadOnly);
         }
         let off = settings.off();

@@ -18,8 +18,7 @@ pub struct FlowArgs {
     #[arg(long, env = "GOZON_HTTP_CONNECTIONS", default_value_t = 8,
           value_parser = clap::value_parser!(u32).range(1..))]
     pub http_connections: u32,
-    /// Connections for the consumers, and the same number for relay, reconciler and health. HTTP
-    /// requests cannot use them.
+    /// Connections for relay, reconciler and health. HTTP requests cannot use them.
     #[arg(long, env = "GOZON_FLOW_CONNECTIONS", default_value_t = 8,
           value_parser = clap::value_parser!(u32).range(2..))]
     pub flow_connections: u32,

@@ -128,5 +128,5 @@ impl Subscriber for PublishesEveryDelivery {
 async fn a_handler_that_publishes_for_every_delivery_fails_under_faults() {
     let failure = run(PublishesEveryDelivery::default).await.unwrap_err();
     let failure = failure.to_string();
-    assert!(failure.contains("another result"), "{failure}");
+    assert!(failure.contains("a different result"), "{failure}");
 }

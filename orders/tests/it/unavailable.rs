@@ -297,7 +297,7 @@ async fn a_database_without_fsync_is_refused_unless_it_is_accepted() {
     let http = Http::new(format!("http://{}", strict.address));
     eventually("it says why it is not ready", SOON, async || {
         let health = http.get("/readyz?verbose").await.ok()?;
-        (health.status == 503 && health.text().contains("switch on fsync")).then_some(())
+        (health.status == 503 && health.text().contains("enable fsync")).then_some(())
     })
     .await;
     strict.stop().await.unwrap();
