@@ -94,5 +94,5 @@ impl Subscriber for RemembersInMemory {
 async fn a_handler_that_keeps_state_outside_the_transaction_fails_under_faults() {
     let failure = run(RemembersInMemory::default).await.unwrap_err();
     let failure = failure.to_string();
-    assert!(failure.contains("another result"), "{failure}");
+    assert!(failure.contains("a different result"), "{failure}");
 }
