@@ -33,7 +33,6 @@ pub struct Plan {
     pub over: Duration,
 }
 
-/// Counts so far.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counts {
     /// Orders whose first request was sent.

@@ -26,7 +26,6 @@ pub struct StreamSummary {
     /// When the newest message was stored.
     #[serde(with = "time::serde::rfc3339")]
     pub last_at: OffsetDateTime,
-    /// Number of consumers.
     pub consumers: usize,
 }
 

@@ -13,7 +13,6 @@ use serde::Serialize;
 pub struct TopologyItem {
     /// `stream ORDERS` or `consumer payments-order-placed`.
     pub name: String,
-    /// Whether it exists.
     pub there: bool,
     /// Options that differ.
     pub drift: Vec<String>,

@@ -34,7 +34,6 @@ pub struct Protocol {
     pub orders: usize,
     /// Relays of each service.
     pub relays: usize,
-    /// Consumers in payments.
     pub payments_consumers: usize,
     /// How often the broker may lose something.
     pub losses: u8,

@@ -183,7 +183,6 @@ impl Consumer {
         }
     }
 
-    /// Writes [`Self::held`].
     pub fn hold(&mut self, order: usize, numbers: u8) {
         if order == 0 {
             self.set_first(numbers)
@@ -215,7 +214,6 @@ impl Order {
         }
     }
 
-    /// Writes [`Self::waiting`].
     pub fn set_waiting(&mut self, channel: Channel, numbers: u8) {
         match channel {
             Channel::Requests => self.set_requests_waiting(numbers),
@@ -231,7 +229,6 @@ impl Order {
         }
     }
 
-    /// Writes [`Self::published`].
     pub fn set_published(&mut self, channel: Channel, numbers: u8) {
         match channel {
             Channel::Requests => self.set_requests_published(numbers),
@@ -247,7 +244,6 @@ impl Order {
         }
     }
 
-    /// Writes [`Self::ready`].
     pub fn set_ready(&mut self, channel: Channel, numbers: u8) {
         match channel {
             Channel::Requests => self.set_requests_ready(numbers),

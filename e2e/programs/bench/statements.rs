@@ -48,7 +48,6 @@ async fn set(db: &DatabaseConnection, name: &str, value: &str) -> anyhow::Result
     Ok(())
 }
 
-/// Resets the statistics.
 pub(crate) async fn reset(databases: &Databases) -> anyhow::Result<()> {
     databases
         .orders

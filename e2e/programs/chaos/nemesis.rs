@@ -199,7 +199,6 @@ const FAULTS: [Fault; 38] = [
     ),
 ];
 
-/// Injects the faults.
 pub(crate) struct Nemesis {
     stack: TestStack,
     proxies: Proxies,

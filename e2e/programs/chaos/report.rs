@@ -39,7 +39,6 @@ pub(crate) struct Report {
     pub(crate) settled_after_seconds: Option<f64>,
     /// Findings of the audit by kind.
     pub(crate) findings: BTreeMap<String, u64>,
-    /// The first findings.
     pub(crate) first_findings: Vec<String>,
     /// Why the promise was broken or the run proves nothing. Empty if the promise was kept.
     pub(crate) failures: Vec<String>,

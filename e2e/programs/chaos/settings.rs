@@ -25,7 +25,6 @@ pub(crate) struct Settings {
 }
 
 impl Settings {
-    /// The default load.
     pub(crate) fn new(seed: u64, seconds: u64, binaries: PathBuf) -> Self {
         Self {
             seed,

@@ -11,8 +11,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 
-use crate::dead_letters::table;
-use crate::inbox::apply::{Blame, apply};
+use crate::inbox::apply::Blame;
 use crate::inbox::consumer::Consumer;
 use crate::inbox::deferred::{self, Deferred};
 use crate::inbox::message::Incoming;
@@ -181,9 +180,7 @@ impl<S: Subscriber> Consumer<S> {
             .zip(&headers)
             .map(|(one, headers)| one.read(headers))
             .collect();
-        let applied = apply(&txn, &self.subscriber, &batch).await?;
-        let copies_to = self.dead_letters.as_ref();
-        table::store(&txn, &S::SUBSCRIPTION, copies_to, &applied.dead).await?;
+        let applied = self.apply_in(&txn, &batch).await?;
         txn.commit().await?;
         self.after_commit(&applied);
         if let Some(effect) = applied.effect {
@@ -215,9 +212,7 @@ impl<S: Subscriber> Consumer<S> {
             .zip(&headers)
             .map(|(one, headers)| one.read(headers).poisoned(format!("{error:#}")))
             .collect();
-        let applied = apply(&txn, &self.subscriber, &poison).await?;
-        let copies_to = self.dead_letters.as_ref();
-        table::store(&txn, &S::SUBSCRIPTION, copies_to, &applied.dead).await?;
+        let applied = self.apply_in(&txn, &poison).await?;
         txn.commit()
             .await
             .context("a dead letter cannot be stored")?;

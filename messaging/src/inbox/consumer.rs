@@ -18,7 +18,6 @@ use crate::broker_loss::BrokerLoss;
 use crate::database::Database;
 use crate::health::HealthStatus;
 use crate::inbox::deferred::DeferredKeys;
-use crate::inbox::delivery::Taken;
 use crate::postgres::{self, within};
 use crate::subscriber::Subscriber;
 use crate::topology::{self, Ensured, NoStream, Stream, TopologySettings};
@@ -48,12 +47,21 @@ pub(crate) struct Consumer<S> {
     pub(crate) health: HealthStatus,
 }
 
-/// Why pulling ended.
 enum PullEnd {
     Shutdown,
     /// The durable or its stream was deleted or recreated.
     Vanished(String),
     /// Messages were returned to the broker (NAK), because another replica may reach the database.
+    DatabaseAway(String),
+}
+
+/// The outcome of a batch.
+pub(super) enum Taken {
+    /// Each message was applied, deferred or made a dead letter.
+    Settled,
+    /// The process shuts down: some messages are not acknowledged.
+    Shutdown,
+    /// The database does not answer: some messages are not acknowledged.
     DatabaseAway(String),
 }
 

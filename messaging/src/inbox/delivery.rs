@@ -20,7 +20,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::dead_letters::table::{self, DeadMessage, Verdict};
 use crate::inbox::apply::{Applied, Blame, apply};
-use crate::inbox::consumer::Consumer;
+use crate::inbox::consumer::{Consumer, Taken};
 use crate::inbox::deferred;
 use crate::inbox::message::{Incoming, RawMessage};
 use crate::metrics::MESSAGES;
@@ -53,16 +53,6 @@ const BLOCKED_KEYS_MAX: usize = 3;
 /// may reach it.
 const KEEP_MAX: Duration = Duration::from_secs(3);
 
-/// The outcome of a batch.
-pub(super) enum Taken {
-    /// Each message was applied, deferred or made a dead letter.
-    Settled,
-    /// The process shuts down: some messages are not acknowledged.
-    Shutdown,
-    /// The database does not answer: some messages are not acknowledged.
-    DatabaseAway(String),
-}
-
 /// Dead letters of a batch, by their sequence in the stream.
 type Verdicts = HashMap<i64, Verdict>;
 
@@ -73,6 +63,14 @@ struct Part {
     indexes: Vec<usize>,
     /// Whether this is the first attempt, with the whole batch.
     is_whole: bool,
+}
+
+/// The outcome of applying a part.
+enum Attempt {
+    Applied,
+    Shutdown,
+    /// A further try would fail too, or not help soon.
+    Failed(Blame),
 }
 
 /// A batch that is being settled.
@@ -103,9 +101,9 @@ impl<S: Subscriber> Consumer<S> {
         }];
         while let Some(part) = parts.pop() {
             let blame = match self.try_part(&batch, &part, shutdown).await {
-                Ok(()) => continue,
-                Err(Some(blame)) => blame,
-                Err(None) => return Taken::Shutdown,
+                Attempt::Applied => continue,
+                Attempt::Failed(blame) => blame,
+                Attempt::Shutdown => return Taken::Shutdown,
             };
             let keys = batch.keys::<S>(&part);
             let settled = match &blame {
@@ -151,14 +149,13 @@ impl<S: Subscriber> Consumer<S> {
         Taken::Settled
     }
 
-    /// Applies a part in one transaction and retries it while a retry may help. `Err(None)` means
-    /// shutdown.
+    /// Applies a part in one transaction and retries it while a retry may help.
     async fn try_part(
         &self,
         batch: &Batch<'_, S::Event>,
         part: &Part,
         shutdown: &CancellationToken,
-    ) -> Result<(), Option<Blame>> {
+    ) -> Attempt {
         let give_back_at = Instant::now() + KEEP_MAX;
         let mut backoff = Backoff::new(RETRY_DELAY_MIN, RETRY_DELAY_MAX);
         let (mut tries, mut races) = (0, 0);
@@ -166,7 +163,7 @@ impl<S: Subscriber> Consumer<S> {
             let error = match within(DELIVERY_TIMEOUT, self.deliver(batch, part)).await {
                 Ok(()) => {
                     self.health.good();
-                    return Ok(());
+                    return Attempt::Applied;
                 }
                 Err(error) => error,
             };
@@ -187,7 +184,7 @@ impl<S: Subscriber> Consumer<S> {
                 Blame::Database(_) => Instant::now() >= give_back_at,
             };
             if is_over {
-                return Err(Some(blame));
+                return Attempt::Failed(blame);
             }
             if let Blame::Database(error) = &blame
                 && self.health.bad(format!("{error:#}"))
@@ -207,7 +204,7 @@ impl<S: Subscriber> Consumer<S> {
                 .run_until_cancelled(tokio::time::sleep(backoff.pause()))
                 .await;
             if shutdown.is_cancelled() {
-                return Err(None);
+                return Attempt::Shutdown;
             }
         }
     }
@@ -226,17 +223,13 @@ impl<S: Subscriber> Consumer<S> {
             let indexes = part.indexes.iter().filter(|one| !behind.contains(one));
             Cow::Owned(indexes.map(|one| batch.incoming[*one].clone()).collect())
         };
-        let applied = apply(&txn, &self.subscriber, &now).await?;
-        let copies_to = self.dead_letters.as_ref();
-        table::store(&txn, &S::SUBSCRIPTION, copies_to, &applied.dead).await?;
+        let applied = self.apply_in(&txn, &now).await?;
         let deferrals = behind.iter().filter_map(|one| batch.deferral::<S>(*one));
         deferred::store(&txn, Self::NAME, deferrals.collect()).await?;
         txn.commit().await?;
         self.after_commit(&applied);
         count(Self::NAME, "deferred", behind.len());
-        let dead = applied.dead.into_iter();
-        let dead = dead.map(|letter| (letter.raw.stream_sequence, letter.verdict));
-        let dead: Verdicts = dead.collect();
+        let dead = verdicts(applied.dead);
         if let Some(effect) = applied.effect {
             self.subscriber.committed(effect);
         }
@@ -315,9 +308,7 @@ impl<S: Subscriber> Consumer<S> {
         for letter in &dead {
             log_dead_letter(Self::NAME, letter);
         }
-        let dead = dead.into_iter();
-        let dead = dead.map(|letter| (letter.raw.stream_sequence, letter.verdict));
-        self.acknowledge(batch.messages_of(part), &dead.collect())
+        self.acknowledge(batch.messages_of(part), &verdicts(dead))
             .await;
         Ok(())
     }
@@ -336,9 +327,7 @@ impl<S: Subscriber> Consumer<S> {
             .collect();
         let store = async {
             let txn = self.begin("consumer").await?;
-            let applied = apply(&txn, &self.subscriber, &poison).await?;
-            let copies_to = self.dead_letters.as_ref();
-            table::store(&txn, &S::SUBSCRIPTION, copies_to, &applied.dead).await?;
+            let applied = self.apply_in(&txn, &poison).await?;
             txn.commit().await?;
             anyhow::Ok(applied)
         };
@@ -346,11 +335,21 @@ impl<S: Subscriber> Consumer<S> {
             .await
             .context("a dead letter cannot be stored")?;
         self.after_commit(&applied);
-        let dead = applied.dead.into_iter();
-        let dead = dead.map(|letter| (letter.raw.stream_sequence, letter.verdict));
-        self.acknowledge(batch.messages_of(part), &dead.collect())
+        self.acknowledge(batch.messages_of(part), &verdicts(applied.dead))
             .await;
         Ok(())
+    }
+
+    /// Applies messages inside `txn` and stores those that become dead letters.
+    pub(super) async fn apply_in<'a>(
+        &self,
+        txn: &Transaction,
+        batch: &[Incoming<'a, S::Event>],
+    ) -> anyhow::Result<Applied<'a, S::Effect>> {
+        let applied = apply(txn, &self.subscriber, batch).await?;
+        let copies_to = self.dead_letters.as_ref();
+        table::store(txn, &S::SUBSCRIPTION, copies_to, &applied.dead).await?;
+        Ok(applied)
     }
 
     /// Begins a transaction; `failpoints` is the prefix of its failpoints.
@@ -513,6 +512,12 @@ fn incoming<E: Event>(message: &Message) -> Incoming<'_, E> {
 fn stream_sequence(message: &Message) -> i64 {
     let sequence = message.info().map_or(0, |info| info.stream_sequence);
     i64::try_from(sequence).unwrap_or(i64::MAX)
+}
+
+fn verdicts(dead: Vec<DeadMessage<'_>>) -> Verdicts {
+    let dead = dead.into_iter();
+    dead.map(|letter| (letter.raw.stream_sequence, letter.verdict))
+        .collect()
 }
 
 fn verdict<'a>(message: &Message, dead: &'a Verdicts) -> Option<&'a Verdict> {

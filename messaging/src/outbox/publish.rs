@@ -33,7 +33,6 @@ pub(crate) struct Sent {
     pub(crate) unacknowledged: Vec<(Uuid, i32)>,
     /// Whether a row failed because no stream stores its subject.
     pub(crate) stream_missing: bool,
-    /// The first error.
     pub(crate) error: Option<PublishError>,
 }
 

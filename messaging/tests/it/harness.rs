@@ -50,7 +50,6 @@ pub(crate) struct Outbox {
     pub(crate) database: TestDatabase,
 }
 
-/// A running flow.
 pub(crate) struct Running {
     /// Hands off to the relay of this flow.
     db: Database,
