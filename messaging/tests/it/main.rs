@@ -2,6 +2,5 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
-mod database;
 mod harness;
 mod relay;
