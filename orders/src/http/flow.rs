@@ -15,7 +15,8 @@ use utoipa::ToSchema;
 pub(super) struct OrdersFlow {
     #[serde(flatten)]
     flow: FlowStatus,
-    /// Orders that are not final yet. Counted up to 100000.
+    /// Orders that are not final yet, at the last look for them (every second, or more rarely
+    /// while looking is slow). Counted up to 100000.
     new_orders: i64,
     /// Age of the oldest order that is not final.
     new_oldest_seconds: f64,
