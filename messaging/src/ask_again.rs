@@ -99,7 +99,6 @@ pub struct RequestTable {
 pub struct AskPolicy {
     /// Delay after the last publication. It doubles with each re-ask.
     pub after: Duration,
-    /// Maximum delay.
     pub after_max: Duration,
     /// Maximum number of re-asks per second. They are never published faster than they are read.
     pub limit: u32,

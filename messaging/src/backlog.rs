@@ -36,7 +36,6 @@ pub struct Backlog {
     pub messages: MessageBacklog,
 }
 
-/// Pending outbox rows.
 #[derive(Clone, Debug, Default, FromQueryResult, Serialize, ToSchema)]
 pub struct OutboxBacklog {
     /// Outbox rows that are not published yet, counted up to 100,000.

@@ -96,7 +96,6 @@ pub struct Finding {
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Report {
     pub orders: u64,
-    /// Orders per status.
     pub by_status: BTreeMap<String, u64>,
     pub decisions: u64,
     pub transfers: u64,

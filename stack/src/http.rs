@@ -13,7 +13,6 @@ use serde_json::Value;
 
 const TIMEOUT: Duration = Duration::from_secs(45);
 
-/// A complete response.
 #[derive(Clone, Debug)]
 pub struct Answer {
     pub status: u16,

@@ -291,7 +291,6 @@ impl Bench {
         Ok(())
     }
 
-    /// Measures everything once.
     async fn run(&mut self, figures: &mut Figures) -> anyhow::Result<PlotData> {
         let mut plot_data = PlotData::default();
         if self.measures(Part::Floor) {

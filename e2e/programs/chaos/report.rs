@@ -19,13 +19,11 @@ pub(crate) struct Report {
     /// The commit of the source.
     pub(crate) commit: String,
     pub(crate) seed: u64,
-    /// Total duration.
     pub(crate) seconds: f64,
     /// Orders sent, and those answered with 2xx.
     pub(crate) orders: [u64; 2],
     /// Deposits sent, and those answered with 2xx.
     pub(crate) deposits: [u64; 2],
-    /// All requests.
     pub(crate) exchanges: u64,
     /// Requests by status; `none` for no answer.
     pub(crate) answers: BTreeMap<String, u64>,

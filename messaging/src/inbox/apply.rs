@@ -14,6 +14,11 @@ use crate::retry::Failure;
 use crate::subscriber::{LostRace, Subscriber};
 use crate::transaction::Transaction;
 
+/// After this many blocked keys, keys that fail together are no longer separated: the whole table
+/// may be locked, and further halving would take seconds. Messages that are not the cause are
+/// deferred too, and applied soon.
+pub(crate) const BLOCKED_KEYS_MAX: usize = 3;
+
 /// The result of applying a batch, before the commit.
 pub(crate) struct Applied<'a, T> {
     /// `None` if no message of the batch could be decoded.

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 
-use crate::inbox::apply::Blame;
+use crate::inbox::apply::{BLOCKED_KEYS_MAX, Blame};
 use crate::inbox::consumer::Consumer;
 use crate::inbox::deferred::{self, Deferred};
 use crate::inbox::message::Incoming;
@@ -35,9 +35,6 @@ const RETRY_DELAY_MAX: Duration = Duration::from_secs(1);
 const STEP_TIMEOUT: Duration = Duration::from_secs(10);
 /// Short, because the other keys of the batch wait too.
 const LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '20ms'";
-/// As for a batch from the broker: after this many blocked keys, keys that fail together are not
-/// separated.
-const BLOCKED_KEYS_MAX: usize = 3;
 
 /// Keys whose row is locked or refused, and when they are retried.
 #[derive(Default)]

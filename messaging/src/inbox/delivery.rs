@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use crate::dead_letters::table::{self, DeadMessage, Verdict};
-use crate::inbox::apply::{Applied, Blame, apply};
+use crate::inbox::apply::{Applied, BLOCKED_KEYS_MAX, Blame, apply};
 use crate::inbox::consumer::{Consumer, Taken};
 use crate::inbox::deferred;
 use crate::inbox::message::{Incoming, RawMessage};
@@ -45,10 +45,6 @@ const LOCK_TRIES: u32 = 2;
 /// Lock timeout of a part with several keys. It only needs to find the locked row; a part with one
 /// key waits as long as a batch.
 const PART_LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '10ms'";
-/// After this many keys were deferred singly, whole parts that fail are deferred: the whole table
-/// may be locked, and further halving would take seconds. Messages that are not the cause are
-/// applied soon.
-const BLOCKED_KEYS_MAX: usize = 3;
 /// A batch is returned to the broker if the database does not answer for this long. Another replica
 /// may reach it.
 const KEEP_MAX: Duration = Duration::from_secs(3);
