@@ -12,7 +12,7 @@ WORKDIR /src
 FROM rust AS sources
 COPY . .
 RUN mkdir /manifests && cp Cargo.toml Cargo.lock /manifests/ \
- && for manifest in */Cargo.toml; do \
+ && for manifest in */Cargo.toml examples/*/Cargo.toml; do \
       crate=${manifest%/*}; \
       mkdir -p "/manifests/$crate/src" && cp "$manifest" "/manifests/$crate/" || exit 1; \
       for file in src/lib.rs src/main.rs $(sed -n 's/^path = "\(.*\.rs\)"$/\1/p' "$manifest"); do \
@@ -21,7 +21,7 @@ RUN mkdir /manifests && cp Cargo.toml Cargo.lock /manifests/ \
         fi; \
       done; \
     done \
- && for crate in e2e protocol-model stack; do rm -rf "$crate" && cp -r "/manifests/$crate" . || exit 1; done \
+ && for crate in e2e protocol-model stack examples; do rm -rf "$crate" && cp -r "/manifests/$crate" . || exit 1; done \
  && rm -rf nats recipes
 
 # The layer with the dependencies: rebuilt only when a manifest changes.
