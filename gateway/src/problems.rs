@@ -26,6 +26,7 @@ pub(crate) fn api() -> OpenApiRouter {
 struct Explanation {
     code: Code,
     title: &'static str,
+    /// HTTP status.
     status: u16,
     /// What is wrong.
     cause: &'static str,

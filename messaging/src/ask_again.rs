@@ -14,7 +14,7 @@ use async_nats::jetstream::consumer;
 use broker::Broker;
 use failpoint::{failpoint, removed};
 use futures_util::TryStreamExt as _;
-use sea_orm::{ConnectionTrait as _, DatabaseTransaction, DbErr, FromQueryResult};
+use sea_orm::{ConnectionTrait as _, DbErr, FromQueryResult};
 use shared_contracts::{Event, EventId};
 use time::OffsetDateTime;
 use tokio::time::Instant;
@@ -370,7 +370,7 @@ impl<R: Requests> AskAgain<R> {
              FROM (SELECT r.{stored_at} AS stored_at FROM {name} r WHERE {is_pending}
                    ORDER BY r.id LIMIT $1) AS pending"
         );
-        one_row(&*self.scan_db, sql(&query, [COUNT_MAX.into()])).await
+        one_row(&self.scan_db, sql(&query, [COUNT_MAX.into()])).await
     }
 
     /// Records for all replicas that messages published before this time may be lost. Uses the
@@ -399,7 +399,7 @@ impl<R: Requests> AskAgain<R> {
     /// are thousands.
     async fn lock_due(
         &self,
-        txn: &DatabaseTransaction,
+        txn: &Transaction,
         range: Range,
         limit: u32,
     ) -> Result<Vec<Due>, DbErr> {
@@ -483,7 +483,7 @@ impl<R: Requests> AskAgain<R> {
         Ok(messages)
     }
 
-    async fn count(&self, txn: &DatabaseTransaction, due: &[Due]) -> Result<u64, DbErr> {
+    async fn count(&self, txn: &Transaction, due: &[Due]) -> Result<u64, DbErr> {
         let RequestTable {
             name,
             is_pending,
@@ -512,7 +512,7 @@ impl Progress {
     }
 }
 
-async fn take_lock(txn: &DatabaseTransaction) -> Result<bool, DbErr> {
+async fn take_lock(txn: &Transaction) -> Result<bool, DbErr> {
     let lock = sql(
         "SELECT pg_try_advisory_xact_lock($1) AS held",
         [ASK_AGAIN_LOCK.into()],
@@ -539,7 +539,7 @@ struct Rearmed {
 /// Raises `last_ask` to these numbers and returns the keys whose number is new. The caller
 /// publishes the stored answers of these keys again, with [`Message::again`].
 pub async fn rearm(
-    txn: &DatabaseTransaction,
+    txn: &Transaction,
     table: &AnswerTable,
     mut asks: Vec<(Uuid, i32)>,
 ) -> Result<HashSet<Uuid>, DbErr> {

@@ -8,10 +8,11 @@ use async_nats::jetstream::consumer::{self, PullConsumer};
 use broker::Broker;
 use futures_util::TryStreamExt as _;
 use metrics::{describe_gauge, gauge};
-use sea_orm::{DatabaseConnection, DbErr, FromQueryResult};
+use sea_orm::{ConnectionTrait, DbErr, FromQueryResult};
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use crate::database::Database;
 use crate::postgres::{one_row, sql};
 
 /// Counting stops here, because it is expensive and nobody needs an exact larger number.
@@ -36,6 +37,7 @@ pub struct Backlog {
     pub messages: MessageBacklog,
 }
 
+/// Pending outbox rows.
 #[derive(Clone, Debug, Default, FromQueryResult, Serialize, ToSchema)]
 pub struct OutboxBacklog {
     /// Outbox rows that are not published yet, counted up to 100,000.
@@ -61,7 +63,7 @@ pub struct MessageBacklog {
 }
 
 impl Backlog {
-    pub async fn read(db: &DatabaseConnection) -> Result<Self, DbErr> {
+    pub async fn read(db: &impl ConnectionTrait) -> Result<Self, DbErr> {
         Ok(Self {
             outbox: OutboxBacklog::read(db).await?,
             messages: MessageBacklog::read(db).await?,
@@ -71,7 +73,7 @@ impl Backlog {
 
 impl OutboxBacklog {
     /// A scan: it is slow while an old snapshot keeps published rows in the index.
-    pub(crate) async fn read(db: &DatabaseConnection) -> Result<Self, DbErr> {
+    pub(crate) async fn read(db: &impl ConnectionTrait) -> Result<Self, DbErr> {
         let query = "
         SELECT count(*) AS outbox_pending,
                coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0)::float8
@@ -84,7 +86,7 @@ impl OutboxBacklog {
 }
 
 impl MessageBacklog {
-    pub(crate) async fn read(db: &DatabaseConnection) -> Result<Self, DbErr> {
+    pub(crate) async fn read(db: &impl ConnectionTrait) -> Result<Self, DbErr> {
         let query = "
         SELECT letters.poison, letters.quarantine, waiting.deferred,
                waiting.deferred_oldest_seconds
@@ -184,10 +186,7 @@ pub(crate) fn describe_gauges() {
     );
 }
 
-pub(crate) async fn set_gauges(
-    db: &DatabaseConnection,
-    outbox: &OutboxBacklogWatch,
-) -> Result<(), DbErr> {
+pub(crate) async fn set_gauges(db: &Database, outbox: &OutboxBacklogWatch) -> Result<(), DbErr> {
     let found = MessageBacklog::read(db).await?;
     // The last scan may be old if the database does not answer, so query the database first.
     if let Some(outbox) = outbox.get() {

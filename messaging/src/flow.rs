@@ -69,11 +69,11 @@ impl Flow {
     pub async fn connect(service: &'static str, args: &FlowArgs) -> anyhow::Result<Self> {
         let hand_off = HandOff::default();
         let url = &args.database_url;
-        let requests = Database::for_requests(url, service, args.http_connections).await?;
-        let writes = Database::for_writes(url, service, args.http_connections).await?;
-        let background = Database::in_background(url, service, args.flow_connections).await?;
-        let consumers = Database::for_consumers(url, service, CONSUMER_CONNECTIONS).await?;
-        let scans = Database::for_scans(url, service, SCAN_CONNECTIONS).await?;
+        let requests = Database::for_requests(url, service, args.http_connections)?;
+        let writes = Database::for_writes(url, service, args.http_connections)?;
+        let background = Database::in_background(url, service, args.flow_connections)?;
+        let consumers = Database::for_consumers(url, service, CONSUMER_CONNECTIONS)?;
+        let scans = Database::for_scans(url, service, SCAN_CONNECTIONS)?;
         Ok(Self {
             service,
             args: args.clone(),
@@ -233,7 +233,7 @@ impl Flow {
         }
         let server = self.server_check();
         let streams = StreamWatch::new(
-            (*self.background).clone(),
+            self.background.clone(),
             self.broker.clone(),
             self.streams,
             self.args.topology.clone(),
@@ -241,8 +241,8 @@ impl Flow {
             self.stream_watch,
         );
         let relay = Relay {
-            db: (*self.background).clone(),
-            scan_db: (*self.scans).clone(),
+            db: self.background.clone(),
+            scan_db: self.scans.clone(),
             broker: self.broker,
             hand_off: self.hand_off,
             streams,
@@ -253,7 +253,7 @@ impl Flow {
         };
         let subscriptions = self.readers.iter().map(|reader| reader.subscription());
         let retention = Retention {
-            db: (*self.background).clone(),
+            db: self.background.clone(),
             consumers: subscriptions.map(|one| one.consumer).collect(),
             keep: self.args.keep(),
         };

@@ -12,6 +12,7 @@ mod metrics;
 mod migration;
 mod operator_api;
 mod outbox;
+mod pool;
 mod postgres;
 mod problem;
 mod retention;

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use sea_orm::{DatabaseConnection, TransactionTrait as _};
+use sea_orm::{SqlxPostgresConnector, TransactionTrait as _};
 use sea_orm_migration::prelude::*;
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 
 use crate::postgres::{sql, within};
 
@@ -27,7 +28,11 @@ pub fn migrations() -> Vec<Box<dyn MigrationTrait>> {
 }
 
 /// Brings the tables up to date. If replicas start together, one migrates and the others wait.
-pub(crate) async fn migrate<M: MigratorTrait>(db: &DatabaseConnection) -> Result<(), DbErr> {
+pub(crate) async fn migrate<M: MigratorTrait>(options: &PgConnectOptions) -> Result<(), DbErr> {
+    // Migrations need a connection of SeaORM's own type.
+    let pool = PgPoolOptions::new().max_connections(1);
+    let pool = pool.connect_lazy_with(options.clone());
+    let db = SqlxPostgresConnector::from_sqlx_postgres_pool(pool);
     let check = async {
         let txn = db.begin().await?;
         let lock = sql("SELECT pg_advisory_xact_lock($1)", [MIGRATION_LOCK.into()]);

@@ -5,10 +5,11 @@
 
 use std::time::Duration;
 
-use sea_orm::{DatabaseConnection, DbErr, FromQueryResult};
+use sea_orm::{DbErr, FromQueryResult};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
+use crate::database::Database;
 use crate::postgres::{execute, one_row, sql, within};
 use crate::scan::id_at;
 
@@ -21,7 +22,7 @@ const BATCH_TIMEOUT: Duration = Duration::from_secs(20);
 const INTERVAL_MAX: Duration = Duration::from_secs(60);
 
 pub(crate) struct Retention {
-    pub(crate) db: DatabaseConnection,
+    pub(crate) db: Database,
     pub(crate) consumers: Vec<&'static str>,
     /// Retention period of the rows.
     pub(crate) keep: Duration,

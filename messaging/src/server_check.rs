@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
-use sea_orm::{DatabaseConnection, DbErr, FromQueryResult};
+use sea_orm::{DbErr, FromQueryResult};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
@@ -140,7 +140,7 @@ impl ServerCheck {
 }
 
 impl Settings {
-    async fn read(db: &DatabaseConnection) -> Result<Self, DbErr> {
+    async fn read(db: &Database) -> Result<Self, DbErr> {
         let query = "SELECT current_setting('transaction_read_only')::boolean AS read_only,
                             current_setting('fsync')::boolean AS fsync,
                             current_setting('full_page_writes')::boolean AS full_page_writes,

@@ -1,15 +1,13 @@
 //! The timeline of one key from a service's tables: messages that were enqueued, published,
 //! received, repeated or dead-lettered. Each service adds its own steps.
 
-use sea_orm::{
-    ColumnTrait as _, DatabaseConnection, DbErr, EntityTrait as _, QueryFilter as _,
-    QueryOrder as _,
-};
+use sea_orm::{ColumnTrait as _, DbErr, EntityTrait as _, QueryFilter as _, QueryOrder as _};
 use serde_json::Value;
 use shared_contracts::timeline::{Step, StepKind, StepMessage};
 use shared_contracts::{Event as _, header};
 use uuid::Uuid;
 
+use crate::database::Database;
 use crate::dead_letters::table as dead_letters;
 use crate::inbox::table as inbox;
 use crate::outbox::table as outbox;
@@ -17,7 +15,7 @@ use crate::subscriber::Subscriber;
 
 /// The steps of one service.
 pub struct TimelineSteps<'a> {
-    pub db: &'a DatabaseConnection,
+    pub db: &'a Database,
     pub service: &'static str,
 }
 

@@ -1,24 +1,24 @@
 //! A transaction that can enqueue events and hands them off to the relay after its commit.
 
-use std::ops::Deref;
+use std::fmt;
 use std::sync::{Mutex, PoisonError};
 
 use metrics::histogram;
-use sea_orm::{DatabaseTransaction, DbErr, Statement};
+use sea_orm::prelude::async_trait::async_trait;
+use sea_orm::{ConnectionTrait, DbBackend, DbErr, ExecResult, QueryResult, Statement};
 use tokio::time::Instant;
 
 use crate::metrics::TRANSACTION_SECONDS;
 use crate::outbox::hand_off::HandOff;
 use crate::outbox::message::Message;
 use crate::outbox::table::{self, Pending};
+use crate::pool::OpenTransaction;
 use crate::postgres::{execute, sqlstate};
 use crate::retry::{Failure, injected};
 
-/// Dereferences to SeaORM's transaction. If dropped without a commit, it is rolled back together
-/// with the enqueued rows.
-#[derive(Debug)]
+/// If dropped without a commit, it is rolled back together with the enqueued rows.
 pub struct Transaction {
-    inner: DatabaseTransaction,
+    open: tokio::sync::Mutex<OpenTransaction>,
     work: Work,
     begun: Instant,
     hand_off: HandOff,
@@ -42,9 +42,9 @@ impl Work {
 }
 
 impl Transaction {
-    pub(crate) fn new(inner: DatabaseTransaction, work: Work, hand_off: HandOff) -> Self {
+    pub(crate) fn new(open: OpenTransaction, work: Work, hand_off: HandOff) -> Self {
         Self {
-            inner,
+            open: open.into(),
             work,
             begun: Instant::now(),
             hand_off,
@@ -54,14 +54,14 @@ impl Transaction {
 
     /// Runs a statement and returns the number of affected rows.
     pub async fn execute(&self, statement: Statement) -> Result<u64, DbErr> {
-        execute(&self.inner, statement).await
+        execute(self, statement).await
     }
 
     /// Stores messages to be published, in the same transaction as the change that they report.
     ///
     /// This is the only way to enqueue, so enqueueing outside a transaction does not compile.
     pub async fn enqueue(&self, messages: Vec<Message>) -> Result<(), DbErr> {
-        let rows = table::insert(&self.inner, messages).await?;
+        let rows = table::insert(self, messages).await?;
         self.enqueued
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -77,8 +77,8 @@ impl Transaction {
     pub async fn commit(self) -> Result<(), Failure> {
         let Work { label, failpoints } = self.work;
         failpoint::of_work(failpoints, "before_commit")?;
-        self.inner
-            .commit()
+        let open = self.open.into_inner();
+        open.end("COMMIT")
             .await
             .map_err(|error| match sqlstate(&error) {
                 Some(code) if code.starts_with("40") || code.starts_with("23") => {
@@ -97,14 +97,37 @@ impl Transaction {
     }
 
     pub async fn rollback(self) -> Result<(), DbErr> {
-        self.inner.rollback().await
+        self.open.into_inner().end("ROLLBACK").await
     }
 }
 
-impl Deref for Transaction {
-    type Target = DatabaseTransaction;
+impl fmt::Debug for Transaction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Transaction")
+            .field("work", &self.work)
+            .finish_non_exhaustive()
+    }
+}
 
-    fn deref(&self) -> &DatabaseTransaction {
-        &self.inner
+#[async_trait]
+impl ConnectionTrait for Transaction {
+    fn get_database_backend(&self) -> DbBackend {
+        DbBackend::Postgres
+    }
+
+    async fn execute_raw(&self, statement: Statement) -> Result<ExecResult, DbErr> {
+        self.open.lock().await.lease()?.execute(statement).await
+    }
+
+    async fn execute_unprepared(&self, text: &str) -> Result<ExecResult, DbErr> {
+        self.open.lock().await.lease()?.execute_plain(text).await
+    }
+
+    async fn query_one_raw(&self, statement: Statement) -> Result<Option<QueryResult>, DbErr> {
+        self.open.lock().await.lease()?.query_one(statement).await
+    }
+
+    async fn query_all_raw(&self, statement: Statement) -> Result<Vec<QueryResult>, DbErr> {
+        self.open.lock().await.lease()?.query_all(statement).await
     }
 }

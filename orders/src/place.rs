@@ -386,7 +386,7 @@ mod tests {
     async fn a_request_that_waited_too_long_is_rejected() {
         // No database runs here: the request must be rejected without a query.
         let url = "postgres://127.0.0.1:1/none".to_owned().into();
-        let db = Database::for_requests(&url, "test", 1).await.unwrap();
+        let db = Database::for_requests(&url, "test", 1).unwrap();
         let (intake, batcher) = intake();
         let mut late = Box::pin(intake.place(new_order()));
         assert!(late.as_mut().now_or_never().is_none(), "it is queued");

@@ -12,7 +12,7 @@ use crate::settle::Settle;
 const SERVICE: &str = "orders";
 
 pub(crate) async fn find(db: &Database, id: OrderId) -> Result<Model, Error> {
-    read(|| order::Entity::find_by_id(id.as_uuid()).one(&**db))
+    read(|| order::Entity::find_by_id(id.as_uuid()).one(db))
         .await?
         .ok_or(Error::OrderNotFound)
 }
@@ -38,7 +38,7 @@ pub(crate) async fn timeline(db: &Database, order_id: OrderId) -> Result<Timelin
 
 async fn read_timeline(db: &Database, order_id: OrderId) -> Result<Option<Timeline>, DbErr> {
     let order_id = order_id.as_uuid();
-    let Some(order) = order::Entity::find_by_id(order_id).one(&**db).await? else {
+    let Some(order) = order::Entity::find_by_id(order_id).one(db).await? else {
         return Ok(None);
     };
     let messages = TimelineSteps {

@@ -48,10 +48,10 @@ async fn open_once(db: &Database, new: &NewAccount) -> Result<(account::Model, E
     // A conflict returns `Inserted(0)` here, so the number must be compared.
     let inserted = account::Entity::insert(row)
         .on_conflict_do_nothing_on([account::Column::UserId])
-        .exec_without_returning(&*txn)
+        .exec_without_returning(&txn)
         .await?;
     let stored = account::Entity::find_by_id(new.user_id.to_string())
-        .one(&*txn)
+        .one(&txn)
         .await?;
     let stored = stored.ok_or_else(|| {
         DbErr::RecordNotFound(format!("account {} that was just stored", new.user_id))
@@ -69,7 +69,7 @@ async fn open_once(db: &Database, new: &NewAccount) -> Result<(account::Model, E
 }
 
 pub(crate) async fn find(db: &Database, user_id: &UserId) -> Result<account::Model, Error> {
-    read(|| account::Entity::find_by_id(user_id.to_string()).one(&**db))
+    read(|| account::Entity::find_by_id(user_id.to_string()).one(db))
         .await?
         .ok_or(Error::AccountNotFound)
 }

@@ -23,13 +23,13 @@ async fn read_timeline(db: &Database, order_id: OrderId) -> Result<Timeline, DbE
     };
     let mut steps = Vec::new();
     let mut pruned = false;
-    if let Some(decision) = payment::Entity::find_by_id(order_id).one(&**db).await? {
+    if let Some(decision) = payment::Entity::find_by_id(order_id).one(db).await? {
         let received = messages
             .received::<Charge>(decision.request_event_id)
             .await?;
         steps.extend(received);
         let debit = match decision.transfer_id {
-            Some(id) => transfer::Entity::find_by_id(id).one(&**db).await?,
+            Some(id) => transfer::Entity::find_by_id(id).one(db).await?,
             None => None,
         };
         steps.push(Step {

@@ -7,8 +7,8 @@
 
 use std::fmt;
 
+use sea_orm::DbErr;
 use sea_orm::entity::prelude::*;
-use sea_orm::{DatabaseConnection, DbErr};
 use serde::Serialize;
 use utoipa::ToSchema;
 use uuid::Uuid;
@@ -79,7 +79,7 @@ async fn replay_once<S: Subscriber>(
     // concurrent replays: the second sees the effects of the first.
     let letter = table::Entity::find_by_id(id)
         .filter(table::Column::Consumer.eq(S::SUBSCRIPTION.consumer))
-        .one(&**db)
+        .one(db)
         .await?;
     let Some(letter) = letter else {
         return Ok(None);
@@ -154,7 +154,7 @@ async fn note_applied(txn: &Transaction, id: Uuid) -> Result<(), DbErr> {
 /// Records a replay that was refused; the dead letter stays unresolved. The new counters are
 /// computed from `letter`, so a retry counts only once.
 async fn note_refused(
-    db: &DatabaseConnection,
+    db: &Database,
     letter: &table::Model,
     verdict: &Verdict,
 ) -> Result<(), DbErr> {

@@ -195,7 +195,7 @@ pub(crate) async fn store(
                 payload.to_vec().into(),
             ],
         );
-        let Stored { id, is_new } = one_row(&**txn, insert).await?;
+        let Stored { id, is_new } = one_row(txn, insert).await?;
         if let Some(stream) = copies_to.filter(|_| is_new) {
             copies.push(copy(stream, subscription, id, &message_key, letter));
         }

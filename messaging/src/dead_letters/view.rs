@@ -3,8 +3,8 @@
 use std::fmt;
 
 use sea_orm::{
-    ColumnTrait as _, DatabaseConnection, DbErr, EntityTrait as _, QueryFilter as _,
-    QueryOrder as _, QuerySelect as _,
+    ColumnTrait as _, ConnectionTrait, DbErr, EntityTrait as _, QueryFilter as _, QueryOrder as _,
+    QuerySelect as _,
 };
 use serde::Serialize;
 use shared_contracts::timestamp;
@@ -106,7 +106,7 @@ impl From<table::Model> for DeadLetter {
 impl DeadLetter {
     /// Up to `limit` dead letters older than `before`, newest first.
     pub async fn page(
-        db: &DatabaseConnection,
+        db: &impl ConnectionTrait,
         before: Option<Uuid>,
         limit: u64,
     ) -> Result<Vec<Self>, DbErr> {
@@ -120,13 +120,13 @@ impl DeadLetter {
         Ok(rows.into_iter().map(Self::from).collect())
     }
 
-    pub async fn find(db: &DatabaseConnection, id: Uuid) -> Result<Option<Self>, DbErr> {
+    pub async fn find(db: &impl ConnectionTrait, id: Uuid) -> Result<Option<Self>, DbErr> {
         let row = table::Entity::find_by_id(id).one(db).await?;
         Ok(row.map(Self::from))
     }
 
     /// Deletes a dead letter for good. Returns whether it existed.
-    pub async fn delete(db: &DatabaseConnection, id: Uuid) -> Result<bool, DbErr> {
+    pub async fn delete(db: &impl ConnectionTrait, id: Uuid) -> Result<bool, DbErr> {
         let deleted = table::Entity::delete_by_id(id).exec(db).await?;
         Ok(deleted.rows_affected > 0)
     }

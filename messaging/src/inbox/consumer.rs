@@ -233,7 +233,7 @@ impl<S: Subscriber> Consumer<S> {
         while !shutdown.is_cancelled() {
             let pause = tokio::time::sleep(backoff.pause());
             shutdown.run_until_cancelled(pause).await;
-            let answered = within(PING_TIMEOUT, postgres::is_writable(&*self.db));
+            let answered = within(PING_TIMEOUT, postgres::is_writable(&self.db));
             match answered.await {
                 Ok(false) => debug!("The database is read-only"),
                 Ok(true) => return,

@@ -6,15 +6,17 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use sea_orm::{ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbErr, FromQueryResult};
+use sea_orm::{ConnectionTrait, DbErr, FromQueryResult};
 use sha2::{Digest as _, Sha256};
 use shared_contracts::Event;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use crate::database::Database;
 use crate::inbox::message::{Incoming, RawMessage, header_lines, parse_header_lines};
 use crate::postgres::{execute, sql};
+use crate::transaction::Transaction;
 
 /// A stored deferred message.
 #[derive(Clone, Debug, FromQueryResult)]
@@ -56,7 +58,7 @@ pub(crate) struct Deferral<'a> {
 /// Stores messages. A message that is already stored keeps its place and gets the highest ask of
 /// its repetitions, so that re-asks do not make the table grow.
 pub(crate) async fn store(
-    txn: &DatabaseTransaction,
+    txn: &Transaction,
     consumer: &str,
     deferrals: Vec<Deferral<'_>>,
 ) -> Result<(), DbErr> {
@@ -114,7 +116,7 @@ pub(crate) async fn store(
 
 /// Deletes the oldest messages of these keys from the table and returns them in stream order.
 pub(crate) async fn take(
-    txn: &DatabaseTransaction,
+    txn: &Transaction,
     consumer: &str,
     keys: &[String],
     limit: u32,
@@ -145,11 +147,7 @@ struct KeyRow {
 }
 
 /// Returns up to `limit` keys of stored messages.
-pub(crate) async fn keys(
-    db: &DatabaseConnection,
-    consumer: &str,
-    limit: u32,
-) -> Result<Vec<String>, DbErr> {
+pub(crate) async fn keys(db: &Database, consumer: &str, limit: u32) -> Result<Vec<String>, DbErr> {
     let query = sql(
         "SELECT DISTINCT ordering_key FROM deferred WHERE consumer = $1 LIMIT $2",
         [consumer.into(), i64::from(limit).into()],

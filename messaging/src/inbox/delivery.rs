@@ -255,7 +255,7 @@ impl<S: Subscriber> Consumer<S> {
             return Ok(Vec::new());
         }
         let keys: HashSet<String> = suspects.iter().map(|(_, key)| key.clone()).collect();
-        let keys = deferred::waiting(&**txn, Self::NAME, keys.into_iter().collect()).await?;
+        let keys = deferred::waiting(txn, Self::NAME, keys.into_iter().collect()).await?;
         let behind = suspects.into_iter().filter(|(_, key)| keys.contains(key));
         Ok(behind.map(|(index, _)| index).collect())
     }

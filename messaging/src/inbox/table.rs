@@ -4,10 +4,11 @@
 use std::collections::{BTreeMap, HashSet};
 
 use sea_orm::entity::prelude::*;
-use sea_orm::{DatabaseTransaction, DbErr, FromQueryResult};
+use sea_orm::{DbErr, FromQueryResult};
 use uuid::Uuid;
 
 use crate::postgres::{execute, sql};
+use crate::transaction::Transaction;
 
 #[sea_orm::model]
 #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
@@ -42,7 +43,7 @@ struct EventIdRow {
 
 /// Records deliveries; one event may occur several times. Returns the new events.
 pub(crate) async fn record(
-    txn: &DatabaseTransaction,
+    txn: &Transaction,
     consumer: &str,
     deliveries: &[Delivery],
 ) -> Result<HashSet<Uuid>, DbErr> {
@@ -74,7 +75,7 @@ pub(crate) async fn record(
 }
 
 async fn insert_new(
-    txn: &DatabaseTransaction,
+    txn: &Transaction,
     consumer: &str,
     by_event: &BTreeMap<Uuid, (Delivery, i32)>,
 ) -> Result<HashSet<Uuid>, DbErr> {
@@ -99,7 +100,7 @@ async fn insert_new(
 }
 
 async fn count_repeats(
-    txn: &DatabaseTransaction,
+    txn: &Transaction,
     consumer: &str,
     repeated: Vec<(Uuid, i32)>,
 ) -> Result<(), DbErr> {

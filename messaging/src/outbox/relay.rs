@@ -8,14 +8,14 @@ use anyhow::Context as _;
 use broker::{Backoff, Broker};
 use failpoint::failpoint;
 use metrics::{counter, histogram};
-use sea_orm::{ConnectionTrait, DatabaseConnection};
+use sea_orm::ConnectionTrait;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use crate::backlog::{OutboxBacklog, OutboxBacklogWatch};
-use crate::database::begin;
+use crate::database::Database;
 use crate::health::HealthStatus;
 use crate::metrics::{PUBLISH_SECONDS, PUBLISHED};
 use crate::outbox::hand_off::HandOff;
@@ -53,9 +53,9 @@ enum Wake {
 
 /// Publishes the outbox rows of one database. Several relays may run on one table.
 pub(crate) struct Relay {
-    pub(crate) db: DatabaseConnection,
+    pub(crate) db: Database,
     /// For scans of the whole table, which may be slow.
-    pub(crate) scan_db: DatabaseConnection,
+    pub(crate) scan_db: Database,
     pub(crate) broker: Broker,
     /// Rows that were just committed in this process.
     pub(crate) hand_off: HandOff,
@@ -265,8 +265,11 @@ impl Relay {
     /// clocks. Almost nothing else needs these locks, and the broker's answer has a timeout. If
     /// this process dies, the server releases the locks, and the next relay publishes the rows
     /// again under the same message id.
-    async fn publish_polled(&self, db: &DatabaseConnection, which: Which) -> anyhow::Result<Step> {
-        let txn = begin(db).await.context("the outbox cannot be read")?;
+    async fn publish_polled(&self, db: &Database, which: Which) -> anyhow::Result<Step> {
+        let txn = db
+            .begin("relay")
+            .await
+            .context("the outbox cannot be read")?;
         let rows = table::lock_pending(&txn, which, BATCH_MAX)
             .await
             .context("the outbox cannot be read")?;
@@ -275,11 +278,9 @@ impl Relay {
             return Ok(Step::default());
         }
         let step = self.publish(&txn, &rows).await?;
-        failpoint!("relay.before_commit")?;
         txn.commit()
             .await
             .context("published rows cannot be marked")?;
-        failpoint!("relay.after_commit")?;
         Ok(step)
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sea_orm::{DatabaseConnection, DbErr, FromQueryResult};
+use sea_orm::{ConnectionTrait, DbErr, FromQueryResult};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -33,14 +33,14 @@ struct Count {
 }
 
 impl Resend<'_> {
-    pub async fn count(&self, db: &DatabaseConnection) -> Result<u64, DbErr> {
+    pub async fn count(&self, db: &impl ConnectionTrait) -> Result<u64, DbErr> {
         self.count_since(db, self.since).await
     }
 
     /// Number of selected events that the broker may still remember: it drops these as duplicates.
     pub async fn count_remembered(
         &self,
-        db: &DatabaseConnection,
+        db: &impl ConnectionTrait,
         duplicate_window: Duration,
     ) -> Result<u64, DbErr> {
         let remembered_since = clock(db).await? - duplicate_window;
@@ -49,7 +49,7 @@ impl Resend<'_> {
 
     async fn count_since(
         &self,
-        db: &DatabaseConnection,
+        db: &impl ConnectionTrait,
         since: OffsetDateTime,
     ) -> Result<u64, DbErr> {
         let from = id_at("$1::timestamptz - make_interval(secs => $3)");
@@ -71,7 +71,7 @@ impl Resend<'_> {
     ///
     /// Reads the table once, from the first possible id of the range. Relays publish these rows
     /// without delaying new events.
-    pub async fn run(&self, db: &DatabaseConnection) -> Result<u64, DbErr> {
+    pub async fn run(&self, db: &impl ConnectionTrait) -> Result<u64, DbErr> {
         let begun = clock(db).await?;
         let mut total = 0;
         let mut cursor = None;

@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use async_nats::jetstream::stream;
 use broker::{Backoff, Broker};
-use sea_orm::DatabaseConnection;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::broker_loss::BrokerLoss;
+use crate::database::Database;
 use crate::health::HealthStatus;
 use crate::outbox::table;
 use crate::postgres::within;
@@ -25,7 +25,7 @@ const RETRY_DELAY_MAX: Duration = Duration::from_secs(5);
 const QUERY_TIMEOUT: Duration = Duration::from_secs(20);
 
 pub(crate) struct StreamWatch {
-    pub(crate) db: DatabaseConnection,
+    pub(crate) db: Database,
     pub(crate) broker: Broker,
     pub(crate) streams: Vec<Stream>,
     pub(crate) settings: TopologySettings,
@@ -39,7 +39,7 @@ pub(crate) struct StreamWatch {
 
 impl StreamWatch {
     pub(crate) fn new(
-        db: DatabaseConnection,
+        db: Database,
         broker: Broker,
         streams: Vec<Stream>,
         settings: TopologySettings,

@@ -4,12 +4,14 @@ use std::time::Duration;
 
 use failpoint::removed;
 use sea_orm::entity::prelude::*;
-use sea_orm::{DatabaseConnection, DatabaseTransaction, DbErr, FromQueryResult};
+use sea_orm::{DbErr, FromQueryResult};
 use uuid::Uuid;
 
+use crate::database::Database;
 use crate::outbox::message::Message;
 use crate::postgres::{execute, sql};
 use crate::scan::{RECENT, id_at};
+use crate::transaction::Transaction;
 
 #[sea_orm::model]
 #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
@@ -77,7 +79,7 @@ impl Pending {
 
 /// Inserts rows. [`Transaction::enqueue`](crate::Transaction::enqueue) is the only caller.
 pub(crate) async fn insert(
-    txn: &DatabaseTransaction,
+    txn: &Transaction,
     mut messages: Vec<Message>,
 ) -> Result<Vec<Pending>, DbErr> {
     if messages.is_empty() {
@@ -131,7 +133,7 @@ pub(crate) enum Which {
 /// sorted by id, which is roughly their order of creation. Other rows are sorted by attempts, so
 /// that rows that always fail do not block the rest.
 pub(crate) async fn lock_pending(
-    txn: &DatabaseTransaction,
+    txn: &Transaction,
     which: Which,
     limit: u32,
 ) -> Result<Vec<Pending>, DbErr> {
@@ -166,7 +168,7 @@ pub(crate) async fn lock_pending(
 }
 
 /// Whether the outbox or retention shows that the broker ever stored a message.
-pub(crate) async fn has_published(db: &DatabaseConnection) -> Result<bool, DbErr> {
+pub(crate) async fn has_published(db: &Database) -> Result<bool, DbErr> {
     exists(
         db,
         "SELECT 1 FROM outbox WHERE published_at IS NOT NULL LIMIT 1",
@@ -174,7 +176,7 @@ pub(crate) async fn has_published(db: &DatabaseConnection) -> Result<bool, DbErr
     .await
 }
 
-async fn exists(db: &DatabaseConnection, query: &str) -> Result<bool, DbErr> {
+async fn exists(db: &Database, query: &str) -> Result<bool, DbErr> {
     Ok(db.query_one_raw(sql(query, [])).await?.is_some())
 }
 
@@ -188,7 +190,7 @@ const ATTEMPTS_OF_ITS_OWN: i32 = 5;
 /// Checks only rows that have recently reached that age. If there are none, for example after a
 /// quiet hour, a few requests too many are published, which is harmless.
 pub(crate) async fn is_behind(
-    txn: &DatabaseTransaction,
+    txn: &Transaction,
     subject: &str,
     age: Duration,
 ) -> Result<bool, DbErr> {

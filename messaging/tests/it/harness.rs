@@ -79,7 +79,7 @@ impl Outbox {
         let broker = TestBroker::start().await.unwrap();
         let database = TestDatabase::fresh().await.unwrap();
         let url = database.url.clone().into();
-        let db = Database::in_background(&url, "test", 4).await.unwrap();
+        let db = Database::in_background(&url, "test", 4).unwrap();
         db.migrate::<Migrator>().await.unwrap();
         let ops = Broker::connect(BrokerConfig {
             url: broker.url(),
@@ -138,7 +138,7 @@ impl Outbox {
         let query = "SELECT event_id, attempts, created_at, published_at, stream_sequence
                      FROM outbox ORDER BY event_id";
         let query = Statement::from_string(DbBackend::Postgres, query);
-        Row::find_by_statement(query).all(&*self.db).await.unwrap()
+        Row::find_by_statement(query).all(&self.db).await.unwrap()
     }
 
     pub(crate) async fn execute(&self, sql: &str) {

@@ -1,9 +1,9 @@
 //! Orders: one row per order, never deleted.
 
-use messaging::{Transaction, sql};
+use messaging::{Database, Transaction, sql};
 use sea_orm::entity::prelude::*;
 use sea_orm::sea_query::{Expr, LockType};
-use sea_orm::{DatabaseConnection, DatabaseTransaction, FromQueryResult, QueryOrder, QuerySelect};
+use sea_orm::{FromQueryResult, QueryOrder, QuerySelect};
 
 #[sea_orm::model]
 #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
@@ -63,10 +63,7 @@ struct IdRow {
 
 /// Inserts the orders whose (user, key) is new, and returns their ids. The rows are sorted, so that
 /// transactions with overlapping keys wait for each other instead of deadlocking.
-pub async fn insert_new(
-    txn: &DatabaseTransaction,
-    mut orders: Vec<Model>,
-) -> Result<Vec<Uuid>, DbErr> {
+pub async fn insert_new(txn: &Transaction, mut orders: Vec<Model>) -> Result<Vec<Uuid>, DbErr> {
     orders.sort_by(|a, b| (&a.user_id, &a.idempotency_key).cmp(&(&b.user_id, &b.idempotency_key)));
     let mut ids = Vec::with_capacity(orders.len());
     let mut user_ids = Vec::with_capacity(orders.len());
@@ -110,7 +107,7 @@ pub async fn insert_new(
 
 /// The orders that were created with these keys. `keys[i]` is a key of `user_ids[i]`.
 pub(crate) async fn find_by_keys(
-    txn: &DatabaseTransaction,
+    txn: &Transaction,
     user_ids: Vec<String>,
     keys: Vec<String>,
 ) -> Result<Vec<Model>, DbErr> {
@@ -128,18 +125,12 @@ pub(crate) async fn find_by_keys(
         .await
 }
 
-pub(crate) async fn find_all(
-    txn: &DatabaseTransaction,
-    ids: Vec<Uuid>,
-) -> Result<Vec<Model>, DbErr> {
+pub(crate) async fn find_all(txn: &Transaction, ids: Vec<Uuid>) -> Result<Vec<Model>, DbErr> {
     Entity::find().filter(Column::Id.eq_any(ids)).all(txn).await
 }
 
 /// Locks the orders, sorted by id, and returns them.
-pub(crate) async fn lock(
-    txn: &DatabaseTransaction,
-    mut ids: Vec<Uuid>,
-) -> Result<Vec<Model>, DbErr> {
+pub(crate) async fn lock(txn: &Transaction, mut ids: Vec<Uuid>) -> Result<Vec<Model>, DbErr> {
     ids.sort_unstable();
     ids.dedup();
     Entity::find()
@@ -194,10 +185,7 @@ pub(crate) async fn end(
 }
 
 /// The ids of those orders that are final.
-pub(crate) async fn final_among(
-    db: &DatabaseConnection,
-    ids: Vec<Uuid>,
-) -> Result<Vec<Uuid>, DbErr> {
+pub(crate) async fn final_among(db: &Database, ids: Vec<Uuid>) -> Result<Vec<Uuid>, DbErr> {
     Entity::find()
         .select_only()
         .column(Column::Id)
@@ -217,11 +205,7 @@ pub struct Filter {
 }
 
 /// Up to `limit` orders, newest first. Sorted by id, because newer orders have greater ids.
-pub(crate) async fn list(
-    db: &DatabaseConnection,
-    filter: Filter,
-    limit: u64,
-) -> Result<Vec<Model>, DbErr> {
+pub(crate) async fn list(db: &Database, filter: Filter, limit: u64) -> Result<Vec<Model>, DbErr> {
     page(filter, limit).all(db).await
 }
 

@@ -83,7 +83,7 @@ async fn run<S: Subscriber<Event = PaymentSettled>>(subscriber: fn() -> S) -> an
         let database = TestDatabase::fresh().await?;
         let url = database.url.clone().into();
         databases.lock().await.push(database);
-        Ok(Database::in_background(&url, "test", 2).await?)
+        Ok(Database::in_background(&url, "test", 2)?)
     })
     .await
 }

@@ -14,9 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 async fn database(database: &TestDatabase, connections: u32) -> Database {
     let url = database.url.clone().into();
-    let db = Database::for_requests(&url, "test", connections)
-        .await
-        .unwrap();
+    let db = Database::for_requests(&url, "test", connections).unwrap();
     db.migrate::<orders::Migrator>().await.unwrap();
     db
 }

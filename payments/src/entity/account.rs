@@ -4,7 +4,7 @@ use failpoint::removed;
 use messaging::{Transaction, sql};
 use sea_orm::entity::prelude::*;
 use sea_orm::sea_query::LockType;
-use sea_orm::{DatabaseTransaction, FromQueryResult, QueryOrder, QuerySelect};
+use sea_orm::{FromQueryResult, QueryOrder, QuerySelect};
 
 #[sea_orm::model]
 #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
@@ -33,7 +33,7 @@ pub(crate) struct Funds {
 /// Locks the accounts of these users, if they exist, and returns them. They are locked in the order
 /// of their user ids, so that transactions with overlapping users do not deadlock.
 pub(crate) async fn lock(
-    txn: &DatabaseTransaction,
+    txn: &Transaction,
     mut user_ids: Vec<String>,
 ) -> Result<Vec<Funds>, DbErr> {
     user_ids.sort_unstable();

@@ -1,7 +1,6 @@
 //! Decisions: how the payment of each order ended. One row per order, never deleted.
 
 use messaging::{Transaction, sql};
-use sea_orm::DatabaseTransaction;
 use sea_orm::entity::prelude::*;
 
 #[sea_orm::model]
@@ -29,10 +28,7 @@ pub struct Model {
 
 impl ActiveModelBehavior for ActiveModel {}
 
-pub(crate) async fn find_all(
-    txn: &DatabaseTransaction,
-    order_ids: Vec<Uuid>,
-) -> Result<Vec<Model>, DbErr> {
+pub(crate) async fn find_all(txn: &Transaction, order_ids: Vec<Uuid>) -> Result<Vec<Model>, DbErr> {
     Entity::find()
         .filter(Column::OrderId.eq_any(order_ids))
         .all(txn)

@@ -1,10 +1,8 @@
 //! Transfers: every movement of money, append-only.
 
-use messaging::{Transaction, sql};
+use messaging::{Database, Transaction, sql};
 use sea_orm::entity::prelude::*;
-use sea_orm::{
-    ActiveValue::Set, DatabaseConnection, DatabaseTransaction, QueryOrder as _, QuerySelect as _,
-};
+use sea_orm::{ActiveValue::Set, QueryOrder as _, QuerySelect as _};
 
 pub(crate) const KIND_DEPOSIT: &str = "deposit";
 const KIND_PAYMENT: &str = "payment";
@@ -40,7 +38,7 @@ impl ActiveModelBehavior for ActiveModel {}
 
 /// The deposit that this user made with this key.
 pub(crate) async fn find_deposit(
-    txn: &DatabaseTransaction,
+    txn: &Transaction,
     user_id: &str,
     key: &str,
 ) -> Result<Option<Model>, DbErr> {
@@ -54,7 +52,7 @@ pub(crate) async fn find_deposit(
 /// Up to `limit` transfers of an account, newest first. Entry numbers only grow, so new transfers
 /// do not shift the pages.
 pub(crate) async fn statement(
-    db: &DatabaseConnection,
+    db: &Database,
     user_id: &str,
     before: Option<i64>,
     limit: u64,
@@ -81,7 +79,7 @@ pub(crate) struct Deposit<'a> {
 }
 
 pub(crate) async fn insert_deposit(
-    txn: &DatabaseTransaction,
+    txn: &Transaction,
     deposit: Deposit<'_>,
 ) -> Result<Model, DbErr> {
     Entity::insert(ActiveModel {

@@ -106,7 +106,7 @@ async fn run<S: Subscriber<Event = OrderPlaced>>(
         let database = TestDatabase::fresh().await?;
         let url = database.url.clone().into();
         databases.lock().await.push(database);
-        Ok(Database::in_background(&url, "test", 2).await?)
+        Ok(Database::in_background(&url, "test", 2)?)
     })
     .await
 }
