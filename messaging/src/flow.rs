@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use broker::Broker;
-use futures_util::future::{BoxFuture, join_all};
+use futures_util::future::BoxFuture;
 use sea_orm_migration::MigratorTrait;
 use service_kit::health::Health;
 use service_kit::metrics::Metrics;
 use tokio::sync::Notify;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 use uuid::Uuid;
@@ -19,11 +20,13 @@ use crate::broker_loss::BrokerLoss;
 use crate::database::Database;
 use crate::dead_letters::replay::{Replay, replay};
 use crate::health::HealthStatus;
+use crate::inbox::acks::Acks;
 use crate::inbox::consumer::Consumer;
 use crate::inbox::deferred::DeferredKeys;
 use crate::metrics;
 use crate::operator_api::{OperatorApi, Replays};
 use crate::outbox::hand_off::HandOff;
+use crate::outbox::marks::Marks;
 use crate::outbox::relay::Relay;
 use crate::outbox::stream_watch::StreamWatch;
 use crate::retention::Retention;
@@ -58,7 +61,7 @@ pub struct Flow {
     streams: Vec<Stream>,
     loss: BrokerLoss,
     readers: Vec<Arc<dyn Reader>>,
-    parts: Vec<Box<dyn Part>>,
+    parts: Vec<Arc<dyn Part>>,
     tables: HealthStatus,
     relay: HealthStatus,
     stream_watch: HealthStatus,
@@ -117,6 +120,7 @@ impl Flow {
             dead_letters: dead_letters.copied(),
             loss: self.loss.clone(),
             deferred_keys: DeferredKeys::default(),
+            acks: Acks::default(),
             health: HealthStatus::default(),
         });
         self.readers.push(consumer);
@@ -126,7 +130,7 @@ impl Flow {
     /// Re-asks requests until their answers arrive.
     #[must_use]
     pub fn asks_again<R: Requests>(mut self, requests: R, policy: AskPolicy) -> Self {
-        self.parts.push(Box::new(AskAgain {
+        self.parts.push(Arc::new(AskAgain {
             db: self.background.clone(),
             scan_db: self.scans.clone(),
             broker: self.broker.clone(),
@@ -248,6 +252,7 @@ impl Flow {
             streams,
             backlog: self.outbox,
             health: self.relay,
+            marks: Marks::default(),
             scans_are_slow: AtomicBool::new(false),
             failed: Notify::new(),
         };
@@ -257,14 +262,23 @@ impl Flow {
             consumers: subscriptions.map(|one| one.consumer).collect(),
             keep: self.args.keep(),
         };
-        let readers = self.readers.iter().map(|reader| reader.run(&shutdown));
-        let parts = self.parts.iter().map(|part| part.run(&shutdown));
-        tokio::join!(
-            relay.run(&shutdown),
-            join_all(readers.chain(parts)),
-            retention.run(&shutdown),
-            server.run(&shutdown),
-        );
+        // Each in a task of its own, so that a wake-up of one does not poll all.
+        let mut tasks = JoinSet::new();
+        tasks.spawn(relay.run(shutdown.clone()));
+        let token = shutdown.clone();
+        tasks.spawn(async move { retention.run(&token).await });
+        let token = shutdown.clone();
+        tasks.spawn(async move { server.run(&token).await });
+        let readers = self
+            .readers
+            .into_iter()
+            .map(|reader| reader as Arc<dyn Part>);
+        for part in self.parts.into_iter().chain(readers) {
+            for task in part.tasks(&shutdown) {
+                tasks.spawn(task);
+            }
+        }
+        tasks.join_all().await;
         Ok(())
     }
 
@@ -298,14 +312,15 @@ impl Flow {
     }
 }
 
-/// A task that runs as long as the flow.
+/// A part that runs as long as the flow.
 trait Part: Send + Sync {
-    fn run<'a>(&'a self, shutdown: &'a CancellationToken) -> BoxFuture<'a, ()>;
+    fn tasks(self: Arc<Self>, shutdown: &CancellationToken) -> Vec<BoxFuture<'static, ()>>;
 }
 
 impl<R: Requests> Part for AskAgain<R> {
-    fn run<'a>(&'a self, shutdown: &'a CancellationToken) -> BoxFuture<'a, ()> {
-        Box::pin(AskAgain::run(self, shutdown))
+    fn tasks(self: Arc<Self>, shutdown: &CancellationToken) -> Vec<BoxFuture<'static, ()>> {
+        let shutdown = shutdown.clone();
+        vec![Box::pin(async move { self.run(&shutdown).await })]
     }
 }
 
@@ -322,10 +337,14 @@ trait Reader: Part {
 }
 
 impl<S: Subscriber> Part for Consumer<S> {
-    fn run<'a>(&'a self, shutdown: &'a CancellationToken) -> BoxFuture<'a, ()> {
-        Box::pin(async move {
-            tokio::join!(Consumer::run(self, shutdown), self.catch_up(shutdown));
-        })
+    fn tasks(self: Arc<Self>, shutdown: &CancellationToken) -> Vec<BoxFuture<'static, ()>> {
+        let (pull, token) = (self.clone(), shutdown.clone());
+        let pull = async move { pull.run(&token).await };
+        let (acks, token) = (self.clone(), shutdown.clone());
+        let acks = async move { acks.send_acks(&token).await };
+        let token = shutdown.clone();
+        let catch_up = async move { self.catch_up(&token).await };
+        vec![Box::pin(pull), Box::pin(acks), Box::pin(catch_up)]
     }
 }
 

@@ -1,5 +1,6 @@
 //! Incoming messages: decoded, recorded, applied, acknowledged.
 
+pub(crate) mod acks;
 pub(crate) mod apply;
 mod catch_up;
 pub(crate) mod consumer;

@@ -1,5 +1,6 @@
 //! A transaction that can enqueue events and hands them off to the relay after its commit.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
 
@@ -7,6 +8,7 @@ use metrics::histogram;
 use sea_orm::prelude::async_trait::async_trait;
 use sea_orm::{ConnectionTrait, DbBackend, DbErr, ExecResult, QueryResult, Statement};
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use crate::metrics::TRANSACTION_SECONDS;
 use crate::outbox::hand_off::HandOff;
@@ -59,7 +61,8 @@ impl Transaction {
 
     /// Stores messages to be published, in the same transaction as the change that they report.
     ///
-    /// This is the only way to enqueue, so enqueueing outside a transaction does not compile.
+    /// Messages cannot be enqueued in any other way, so enqueueing without a change does not
+    /// compile.
     pub async fn enqueue(&self, messages: Vec<Message>) -> Result<(), DbErr> {
         let rows = table::insert(self, messages).await?;
         self.enqueued
@@ -67,6 +70,26 @@ impl Transaction {
             .unwrap_or_else(PoisonError::into_inner)
             .extend(rows);
         Ok(())
+    }
+
+    /// Changes the database and enqueues messages in one statement, which saves a round trip.
+    ///
+    /// `change` is a list of common table expressions as they follow `WITH`. The last one is named
+    /// `changed`. Its rows have a column `event_id`, and exactly the messages with these event ids
+    /// are enqueued. Returns the rows of `changed`.
+    pub async fn change_and_enqueue(
+        &self,
+        change: Statement,
+        messages: Vec<Message>,
+    ) -> Result<Vec<QueryResult>, DbErr> {
+        let (statement, rows) = table::with_insert(change, messages);
+        let changed = self.query_all_raw(statement).await?;
+        let rows = enqueued_among(rows, &changed)?;
+        self.enqueued
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .extend(rows);
+        Ok(changed)
     }
 
     /// Commits, then hands the enqueued rows off to the relay. If the outcome is unknown, nothing
@@ -78,14 +101,7 @@ impl Transaction {
         let Work { label, failpoints } = self.work;
         failpoint::of_work(failpoints, "before_commit")?;
         let open = self.open.into_inner();
-        open.end("COMMIT")
-            .await
-            .map_err(|error| match sqlstate(&error) {
-                Some(code) if code.starts_with("40") || code.starts_with("23") => {
-                    Failure::NotDone(error)
-                }
-                _ => Failure::Unknown(error),
-            })?;
+        open.end("COMMIT").await.map_err(failed_commit)?;
         histogram!(TRANSACTION_SECONDS, "work" => label).record(self.begun.elapsed());
         failpoint::of_work(failpoints, "after_commit").map_err(|_| Failure::Unknown(injected()))?;
         let enqueued = self
@@ -98,6 +114,25 @@ impl Transaction {
 
     pub async fn rollback(self) -> Result<(), DbErr> {
         self.open.into_inner().end("ROLLBACK").await
+    }
+}
+
+/// The messages that a change has enqueued.
+pub(crate) fn enqueued_among(
+    messages: Vec<Pending>,
+    changed: &[QueryResult],
+) -> Result<Vec<Pending>, DbErr> {
+    let ids = changed.iter().map(|row| row.try_get("", "event_id"));
+    let ids: HashSet<Uuid> = ids.collect::<Result<_, _>>()?;
+    let messages = messages.into_iter();
+    Ok(messages.filter(|one| ids.contains(&one.event_id)).collect())
+}
+
+/// Whether a commit that failed has certainly changed nothing.
+fn failed_commit(error: DbErr) -> Failure {
+    match sqlstate(&error) {
+        Some(code) if code.starts_with("40") || code.starts_with("23") => Failure::NotDone(error),
+        _ => Failure::Unknown(error),
     }
 }
 

@@ -13,6 +13,7 @@ use service_kit::metrics::Metrics;
 use service_kit::server::ConnectionArgs;
 use shared_contracts::{DLQ_STREAM, ORDERS_STREAM};
 use tokio::net::TcpListener;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
@@ -78,8 +79,7 @@ impl App {
         self.listener.local_addr()
     }
 
-    /// Runs until `shutdown`. All parts are futures of one task. If one fails permanently, the
-    /// process ends.
+    /// Runs until `shutdown`. If one part fails permanently, the process ends.
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         info!(address = %self.address()?, "orders listens");
         let Self {
@@ -103,12 +103,22 @@ impl App {
             flow.write_database().clone(),
             flow.background_database().clone(),
         );
-        tokio::try_join!(
-            service_kit::server::serve(listener, router, connections, shutdown.clone()),
-            batcher.run(&writes, shutdown.clone()),
-            settle.waiting.run(&background, shutdown.clone()),
-            flow.run::<Migrator>(shutdown.clone()),
-        )?;
+        // Each in a task of its own, so that a wake-up of one does not poll all.
+        let mut parts = JoinSet::new();
+        let token = shutdown.clone();
+        parts.spawn(async move { batcher.run(&writes, token).await });
+        let token = shutdown.clone();
+        parts.spawn(async move { settle.waiting.run(&background, token).await });
+        parts.spawn(flow.run::<Migrator>(shutdown.clone()));
+        parts.spawn(service_kit::server::serve(
+            listener,
+            router,
+            connections,
+            shutdown,
+        ));
+        while let Some(ended) = parts.join_next().await {
+            ended??;
+        }
         Ok(())
     }
 }

@@ -254,31 +254,33 @@ async fn place_once(
     wait: Wait,
 ) -> Result<Vec<Placement>, Failure> {
     failpoint!("place.before_begin")?;
-    let txn = db.begin("place").await?;
-    if wait == Wait::Hardly {
-        txn.execute(sql("SET LOCAL lock_timeout = '10ms'", []))
-            .await?;
-    }
-    let inserted = order::insert_new(&txn, new.iter().map(Model::from).collect()).await?;
-    failpoint!("place.after_orders")?;
+    let change = order::insert_new(new.iter().map(Model::from).collect());
+    let messages = new.iter().filter(|_| !removed!("place.outbox_row"));
+    let messages = messages.map(placed_event).collect();
+    let changed = match wait {
+        Wait::ForLocks => db.change_and_enqueue("place", change, messages).await?,
+        Wait::Hardly => {
+            let txn = db.begin("place").await?;
+            txn.execute(sql("SET LOCAL lock_timeout = '10ms'", []))
+                .await?;
+            let changed = txn.change_and_enqueue(change, messages).await?;
+            txn.commit().await?;
+            changed
+        }
+    };
+    let inserted = order::inserted_ids(&changed)?;
     let is_new = |one: &NewOrder| inserted.contains(&one.id.as_uuid());
 
-    // For each known key, read the order that was created with it.
+    // For each known key, read the order that was created with it. Orders are never deleted.
     let known: Vec<&NewOrder> = new.iter().filter(|one| !is_new(one)).collect();
     let mut by_key: HashMap<(String, String), Model> = HashMap::new();
     if !known.is_empty() {
         let user_ids = known.iter().map(|one| one.user_id.to_string()).collect();
         let keys = known.iter().map(|one| one.idempotency_key.clone());
-        for row in order::find_by_keys(&txn, user_ids, keys.collect()).await? {
+        for row in order::find_by_keys(db, user_ids, keys.collect()).await? {
             by_key.insert((row.user_id.clone(), row.idempotency_key.clone()), row);
         }
     }
-    let messages = new
-        .iter()
-        .filter(|one| is_new(one) && !removed!("place.outbox_row"))
-        .map(placed_event);
-    txn.enqueue(messages.collect()).await?;
-    txn.commit().await?;
     metrics::placed(inserted.len(), known.len());
 
     new.iter()

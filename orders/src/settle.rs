@@ -67,15 +67,15 @@ impl Subscriber for Settle {
         let messages: Vec<Message> = messages.collect();
         let endings: Vec<Ending> = endings.into_iter().map(|(_, ending)| ending).collect();
         if !endings.is_empty() {
-            let ended = order::end(txn, &endings, at).await?;
+            let change = order::end(&endings, at);
+            let ended = txn.change_and_enqueue(change, messages).await?.len();
             anyhow::ensure!(
-                ended == endings.len() as u64,
+                ended == endings.len(),
                 "only {ended} of {} locked orders were still NEW",
                 endings.len()
             );
         }
         failpoint!("settle.after_end")?;
-        txn.enqueue(messages).await?;
         let ended = endings.iter().map(|one| EndedOrder {
             id: one.id,
             reason: one.reason,

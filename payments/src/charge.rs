@@ -10,6 +10,7 @@ use messaging::{
     AnswerTable, Begins, Handled, LostRace, Message, Quarantined, Received, Subscriber,
     Subscription, Transaction, now, rearm,
 };
+use sea_orm::DbErr;
 use sha2::{Digest as _, Sha256};
 use shared_contracts::{
     Amount, DeclineReason, Event as _, EventId, ORDERS_STREAM, OrderId, OrderPlaced,
@@ -20,8 +21,8 @@ use tracing::debug;
 use uuid::Uuid;
 
 use crate::entity::account::{self, Withdrawal};
-use crate::entity::payment::{self, NewDecision};
-use crate::entity::transfer::{self, NewPayment};
+use crate::entity::payment::{self, NewDecision, Stored};
+use crate::entity::transfer::NewPayment;
 use crate::metrics;
 
 /// Decides the payment of orders that were placed.
@@ -70,32 +71,27 @@ impl Subscriber for Charge {
         let user_ids = batch.iter().map(|one| one.event.user_id.to_string());
         let funds = account::lock(txn, user_ids.collect()).await?;
         failpoint!("charge.after_lock")?;
-        let order_ids = batch.iter().map(|one| one.event.order_id.as_uuid());
-        let mut decided = payment::find_all(txn, order_ids.collect()).await?;
-        if removed!("charge.decision_check") {
-            decided.clear();
-        }
-        if removed!("charge.decision_over_inbox") {
-            let is_repeated = |row: &payment::Model| {
-                let same_order = |one: &&Received<OrderPlaced>| {
-                    one.event.order_id.as_uuid() == row.order_id && !one.first
-                };
-                batch.iter().find(same_order).is_some()
-            };
-            decided.retain(is_repeated);
-        }
-        let plan = decide(
-            batch,
-            funds.into_iter().map(Account::of).collect(),
-            decided
-                .iter()
-                .map(|row| (row.order_id, Decided::from(row)))
-                .collect(),
-        );
-        store(txn, &plan).await?;
-
+        let accounts: BTreeMap<String, Account> = funds.into_iter().map(Account::of).collect();
         let at = now();
-        let mut answers: Vec<Message> = plan.decisions.iter().map(|made| made.answer(at)).collect();
+        // Only a repeated or re-asked request can be decided already. If another one is, nothing is
+        // stored, and the decisions are read.
+        let is_new = batch.iter().all(|one| one.first && one.ask == 0);
+        let mut decided = if is_new {
+            Vec::new()
+        } else {
+            find_decided(txn, batch).await?
+        };
+        let mut plan = decide(batch, accounts.clone(), of_orders(&decided));
+        let mut is_stored = store(txn, &plan, at).await?;
+        if !is_stored && is_new {
+            decided = find_decided(txn, batch).await?;
+            plan = decide(batch, accounts, of_orders(&decided));
+            is_stored = store(txn, &plan, at).await?;
+        }
+        if !is_stored {
+            return Err(lost_race());
+        }
+        failpoint!("charge.after_store")?;
         let answered_again = answers_again(txn, &plan, &decided, at).await?;
         let effect = Charged {
             outcomes: plan
@@ -105,8 +101,7 @@ impl Subscriber for Charge {
                 .collect(),
             answered_again: answered_again.len(),
         };
-        answers.extend(answered_again);
-        txn.enqueue(answers).await?;
+        txn.enqueue(answered_again).await?;
         Ok(Handled {
             effect,
             quarantined: plan.quarantined,
@@ -136,38 +131,69 @@ fn outcome_label(outcome: PaymentOutcome) -> &'static str {
     outcome.reason().map_or("paid", DeclineReason::as_str)
 }
 
-/// Stores decisions and moves the money of the orders that are paid.
-async fn store(txn: &Transaction, plan: &Plan) -> anyhow::Result<()> {
+fn lost_race() -> anyhow::Error {
+    LostRace("a payment decision").into()
+}
+
+async fn find_decided(
+    txn: &Transaction,
+    batch: &[Received<OrderPlaced>],
+) -> Result<Vec<payment::Model>, DbErr> {
+    let order_ids = batch.iter().map(|one| one.event.order_id.as_uuid());
+    let mut decided = payment::find_all(txn, order_ids.collect()).await?;
+    if removed!("charge.decision_check") {
+        decided.clear();
+    }
+    if removed!("charge.decision_over_inbox") {
+        let is_repeated = |row: &payment::Model| {
+            let same_order = |one: &&Received<OrderPlaced>| {
+                one.event.order_id.as_uuid() == row.order_id && !one.first
+            };
+            batch.iter().find(same_order).is_some()
+        };
+        decided.retain(is_repeated);
+    }
+    Ok(decided)
+}
+
+fn of_orders(decided: &[payment::Model]) -> HashMap<Uuid, Decided> {
+    let decided = decided.iter();
+    decided
+        .map(|row| (row.order_id, Decided::from(row)))
+        .collect()
+}
+
+/// Stores decisions and their answers, and moves the money of the orders that are paid. Returns
+/// false if nothing was stored, because one of the orders is decided already.
+async fn store(txn: &Transaction, plan: &Plan, at: OffsetDateTime) -> anyhow::Result<bool> {
     if plan.decisions.is_empty() {
-        return Ok(());
+        return Ok(true);
     }
     let mut rows: Vec<NewDecision> = plan.decisions.iter().map(NewDecision::from).collect();
     if removed!("charge.refusal_stored") {
         rows.retain(|row| row.transfer_id.is_some());
     }
-    let decisions = rows.len() as u64;
-    // Only orders without a decision move money. If another worker has decided one meanwhile, this
-    // plan is outdated: the batch runs again and reads that decision. This can happen only where
-    // there is no account to lock.
-    if payment::insert_new(txn, rows).await? != decisions {
-        return Err(LostRace("a payment decision").into());
-    }
-    failpoint!("charge.after_decisions")?;
-    let payments = plan.payments();
-    if payments.is_empty() {
-        return Ok(());
-    }
+    let decisions = rows.len();
     let withdrawals = plan.withdrawals();
-    let accounts = withdrawals.len() as u64;
-    let withdrawn = account::withdraw(txn, withdrawals).await?;
+    let change = payment::store(rows, &withdrawals, &plan.payments());
+    let answers = plan.decisions.iter().map(|made| made.answer(at)).collect();
+    let changed = txn.change_and_enqueue(change, answers).await?;
+    let stored = Stored::of(&changed)?;
+    if stored.decisions == 0 && decisions > 0 {
+        return Ok(false);
+    }
+    if stored.decisions != decisions {
+        // Another worker has decided an order since the statement began: the batch runs again and
+        // reads that decision. This can happen only where there is no account to lock.
+        return Err(lost_race());
+    }
     anyhow::ensure!(
-        withdrawn == accounts,
-        "only {withdrawn} of {accounts} locked accounts still had enough money"
+        stored.withdrawals == withdrawals.len(),
+        "only {} of {} locked accounts still had enough money",
+        stored.withdrawals,
+        withdrawals.len()
     );
-    failpoint!("charge.after_withdrawal")?;
-    transfer::insert_payments(txn, &payments).await?;
-    failpoint!("charge.after_transfers")?;
-    Ok(())
+    Ok(true)
 }
 
 /// Re-arms the stored answers of re-asked orders, and returns their messages.

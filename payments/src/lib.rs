@@ -12,6 +12,7 @@ use service_kit::metrics::Metrics;
 use service_kit::server::ConnectionArgs;
 use shared_contracts::{DLQ_STREAM, PAYMENTS_STREAM};
 use tokio::net::TcpListener;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
@@ -67,8 +68,7 @@ impl App {
         self.listener.local_addr()
     }
 
-    /// Runs until `shutdown`. Both parts are futures of one task. If one fails permanently, the
-    /// process ends.
+    /// Runs until `shutdown`. If one part fails permanently, the process ends.
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         info!(address = %self.address()?, "payments listens");
         let state = http::State {
@@ -79,10 +79,17 @@ impl App {
         };
         let health = self.flow.health(Health::default()).routes(shutdown.clone());
         let router = http::router(state, health.merge(self.metrics.routes()));
-        tokio::try_join!(
-            service_kit::server::serve(self.listener, router, self.connections, shutdown.clone()),
-            self.flow.run::<Migrator>(shutdown.clone()),
-        )?;
+        let mut parts = JoinSet::new();
+        parts.spawn(self.flow.run::<Migrator>(shutdown.clone()));
+        parts.spawn(service_kit::server::serve(
+            self.listener,
+            router,
+            self.connections,
+            shutdown,
+        ));
+        while let Some(ended) = parts.join_next().await {
+            ended??;
+        }
         Ok(())
     }
 }

@@ -130,7 +130,6 @@ impl CrashPoint {
             Self::BeforePlaced => &[
                 "gateway.before_forward",
                 "place.before_begin",
-                "place.after_orders",
                 "place.before_commit",
             ],
             Self::AfterPlaced => &["place.after_commit", "gateway.after_forward"],
@@ -143,9 +142,7 @@ impl CrashPoint {
                 "consumer.after_fetch",
                 "consumer.after_inbox",
                 "charge.after_lock",
-                "charge.after_decisions",
-                "charge.after_withdrawal",
-                "charge.after_transfers",
+                "charge.after_store",
                 "settle.after_lock",
                 "settle.after_end",
                 "consumer.after_handle",

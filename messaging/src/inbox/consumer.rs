@@ -17,6 +17,7 @@ use tracing::{debug, info, warn};
 use crate::broker_loss::BrokerLoss;
 use crate::database::Database;
 use crate::health::HealthStatus;
+use crate::inbox::acks::Acks;
 use crate::inbox::deferred::DeferredKeys;
 use crate::postgres::{self, within};
 use crate::subscriber::Subscriber;
@@ -44,6 +45,7 @@ pub(crate) struct Consumer<S> {
     pub(crate) loss: BrokerLoss,
     /// Ordering keys whose messages may be deferred.
     pub(crate) deferred_keys: DeferredKeys,
+    pub(crate) acks: Acks,
     pub(crate) health: HealthStatus,
 }
 
@@ -92,6 +94,7 @@ impl<S: Subscriber> Consumer<S> {
                     searching = None;
                     self.health.good();
                     backoff.reset();
+                    self.acks.begin(connection_number);
                     let reconnected = self.broker.until_reconnected(connection_number);
                     match self.pull(messages, reconnected, shutdown).await {
                         PullEnd::Shutdown => return,
@@ -124,6 +127,11 @@ impl<S: Subscriber> Consumer<S> {
                 .run_until_cancelled(tokio::time::sleep(backoff.pause()))
                 .await;
         }
+    }
+
+    /// Sends acks until `shutdown`.
+    pub(crate) async fn send_acks(&self, shutdown: &CancellationToken) {
+        self.acks.run(&self.broker, shutdown).await;
     }
 
     /// Finds or creates the durable and begins to pull. `since` is when the lookup began.
@@ -223,6 +231,7 @@ impl<S: Subscriber> Consumer<S> {
         // Stops pulling first, because the broker would redeliver returned messages to the open
         // pull request.
         drop(batches);
+        self.acks.send(&self.broker).await;
         self.give_back(&unfinished).await;
         end
     }

@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use async_nats::jetstream::{AckKind, Message};
 use broker::Backoff;
+use bytes::Bytes;
 use failpoint::{failpoint, removed};
 use metrics::counter;
 use shared_contracts::Event;
@@ -19,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use crate::dead_letters::table::{self, DeadMessage, Verdict};
+use crate::inbox::acks::ACK;
 use crate::inbox::apply::{Applied, BLOCKED_KEYS_MAX, Blame, apply};
 use crate::inbox::consumer::{Consumer, Taken};
 use crate::inbox::deferred;
@@ -33,7 +35,6 @@ const RETRY_DELAY_MAX: Duration = Duration::from_secs(1);
 /// A transaction that hangs, for example on a dead connection, is aborted and retried on another
 /// connection.
 const DELIVERY_TIMEOUT: Duration = Duration::from_secs(10);
-const LAST_ACK_TIMEOUT: Duration = Duration::from_secs(2);
 /// A transaction that loses a race gets a unique violation, and the next attempt sees the row.
 /// After this many losses in a row, the table must be damaged.
 const RACES_MAX: u32 = 5;
@@ -89,6 +90,7 @@ impl<S: Subscriber> Consumer<S> {
         if removed!("consumer.ack_after_commit") {
             self.acknowledge(messages.iter().collect(), &HashMap::new())
                 .await;
+            self.acks.send(&self.broker).await;
         }
         let mut blocked_keys = 0;
         let mut parts = vec![Part {
@@ -367,58 +369,18 @@ impl<S: Subscriber> Consumer<S> {
         }
     }
 
-    /// Called only after the commit. After a crash, messages are redelivered; those that were
-    /// committed are recognised as repetitions. The broker processes the acks of a connection in
-    /// order, so the answer to the last ack confirms all. Waiting for each would cost one round
-    /// trip per message.
+    /// Called only after the commit. The acks are sent together with those of the next batches.
     async fn acknowledge(&self, messages: Vec<&Message>, dead: &Verdicts) {
-        let Some((last, others)) = messages.split_last() else {
-            return;
-        };
-        for message in others {
-            let result = match verdict(message, dead) {
-                Some(verdict) => self.terminate(message, verdict).await,
-                None => message.ack().await.map_err(anyhow::Error::from_boxed),
+        for message in messages {
+            let payload = match verdict(message, dead) {
+                Some(verdict) => terminate(verdict),
+                None => ACK,
             };
-            if let Err(error) = result {
-                // The message is redelivered and recognised as a repetition.
-                debug!(error = format!("{error:#}"), "An ack could not be sent");
-            }
+            self.acks.add(message, payload);
         }
-        if failpoint!("consumer.before_last_ack").is_err() {
-            return;
+        if self.acks.is_full() {
+            self.acks.send(&self.broker).await;
         }
-        let result = match verdict(last, dead) {
-            Some(verdict) => self.terminate(last, verdict).await,
-            None => match tokio::time::timeout(LAST_ACK_TIMEOUT, last.double_ack()).await {
-                Ok(result) => result.map_err(anyhow::Error::from_boxed),
-                Err(_) => Err(anyhow::anyhow!("no answer within {LAST_ACK_TIMEOUT:?}")),
-            },
-        };
-        if let Err(error) = result {
-            debug!(
-                error = format!("{error:#}"),
-                "The last ack of a batch was not confirmed"
-            );
-        }
-        if let Err(injected) = failpoint!("consumer.after_ack") {
-            debug!(error = %injected, "Injected failure after the acks: nothing to roll back");
-        }
-    }
-
-    /// Ends the delivery of a message with a reason. Sent as raw bytes, because the client's `Term`
-    /// has no reason.
-    async fn terminate(&self, message: &Message, verdict: &Verdict) -> anyhow::Result<()> {
-        let reply = message
-            .reply
-            .clone()
-            .context("a JetStream message has a reply subject")?;
-        let reason: String = verdict.cause().chars().take(200).collect();
-        self.broker
-            .client()
-            .publish(reply, format!("+TERM {reason}").into())
-            .await?;
-        Ok(())
     }
 
     /// Prevents the broker from redelivering a batch to another replica while it is retried.
@@ -521,6 +483,12 @@ fn verdict<'a>(message: &Message, dead: &'a Verdicts) -> Option<&'a Verdict> {
         return None;
     }
     dead.get(&stream_sequence(message))
+}
+
+/// Ends the delivery of a message, with a reason.
+fn terminate(verdict: &Verdict) -> Bytes {
+    let reason: String = verdict.cause().chars().take(200).collect();
+    format!("+TERM {reason}").into()
 }
 
 fn count(consumer: &'static str, result: &'static str, number: usize) {

@@ -1,8 +1,15 @@
 //! Messages as they are stored in the outbox.
 
-use serde_json::{Map, Value as Json};
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+use serde::{Serialize, Serializer};
+use serde_json::Value as Json;
 use shared_contracts::{Event, EventId, header, timestamp};
 use time::OffsetDateTime;
+
+/// Number of headers of a first request with a trace context.
+const HEADERS_USUAL: usize = 6;
 
 /// An event ready to be enqueued.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -10,7 +17,7 @@ pub struct Message {
     pub(crate) event_id: EventId,
     pub(crate) n: i32,
     pub(crate) subject: String,
-    pub(crate) headers: String,
+    pub(crate) headers: Headers,
     pub(crate) payload: String,
 }
 
@@ -47,7 +54,7 @@ impl Message {
             event_id,
             n: i32::try_from(ask).unwrap_or(i32::MAX),
             subject: E::SUBJECT.to_owned(),
-            headers: headers.into_json(),
+            headers,
             payload: serde_json::to_string(event)
                 .expect("an event is plain data and always serializes"),
         }
@@ -66,17 +73,19 @@ impl Message {
             event_id: EventId::mint(),
             n: 0,
             subject,
-            headers: Headers::new(kind, source, stream, at).into_json(),
+            headers: Headers::new(kind, source, stream, at),
             payload: body.to_string(),
         }
     }
 }
 
-struct Headers(Map<String, Json>);
+/// The headers of a message. The outbox stores them as a JSON object of strings.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Headers(Vec<(Cow<'static, str>, String)>);
 
 impl Headers {
     fn new(kind: &str, source: &str, stream: &str, at: OffsetDateTime) -> Self {
-        let mut headers = Self(Map::new());
+        let mut headers = Self(Vec::with_capacity(HEADERS_USUAL));
         headers.set(header::TYPE, kind);
         headers.set(header::SOURCE, source);
         headers.set(header::TIME, timestamp::format(at));
@@ -84,11 +93,43 @@ impl Headers {
         headers
     }
 
-    fn set(&mut self, name: &str, value: impl Into<String>) {
-        self.0.insert(name.to_owned(), Json::String(value.into()));
+    fn set(&mut self, name: &'static str, value: impl Into<String>) {
+        self.0.push((name.into(), value.into()));
     }
 
-    fn into_json(self) -> String {
-        Json::Object(self.0).to_string()
+    pub(crate) fn get(&self, name: &str) -> Option<&str> {
+        let mut headers = self.0.iter();
+        let (_, value) = headers.find(|(known, _)| known == name)?;
+        Some(value)
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0.iter().map(|(name, value)| (&**name, &**value))
+    }
+
+    /// Upper bound of the bytes in a message.
+    pub(crate) fn len(&self) -> usize {
+        let lengths = self
+            .iter()
+            .map(|(name, value)| name.len() + value.len() + 4);
+        lengths.sum()
+    }
+
+    pub(crate) fn to_json(&self) -> String {
+        serde_json::to_string(self).expect("strings always serialize")
+    }
+
+    pub(crate) fn from_json(text: &str) -> serde_json::Result<Self> {
+        let headers: BTreeMap<String, String> = serde_json::from_str(text)?;
+        let headers = headers.into_iter();
+        Ok(Self(
+            headers.map(|(name, value)| (name.into(), value)).collect(),
+        ))
+    }
+}
+
+impl Serialize for Headers {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.iter())
     }
 }

@@ -9,7 +9,7 @@ use async_nats::jetstream::message::PublishMessage;
 use async_nats::{HeaderMap, HeaderName, HeaderValue, header as nats_header};
 use failpoint::{Injected, failpoint};
 use futures_util::future::join_all;
-use serde_json::{Map, Value as Json};
+use tokio::time::Instant;
 use tracing::{debug, error};
 use uuid::Uuid;
 
@@ -27,6 +27,7 @@ const OVERHEAD: usize = 1024;
 /// The outcome of sending rows.
 #[derive(Default)]
 pub(crate) struct Sent {
+    connection_number: u64,
     /// Rows that the broker has stored, now or earlier.
     pub(crate) acknowledged: Vec<Acknowledged>,
     /// Rows without a PubAck: it is unknown whether they are stored.
@@ -52,19 +53,17 @@ enum InFlight<'a> {
 /// Sends the rows and waits for the PubAcks. A row that cannot be sent does not delay the others.
 pub(crate) async fn publish(broker: &Broker, rows: &[Pending]) -> Result<Sent, Injected> {
     // All messages of an atomic batch must belong to one stream.
-    let mut by_stream: BTreeMap<String, Vec<Outgoing<'_>>> = BTreeMap::new();
+    let mut by_stream: BTreeMap<&str, Vec<Outgoing<'_>>> = BTreeMap::new();
     for row in rows {
+        let stream = row.headers.get(header::EXPECTED_STREAM);
+        let messages = by_stream.entry(stream.unwrap_or_default()).or_default();
         let headers = message_headers(row);
-        let stream = headers
-            .get(header::EXPECTED_STREAM)
-            .map(|name| name.as_str().to_owned())
-            .unwrap_or_default();
-        by_stream
-            .entry(stream)
-            .or_default()
-            .push(Outgoing { row, headers });
+        messages.push(Outgoing { row, headers });
     }
-    let mut sent = Sent::default();
+    let mut sent = Sent {
+        connection_number: broker.connection_number(),
+        ..Sent::default()
+    };
     let mut in_flight = Vec::new();
     for messages in by_stream.values() {
         match send_batch(broker, messages).await {
@@ -211,13 +210,9 @@ impl Sent {
             event_id: one.row.event_id,
             n: one.row.n,
             stream_sequence,
+            at: Instant::now(),
+            connection_number: self.connection_number,
         });
-    }
-
-    /// Treats all PubAcks as not received.
-    pub(crate) fn doubt(&mut self) {
-        self.unacknowledged
-            .extend(self.acknowledged.drain(..).map(|row| (row.event_id, row.n)));
     }
 
     fn fail(&mut self, messages: &[Outgoing<'_>], error: PublishError) {
@@ -234,25 +229,14 @@ pub(crate) fn message_headers(row: &Pending) -> HeaderMap {
     headers.insert(header::SPEC_VERSION, SPEC_VERSION);
     headers.insert(header::ID, row.event_id.to_string());
     headers.insert(header::MESSAGE_ID, row.message_id());
-    match serde_json::from_str::<Map<String, Json>>(&row.headers) {
-        Ok(stored) => {
-            for (name, value) in stored {
-                // Checked, because the client panics on an invalid header.
-                match (
-                    HeaderName::from_str(&name),
-                    value.as_str().map(HeaderValue::from_str),
-                ) {
-                    (Ok(name), Some(Ok(value))) => headers.insert(name, value),
-                    _ => {
-                        error!(event.id = %row.event_id, header = name, "Outbox row with an invalid header; header omitted")
-                    }
-                }
+    for (name, value) in row.headers.iter() {
+        // Checked, because the client panics on an invalid header, and the row may have been edited
+        // by hand.
+        match (HeaderName::from_str(name), HeaderValue::from_str(value)) {
+            (Ok(name), Ok(value)) => headers.insert(name, value),
+            _ => {
+                error!(event.id = %row.event_id, header = name, "Outbox row with an invalid header; header omitted")
             }
-        }
-        // Only `enqueue` writes rows, so someone edited the table. The reader will make the message
-        // a dead letter.
-        Err(error) => {
-            error!(event.id = %row.event_id, error = %error, "Outbox row whose headers are not a JSON object")
         }
     }
     headers
@@ -303,11 +287,11 @@ pub(crate) mod tests {
             pending(0).message_id(),
             "01933f3c-7d5a-7b60-9d6f-000000000001"
         );
-        assert!(!pending(0).headers.contains(header::ASK));
+        assert_eq!(pending(0).headers.get(header::ASK), None);
         assert_eq!(
             pending(3).message_id(),
             "01933f3c-7d5a-7b60-9d6f-000000000001.r3"
         );
-        assert!(pending(3).headers.contains(r#""Gozon-Ask":"3""#));
+        assert_eq!(pending(3).headers.get(header::ASK), Some("3"));
     }
 }

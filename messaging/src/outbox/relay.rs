@@ -1,6 +1,7 @@
 //! Publishes outbox rows and marks exactly those that the broker acknowledged. It handles rows and
 //! subjects and knows no event types.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -10,21 +11,25 @@ use failpoint::failpoint;
 use metrics::{counter, histogram};
 use sea_orm::ConnectionTrait;
 use tokio::sync::Notify;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
+use uuid::Uuid;
 
 use crate::backlog::{OutboxBacklog, OutboxBacklogWatch};
 use crate::database::Database;
 use crate::health::HealthStatus;
 use crate::metrics::{PUBLISH_SECONDS, PUBLISHED};
 use crate::outbox::hand_off::HandOff;
-use crate::outbox::publish;
+use crate::outbox::marks::Marks;
+use crate::outbox::publish::{self, Sent};
 use crate::outbox::schedule::{BATCH_MAX, Schedule, Step};
 use crate::outbox::stream_watch::StreamWatch;
-use crate::outbox::table::{self, Pending, Which};
+use crate::outbox::table::{self, Acknowledged, Pending, Which};
 use crate::postgres::within;
 use crate::scan::Pace;
+use crate::transaction::Transaction;
 
 /// A step that hangs, for example on a dead connection, is aborted, and the database releases its
 /// row locks. The step waits for up to two answers of the broker, each with its own timeout.
@@ -61,6 +66,7 @@ pub(crate) struct Relay {
     pub(crate) hand_off: HandOff,
     pub(crate) streams: StreamWatch,
     pub(crate) backlog: OutboxBacklogWatch,
+    pub(crate) marks: Marks,
     pub(crate) health: HealthStatus,
     /// Whether the last scan was slow.
     pub(crate) scans_are_slow: AtomicBool,
@@ -71,16 +77,64 @@ pub(crate) struct Relay {
 impl Relay {
     /// Publishes until `shutdown`. A batch in progress is finished; only waits are interrupted.
     ///
-    /// Two lanes publish handed-off rows: one sends the next rows while the other waits for PubAcks
-    /// or marks rows. A third task finds the other rows: those handed off to a process that died,
-    /// and those that the broker did not accept. It may be slow and never delays the lanes.
-    pub(crate) async fn run(&self, shutdown: &CancellationToken) {
-        tokio::join!(
-            self.streams.run(shutdown),
-            self.run_lane(Lane::First, shutdown),
-            self.run_lane(Lane::Second, shutdown),
-            self.run_scans(shutdown),
-        );
+    /// Two lanes publish handed-off rows: one sends the next rows while the other waits for PubAcks.
+    /// Another task marks what they have published. A further one finds the other rows: those handed
+    /// off to a process that died, and those that the broker did not accept. It may be slow and
+    /// never delays the lanes.
+    pub(crate) async fn run(self, shutdown: CancellationToken) {
+        let relay = Arc::new(self);
+        let mut lanes = JoinSet::new();
+        let mut others = JoinSet::new();
+        for lane in [Lane::First, Lane::Second] {
+            let (relay, shutdown) = (relay.clone(), shutdown.clone());
+            lanes.spawn(async move { relay.run_lane(lane, &shutdown).await });
+        }
+        let (one, token) = (relay.clone(), shutdown.clone());
+        others.spawn(async move { one.streams.run(&token).await });
+        let (one, token) = (relay.clone(), shutdown.clone());
+        others.spawn(async move { one.run_scans(&token).await });
+        let (one, token) = (relay.clone(), shutdown.clone());
+        others.spawn(async move { one.run_marks(&token).await });
+        lanes.join_all().await;
+        others.join_all().await;
+        relay.mark().await;
+    }
+
+    /// Marks rows that the lanes have published.
+    async fn run_marks(&self, shutdown: &CancellationToken) {
+        let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
+        while shutdown
+            .run_until_cancelled(self.marks.due())
+            .await
+            .is_some()
+        {
+            if self.mark().await {
+                backoff.reset();
+            } else {
+                let pause = tokio::time::sleep(backoff.pause());
+                shutdown.run_until_cancelled(pause).await;
+            }
+        }
+    }
+
+    /// Returns false if the database does not answer. The rows are kept then.
+    async fn mark(&self) -> bool {
+        let rows = self.marks.take();
+        if rows.is_empty() {
+            return true;
+        }
+        let marking = async {
+            self.mark_sent(&self.db, &rows, &[]).await?;
+            anyhow::Ok(Step::default())
+        };
+        let is_marked = self.note(within(STEP_TIMEOUT, marking).await).is_some();
+        if is_marked {
+            // Nothing to roll back if it fails.
+            let _ = failpoint!("relay.after_mark");
+        } else {
+            self.marks.add(rows);
+        }
+        is_marked
     }
 
     async fn run_lane(&self, lane: Lane, shutdown: &CancellationToken) {
@@ -285,47 +339,69 @@ impl Relay {
     }
 
     /// The same for handed-off rows. They are not locked, because relays do not poll rows that are
-    /// so young. If this process dies, a relay later finds and publishes them under the same
-    /// message id.
+    /// so young, and they are marked later. If this process dies, a relay finds and publishes them
+    /// again under the same message id.
     async fn publish_handed_off(&self, rows: &[Pending]) -> anyhow::Result<Step> {
-        let step = self.publish(&self.db, rows).await?;
-        failpoint!("relay.after_mark")?;
+        let (step, sent) = self.send(rows).await?;
+        self.marks.add(sent.acknowledged);
+        self.mark_sent(&self.db, &[], &sent.unacknowledged).await?;
         Ok(step)
     }
 
-    async fn publish(&self, db: &impl ConnectionTrait, rows: &[Pending]) -> anyhow::Result<Step> {
+    async fn publish(&self, txn: &Transaction, rows: &[Pending]) -> anyhow::Result<Step> {
+        let (step, sent) = self.send(rows).await?;
+        self.mark_sent(txn, &sent.acknowledged, &sent.unacknowledged)
+            .await?;
+        Ok(step)
+    }
+
+    async fn send(&self, rows: &[Pending]) -> anyhow::Result<(Step, Sent)> {
         failpoint!("relay.after_take")?;
         let begun = Instant::now();
-        let connection_number = self.broker.connection_number();
-        let mut sent = publish::publish(&self.broker, rows).await?;
-        if self.broker.connection_number() != connection_number {
-            // The broker may have lost the acknowledged messages since. A row marked now would look
-            // as if it was published after the loss.
-            sent.doubt();
-        }
+        let sent = publish::publish(&self.broker, rows).await?;
         histogram!(PUBLISH_SECONDS).record(begun.elapsed());
         failpoint!("relay.after_puback")?;
-        table::mark_published(db, &sent.acknowledged)
-            .await
-            .context("published rows cannot be marked")?;
-        table::count_attempt(db, &sent.unacknowledged)
-            .await
-            .context("attempts cannot be counted")?;
 
         let (published, failed) = (sent.acknowledged.len(), sent.unacknowledged.len());
         counter!(PUBLISHED, "result" => "acknowledged").increment(published as u64);
         counter!(PUBLISHED, "result" => "failed").increment(failed as u64);
-        match sent.error {
+        match &sent.error {
             None => debug!(published, "Outbox rows published"),
             Some(error) => {
                 warn!(published, failed, error = %error, "Some outbox rows were not published; they stay pending");
             }
         }
-        Ok(Step {
+        let step = Step {
             published,
             failed,
             stream_missing: sent.stream_missing,
             newest: rows.last().map(|row| row.event_id),
-        })
+        };
+        Ok((step, sent))
+    }
+
+    /// Marks rows whose PubAck came, and counts an attempt for the others.
+    ///
+    /// After a reconnect, the broker may have lost the messages that it acknowledged before. A row
+    /// marked now would look as if it was published after the loss, so it counts as not
+    /// acknowledged.
+    async fn mark_sent(
+        &self,
+        db: &impl ConnectionTrait,
+        acknowledged: &[Acknowledged],
+        unacknowledged: &[(Uuid, i32)],
+    ) -> anyhow::Result<()> {
+        let connection_number = self.broker.connection_number();
+        let (known, doubtful): (Vec<Acknowledged>, Vec<Acknowledged>) = acknowledged
+            .iter()
+            .partition(|row| row.connection_number == connection_number);
+        let doubtful = doubtful.iter().map(|row| (row.event_id, row.n));
+        let attempts: Vec<_> = unacknowledged.iter().copied().chain(doubtful).collect();
+        table::mark_published(db, &known)
+            .await
+            .context("published rows cannot be marked")?;
+        table::count_attempt(db, &attempts)
+            .await
+            .context("attempts cannot be counted")
     }
 }

@@ -4,11 +4,14 @@ use std::time::Duration;
 
 use failpoint::removed;
 use sea_orm::entity::prelude::*;
-use sea_orm::{DbErr, FromQueryResult};
+use sea_orm::sea_query::Values;
+use sea_orm::{DbBackend, DbErr, FromQueryResult, Statement, Value};
+use tokio::time::Instant;
+use tracing::error;
 use uuid::Uuid;
 
 use crate::database::Database;
-use crate::outbox::message::Message;
+use crate::outbox::message::{Headers, Message};
 use crate::postgres::{execute, sql};
 use crate::scan::{RECENT, id_at};
 use crate::transaction::Transaction;
@@ -37,14 +40,42 @@ pub(crate) struct Model {
 
 impl ActiveModelBehavior for ActiveModel {}
 
-/// The columns that the relay needs.
-#[derive(Clone, Debug, FromQueryResult)]
+/// A row to publish.
+#[derive(Clone, Debug)]
 pub(crate) struct Pending {
     pub(crate) event_id: Uuid,
     pub(crate) n: i32,
     pub(crate) subject: String,
-    pub(crate) headers: String,
+    pub(crate) headers: Headers,
     pub(crate) payload: String,
+}
+
+/// The columns of a [`Pending`] row.
+#[derive(FromQueryResult)]
+struct PendingRow {
+    event_id: Uuid,
+    n: i32,
+    subject: String,
+    headers: String,
+    payload: String,
+}
+
+impl From<PendingRow> for Pending {
+    fn from(row: PendingRow) -> Self {
+        // Only `enqueue` writes rows, so someone edited the table. The reader will make the message
+        // a dead letter.
+        let headers = Headers::from_json(&row.headers).unwrap_or_else(|error| {
+            error!(event.id = %row.event_id, error = %error, "Outbox row whose headers are not a JSON object of strings");
+            Headers::default()
+        });
+        Self {
+            event_id: row.event_id,
+            n: row.n,
+            subject: row.subject,
+            headers,
+            payload: row.payload,
+        }
+    }
 }
 
 impl From<Message> for Pending {
@@ -77,14 +108,50 @@ impl Pending {
     }
 }
 
-/// Inserts rows. [`Transaction::enqueue`](crate::Transaction::enqueue) is the only caller.
+/// Inserts rows.
 pub(crate) async fn insert(
     txn: &Transaction,
-    mut messages: Vec<Message>,
+    messages: Vec<Message>,
 ) -> Result<Vec<Pending>, DbErr> {
     if messages.is_empty() {
         return Ok(Vec::new());
     }
+    let (columns, rows) = columns(messages);
+    // The statement text is the same for any number of rows, so it is prepared once per connection.
+    let insert = sql(
+        "INSERT INTO outbox (event_id, n, subject, headers, payload)
+         SELECT * FROM unnest($1::uuid[], $2::integer[], $3::text[], $4::text[], $5::text[])",
+        columns,
+    );
+    execute(txn, insert).await?;
+    Ok(rows)
+}
+
+/// Extends a change by the insert of the messages whose event ids it returns. `change` is described
+/// at [`Transaction::change_and_enqueue`].
+pub(crate) fn with_insert(change: Statement, messages: Vec<Message>) -> (Statement, Vec<Pending>) {
+    let mut values = change.values.unwrap_or(Values(Vec::new())).0;
+    let first = values.len() + 1;
+    let [n, subject, headers, payload] = [first + 1, first + 2, first + 3, first + 4];
+    let text = format!(
+        "WITH {change},
+         enqueued AS (
+             INSERT INTO outbox (event_id, n, subject, headers, payload)
+             SELECT v.* FROM unnest(${first}::uuid[], ${n}::integer[], ${subject}::text[],
+                                    ${headers}::text[], ${payload}::text[])
+                 AS v (event_id, n, subject, headers, payload)
+             WHERE v.event_id IN (SELECT event_id FROM changed))
+         SELECT * FROM changed",
+        change = change.sql,
+    );
+    let (columns, rows) = columns(messages);
+    values.extend(columns);
+    let statement = Statement::from_sql_and_values(DbBackend::Postgres, text, values);
+    (statement, rows)
+}
+
+/// The columns of new rows, each as one array, and the rows.
+fn columns(mut messages: Vec<Message>) -> ([Value; 5], Vec<Pending>) {
     messages.sort_by_key(|message| (message.event_id, message.n));
     let mut event_ids = Vec::with_capacity(messages.len());
     let mut ns = Vec::with_capacity(messages.len());
@@ -95,23 +162,17 @@ pub(crate) async fn insert(
         event_ids.push(message.event_id.as_uuid());
         ns.push(message.n);
         subjects.push(message.subject.clone());
-        headers.push(message.headers.clone());
+        headers.push(message.headers.to_json());
         payloads.push(message.payload.clone());
     }
-    // The statement text is the same for any number of rows, so it is prepared once per connection.
-    let insert = sql(
-        "INSERT INTO outbox (event_id, n, subject, headers, payload)
-         SELECT * FROM unnest($1::uuid[], $2::integer[], $3::text[], $4::text[], $5::text[])",
-        [
-            event_ids.into(),
-            ns.into(),
-            subjects.into(),
-            headers.into(),
-            payloads.into(),
-        ],
-    );
-    execute(txn, insert).await?;
-    Ok(messages.into_iter().map(Pending::from).collect())
+    let columns = [
+        event_ids.into(),
+        ns.into(),
+        subjects.into(),
+        headers.into(),
+        payloads.into(),
+    ];
+    (columns, messages.into_iter().map(Pending::from).collect())
 }
 
 /// Minimum age at which untried rows are polled: younger rows were handed off, and the hand-off
@@ -164,7 +225,8 @@ pub(crate) async fn lock_pending(
             [limit],
         ),
     };
-    Pending::find_by_statement(query).all(txn).await
+    let rows = PendingRow::find_by_statement(query).all(txn).await?;
+    Ok(rows.into_iter().map(Pending::from).collect())
 }
 
 /// Whether the outbox or retention shows that the broker ever stored a message.
@@ -214,10 +276,14 @@ pub(crate) async fn is_behind(
 }
 
 /// A row with its PubAck.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Acknowledged {
     pub(crate) event_id: Uuid,
     pub(crate) n: i32,
     pub(crate) stream_sequence: i64,
+    /// When the PubAck arrived, and on which connection.
+    pub(crate) at: Instant,
+    pub(crate) connection_number: u64,
 }
 
 /// Marks exactly these rows. Polled rows are marked in the transaction that locked them. Handed-off
@@ -232,13 +298,18 @@ pub(crate) async fn mark_published(
     let event_ids: Vec<Uuid> = rows.iter().map(|row| row.event_id).collect();
     let ns: Vec<i32> = rows.iter().map(|row| row.n).collect();
     let sequences: Vec<i64> = rows.iter().map(|row| row.stream_sequence).collect();
+    let ages: Vec<f64> = rows
+        .iter()
+        .map(|row| row.at.elapsed().as_secs_f64())
+        .collect();
     let update = sql(
-        "UPDATE outbox o SET published_at = clock_timestamp(),
+        "UPDATE outbox o SET published_at = clock_timestamp() - make_interval(secs => v.age),
                              stream_sequence = v.stream_sequence,
                              attempts = o.attempts + 1
-         FROM unnest($1::uuid[], $2::integer[], $3::bigint[]) AS v (event_id, n, stream_sequence)
+         FROM unnest($1::uuid[], $2::integer[], $3::bigint[], $4::float8[])
+              AS v (event_id, n, stream_sequence, age)
          WHERE o.event_id = v.event_id AND o.n = v.n",
-        [event_ids.into(), ns.into(), sequences.into()],
+        [event_ids.into(), ns.into(), sequences.into(), ages.into()],
     );
     execute(db, update).await?;
     Ok(())
@@ -257,6 +328,8 @@ pub(crate) async fn count_attempt(
             event_id: *event_id,
             n: *n,
             stream_sequence: 0,
+            at: Instant::now(),
+            connection_number: 0,
         };
         let rows: Vec<Acknowledged> = rows.iter().map(as_if_acknowledged).collect();
         return mark_published(db, &rows).await;

@@ -1,9 +1,11 @@
 //! Orders: one row per order, never deleted.
 
+use std::collections::HashSet;
+
 use messaging::{Database, Transaction, sql};
 use sea_orm::entity::prelude::*;
 use sea_orm::sea_query::{Expr, LockType};
-use sea_orm::{FromQueryResult, QueryOrder, QuerySelect};
+use sea_orm::{FromQueryResult, QueryOrder, QueryResult, QuerySelect, Statement};
 
 #[sea_orm::model]
 #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
@@ -61,9 +63,10 @@ struct IdRow {
     id: Uuid,
 }
 
-/// Inserts the orders whose (user, key) is new, and returns their ids. The rows are sorted, so that
-/// transactions with overlapping keys wait for each other instead of deadlocking.
-pub async fn insert_new(txn: &Transaction, mut orders: Vec<Model>) -> Result<Vec<Uuid>, DbErr> {
+/// A change that inserts the orders whose (user, key) is new. It returns their ids, which
+/// [`inserted_ids`] reads. The rows are sorted, so that transactions with overlapping keys wait for
+/// each other instead of deadlocking.
+pub fn insert_new(mut orders: Vec<Model>) -> Statement {
     orders.sort_by(|a, b| (&a.user_id, &a.idempotency_key).cmp(&(&b.user_id, &b.idempotency_key)));
     let mut ids = Vec::with_capacity(orders.len());
     let mut user_ids = Vec::with_capacity(orders.len());
@@ -83,12 +86,14 @@ pub async fn insert_new(txn: &Transaction, mut orders: Vec<Model>) -> Result<Vec
         event_ids.push(order.placed_event_id);
         times.push(order.created_at);
     }
-    let inserted = IdRow::find_by_statement(sql(
-        "INSERT INTO orders (id, user_id, amount, description, idempotency_key, request_hash, placed_event_id, created_at, updated_at)
-         SELECT id, user_id, amount, description, key, hash, event_id, at, at
-         FROM unnest($1::uuid[], $2::text[], $3::bigint[], $4::text[], $5::text[], $6::bytea[], $7::uuid[], $8::timestamptz[])
-              AS v (id, user_id, amount, description, key, hash, event_id, at)
-         ON CONFLICT (user_id, idempotency_key) DO NOTHING RETURNING id",
+    sql(
+        "changed AS (
+             INSERT INTO orders (id, user_id, amount, description, idempotency_key, request_hash, placed_event_id, created_at, updated_at)
+             SELECT id, user_id, amount, description, key, hash, event_id, at, at
+             FROM unnest($1::uuid[], $2::text[], $3::bigint[], $4::text[], $5::text[], $6::bytea[], $7::uuid[], $8::timestamptz[])
+                  AS v (id, user_id, amount, description, key, hash, event_id, at)
+             ON CONFLICT (user_id, idempotency_key) DO NOTHING
+             RETURNING id, placed_event_id AS event_id)",
         [
             ids.into(),
             user_ids.into(),
@@ -99,15 +104,17 @@ pub async fn insert_new(txn: &Transaction, mut orders: Vec<Model>) -> Result<Vec
             event_ids.into(),
             times.into(),
         ],
-    ))
-    .all(txn)
-    .await?;
-    Ok(inserted.into_iter().map(|row| row.id).collect())
+    )
+}
+
+pub(crate) fn inserted_ids(changed: &[QueryResult]) -> Result<HashSet<Uuid>, DbErr> {
+    let rows = changed.iter().map(|row| IdRow::from_query_result(row, ""));
+    rows.map(|row| Ok(row?.id)).collect()
 }
 
 /// The orders that were created with these keys. `keys[i]` is a key of `user_ids[i]`.
 pub(crate) async fn find_by_keys(
-    txn: &Transaction,
+    db: &Database,
     user_ids: Vec<String>,
     keys: Vec<String>,
 ) -> Result<Vec<Model>, DbErr> {
@@ -121,7 +128,7 @@ pub(crate) async fn find_by_keys(
             ),
             [user_ids.into(), keys.into()],
         ))
-        .all(txn)
+        .all(db)
         .await
 }
 
@@ -152,13 +159,8 @@ pub(crate) struct Ending {
     pub(crate) final_event_id: Uuid,
 }
 
-/// Makes orders final. The transaction must have locked them while they were NEW. Returns the
-/// number of updated rows.
-pub(crate) async fn end(
-    txn: &Transaction,
-    endings: &[Ending],
-    at: TimeDateTimeWithTimeZone,
-) -> Result<u64, DbErr> {
+/// A change that makes orders final. The transaction must have locked them while they were NEW.
+pub(crate) fn end(endings: &[Ending], at: TimeDateTimeWithTimeZone) -> Statement {
     let ids: Vec<Uuid> = endings.iter().map(|one| one.id).collect();
     let statuses: Vec<String> = endings.iter().map(|one| one.status.to_value()).collect();
     // The driver's arrays cannot contain NULL, so an empty reason means none.
@@ -171,17 +173,16 @@ pub(crate) async fn end(
         .collect();
     let settlements: Vec<Uuid> = endings.iter().map(|one| one.settlement_event_id).collect();
     let finals: Vec<Uuid> = endings.iter().map(|one| one.final_event_id).collect();
-    txn.execute(
-        sql(
-            "UPDATE orders o SET status = v.status, reason = NULLIF(v.reason, ''), settlement_event_id = v.settlement_event_id,
+    sql(
+        "changed AS (
+             UPDATE orders o SET status = v.status, reason = NULLIF(v.reason, ''), settlement_event_id = v.settlement_event_id,
                                  final_event_id = v.final_event_id, updated_at = $6
              FROM unnest($1::uuid[], $2::text[], $3::text[], $4::uuid[], $5::uuid[])
                   AS v (id, status, reason, settlement_event_id, final_event_id)
-             WHERE o.id = v.id AND o.status IS NOT DISTINCT FROM 'NEW'",
-            [ids.into(), statuses.into(), reasons.into(), settlements.into(), finals.into(), at.into()],
-        ),
+             WHERE o.id = v.id AND o.status IS NOT DISTINCT FROM 'NEW'
+             RETURNING o.final_event_id AS event_id)",
+        [ids.into(), statuses.into(), reasons.into(), settlements.into(), finals.into(), at.into()],
     )
-    .await
 }
 
 /// The ids of those orders that are final.

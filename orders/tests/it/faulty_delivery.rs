@@ -26,7 +26,8 @@ impl<S: Subscriber<Event = PaymentSettled>> Scenario for Answers<S> {
         db.migrate::<Migrator>().await?;
         let txn = db.begin("test").await?;
         let orders = self.orders.iter().map(order::Model::from).collect();
-        order::insert_new(&txn, orders).await?;
+        txn.change_and_enqueue(order::insert_new(orders), Vec::new())
+            .await?;
         txn.commit().await?;
         Ok((self.subscriber)())
     }

@@ -106,9 +106,8 @@ async fn a_key_that_another_transaction_is_storing_delays_only_its_own_order() {
     let db = database(&fresh, 3).await;
     let held = new_order();
     let holder = db.begin("test").await.unwrap();
-    order::insert_new(&holder, vec![(&held).into()])
-        .await
-        .unwrap();
+    let insert = order::insert_new(vec![(&held).into()]);
+    holder.change_and_enqueue(insert, Vec::new()).await.unwrap();
 
     let (intake, batcher) = intake();
     let all = [
@@ -140,7 +139,8 @@ async fn fifty_keys_that_others_are_storing_cost_one_lock_wait() {
     let held: Vec<NewOrder> = (0..50).map(|_| new_order()).collect();
     let holder = db.begin("test").await.unwrap();
     let rows = held.iter().map(Into::into).collect();
-    order::insert_new(&holder, rows).await.unwrap();
+    let insert = order::insert_new(rows);
+    holder.change_and_enqueue(insert, Vec::new()).await.unwrap();
 
     let (intake, batcher) = intake();
     let retried = held.into_iter().map(|held| NewOrder {

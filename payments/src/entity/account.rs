@@ -59,27 +59,6 @@ pub(crate) struct Withdrawal {
     pub(crate) entries: i64,
 }
 
-/// Withdraws from accounts that the transaction has locked. Returns the number of accounts that had
-/// enough money.
-///
-/// The statement checks the balance, although the caller holds the lock and has checked it already.
-/// If one of these two guards is wrong, the other one still holds.
-pub(crate) async fn withdraw(
-    txn: &Transaction,
-    withdrawals: Vec<Withdrawal>,
-) -> Result<u64, DbErr> {
-    let user_ids: Vec<String> = withdrawals.iter().map(|one| one.user_id.clone()).collect();
-    let totals: Vec<i64> = withdrawals.iter().map(|one| one.total).collect();
-    let entries: Vec<i64> = withdrawals.iter().map(|one| one.entries).collect();
-    txn.execute(sql(
-        "UPDATE accounts a SET balance = a.balance - v.total, entry_no = a.entry_no + v.entries
-             FROM unnest($1::text[], $2::bigint[], $3::bigint[]) AS v (user_id, total, entries)
-             WHERE a.user_id = v.user_id AND a.balance >= v.total",
-        [user_ids.into(), totals.into(), entries.into()],
-    ))
-    .await
-}
-
 /// Adds money to an account that the transaction has locked.
 pub(crate) async fn add(txn: &Transaction, user_id: &str, amount: i64) -> Result<u64, DbErr> {
     txn.execute(sql(

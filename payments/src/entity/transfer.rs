@@ -1,13 +1,13 @@
 //! Transfers: every movement of money, append-only.
 
-use messaging::{Database, Transaction, sql};
+use messaging::{Database, Transaction};
 use sea_orm::entity::prelude::*;
 use sea_orm::{ActiveValue::Set, QueryOrder as _, QuerySelect as _};
 
 pub(crate) const KIND_DEPOSIT: &str = "deposit";
-const KIND_PAYMENT: &str = "payment";
+pub(crate) const KIND_PAYMENT: &str = "payment";
 /// The account that payments go to.
-const SHOP: &str = "shop";
+pub(crate) const SHOP: &str = "shop";
 /// The account that deposits come from.
 const WORLD: &str = "world";
 
@@ -108,38 +108,6 @@ pub(crate) struct NewPayment {
     pub(crate) amount: i64,
     pub(crate) balance_after: i64,
     pub(crate) order_id: Uuid,
-}
-
-pub(crate) async fn insert_payments(
-    txn: &Transaction,
-    payments: &[NewPayment],
-) -> Result<(), DbErr> {
-    let ids: Vec<Uuid> = payments.iter().map(|one| one.id).collect();
-    let user_ids: Vec<String> = payments.iter().map(|one| one.user_id.clone()).collect();
-    let entry_nos: Vec<i64> = payments.iter().map(|one| one.entry_no).collect();
-    let amounts: Vec<i64> = payments.iter().map(|one| one.amount).collect();
-    let balances: Vec<i64> = payments.iter().map(|one| one.balance_after).collect();
-    let order_ids: Vec<Uuid> = payments.iter().map(|one| one.order_id).collect();
-    txn.execute(
-        sql(
-            "INSERT INTO transfers (id, kind, user_id, entry_no, debit_account, credit_account, amount, balance_after, order_id)
-             SELECT id, $7, user_id, entry_no, 'user:' || user_id, $8, amount, balance_after, order_id
-             FROM unnest($1::uuid[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::uuid[])
-                  AS v (id, user_id, entry_no, amount, balance_after, order_id)",
-            [
-                ids.into(),
-                user_ids.into(),
-                entry_nos.into(),
-                amounts.into(),
-                balances.into(),
-                order_ids.into(),
-                KIND_PAYMENT.into(),
-                SHOP.into(),
-            ],
-        ),
-    )
-    .await?;
-    Ok(())
 }
 
 fn user_account(user_id: &str) -> String {
