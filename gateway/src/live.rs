@@ -1,5 +1,6 @@
 //! Follows the broker's order events with one consumer per process, and sends each to the listeners
-//! with a matching filter.
+//! with a matching filter. While nobody listens, it reads the new events once a second instead, so
+//! that not every event wakes it up.
 //!
 //! A payload is decoded completely only if a listener wants it. Each listener has a bounded queue:
 //! a slow one is disconnected and delays no other. A client that resumes reads missed events from
@@ -9,18 +10,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
-use async_nats::StatusCode;
+use async_nats::jetstream;
 use async_nats::jetstream::consumer::pull::{self, MessagesErrorKind};
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy};
-use async_nats::jetstream::message::{Info, StreamMessage};
+use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::stream::Stream;
-use async_nats::jetstream::{self, Message};
+use async_nats::{HeaderMap, StatusCode};
 use broker::{ANSWER_TIMEOUT, Broker};
 use futures_util::StreamExt as _;
 use serde_json::json;
 use shared_contracts::ORDERS_STREAM;
 use time::OffsetDateTime;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use uuid::Uuid;
@@ -43,6 +44,8 @@ const MISSING_HEARTBEATS_MAX: u32 = 2;
 /// How often the stream's state is checked. A recreated or rolled-back stream may deliver nothing
 /// for a long time.
 const CHECK_INTERVAL: Duration = Duration::from_secs(5);
+/// Interval between two reads while nobody listens. A new listener may get events that are as old.
+const QUIET_INTERVAL: Duration = Duration::from_secs(1);
 /// The broker deletes the consumer this long after its gateway has ended.
 const CONSUMER_INACTIVE_MAX: Duration = Duration::from_secs(30);
 const RETRY_DELAY: Duration = Duration::from_millis(250);
@@ -66,6 +69,14 @@ impl StoredChange {
     }
 }
 
+/// A message of the stream.
+struct StoredEvent<'a> {
+    sequence: u64,
+    headers: Option<&'a HeaderMap>,
+    payload: &'a [u8],
+    published: OffsetDateTime,
+}
+
 /// Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Live(Arc<Inner>);
@@ -74,6 +85,7 @@ struct Inner {
     broker: Broker,
     state: Mutex<State>,
     reads: Semaphore,
+    listener_added: Notify,
     health: RwLock<Result<(), String>>,
 }
 
@@ -131,6 +143,7 @@ impl Live {
             broker,
             state: Mutex::default(),
             reads: Semaphore::new(READS_MAX),
+            listener_added: Notify::new(),
             health,
         }))
     }
@@ -142,6 +155,7 @@ impl Live {
         let (id, queue) = state.listeners.add(filter.clone());
         let head = state.head.map(|head| head.position);
         drop(state);
+        self.0.listener_added.notify_one();
         let subscription = Subscription {
             live: self.clone(),
             filter,
@@ -167,10 +181,15 @@ impl Live {
                     self.set_unhealthy("the broker is not connected");
                     self.0.broker.until_connected().await;
                 }
-                if let Err(error) = self.follow().await {
+                let followed = if self.state().listeners.is_empty() {
+                    self.follow_quietly().await
+                } else {
+                    self.follow().await
+                };
+                if let Err(error) = followed {
                     self.set_unhealthy(&format!("{error:#}"));
+                    tokio::time::sleep(RETRY_DELAY).await;
                 }
-                tokio::time::sleep(RETRY_DELAY).await;
             }
         };
         shutdown.run_until_cancelled(following).await;
@@ -192,24 +211,15 @@ impl Live {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Follows the stream until an event may have been missed. The error says why.
+    /// Follows the stream until nobody listens, or until an event may have been missed. The error
+    /// says why.
     async fn follow(&self) -> anyhow::Result<()> {
         let connection_number = self.0.broker.connection_number();
-        let mut stream = self
-            .0
-            .broker
-            .jetstream()
-            .get_stream(ORDERS_STREAM)
-            .await
-            .context("stream ORDERS cannot be looked up")?;
+        let mut stream = self.stream().await?;
         let created_at = stream.cached_info().created;
         let from = self.resume_position(&stream).await?;
         let mut messages = self.pull(&stream, from).await?;
-        *self
-            .0
-            .health
-            .write()
-            .unwrap_or_else(PoisonError::into_inner) = Ok(());
+        self.set_healthy();
         let mut check = tokio::time::interval(CHECK_INTERVAL);
         let (mut taken, mut missing_heartbeats) = (0, 0);
         loop {
@@ -223,7 +233,13 @@ impl Live {
                             "a message is missing between {taken} and {number}"
                         );
                         (taken, missing_heartbeats) = (number, 0);
-                        self.handle(&message, &info, created_at);
+                        let event = StoredEvent {
+                            sequence: info.stream_sequence,
+                            headers: message.headers.as_ref(),
+                            payload: &message.payload,
+                            published: info.published,
+                        };
+                        self.handle(&event, created_at);
                     }
                     Err(error) if matches!(error.kind(), MessagesErrorKind::MissingHeartbeat) => {
                         missing_heartbeats += 1;
@@ -235,17 +251,76 @@ impl Live {
                     Err(error) => return Err(error.into()),
                 },
                 _ = check.tick() => {
-                    let info = stream.info().await.context("stream ORDERS cannot be looked up")?;
-                    ensure!(info.created == created_at, "stream ORDERS was recreated");
-                    let last = info.state.last_sequence;
-                    let here = self.state().head.map_or(0, |head| head.position.sequence);
-                    ensure!(last >= here, "stream ORDERS was rolled back from {here} to {last}");
+                    self.check(&mut stream, created_at).await?;
+                    if self.state().listeners.is_empty() {
+                        return Ok(());
+                    }
                 }
                 () = self.0.broker.until_reconnected(connection_number) => {
                     bail!("the connection to the broker was replaced")
                 }
             }
         }
+    }
+
+    /// Reads the new events once in a while, without a consumer, until somebody listens.
+    async fn follow_quietly(&self) -> anyhow::Result<()> {
+        let connection_number = self.0.broker.connection_number();
+        let mut stream = self.stream().await?;
+        let created_at = stream.cached_info().created;
+        let mut here = self.resume_position(&stream).await?.sequence;
+        self.set_healthy();
+        let mut check = tokio::time::interval(CHECK_INTERVAL);
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep(QUIET_INTERVAL) => loop {
+                    let messages = self.read(here + 1, READ_MAX).await?;
+                    for message in &messages {
+                        here = message.sequence;
+                        let event = StoredEvent {
+                            sequence: message.sequence,
+                            headers: Some(&message.headers),
+                            payload: &message.payload,
+                            published: message.time,
+                        };
+                        self.handle(&event, created_at);
+                    }
+                    if (messages.len() as u64) < READ_MAX {
+                        break;
+                    }
+                },
+                _ = check.tick() => self.check(&mut stream, created_at).await?,
+                () = self.0.listener_added.notified() => return Ok(()),
+                () = self.0.broker.until_reconnected(connection_number) => {
+                    bail!("the connection to the broker was replaced")
+                }
+            }
+        }
+    }
+
+    async fn stream(&self) -> anyhow::Result<Stream> {
+        let jetstream = self.0.broker.jetstream();
+        let stream = jetstream.get_stream(ORDERS_STREAM).await;
+        stream.context("stream ORDERS cannot be looked up")
+    }
+
+    /// Fails if the stream is not the one that was followed.
+    async fn check(&self, stream: &mut Stream, created_at: OffsetDateTime) -> anyhow::Result<()> {
+        let info = stream.info().await;
+        let info = info.context("stream ORDERS cannot be looked up")?;
+        ensure!(info.created == created_at, "stream ORDERS was recreated");
+        let last = info.state.last_sequence;
+        let here = self.state().head.map_or(0, |head| head.position.sequence);
+        ensure!(
+            last >= here,
+            "stream ORDERS was rolled back from {here} to {last}"
+        );
+        Ok(())
+    }
+
+    fn set_healthy(&self) {
+        let health = self.0.health.write();
+        *health.unwrap_or_else(PoisonError::into_inner) = Ok(());
     }
 
     /// Where to resume: at the last event that was read, if the stream still has it. Otherwise
@@ -336,21 +411,20 @@ impl Live {
             .context("the consumer cannot be pulled from")
     }
 
-    fn handle(&self, message: &Message, info: &Info<'_>, created_at: OffsetDateTime) {
-        let headers = message.headers.as_ref();
-        let position = position(info.stream_sequence, headers);
+    fn handle(&self, event: &StoredEvent<'_>, created_at: OffsetDateTime) {
+        let position = position(event.sequence, event.headers);
         let mut state = self.state();
         state.head = Some(Head {
             position,
             created_at,
         });
-        let Some(status) = Status::of(headers) else {
+        let Some(status) = Status::of(event.headers) else {
             return;
         };
         if state.listeners.is_empty() && !status.is_final() {
             return;
         }
-        let Some(subject) = Subject::read(&message.payload) else {
+        let Some(subject) = Subject::read(event.payload) else {
             return;
         };
         if state
@@ -365,7 +439,7 @@ impl Live {
                 .record(subject.order_id, position.sequence);
         }
         state.listeners.notify(&subject, || {
-            let change = Change::read(headers, &message.payload, info.published)?;
+            let change = Change::read(event.headers, event.payload, event.published)?;
             Some(StoredChange::new(position, change))
         });
     }
