@@ -28,7 +28,6 @@ pub const ALL: &[(&str, &[&str])] = &[
     ("relay.before_commit", &["orders", "payments"]),
     ("relay.after_commit", &["orders", "payments"]),
     ("consumer.after_fetch", &["orders", "payments"]),
-    ("consumer.after_inbox", &["orders", "payments"]),
     ("consumer.after_handle", &["orders", "payments"]),
     ("consumer.before_commit", &["orders", "payments"]),
     ("consumer.after_commit", &["orders", "payments"]),

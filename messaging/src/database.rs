@@ -180,7 +180,7 @@ impl Database {
         messages: Vec<Message>,
     ) -> Result<Vec<QueryResult>, Failure> {
         let begun = Instant::now();
-        let (statement, rows) = table::with_insert(change, messages);
+        let (statement, rows) = table::with_insert(change, messages, None);
         failpoint::of_work(work, "before_commit")?;
         let mut lease = self.pool.acquire().await?;
         // An error that the server has reported rolled the statement back. Without an answer, the

@@ -22,7 +22,7 @@ pub trait Subscriber: Send + Sync + 'static {
         event.key().to_string()
     }
 
-    /// Applies a batch, in stream order, inside `txn`, which already holds the inbox rows.
+    /// Applies a batch, in stream order, inside `txn`, which also stores the inbox rows.
     ///
     /// It may read, write and enqueue messages. It may run again, after a rollback or because a
     /// message was redelivered, and must take effect once. It must not commit, acknowledge, publish
@@ -49,8 +49,6 @@ pub struct Received<E> {
     pub event_id: EventId,
     /// 0 for the first request, n for the n-th re-ask.
     pub ask: u32,
-    /// Whether the event was not in the inbox. Only a hint: effects are guarded by business rows.
-    pub first: bool,
     /// W3C trace context of the request or message that caused the event.
     pub traceparent: Option<String>,
 }

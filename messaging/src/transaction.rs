@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use metrics::histogram;
 use sea_orm::prelude::async_trait::async_trait;
@@ -10,6 +10,7 @@ use sea_orm::{ConnectionTrait, DbBackend, DbErr, ExecResult, QueryResult, Statem
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use crate::inbox::table::Arrivals;
 use crate::metrics::TRANSACTION_SECONDS;
 use crate::outbox::hand_off::HandOff;
 use crate::outbox::message::Message;
@@ -25,6 +26,16 @@ pub struct Transaction {
     begun: Instant,
     hand_off: HandOff,
     enqueued: Mutex<Vec<Pending>>,
+    inbox: Mutex<Inbox>,
+}
+
+/// The inbox rows of a transaction.
+#[derive(Debug, Default)]
+struct Inbox {
+    /// Rows that are not stored yet.
+    arrivals: Option<Arrivals>,
+    /// Rows that are stored, and how many of their events are new.
+    recorded: Option<(Arrivals, u64)>,
 }
 
 /// Names the purpose of a transaction: its metric label and the prefix of its failpoints.
@@ -51,6 +62,7 @@ impl Transaction {
             begun: Instant::now(),
             hand_off,
             enqueued: Mutex::default(),
+            inbox: Mutex::default(),
         }
     }
 
@@ -82,14 +94,53 @@ impl Transaction {
         change: Statement,
         messages: Vec<Message>,
     ) -> Result<Vec<QueryResult>, DbErr> {
-        let (statement, rows) = table::with_insert(change, messages);
-        let changed = self.query_all_raw(statement).await?;
+        let arrivals = self.inbox().arrivals.take();
+        let (statement, rows) = table::with_insert(change, messages, arrivals.as_ref());
+        let mut changed = self.query_all_raw(statement).await?;
+        if let Some(arrivals) = arrivals {
+            // There is at least one row, also if nothing was changed.
+            let first = changed.first().map(|row| row.try_get("", "recorded"));
+            let first: i64 = first.unwrap_or(Ok(0))?;
+            self.inbox().recorded = Some((arrivals, first.unsigned_abs()));
+            if let [row] = &changed[..]
+                && row.try_get::<Option<Uuid>>("", "event_id")?.is_none()
+            {
+                changed.clear();
+            }
+        }
         let rows = enqueued_among(rows, &changed)?;
         self.enqueued
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .extend(rows);
         Ok(changed)
+    }
+
+    /// These inbox rows are stored by the next change, or by [`recorded`](Self::recorded).
+    pub(crate) fn record_with_next_change(&self, arrivals: Arrivals) {
+        if !arrivals.is_empty() {
+            self.inbox().arrivals = Some(arrivals);
+        }
+    }
+
+    /// Stores the inbox rows if no change has done so, and counts repetitions. Returns the number
+    /// of new events.
+    pub(crate) async fn recorded(&self) -> Result<u64, DbErr> {
+        let Inbox { arrivals, recorded } = std::mem::take(&mut *self.inbox());
+        let (arrivals, first) = match (arrivals, recorded) {
+            (_, Some(recorded)) => recorded,
+            (Some(arrivals), None) => {
+                let first = arrivals.record(self).await?;
+                (arrivals, first)
+            }
+            (None, None) => return Ok(0),
+        };
+        arrivals.count_repeats(self, first).await?;
+        Ok(first)
+    }
+
+    fn inbox(&self) -> MutexGuard<'_, Inbox> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Commits, then hands the enqueued rows off to the relay. If the outcome is unknown, nothing

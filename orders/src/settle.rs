@@ -241,7 +241,6 @@ mod tests {
             event,
             event_id: EventId::mint(),
             ask: 0,
-            first: true,
             traceparent: None,
         }
     }

@@ -73,9 +73,9 @@ impl Subscriber for Charge {
         failpoint!("charge.after_lock")?;
         let accounts: BTreeMap<String, Account> = funds.into_iter().map(Account::of).collect();
         let at = now();
-        // Only a repeated or re-asked request can be decided already. If another one is, nothing is
+        // A request that is not re-asked is hardly ever decided already. If it is, nothing is
         // stored, and the decisions are read.
-        let is_new = batch.iter().all(|one| one.first && one.ask == 0);
+        let is_new = batch.iter().all(|one| one.ask == 0);
         let mut decided = if is_new {
             Vec::new()
         } else {
@@ -145,11 +145,10 @@ async fn find_decided(
         decided.clear();
     }
     if removed!("charge.decision_over_inbox") {
+        // Recognises only the event that was decided, as the inbox does.
         let is_repeated = |row: &payment::Model| {
-            let same_order = |one: &&Received<OrderPlaced>| {
-                one.event.order_id.as_uuid() == row.order_id && !one.first
-            };
-            batch.iter().find(same_order).is_some()
+            let ids = batch.iter().map(|one| one.event_id.as_uuid());
+            ids.into_iter().any(|id| id == row.request_event_id)
         };
         decided.retain(is_repeated);
     }
@@ -493,7 +492,6 @@ mod tests {
             event,
             event_id: EventId::mint(),
             ask: 0,
-            first: true,
             traceparent: None,
         }
     }

@@ -140,7 +140,6 @@ impl CrashPoint {
             Self::RowMarked => &["relay.after_mark", "relay.after_commit"],
             Self::BatchFetched => &[
                 "consumer.after_fetch",
-                "consumer.after_inbox",
                 "charge.after_lock",
                 "charge.after_store",
                 "settle.after_lock",

@@ -8,7 +8,7 @@ use sea_orm::DbErr;
 
 use crate::dead_letters::table::{DeadMessage, Verdict};
 use crate::inbox::message::{Incoming, distinct};
-use crate::inbox::table::{self, Delivery};
+use crate::inbox::table::{Arrivals, Delivery};
 use crate::postgres;
 use crate::retry::Failure;
 use crate::subscriber::{LostRace, Subscriber};
@@ -28,16 +28,18 @@ pub(crate) struct Applied<'a, T> {
     pub(crate) dead: Vec<DeadMessage<'a>>,
 }
 
-/// Writes the inbox rows, calls the handler, and returns the dead letters.
+/// Calls the handler, writes the inbox rows, and returns the dead letters.
+///
+/// The inbox rows are written by the first statement of the handler that changes something, which
+/// saves a round trip, or after it. The order does not matter: effects are guarded by business rows.
 pub(crate) async fn apply<'a, S: Subscriber>(
     txn: &Transaction,
     subscriber: &S,
     batch: &[Incoming<'a, S::Event>],
 ) -> anyhow::Result<Applied<'a, S::Effect>> {
     let deliveries: Vec<Delivery> = batch.iter().filter_map(Incoming::delivery).collect();
-    let first = table::record(txn, S::SUBSCRIPTION.consumer, &deliveries).await?;
-    failpoint!("consumer.after_inbox")?;
-    let (events, indexes) = distinct(batch, &first);
+    txn.record_with_next_change(Arrivals::new(S::SUBSCRIPTION.consumer, &deliveries));
+    let (events, indexes) = distinct(batch);
     let mut contradictions = HashMap::new();
     let mut effect = None;
     if !events.is_empty() {
@@ -46,6 +48,7 @@ pub(crate) async fn apply<'a, S: Subscriber>(
         contradictions = causes.map(|one| (one.index, one.cause)).collect();
         effect = Some(handled.effect);
     }
+    let first = usize::try_from(txn.recorded().await?).unwrap_or(usize::MAX);
     failpoint!("consumer.after_handle")?;
     let dead = batch.iter().zip(indexes).filter_map(|(incoming, index)| {
         let verdict = match &incoming.content {
@@ -57,8 +60,8 @@ pub(crate) async fn apply<'a, S: Subscriber>(
     Ok(Applied {
         dead: dead.collect(),
         effect,
-        first: first.len(),
-        repeated: deliveries.len().saturating_sub(first.len()),
+        first,
+        repeated: deliveries.len().saturating_sub(first),
     })
 }
 

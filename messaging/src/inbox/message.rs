@@ -1,11 +1,10 @@
 //! Decodes messages strictly and merges repetitions within a batch.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::str::FromStr as _;
 
 use async_nats::{HeaderMap, HeaderName, HeaderValue};
 use shared_contracts::{Event, EventId, SPEC_VERSION, header};
-use uuid::Uuid;
 
 use crate::inbox::table::Delivery;
 use crate::subscriber::Received;
@@ -137,7 +136,6 @@ pub fn read_message<E: Event>(
         event,
         event_id,
         ask,
-        first: false,
         traceparent: text_header(headers, header::TRACEPARENT).map(str::to_owned),
     })
 }
@@ -148,7 +146,6 @@ pub fn read_message<E: Event>(
 /// different content stay two entries, so that the handler detects the contradiction.
 pub(crate) fn distinct<E: Event + Clone + PartialEq>(
     batch: &[Incoming<'_, E>],
-    first: &HashSet<Uuid>,
 ) -> (Vec<Received<E>>, Vec<Option<usize>>) {
     let mut events: Vec<Received<E>> = Vec::with_capacity(batch.len());
     let mut by_id: HashMap<EventId, Vec<usize>> = HashMap::with_capacity(batch.len());
@@ -164,10 +161,7 @@ pub(crate) fn distinct<E: Event + Clone + PartialEq>(
             .copied()
             .find(|index| events[*index].event == received.event);
         let index = known.unwrap_or_else(|| {
-            events.push(Received {
-                first: first.contains(&received.event_id.as_uuid()),
-                ..received.clone()
-            });
+            events.push(received.clone());
             same_id.push(events.len() - 1);
             events.len() - 1
         });

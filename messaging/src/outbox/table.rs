@@ -11,6 +11,7 @@ use tracing::error;
 use uuid::Uuid;
 
 use crate::database::Database;
+use crate::inbox::table::Arrivals;
 use crate::outbox::message::{Headers, Message};
 use crate::postgres::{execute, sql};
 use crate::scan::{RECENT, id_at};
@@ -127,25 +128,46 @@ pub(crate) async fn insert(
     Ok(rows)
 }
 
-/// Extends a change by the insert of the messages whose event ids it returns. `change` is described
-/// at [`Transaction::change_and_enqueue`].
-pub(crate) fn with_insert(change: Statement, messages: Vec<Message>) -> (Statement, Vec<Pending>) {
+/// Extends a change by the insert of the messages whose event ids it returns, and by the insert of
+/// inbox rows. `change` is described at [`Transaction::change_and_enqueue`].
+///
+/// With inbox rows, each returned row has a column `recorded`, the number of new ones. If nothing was
+/// changed, one row without an event id has it.
+pub(crate) fn with_insert(
+    change: Statement,
+    messages: Vec<Message>,
+    arrivals: Option<&Arrivals>,
+) -> (Statement, Vec<Pending>) {
     let mut values = change.values.unwrap_or(Values(Vec::new())).0;
-    let first = values.len() + 1;
-    let [n, subject, headers, payload] = [first + 1, first + 2, first + 3, first + 4];
-    let text = format!(
-        "WITH {change},
-         enqueued AS (
-             INSERT INTO outbox (event_id, n, subject, headers, payload)
-             SELECT v.* FROM unnest(${first}::uuid[], ${n}::integer[], ${subject}::text[],
-                                    ${headers}::text[], ${payload}::text[])
-                 AS v (event_id, n, subject, headers, payload)
-             WHERE v.event_id IN (SELECT event_id FROM changed))
-         SELECT * FROM changed",
-        change = change.sql,
-    );
+    let mut text = format!("WITH {}", change.sql);
     let (columns, rows) = columns(messages);
-    values.extend(columns);
+    if !rows.is_empty() {
+        let first = values.len() + 1;
+        let [n, subject, headers, payload] = [first + 1, first + 2, first + 3, first + 4];
+        text += &format!(
+            ",
+             enqueued AS (
+                 INSERT INTO outbox (event_id, n, subject, headers, payload)
+                 SELECT v.* FROM unnest(${first}::uuid[], ${n}::integer[], ${subject}::text[],
+                                        ${headers}::text[], ${payload}::text[])
+                     AS v (event_id, n, subject, headers, payload)
+                 WHERE v.event_id IN (SELECT event_id FROM changed))"
+        );
+        values.extend(columns);
+    }
+    match arrivals {
+        None => text += " SELECT * FROM changed",
+        Some(arrivals) => {
+            let (insert, columns) = arrivals.insert(values.len() + 1);
+            text += &format!(
+                ",
+                 recorded AS ({insert} RETURNING 1)
+                 SELECT * FROM (SELECT count(*) AS recorded FROM recorded) AS inbox
+                 LEFT JOIN changed ON true"
+            );
+            values.extend(columns);
+        }
+    }
     let statement = Statement::from_sql_and_values(DbBackend::Postgres, text, values);
     (statement, rows)
 }
