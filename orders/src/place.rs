@@ -18,7 +18,7 @@ use time::OffsetDateTime;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{debug, warn};
 
 use crate::entity::order::{self, Model, Status};
 use crate::error::Error;
@@ -286,7 +286,7 @@ async fn place_once(
     new.iter()
         .map(|one| {
             if is_new(one) {
-                info!(order.id = %one.id, user.id = %one.user_id, amount = one.amount.minor_units(), "Order placed");
+                debug!(order.id = %one.id, user.id = %one.user_id, amount = one.amount.minor_units(), "Order placed");
                 return Ok(Placement::Placed(Placed {
                     order: Model::from(one),
                     execution: Execution::First,

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use crate::entity::order::{self, Ending, Model, Status};
 use crate::metrics;
-use crate::wait::Waiting;
+use crate::wait::{End, Waiting};
 
 /// Applies the answers of payments.
 #[derive(Clone, Default)]
@@ -30,8 +30,7 @@ pub struct Ended(Vec<EndedOrder>);
 #[derive(Debug)]
 struct EndedOrder {
     id: Uuid,
-    /// Set if the order was cancelled.
-    reason: Option<&'static str>,
+    end: End,
     /// Time from placing the order to its final status.
     after: time::Duration,
 }
@@ -62,7 +61,8 @@ impl Subscriber for Settle {
         let at = now();
         let messages = endings.iter().map(|(index, ending)| {
             debug!(order.id = %ending.id, status = ?ending.status, "Order settled");
-            final_event(&batch[*index], ending, at)
+            // Clients that wait for the order are answered by this process.
+            final_event(&batch[*index], ending, at).not_urgent()
         });
         let messages: Vec<Message> = messages.collect();
         let endings: Vec<Ending> = endings.into_iter().map(|(_, ending)| ending).collect();
@@ -78,7 +78,11 @@ impl Subscriber for Settle {
         failpoint!("settle.after_end")?;
         let ended = endings.iter().map(|one| EndedOrder {
             id: one.id,
-            reason: one.reason,
+            end: End {
+                status: one.status,
+                reason: one.reason,
+                at,
+            },
             after: at - one.placed_at,
         });
         Ok(Handled {
@@ -89,14 +93,14 @@ impl Subscriber for Settle {
 
     fn committed(&self, Ended(orders): Ended) {
         for order in &orders {
-            metrics::ended(order.reason, order.after);
+            metrics::ended(order.end.reason, order.after);
         }
         self.waiting
-            .wake(&orders.iter().map(|one| one.id).collect::<Vec<_>>());
+            .wake(orders.iter().map(|one| (one.id, Some(one.end))));
     }
 
     fn describe(&self, Ended(orders): &Ended) -> Option<String> {
-        Some(match orders.first()?.reason {
+        Some(match orders.first()?.end.reason {
             None => "The order ends FINISHED.".to_owned(),
             Some(reason) => format!("The order ends CANCELLED: {reason}."),
         })

@@ -12,6 +12,7 @@ pub mod input;
 pub mod metrics;
 pub mod openapi;
 pub mod problem;
+pub mod runtime;
 pub mod server;
 pub mod shutdown;
 pub mod slots;

@@ -19,6 +19,9 @@ const ROWS_MAX: usize = 5000;
 /// broker would drop the duplicate, but it adds load when load is already too high.
 const WAIT_MAX: Duration = Duration::from_millis(700);
 
+/// How long rows that are not urgent wait for others.
+const GATHER: Duration = Duration::from_millis(20);
+
 /// The queue between transactions and relay. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct HandOff(Arc<Queue>);
@@ -81,9 +84,26 @@ impl HandOff {
         taken
     }
 
-    /// Returns once rows have been handed off, including before the call.
+    /// Returns once rows should be published: at once after an urgent one was handed off, otherwise
+    /// a little later.
     pub(crate) async fn arrived(&self) {
-        self.0.arrived.notified().await;
+        loop {
+            let arrived = self.0.arrived.notified();
+            match self.due_at() {
+                None => arrived.await,
+                Some(at) if at <= Instant::now() => return,
+                Some(at) => {
+                    let _ = tokio::time::timeout_at(at, arrived).await;
+                }
+            }
+        }
+    }
+
+    fn due_at(&self) -> Option<Instant> {
+        let rows = self.rows();
+        let (oldest, _) = rows.front()?;
+        let is_urgent = rows.iter().any(|(_, row)| row.is_urgent);
+        Some(if is_urgent { *oldest } else { *oldest + GATHER })
     }
 
     fn rows(&self) -> MutexGuard<'_, VecDeque<(Instant, Pending)>> {
@@ -125,11 +145,33 @@ mod tests {
         hand_off.hand_off(rows(3));
         hand_off.arrived().await;
         assert_eq!(hand_off.take(2).len(), 2);
-        tokio::time::timeout(Duration::from_secs(1), hand_off.arrived())
-            .await
-            .unwrap();
+        hand_off.arrived().await;
         assert_eq!(hand_off.take(2).len(), 1);
         let more = tokio::time::timeout(Duration::from_secs(1), hand_off.arrived()).await;
         assert!(more.is_err(), "nothing is left");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn rows_that_are_not_urgent_wait_for_others_but_not_long() {
+        let later = || {
+            let row = pending(0);
+            vec![Pending {
+                is_urgent: false,
+                ..row
+            }]
+        };
+        let hand_off = HandOff::default();
+        let begun = Instant::now();
+        hand_off.hand_off(later());
+        hand_off.arrived().await;
+        assert_eq!(begun.elapsed(), GATHER);
+        assert_eq!(hand_off.take(10).len(), 1);
+
+        let begun = Instant::now();
+        hand_off.hand_off(later());
+        hand_off.hand_off(rows(1));
+        hand_off.arrived().await;
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+        assert_eq!(hand_off.take(10).len(), 2, "together");
     }
 }

@@ -19,6 +19,7 @@ pub struct Message {
     pub(crate) subject: String,
     pub(crate) headers: Headers,
     pub(crate) payload: String,
+    pub(crate) is_urgent: bool,
 }
 
 impl Message {
@@ -57,6 +58,17 @@ impl Message {
             headers,
             payload: serde_json::to_string(event)
                 .expect("an event is plain data and always serializes"),
+            is_urgent: true,
+        }
+    }
+
+    /// A message that nobody waits for. The relay publishes it together with others, if some come
+    /// soon.
+    #[must_use]
+    pub fn not_urgent(self) -> Self {
+        Self {
+            is_urgent: false,
+            ..self
         }
     }
 
@@ -75,6 +87,7 @@ impl Message {
             subject,
             headers: Headers::new(kind, source, stream, at),
             payload: body.to_string(),
+            is_urgent: false,
         }
     }
 }

@@ -49,6 +49,8 @@ pub(crate) struct Pending {
     pub(crate) subject: String,
     pub(crate) headers: Headers,
     pub(crate) payload: String,
+    /// Whether the relay publishes it at once.
+    pub(crate) is_urgent: bool,
 }
 
 /// The columns of a [`Pending`] row.
@@ -75,6 +77,7 @@ impl From<PendingRow> for Pending {
             subject: row.subject,
             headers,
             payload: row.payload,
+            is_urgent: true,
         }
     }
 }
@@ -87,6 +90,7 @@ impl From<Message> for Pending {
             subject,
             headers,
             payload,
+            is_urgent,
         } = message;
         Self {
             event_id: event_id.as_uuid(),
@@ -94,6 +98,7 @@ impl From<Message> for Pending {
             subject,
             headers,
             payload,
+            is_urgent,
         }
     }
 }

@@ -271,18 +271,26 @@ pub(super) async fn get_order(
 
     let waiter = state.waiting.register(id.as_uuid());
     let find = async || read::find(&state.db, id).await;
-    let order = find().await?;
+    let mut order = find().await?;
     let seconds = wait.map_or(0, Number::get);
     if order.status != Status::New || seconds == 0 {
         return Ok(Json(order.into()));
     }
-    // In each case (woken, timed out, stopping) the order is read again.
-    let _ = timeout(
+    let waited = timeout(
         Duration::from_secs(seconds),
         state.shutdown.run_until_cancelled(waiter.woken()),
     )
     .await;
-    Ok(Json(find().await?.into()))
+    match waited {
+        Ok(Some(Some(end))) => {
+            order.status = end.status;
+            order.reason = end.reason.map(str::to_owned);
+            order.updated_at = end.at;
+            Ok(Json(order.into()))
+        }
+        // The time is over, the process stops, or another replica made the order final.
+        _ => Ok(Json(find().await?.into())),
+    }
 }
 
 /// Orders, newest first
