@@ -12,12 +12,14 @@ use broker::Broker;
 use bytes::Bytes;
 use failpoint::failpoint;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 pub(super) const ACK: Bytes = Bytes::from_static(b"+ACK");
-/// How long an ack waits for others. Far below the time after which the broker redelivers.
-const WAIT: Duration = Duration::from_millis(100);
+/// Minimum time between two sends. An ack after a longer pause is sent at once, while the broker is
+/// still awake. Far below the time after which the broker redelivers.
+const INTERVAL: Duration = Duration::from_millis(100);
 /// So many acks are sent at once.
 const ACKS_MAX: usize = 64;
 
@@ -63,10 +65,12 @@ impl Acks {
     /// Sends acks until `shutdown`.
     pub(super) async fn run(&self, broker: &Broker, shutdown: &CancellationToken) {
         let sending = async {
+            let mut next_at = Instant::now();
             loop {
                 self.added.notified().await;
-                tokio::time::sleep(WAIT).await;
+                tokio::time::sleep_until(next_at).await;
                 self.send(broker).await;
+                next_at = Instant::now() + INTERVAL;
             }
         };
         shutdown.run_until_cancelled(sending).await;

@@ -19,8 +19,9 @@ const ROWS_MAX: usize = 5000;
 /// broker would drop the duplicate, but it adds load when load is already too high.
 const WAIT_MAX: Duration = Duration::from_millis(700);
 
-/// How long rows that are not urgent wait for others.
-const GATHER: Duration = Duration::from_millis(20);
+/// Minimum time between two publications of rows that are not urgent. After a longer pause, they are
+/// published at once, while the broker is still awake.
+const INTERVAL: Duration = Duration::from_millis(25);
 
 /// The queue between transactions and relay. Clones share it.
 #[derive(Clone, Debug, Default)]
@@ -29,6 +30,8 @@ pub(crate) struct HandOff(Arc<Queue>);
 #[derive(Debug)]
 struct Queue {
     rows: Mutex<VecDeque<(Instant, Pending)>>,
+    /// When rows that are not urgent were taken last.
+    later_taken_at: Mutex<Option<Instant>>,
     rows_max: usize,
     arrived: Notify,
 }
@@ -37,6 +40,7 @@ impl Default for Queue {
     fn default() -> Self {
         Self {
             rows: Mutex::default(),
+            later_taken_at: Mutex::default(),
             rows_max: ROWS_MAX,
             arrived: Notify::new(),
         }
@@ -66,7 +70,7 @@ impl HandOff {
         self.0.arrived.notify_one();
     }
 
-    /// Up to `limit` rows, in the order in which they were handed off.
+    /// Up to `limit` rows, in the order in which they were handed off, but urgent ones first.
     pub(crate) fn take(&self, limit: usize) -> Vec<Pending> {
         let mut rows = self.rows();
         while rows
@@ -76,7 +80,11 @@ impl HandOff {
             rows.pop_front();
         }
         let taken = rows.len().min(limit);
-        let taken = rows.drain(..taken).map(|(_, row)| row).collect();
+        let mut taken: Vec<Pending> = rows.drain(..taken).map(|(_, row)| row).collect();
+        taken.sort_by_key(|row| !row.is_urgent);
+        if taken.last().is_some_and(|row| !row.is_urgent) {
+            *self.later_taken_at() = Some(Instant::now());
+        }
         if !rows.is_empty() {
             // Wakes the other lane of the relay.
             self.0.arrived.notify_one();
@@ -103,7 +111,13 @@ impl HandOff {
         let rows = self.rows();
         let (oldest, _) = rows.front()?;
         let is_urgent = rows.iter().any(|(_, row)| row.is_urgent);
-        Some(if is_urgent { *oldest } else { *oldest + GATHER })
+        let later = self.later_taken_at().filter(|_| !is_urgent);
+        Some(later.map_or(*oldest, |at| at + INTERVAL))
+    }
+
+    fn later_taken_at(&self) -> MutexGuard<'_, Option<Instant>> {
+        let at = self.0.later_taken_at.lock();
+        at.unwrap_or_else(PoisonError::into_inner)
     }
 
     fn rows(&self) -> MutexGuard<'_, VecDeque<(Instant, Pending)>> {
@@ -164,7 +178,11 @@ mod tests {
         let begun = Instant::now();
         hand_off.hand_off(later());
         hand_off.arrived().await;
-        assert_eq!(begun.elapsed(), GATHER);
+        assert_eq!(begun.elapsed(), Duration::ZERO, "after a pause");
+        assert_eq!(hand_off.take(10).len(), 1);
+        hand_off.hand_off(later());
+        hand_off.arrived().await;
+        assert_eq!(begun.elapsed(), INTERVAL);
         assert_eq!(hand_off.take(10).len(), 1);
 
         let begun = Instant::now();
@@ -172,6 +190,8 @@ mod tests {
         hand_off.hand_off(rows(1));
         hand_off.arrived().await;
         assert_eq!(begun.elapsed(), Duration::ZERO);
-        assert_eq!(hand_off.take(10).len(), 2, "together");
+        let taken = hand_off.take(10);
+        let urgent: Vec<bool> = taken.iter().map(|row| row.is_urgent).collect();
+        assert_eq!(urgent, [true, false], "together");
     }
 }

@@ -8,13 +8,16 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use crate::outbox::table::Acknowledged;
 
-/// How long a row waits for others. Well below the age at which the table is polled for it.
-pub(crate) const WAIT: Duration = Duration::from_millis(100);
+/// How long the first row waits for others: most orders end within this time.
+const WAIT: Duration = Duration::from_millis(10);
+/// Minimum time between two statements. Well below the age at which the table is polled.
+const INTERVAL: Duration = Duration::from_millis(100);
 /// So many rows are marked at once.
-pub(crate) const ROWS_MAX: usize = 500;
+const ROWS_MAX: usize = 500;
 /// If the database does not answer, more rows are left to polling.
 const WAITING_MAX: usize = 5000;
 
@@ -46,10 +49,11 @@ impl Marks {
         std::mem::take(&mut *self.rows())
     }
 
-    /// Returns once rows should be marked.
-    pub(crate) async fn due(&self) {
+    /// Returns once rows should be marked. `last` is when rows were marked last.
+    pub(crate) async fn due(&self, last: Instant) {
         self.added.notified().await;
-        let _ = tokio::time::timeout(WAIT, self.full.notified()).await;
+        let at = (last + INTERVAL).max(Instant::now() + WAIT);
+        let _ = tokio::time::timeout_at(at, self.full.notified()).await;
     }
 
     fn rows(&self) -> MutexGuard<'_, Vec<Acknowledged>> {

@@ -103,11 +103,13 @@ impl Relay {
     /// Marks rows that the lanes have published.
     async fn run_marks(&self, shutdown: &CancellationToken) {
         let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
+        let mut marked_at = Instant::now();
         while shutdown
-            .run_until_cancelled(self.marks.due())
+            .run_until_cancelled(self.marks.due(marked_at))
             .await
             .is_some()
         {
+            marked_at = Instant::now();
             if self.mark().await {
                 backoff.reset();
             } else {
