@@ -23,24 +23,38 @@ const WAIT_MAX: Duration = Duration::from_millis(700);
 /// published at once, while the broker is still awake.
 const INTERVAL: Duration = Duration::from_millis(25);
 
+/// After so many rows at once, the next ones gather: the broker stores a batch with one fsync.
+const BUSY_ROWS: usize = 8;
+/// Time between two batches under load.
+const BUSY_INTERVAL: Duration = Duration::from_millis(10);
+/// So many rows do not wait for others.
+const BATCH_ROWS: usize = 200;
+
 /// The queue between transactions and relay. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct HandOff(Arc<Queue>);
 
 #[derive(Debug)]
 struct Queue {
-    rows: Mutex<VecDeque<(Instant, Pending)>>,
-    /// When rows that are not urgent were taken last.
-    later_taken_at: Mutex<Option<Instant>>,
+    rows: Mutex<Rows>,
     rows_max: usize,
     arrived: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Rows {
+    /// Each with the time of its hand-off.
+    waiting: VecDeque<(Instant, Pending)>,
+    /// The next rows are taken not before this time,
+    next_at: Option<Instant>,
+    /// and those that are not urgent not before this one.
+    next_later_at: Option<Instant>,
 }
 
 impl Default for Queue {
     fn default() -> Self {
         Self {
             rows: Mutex::default(),
-            later_taken_at: Mutex::default(),
             rows_max: ROWS_MAX,
             arrived: Notify::new(),
         }
@@ -63,41 +77,50 @@ impl HandOff {
         }
         let now = Instant::now();
         let mut rows = self.rows();
-        if rows.len() + enqueued.len() <= self.0.rows_max {
-            rows.extend(enqueued.into_iter().map(|row| (now, row)));
+        if rows.waiting.len() + enqueued.len() <= self.0.rows_max {
+            let enqueued = enqueued.into_iter();
+            rows.waiting.extend(enqueued.map(|row| (now, row)));
         }
         drop(rows);
         self.0.arrived.notify_one();
     }
 
-    /// Up to `limit` rows, in the order in which they were handed off, but urgent ones first.
+    /// Up to `limit` rows that should be published now, in the order in which they were handed off,
+    /// but urgent ones first.
     pub(crate) fn take(&self, limit: usize) -> Vec<Pending> {
+        let now = Instant::now();
         let mut rows = self.rows();
-        while rows
-            .front()
-            .is_some_and(|(since, _)| since.elapsed() > WAIT_MAX)
+        while let Some((since, _)) = rows.waiting.front()
+            && now - *since > WAIT_MAX
         {
-            rows.pop_front();
+            rows.waiting.pop_front();
         }
-        let taken = rows.len().min(limit);
-        let mut taken: Vec<Pending> = rows.drain(..taken).map(|(_, row)| row).collect();
+        if rows.due_at().is_none_or(|at| at > now) {
+            return Vec::new();
+        }
+        let taken = rows.waiting.len().min(limit);
+        let taken = rows.waiting.drain(..taken).map(|(_, row)| row);
+        let mut taken: Vec<Pending> = taken.collect();
         taken.sort_by_key(|row| !row.is_urgent);
-        if taken.last().is_some_and(|row| !row.is_urgent) {
-            *self.later_taken_at() = Some(Instant::now());
+        if taken.len() >= BUSY_ROWS {
+            rows.next_at = Some(now + BUSY_INTERVAL);
         }
-        if !rows.is_empty() {
+        if taken.last().is_some_and(|row| !row.is_urgent) {
+            rows.next_later_at = Some(now + INTERVAL);
+        }
+        if !rows.waiting.is_empty() {
             // Wakes the other lane of the relay.
             self.0.arrived.notify_one();
         }
         taken
     }
 
-    /// Returns once rows should be published: at once after an urgent one was handed off, otherwise
-    /// a little later.
+    /// Returns once rows should be published.
     pub(crate) async fn arrived(&self) {
         loop {
             let arrived = self.0.arrived.notified();
-            match self.due_at() {
+            let due_at = self.rows().due_at();
+            match due_at {
                 None => arrived.await,
                 Some(at) if at <= Instant::now() => return,
                 Some(at) => {
@@ -107,22 +130,23 @@ impl HandOff {
         }
     }
 
-    fn due_at(&self) -> Option<Instant> {
-        let rows = self.rows();
-        let (oldest, _) = rows.front()?;
-        let is_urgent = rows.iter().any(|(_, row)| row.is_urgent);
-        let later = self.later_taken_at().filter(|_| !is_urgent);
-        Some(later.map_or(*oldest, |at| at + INTERVAL))
-    }
-
-    fn later_taken_at(&self) -> MutexGuard<'_, Option<Instant>> {
-        let at = self.0.later_taken_at.lock();
-        at.unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn rows(&self) -> MutexGuard<'_, VecDeque<(Instant, Pending)>> {
+    fn rows(&self) -> MutexGuard<'_, Rows> {
         // Each change of the queue is one operation, so a panic leaves it consistent.
         self.0.rows.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Rows {
+    /// When rows should be published. A row after a pause is published at once. Under load, rows
+    /// gather, and so do those that are not urgent, if some were published just before.
+    fn due_at(&self) -> Option<Instant> {
+        let (oldest, _) = self.waiting.front()?;
+        if self.waiting.len() >= BATCH_ROWS {
+            return Some(*oldest);
+        }
+        let is_urgent = self.waiting.iter().any(|(_, row)| row.is_urgent);
+        let later_at = self.next_later_at.filter(|_| !is_urgent);
+        Some((*oldest).max(self.next_at.max(later_at).unwrap_or(*oldest)))
     }
 }
 
@@ -193,5 +217,25 @@ mod tests {
         let taken = hand_off.take(10);
         let urgent: Vec<bool> = taken.iter().map(|row| row.is_urgent).collect();
         assert_eq!(urgent, [true, false], "together");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn rows_gather_after_a_batch_but_a_full_batch_does_not_wait() {
+        let hand_off = HandOff::default();
+        let begun = Instant::now();
+        hand_off.hand_off(rows(BUSY_ROWS));
+        assert_eq!(hand_off.take(BATCH_ROWS).len(), BUSY_ROWS);
+        hand_off.hand_off(rows(1));
+        assert_eq!(hand_off.take(BATCH_ROWS).len(), 0, "it waits for others");
+        hand_off.hand_off(rows(1));
+        hand_off.arrived().await;
+        assert_eq!(begun.elapsed(), BUSY_INTERVAL);
+        assert_eq!(hand_off.take(BATCH_ROWS).len(), 2);
+
+        hand_off.hand_off(rows(BUSY_ROWS));
+        hand_off.arrived().await;
+        assert_eq!(hand_off.take(BATCH_ROWS).len(), BUSY_ROWS);
+        hand_off.hand_off(rows(BATCH_ROWS));
+        assert_eq!(hand_off.take(BATCH_ROWS).len(), BATCH_ROWS);
     }
 }
