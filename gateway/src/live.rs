@@ -46,6 +46,9 @@ const MISSING_HEARTBEATS_MAX: u32 = 2;
 const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 /// Interval between two reads while nobody listens. A new listener may get events that are as old.
 const QUIET_INTERVAL: Duration = Duration::from_secs(1);
+/// After this many events, the listeners get a turn. On a single thread, they would fall behind
+/// otherwise.
+const YIELD_AFTER: u64 = 16;
 /// The broker deletes the consumer this long after its gateway has ended.
 const CONSUMER_INACTIVE_MAX: Duration = Duration::from_secs(30);
 const RETRY_DELAY: Duration = Duration::from_millis(250);
@@ -240,6 +243,9 @@ impl Live {
                             published: info.published,
                         };
                         self.handle(&event, created_at);
+                        if taken % YIELD_AFTER == 0 {
+                            tokio::task::yield_now().await;
+                        }
                     }
                     Err(error) if matches!(error.kind(), MessagesErrorKind::MissingHeartbeat) => {
                         missing_heartbeats += 1;

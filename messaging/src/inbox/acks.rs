@@ -82,7 +82,7 @@ impl Acks {
             (waiting.connection_number, std::mem::take(&mut waiting.acks))
         };
         let Some(last) = acks.pop() else { return };
-        if connection_number != broker.connection_number() {
+        if connection_number != broker.connection_number() || !broker.is_connected() {
             return;
         }
         let client = broker.client();

@@ -397,11 +397,20 @@ impl Relay {
         let (known, doubtful): (Vec<Acknowledged>, Vec<Acknowledged>) = acknowledged
             .iter()
             .partition(|row| row.connection_number == connection_number);
+        if !doubtful.is_empty() {
+            self.failed.notify_one();
+        }
         let doubtful = doubtful.iter().map(|row| (row.event_id, row.n));
         let attempts: Vec<_> = unacknowledged.iter().copied().chain(doubtful).collect();
         table::mark_published(db, &known)
             .await
             .context("published rows cannot be marked")?;
+        if !known.is_empty() && self.broker.connection_number() != connection_number {
+            // The connection was replaced during the statement, which may have been slow.
+            table::unmark(db, &known)
+                .await
+                .context("rows cannot be made pending again")?;
+        }
         table::count_attempt(db, &attempts)
             .await
             .context("attempts cannot be counted")

@@ -330,13 +330,27 @@ pub(crate) async fn mark_published(
         .map(|row| row.at.elapsed().as_secs_f64())
         .collect();
     let update = sql(
-        "UPDATE outbox o SET published_at = clock_timestamp() - make_interval(secs => v.age),
+        "UPDATE outbox o SET published_at = statement_timestamp() - make_interval(secs => v.age),
                              stream_sequence = v.stream_sequence,
                              attempts = o.attempts + 1
          FROM unnest($1::uuid[], $2::integer[], $3::bigint[], $4::float8[])
               AS v (event_id, n, stream_sequence, age)
          WHERE o.event_id = v.event_id AND o.n = v.n",
         [event_ids.into(), ns.into(), sequences.into(), ages.into()],
+    );
+    execute(db, update).await?;
+    Ok(())
+}
+
+/// Makes marked rows pending again.
+pub(crate) async fn unmark(db: &impl ConnectionTrait, rows: &[Acknowledged]) -> Result<(), DbErr> {
+    let event_ids: Vec<Uuid> = rows.iter().map(|row| row.event_id).collect();
+    let ns: Vec<i32> = rows.iter().map(|row| row.n).collect();
+    let update = sql(
+        "UPDATE outbox o SET published_at = NULL, stream_sequence = NULL
+         FROM unnest($1::uuid[], $2::integer[]) AS v (event_id, n)
+         WHERE o.event_id = v.event_id AND o.n = v.n",
+        [event_ids.into(), ns.into()],
     );
     execute(db, update).await?;
     Ok(())
