@@ -224,6 +224,25 @@ impl FinalOrders {
     }
 }
 
+/// A change and its position in the stream.
+#[derive(Debug)]
+pub(crate) struct StoredChange {
+    pub(crate) position: Position,
+    pub(crate) change: Change,
+    pub(crate) json: String,
+}
+
+impl StoredChange {
+    pub(crate) fn new(position: Position, change: Change) -> Self {
+        let json = serde_json::to_string(&change).expect("a change is plain data");
+        Self {
+            position,
+            change,
+            json,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

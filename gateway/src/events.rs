@@ -24,12 +24,13 @@ use utoipa::{IntoParams, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::change::{Change, Position};
+use crate::change::{Change, Position, StoredChange};
 use crate::client::Client;
-use crate::forward::{Forwarder, Service, trace_of};
+use crate::forward::{Forwarder, trace_of};
 use crate::limits::Limits;
 use crate::listeners::{Filter, Notification};
-use crate::live::{Live, REPLAY_MAX, StoredChange, Subscription};
+use crate::live::{Live, REPLAY_MAX, Subscription};
+use crate::service::Service;
 
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 /// Interval of heartbeats. They keep proxies from closing a quiet connection, and tell the client

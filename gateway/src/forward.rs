@@ -23,11 +23,11 @@ use service_kit::Problem;
 use service_kit::http::REQUEST_ID;
 use service_kit::input;
 use service_kit::input::key::{self, IDEMPOTENCY_KEY, IDEMPOTENCY_REPLAYED};
-use service_kit::problem::Code;
 use service_kit::server::DRAIN_TIMEOUT;
 
 use crate::client::Client;
 use crate::limits::{Limits, requested_wait};
+use crate::service::Service;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time limit for a service's response; after it the outcome is unknown. If its database is
@@ -67,21 +67,6 @@ const ANSWER_HEADERS: [HeaderName; 7] = [
     header::RETRY_AFTER,
     IDEMPOTENCY_REPLAYED,
 ];
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Service {
-    Orders,
-    Payments,
-}
-
-impl Service {
-    pub(crate) fn unavailable(self) -> Problem {
-        Problem::new(Code::ServiceUnavailable).because(match self {
-            Self::Orders => "Orders Service temporarily unavailable.",
-            Self::Payments => "Payments Service temporarily unavailable.",
-        })
-    }
-}
 
 type Outgoing = axum::http::Request<Full<Bytes>>;
 

@@ -12,11 +12,12 @@ use crate::client::Client;
 use crate::cors::{self, Origin};
 use crate::document;
 use crate::events::{self, Events};
-use crate::forward::{Forwarder, Service};
+use crate::forward::Forwarder;
 use crate::limits::{self, Limits};
 use crate::ops;
 use crate::page;
 use crate::problems;
+use crate::service::Service;
 use crate::timeline;
 
 /// `probes` are the routes for monitoring: health and metrics.

@@ -26,6 +26,7 @@ mod live;
 mod ops;
 mod page;
 mod problems;
+mod service;
 mod timeline;
 
 pub use config::{BrokerArgs, Config};
@@ -35,9 +36,10 @@ pub use limits::LimitArgs;
 
 use broker::Broker;
 use events::Events;
-use forward::{Forwarder, Service};
+use forward::Forwarder;
 use limits::Limits;
 use live::Live;
+use service::Service;
 
 /// All parts of the process.
 pub struct App {

@@ -24,7 +24,7 @@ use service_kit::slots::{Slot, Slots};
 use shared_contracts::UserId;
 
 use crate::client::Client;
-use crate::forward::Service;
+use crate::service::Service;
 
 /// Maximum of the parameter `wait` of an order.
 const WAIT_SECONDS_MAX: u64 = 30;

@@ -7,8 +7,7 @@ use std::sync::Arc;
 use shared_contracts::{OrderId, UserId};
 use tokio::sync::mpsc;
 
-use crate::change::{Position, Subject};
-use crate::live::StoredChange;
+use crate::change::{Position, StoredChange, Subject};
 
 /// Queue length per listener: a few seconds of full load. Listeners share the events, so an entry
 /// costs 8 bytes.

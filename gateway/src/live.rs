@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use crate::change::{Change, FinalOrders, Position, Status, Subject, position};
+use crate::change::{Change, FinalOrders, Position, Status, StoredChange, Subject, position};
 use crate::listeners::{Filter, ListenerId, Listeners, Notification};
 
 const SUBJECTS: &str = "gozon.orders.>";
@@ -52,25 +52,6 @@ const YIELD_AFTER: u64 = 16;
 /// The broker deletes the consumer this long after its gateway has ended.
 const CONSUMER_INACTIVE_MAX: Duration = Duration::from_secs(30);
 const RETRY_DELAY: Duration = Duration::from_millis(250);
-
-/// A change and its position in the stream.
-#[derive(Debug)]
-pub(crate) struct StoredChange {
-    pub(crate) position: Position,
-    pub(crate) change: Change,
-    pub(crate) json: String,
-}
-
-impl StoredChange {
-    pub(crate) fn new(position: Position, change: Change) -> Self {
-        let json = serde_json::to_string(&change).expect("a change is plain data");
-        Self {
-            position,
-            change,
-            json,
-        }
-    }
-}
 
 /// A message of the stream.
 struct StoredEvent<'a> {

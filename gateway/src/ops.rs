@@ -21,7 +21,8 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::client::Client;
-use crate::forward::{Forwarder, Service};
+use crate::forward::Forwarder;
+use crate::service::Service;
 
 const SERVICES: [(Service, &str); 2] =
     [(Service::Orders, "orders"), (Service::Payments, "payments")];

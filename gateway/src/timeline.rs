@@ -10,7 +10,8 @@ use service_kit::Problem;
 use service_kit::problem::Code;
 
 use crate::client::Client;
-use crate::forward::{Forwarder, Service, trace_of};
+use crate::forward::{Forwarder, trace_of};
+use crate::service::Service;
 
 /// If payments is unavailable, returns the half of orders, which lists payments as missing. If
 /// orders is unavailable, returns its error.

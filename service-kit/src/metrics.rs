@@ -20,7 +20,7 @@ use metrics_util::MetricKindMask;
 use tokio::sync::Mutex;
 use tracing::warn;
 
-use crate::{server, slots};
+use crate::slots;
 
 /// If a refresh takes longer, the page is served without its gauges.
 const REFRESH_TIMEOUT: Duration = Duration::from_secs(2);
@@ -53,7 +53,7 @@ impl Metrics {
             version,
             refreshes: Vec::new(),
         }
-        .refusing(&[server::CONNECTIONS, slots::CLIENT_SHARE]))
+        .refusing(&[slots::CONNECTIONS, slots::CLIENT_SHARE]))
     }
 
     /// Registers the reasons for which this process may reject requests. Each counter starts at 0,

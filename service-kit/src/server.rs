@@ -24,7 +24,7 @@ use tower::{Service as _, ServiceExt as _};
 use tracing::{debug, warn};
 
 use crate::problem::{Code, Problem};
-use crate::slots::{Slot, Slots};
+use crate::slots::{CONNECTIONS, Slot, Slots};
 
 /// Time for requests in progress after a shutdown begins.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
@@ -44,9 +44,6 @@ const REJECTED_MAX: usize = 1024;
 /// The client address of the connection. Each request has it in its extensions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer(pub IpAddr);
-
-/// Metric label: there are too many connections.
-pub(crate) const CONNECTIONS: &str = "connections";
 
 /// The part of an address that identifies a client: an IPv6 client usually has a whole /64 network.
 pub fn client_network(address: IpAddr) -> IpAddr {

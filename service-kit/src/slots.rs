@@ -9,6 +9,8 @@ use crate::problem::{Code, Problem};
 
 /// Metric label: the client already holds the maximum share of one client.
 pub const CLIENT_SHARE: &str = "client_share";
+/// Metric label: there are too many connections.
+pub(crate) const CONNECTIONS: &str = "connections";
 
 /// A limited number of slots. One key may hold at most three quarters of them, so that a quarter is
 /// left for others. Cheap to clone.

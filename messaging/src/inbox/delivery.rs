@@ -211,28 +211,48 @@ impl<S: Subscriber> Consumer<S> {
     /// deferred ones. The acks follow after the commit. An error rolls everything back.
     async fn deliver(&self, batch: &Batch<'_, S::Event>, part: &Part) -> anyhow::Result<()> {
         let txn = self.begin("consumer").await?;
-        if !part.is_whole && batch.keys::<S>(part).len() > 1 {
-            txn.execute(sql(PART_LOCK_TIMEOUT, [])).await?;
-        }
-        let behind = self.behind_deferred(&txn, batch, part).await?;
-        let now: Cow<'_, [Incoming<'_, S::Event>]> = if part.is_whole && behind.is_empty() {
-            Cow::Borrowed(&batch.incoming)
-        } else {
-            let indexes = part.indexes.iter().filter(|one| !behind.contains(one));
-            Cow::Owned(indexes.map(|one| batch.incoming[*one].clone()).collect())
+        let (applied, behind) = match self.deliver_in(&txn, batch, part).await {
+            Ok(delivered) => delivered,
+            Err(error) => {
+                // Before the next attempt, which would wait for the locks of this one.
+                if let Err(error) = txn.rollback().await {
+                    debug!(error = %error, "A rollback failed; its connection is closed");
+                }
+                return Err(error);
+            }
         };
-        let applied = self.apply_in(&txn, &now).await?;
-        let deferrals = behind.iter().filter_map(|one| batch.deferral::<S>(*one));
-        deferred::store(&txn, Self::NAME, deferrals.collect()).await?;
         txn.commit().await?;
         self.after_commit(&applied);
-        count(Self::NAME, "deferred", behind.len());
+        count(Self::NAME, "deferred", behind);
         let dead = verdicts(applied.dead);
         if let Some(effect) = applied.effect {
             self.subscriber.committed(effect);
         }
         self.acknowledge(batch.messages_of(part), &dead).await;
         Ok(())
+    }
+
+    /// Returns also the number of messages that stay behind deferred ones.
+    async fn deliver_in<'a>(
+        &self,
+        txn: &Transaction,
+        batch: &Batch<'a, S::Event>,
+        part: &Part,
+    ) -> anyhow::Result<(Applied<'a, S::Effect>, usize)> {
+        if !part.is_whole && batch.keys::<S>(part).len() > 1 {
+            txn.execute(sql(PART_LOCK_TIMEOUT, [])).await?;
+        }
+        let behind = self.behind_deferred(txn, batch, part).await?;
+        let now: Cow<'_, [Incoming<'a, S::Event>]> = if part.is_whole && behind.is_empty() {
+            Cow::Borrowed(&batch.incoming)
+        } else {
+            let indexes = part.indexes.iter().filter(|one| !behind.contains(one));
+            Cow::Owned(indexes.map(|one| batch.incoming[*one].clone()).collect())
+        };
+        let applied = self.apply_in(txn, &now).await?;
+        let deferrals = behind.iter().filter_map(|one| batch.deferral::<S>(*one));
+        deferred::store(txn, Self::NAME, deferrals.collect()).await?;
+        Ok((applied, behind.len()))
     }
 
     /// Indexes of messages whose key has deferred messages. Usually this process knows no such key

@@ -8,7 +8,6 @@ use sea_orm::{DbErr, Value};
 use uuid::Uuid;
 
 use crate::postgres::{execute, sql};
-use crate::transaction::Transaction;
 
 #[sea_orm::model]
 #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
@@ -82,13 +81,17 @@ impl Arrivals {
     }
 
     /// Records the deliveries. Returns the number of new events.
-    pub(crate) async fn record(&self, txn: &Transaction) -> Result<u64, DbErr> {
+    pub(crate) async fn record(&self, txn: &impl ConnectionTrait) -> Result<u64, DbErr> {
         let (text, values) = self.insert(1);
         execute(txn, sql(&text, values)).await
     }
 
     /// Counts the repetitions among deliveries of which this transaction has recorded `first`.
-    pub(crate) async fn count_repeats(&self, txn: &Transaction, first: u64) -> Result<(), DbErr> {
+    pub(crate) async fn count_repeats(
+        &self,
+        txn: &impl ConnectionTrait,
+        first: u64,
+    ) -> Result<(), DbErr> {
         let all: i32 = self.by_event.values().map(|(_, times)| times).sum();
         if u64::try_from(all).unwrap_or_default() <= first {
             return Ok(());

@@ -10,12 +10,10 @@ use tokio::time::Instant;
 use tracing::error;
 use uuid::Uuid;
 
-use crate::database::Database;
 use crate::inbox::table::Arrivals;
 use crate::outbox::message::{Headers, Message};
 use crate::postgres::{execute, sql};
 use crate::scan::{RECENT, id_at};
-use crate::transaction::Transaction;
 
 #[sea_orm::model]
 #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
@@ -116,7 +114,7 @@ impl Pending {
 
 /// Inserts rows.
 pub(crate) async fn insert(
-    txn: &Transaction,
+    txn: &impl ConnectionTrait,
     messages: Vec<Message>,
 ) -> Result<Vec<Pending>, DbErr> {
     if messages.is_empty() {
@@ -134,7 +132,7 @@ pub(crate) async fn insert(
 }
 
 /// Extends a change by the insert of the messages whose event ids it returns, and by the insert of
-/// inbox rows. `change` is described at [`Transaction::change_and_enqueue`].
+/// inbox rows. `change` is described at [`Transaction::change_and_enqueue`](crate::Transaction::change_and_enqueue).
 ///
 /// With inbox rows, each returned row has a column `recorded`, the number of new ones. If nothing was
 /// changed, one row without an event id has it.
@@ -221,7 +219,7 @@ pub(crate) enum Which {
 /// sorted by id, which is roughly their order of creation. Other rows are sorted by attempts, so
 /// that rows that always fail do not block the rest.
 pub(crate) async fn lock_pending(
-    txn: &Transaction,
+    txn: &impl ConnectionTrait,
     which: Which,
     limit: u32,
 ) -> Result<Vec<Pending>, DbErr> {
@@ -257,7 +255,7 @@ pub(crate) async fn lock_pending(
 }
 
 /// Whether the outbox or retention shows that the broker ever stored a message.
-pub(crate) async fn has_published(db: &Database) -> Result<bool, DbErr> {
+pub(crate) async fn has_published(db: &impl ConnectionTrait) -> Result<bool, DbErr> {
     exists(
         db,
         "SELECT 1 FROM outbox WHERE published_at IS NOT NULL LIMIT 1",
@@ -265,7 +263,7 @@ pub(crate) async fn has_published(db: &Database) -> Result<bool, DbErr> {
     .await
 }
 
-async fn exists(db: &Database, query: &str) -> Result<bool, DbErr> {
+async fn exists(db: &impl ConnectionTrait, query: &str) -> Result<bool, DbErr> {
     Ok(db.query_one_raw(sql(query, [])).await?.is_some())
 }
 
@@ -279,7 +277,7 @@ const ATTEMPTS_OF_ITS_OWN: i32 = 5;
 /// Checks only rows that have recently reached that age. If there are none, for example after a
 /// quiet hour, a few requests too many are published, which is harmless.
 pub(crate) async fn is_behind(
-    txn: &Transaction,
+    txn: &impl ConnectionTrait,
     subject: &str,
     age: Duration,
 ) -> Result<bool, DbErr> {
