@@ -43,9 +43,9 @@ const IDLE_IN_TRANSACTION_TIMEOUT_MS: &str = "15000";
 const OPERATOR_CONNECTIONS: u32 = 2;
 
 /// Plans of the short statements that repeat for every order. Each of them finds a few rows by an
-/// index, so its plan need not depend on its values, on the size of the tables, or on when they were
-/// analyzed last. Planning for each execution took a third of PostgreSQL's time, and a plan made
-/// for an empty table read the whole table for the first minute of a database's life.
+/// index, so its plan need not depend on its values, on the size of the tables, or on when they
+/// were analyzed last. Planning for each execution took a third of PostgreSQL's time, and a plan
+/// made for an empty table read the whole table for the first minute of a database's life.
 const SHORT_STATEMENTS: [(&str, &str); 5] = [
     ("plan_cache_mode", "force_generic_plan"),
     ("enable_seqscan", "off"),

@@ -13,8 +13,8 @@ const WORKER_THREADS: &str = "TOKIO_WORKER_THREADS";
 /// Runs a service until it ends.
 ///
 /// A service waits most of the time, for the broker and the database, which often run on the same
-/// machine. Half of the cores are enough for it, and with fewer threads, fewer of them are woken for
-/// an event.
+/// machine. Half of the cores are enough for it, and with fewer threads, fewer of them are woken
+/// for an event.
 pub fn run(
     service: impl Future<Output = Result<(), Failure>> + Send + 'static,
 ) -> Result<(), Failure> {

@@ -31,7 +31,8 @@ pub(crate) struct Applied<'a, T> {
 /// Calls the handler, writes the inbox rows, and returns the dead letters.
 ///
 /// The inbox rows are written by the first statement of the handler that changes something, which
-/// saves a round trip, or after it. The order does not matter: effects are guarded by business rows.
+/// saves a round trip, or after it. The order does not matter: effects are guarded by business
+/// rows.
 pub(crate) async fn apply<'a, S: Subscriber>(
     txn: &Transaction,
     subscriber: &S,

@@ -35,8 +35,8 @@ pub(crate) struct Delivery {
     pub(crate) delivered: i32,
 }
 
-/// The rows of a batch, sorted by event id: two replicas with overlapping batches then wait for each
-/// other instead of deadlocking. Each has its number of deliveries, since one event may occur
+/// The rows of a batch, sorted by event id: two replicas with overlapping batches then wait for
+/// each other instead of deadlocking. Each has its number of deliveries, since one event may occur
 /// several times.
 #[derive(Debug)]
 pub(crate) struct Arrivals {

@@ -77,10 +77,10 @@ pub(crate) struct Relay {
 impl Relay {
     /// Publishes until `shutdown`. A batch in progress is finished; only waits are interrupted.
     ///
-    /// Two lanes publish handed-off rows: one sends the next rows while the other waits for PubAcks.
-    /// Another task marks what they have published. A further one finds the other rows: those handed
-    /// off to a process that died, and those that the broker did not accept. It may be slow and
-    /// never delays the lanes.
+    /// Two lanes publish handed-off rows: one sends the next rows while the other waits for
+    /// PubAcks. Another task marks what they have published. A further one finds the other rows:
+    /// those handed off to a process that died, and those that the broker did not accept. It may be
+    /// slow and never delays the lanes.
     pub(crate) async fn run(self, shutdown: CancellationToken) {
         let relay = Arc::new(self);
         let mut lanes = JoinSet::new();

@@ -132,10 +132,11 @@ pub(crate) async fn insert(
 }
 
 /// Extends a change by the insert of the messages whose event ids it returns, and by the insert of
-/// inbox rows. `change` is described at [`Transaction::change_and_enqueue`](crate::Transaction::change_and_enqueue).
+/// inbox rows. `change` is described at
+/// [`Transaction::change_and_enqueue`](crate::Transaction::change_and_enqueue).
 ///
-/// With inbox rows, each returned row has a column `recorded`, the number of new ones. If nothing was
-/// changed, one row without an event id has it.
+/// With inbox rows, each returned row has a column `recorded`, the number of new ones. If nothing
+/// was changed, one row without an event id has it.
 pub(crate) fn with_insert(
     change: Statement,
     messages: Vec<Message>,
