@@ -8,9 +8,9 @@ use std::collections::{BTreeMap, HashMap};
 use failpoint::{failpoint, removed};
 use messaging::{
     AnswerTable, Begins, Handled, LostRace, Message, Quarantined, Received, Subscriber,
-    Subscription, Transaction, now, rearm,
+    Subscription, Transaction, now, rearm, sql,
 };
-use sea_orm::DbErr;
+use sea_orm::{ConnectionTrait as _, DbErr};
 use sha2::{Digest as _, Sha256};
 use shared_contracts::{
     Amount, DeclineReason, Event as _, EventId, ORDERS_STREAM, OrderId, OrderPlaced,
@@ -145,11 +145,17 @@ async fn find_decided(
         decided.clear();
     }
     if removed!("charge.decision_over_inbox") {
-        // Recognises only the event that was decided, as the inbox does.
-        let is_repeated = |row: &payment::Model| {
-            let ids = batch.iter().map(|one| one.event_id.as_uuid());
-            ids.into_iter().any(|id| id == row.request_event_id)
-        };
+        // The inbox before this transaction decides what is a repetition.
+        let event_ids: Vec<Uuid> = batch.iter().map(|one| one.event_id.as_uuid()).collect();
+        let query = sql(
+            "SELECT event_id FROM inbox
+             WHERE event_id = ANY($1::uuid[]) AND xmin <> pg_current_xact_id()::xid",
+            [event_ids.into()],
+        );
+        let rows = txn.query_all_raw(query).await?;
+        let known = rows.iter().map(|row| row.try_get("", "event_id"));
+        let known: Vec<Uuid> = known.collect::<Result<_, _>>()?;
+        let is_repeated = |row: &payment::Model| known.contains(&row.request_event_id);
         decided.retain(is_repeated);
     }
     Ok(decided)
