@@ -18,7 +18,7 @@ use tracing::debug;
 
 pub(super) const ACK: Bytes = Bytes::from_static(b"+ACK");
 /// Minimum time between two sends. An ack after a longer pause is sent at once, while the broker is
-/// still awake. Far below the time after which the broker redelivers.
+/// still active. Far below the time after which the broker redelivers.
 const INTERVAL: Duration = Duration::from_millis(100);
 /// So many acks are sent at once.
 const ACKS_MAX: usize = 64;

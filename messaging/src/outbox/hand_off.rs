@@ -20,7 +20,7 @@ const ROWS_MAX: usize = 5000;
 const WAIT_MAX: Duration = Duration::from_millis(700);
 
 /// Minimum time between two publications of rows that are not urgent. After a longer pause, they
-/// are published at once, while the broker is still awake.
+/// are published at once, while the broker is still active.
 const INTERVAL: Duration = Duration::from_millis(25);
 
 /// After so many rows at once, the next ones gather: the broker stores a batch with one fsync.

@@ -63,7 +63,7 @@ struct PendingRow {
 
 impl From<PendingRow> for Pending {
     fn from(row: PendingRow) -> Self {
-        // Only `enqueue` writes rows, so someone edited the table. The reader will make the message
+        // Services store only valid headers, so someone edited the table. The reader will make the message
         // a dead letter.
         let headers = Headers::from_json(&row.headers).unwrap_or_else(|error| {
             error!(event.id = %row.event_id, error = %error, "Outbox row whose headers are not a JSON object of strings");
